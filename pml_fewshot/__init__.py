@@ -1,0 +1,2 @@
+from pml_fewshot.torchvision_import import ensure_torchvision
+ensure_torchvision()
