@@ -23,7 +23,7 @@ def ensure_torchvision() -> None:
         RuntimeError: the import fails for any other reason than a missing operator.
     """
     try:
-        import torchvision  # noqa: F401
+        pass
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
@@ -31,4 +31,3 @@ def ensure_torchvision() -> None:
             del sys.modules[name]  # half-imported by the failed attempt
         for name, schema in _SCHEMAS.items():
             torch.library.define(f"torchvision::{name}", schema)
-        import torchvision  # noqa: F401

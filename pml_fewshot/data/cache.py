@@ -105,7 +105,7 @@ def _publish(unfinished: Path, entry: Path) -> None:
 
 
 def _write(source: Source, folder: Path, name: str) -> None:
-    labels = []
+    labels: list[int] = []
     images = open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=(source.count, *source.item_shape))
     # delay: a set that is read within two seconds needs no bar
     for image, label in tqdm(source.items, total=source.count, desc=f"reading {name}", unit="image", delay=2):

@@ -27,9 +27,7 @@ class FewShotDataset:
         ValueError: other shapes, labels of another length or outside of the class names, or a repeated class name.
     """
 
-    def __init__(
-        self, images: Tensor | np.ndarray, labels: Tensor, class_names: Sequence[str], note: str = ""
-    ) -> None:
+    def __init__(self, images: Tensor | np.ndarray, labels: Tensor, class_names: Sequence[str], note: str = "") -> None:
         if isinstance(images, np.ndarray):
             images = torch.from_numpy(_writable_view(images))
         if images.dtype != torch.uint8:
@@ -37,7 +35,9 @@ class FewShotDataset:
                 f"expected uint8 images, got {images.dtype}; scale floats in [0, 1] by 255, round, and convert "
                 "(NaN and values outside of [0, 1] have no uint8 form)"
             )
-        require(images.ndim == 4, "images of shape (M, C, H, W)", f"shape {tuple(images.shape)}", "add the missing axis")
+        require(
+            images.ndim == 4, "images of shape (M, C, H, W)", f"shape {tuple(images.shape)}", "add the missing axis"
+        )
         check_labels(labels, len(images), "the data set's")
         require(len(images) > 0, "at least one image", "none", "check the source of the images")
         low, high = int(labels.min()), int(labels.max())

@@ -1,0 +1,38 @@
+# Two commands do all the set-up: `make demo` and `make test`. Both make .venv first where it is missing.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+# glibc gives freed memory back at once and pays a page fault for every page it takes again: keep it instead.
+export MALLOC_MMAP_MAX_ = 0
+export MALLOC_TRIM_THRESHOLD_ = 1000000000000
+export MALLOC_TOP_PAD_ = 268435456
+
+.PHONY: demo test test-slow lint format benchmark clean
+
+demo: $(VENV)/installed  ## train and judge on the built-in data, in minutes
+	$(BIN)/python -m experiments.quickstart
+
+test: $(VENV)/installed  ## the default ring of tests, under 5 minutes
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,45 @@
+"""ProtoNet on the built-in glyphs: train on Latin and Cyrillic letters, judge on Greek ones, in minutes on a laptop.
+
+python -m experiments.quickstart
+python -m experiments.quickstart --steps 100 --seed 1
+"""
+
+from functools import partial
+
+from pytorch_metric_learning.distances import LpDistance
+from torch.optim import Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from pml_fewshot import (
+    Conv4,
+    Embedder,
+    EpisodeSpec,
+    ExperimentConfig,
+    ProtoNetTrainer,
+    PrototypicalLoss,
+    RandomAffine,
+    load_glyphs,
+    main,
+)
+
+CONFIG = ExperimentConfig(
+    name="quickstart",
+    data=load_glyphs,
+    trainer=partial(
+        ProtoNetTrainer,
+        embedder=partial(Embedder, trunk=partial(Conv4, in_channels=1)),
+        loss=partial(PrototypicalLoss, distance=partial(LpDistance, normalize_embeddings=False, power=2)),
+        miner=None,
+        turns=6,
+    ),
+    optimizer=partial(Adam, lr=1e-3),
+    scheduler=CosineAnnealingLR,
+    augment=RandomAffine(),
+    train_spec=EpisodeSpec(ways=60, shots=1, queries=5),
+    eval_specs=(EpisodeSpec(5, 1, 15), EpisodeSpec(5, 5, 15), EpisodeSpec(20, 1, 15)),
+    steps=600,
+    validate_every=200,
+)
+
+if __name__ == "__main__":
+    main(CONFIG)

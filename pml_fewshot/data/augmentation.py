@@ -1,0 +1,62 @@
+"""Batched augmentation on the device: every image of a batch is distorted on its own, in one operation."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RandomAffine:
+    """Rotates, scales, shears, shifts and mirrors each image by its own random amounts; what comes in is black (0).
+
+    torchvision's RandomAffine distorts all images of a batch alike, hence this.
+
+    Args:
+        degrees: rotation, uniform in +- degrees.
+        scale: relative change of size, uniform in 1 +- scale, for each axis on its own.
+        shear: degrees, uniform in +- shear, along the horizontal axis.
+        translate: shift as a fraction of the size, uniform in +- translate, for each axis.
+        flip: mirror half of the images left to right.
+        probability: fraction of the images that is distorted at all; resampling blurs thin strokes a little, so an
+            embedder that is judged on plain images should see plain ones too.
+    """
+
+    degrees: float = 10.0
+    scale: float = 0.1
+    shear: float = 5.0
+    translate: float = 0.05
+    flip: bool = False
+    probability: float = 1.0
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Returns distorted images.
+
+        Args:
+            images: (B, C, H, W) floats.
+            generator: source of the randomness; its own device decides where it is drawn, so a CPU generator gives
+                the same distortions on every device.
+        """
+        draw = torch.rand(len(images), 8, generator=generator, device=generator.device).to(images.device)
+        plus_minus = 2 * draw - 1
+        angle = plus_minus[:, 0] * math.radians(self.degrees)
+        shear = (plus_minus[:, 1] * math.radians(self.shear)).tan()
+        scale_x = 1 + plus_minus[:, 2] * self.scale
+        scale_y = 1 + plus_minus[:, 3] * self.scale
+        cos, sin = angle.cos(), angle.sin()
+        theta = torch.stack(
+            [
+                torch.stack([cos / scale_x, (shear * cos - sin) / scale_x, plus_minus[:, 4] * 2 * self.translate], 1),
+                torch.stack([sin / scale_y, (shear * sin + cos) / scale_y, plus_minus[:, 5] * 2 * self.translate], 1),
+            ],
+            dim=1,
+        )
+        identity = torch.eye(2, 3, device=images.device)
+        theta = torch.where((draw[:, 6] < self.probability).view(-1, 1, 1), theta, identity)
+        if self.flip:
+            mirror = torch.where(draw[:, 7] < 0.5, -1.0, 1.0)
+            theta = torch.cat([theta[:, :, :1] * mirror.view(-1, 1, 1), theta[:, :, 1:]], dim=2)
+        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

@@ -1,0 +1,195 @@
+"""Glyphs: the data set that needs no download, letters and digits drawn from the typefaces that matplotlib ships.
+
+A class is a character, its 20 images are drawings of it, each in another typeface and each turned, slanted, scaled
+and shifted a little. Training, validation and test classes are different scripts, as Omniglot's are other alphabets.
+"""
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+from math import cos, radians, sin, tan
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+from matplotlib import get_data_path
+from matplotlib.ft2font import FT2Font, LoadFlags
+from PIL import Image, ImageDraw, ImageFont, features
+
+from pml_fewshot.data.cache import Source, cached_images, files_state
+from pml_fewshot.data.fewshot_dataset import FewShotDataset, Splits
+
+DRAWINGS = 20  # of each class
+IMAGE_SIZE = 28
+FINE = 4  # drawn this many times larger, then area-averaged, so that edges come out grey
+RECIPE = 1  # part of the cache's key: raise it when another set of characters or another drawing comes out
+
+# Computer Modern dates from before Unicode: beyond ASCII its tables name other shapes (a Greek Gamma at U+00C0).
+ASCII_FACES = ("cmr10", "cmb10", "cmss10", "cmtt10", "cmti10")
+FACES = (
+    *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique"),
+    *("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique"),
+    *("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic"),
+    *("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"),
+    *ASCII_FACES,
+)
+MIN_FACES = 12
+
+# The first word of a character's Unicode name decides. Names that begin otherwise (MICRO SIGN, OHM SIGN, PLANCK
+# CONSTANT, FEMININE ORDINAL INDICATOR, DOUBLE-STRUCK CAPITAL C, SUPERSCRIPT .., MODIFIER LETTER .., COPTIC ..) are left
+# out: most are another letter's shape in a second role, and a Greek mu must not come into training as MICRO SIGN.
+SPLIT_OF_SCRIPT = {
+    **dict.fromkeys(("LATIN", "CYRILLIC", "DIGIT"), "train"),
+    **dict.fromkeys(("ARMENIAN", "GEORGIAN"), "val"),
+    "GREEK": "test",
+}
+
+
+def load_glyphs(seed: int = 0, cache_dir: str | Path | None = None) -> Splits:
+    """Loads the built-in set: 28 x 28 grey images of letters and digits, ink high, 20 of each class.
+
+    Nothing is downloaded. The first call draws the images, 6 seconds on one core; later ones read the cache (0.02 s).
+    The same seed gives the same images on every machine with the same Pillow and matplotlib, FreeType being in both.
+
+    Args:
+        seed: of all random draws: the faces of each class and the turn, slant, scale and shift of each image.
+        cache_dir: where the drawn images are kept; `$PML_FEWSHOT_CACHE` or `~/.cache/pml_fewshot` when None.
+
+    Returns:
+        Splits of 884 classes (Latin, Cyrillic, digits) for train, 120 (Armenian, Georgian) for val and 303 (Greek)
+        for test. Class names are Unicode names: `GREEK SMALL LETTER ALPHA`. No two of the classes of val
+        or test are the same shape. But 30 of the 303 Greek letters look like a Latin or Cyrillic one: capital Alpha.
+
+    Raises:
+        FileNotFoundError: matplotlib's font folder lacks one of the 21 typefaces.
+    """
+    faces = _find_faces(Path(get_data_path()) / "fonts" / "ttf")
+    cached = cached_images(
+        "glyphs",
+        (seed, RECIPE, PIL.__version__, features.version("freetype2"), *faces.values()),
+        files_state(faces.values()),
+        lambda: _read(faces, seed),
+        Path(cache_dir) if cache_dir is not None else None,
+    )
+    names: list[str] = cached.about["class_names"]
+    everything = FewShotDataset(cached.images, cached.labels, names)
+
+    def classes(wanted: str) -> FewShotDataset:
+        return everything.of_classes([c for c, n in enumerate(names) if SPLIT_OF_SCRIPT[n.split()[0]] == wanted])
+
+    return Splits(classes("train"), classes("val"), classes("test"))
+
+
+def _find_faces(folder: Path) -> dict[str, Path]:
+    faces = {face: folder / f"{face}.ttf" for face in FACES}
+    missing = [path.name for path in faces.values() if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"expected matplotlib's {len(FACES)} typefaces in {folder}, got no {', '.join(missing)}; install "
+            "matplotlib 3.11 or newer from its wheel (3.10 has no cmti10, and some distributions leave fonts out)"
+        )
+    return faces
+
+
+def _read(faces: dict[str, Path], seed: int) -> Source:
+    holders = _characters(faces)
+    names = [unicodedata.name(character) for character in holders]
+    items = _drawings(holders, faces, seed)
+    return Source(items, DRAWINGS * len(names), (1, IMAGE_SIZE, IMAGE_SIZE), lambda: {"class_names": names})
+
+
+def _characters(faces: dict[str, Path]) -> dict[str, list[str]]:
+    """Returns every character that is a class, in code point order, with the faces that hold it."""
+    outlines = _outlines(faces)
+    classes: dict[str, list[str]] = {}
+    first: dict[tuple[str, str, bytes], str] = {}  # (split, face, outline) -> the first class drawn like that
+    for character in sorted(outlines):
+        drawn = outlines[character]
+        if len(drawn) < MIN_FACES:
+            continue
+        split = SPLIT_OF_SCRIPT[unicodedata.name(character).split()[0]]
+        shapes = [(split, face, outline) for face, outline in drawn.items()]
+        # Nobody can tell the Latin A from the Cyrillic one. A character with exactly the outline of one class of its
+        # split in six faces or more is left out: 53, all of train. Outlines that differ by a hair stay (13 pairs of
+        # train, such as A with diaeresis), and so do twins across splits: without them 1,300 would not be reached.
+        twins = Counter(first[shape] for shape in shapes if shape in first)
+        if twins and max(twins.values()) >= MIN_FACES // 2:
+            continue
+        classes[character] = list(drawn)
+        for shape in shapes:
+            first.setdefault(shape, character)
+    return classes
+
+
+def _outlines(faces: dict[str, Path]) -> dict[str, dict[str, bytes]]:
+    """Returns the outline of each letter and digit of our scripts in each face that has ink for it."""
+    outlines: dict[str, dict[str, bytes]] = {}
+    for face, path in faces.items():
+        font = FT2Font(str(path))
+        for code, glyph in font.get_charmap().items():
+            character = chr(code)
+            if glyph == 0 or not _is_letter(character) or (face in ASCII_FACES and not character.isascii()):
+                continue
+            font.load_char(code, flags=LoadFlags.NO_SCALE)
+            vertices, _ = font.get_path()
+            if len(vertices):
+                outlines.setdefault(character, {})[face] = vertices.tobytes()
+    return outlines
+
+
+def _is_letter(character: str) -> bool:
+    """A letter or decimal digit of our scripts; no modifier letter (Lm, small copies of others) and no double.
+
+    A double is a character that NFC turns into another one: U+1F71 is U+03AC, OHM SIGN is the Greek Omega. Names,
+    NFC and these categories are as good as fixed by Unicode's stability policy, so Python's version does not matter.
+    """
+    category = unicodedata.category(character)
+    return (
+        (category == "Nd" or (category[0] == "L" and category != "Lm"))
+        and unicodedata.name(character, " ").split(" ")[0] in SPLIT_OF_SCRIPT
+        and unicodedata.is_normalized("NFC", character)
+    )
+
+
+def _drawings(holders: dict[str, list[str]], faces: dict[str, Path], seed: int) -> Iterator[tuple[np.ndarray, int]]:
+    generator = torch.Generator().manual_seed(seed)
+    # An em as large as the frame: capitals are 20 pixels high and o 16, so that o and O differ; tall letters shrink.
+    # BASIC layout, for Raqm is not installed everywhere; single characters need none.
+    open_face = partial(ImageFont.truetype, size=IMAGE_SIZE * FINE, layout_engine=ImageFont.Layout.BASIC)
+    fonts = {face: open_face(path) for face, path in faces.items()}
+    for label, (character, held_by) in enumerate(holders.items()):
+        # each face once, in random order, before any is used again
+        rounds = [torch.randperm(len(held_by), generator=generator) for _ in range(-(-DRAWINGS // len(held_by)))]
+        warps = torch.rand(DRAWINGS, 6, generator=generator, dtype=torch.float64).mul(2).sub(1).tolist()
+        for face, warp in zip(torch.cat(rounds)[:DRAWINGS].tolist(), warps, strict=True):
+            yield _drawing(fonts[held_by[face]], character, warp), label
+
+
+def _drawing(font: ImageFont.FreeTypeFont, character: str, warp: Sequence[float]) -> np.ndarray:
+    """One image (1, S, S); warp holds six numbers in [-1, 1]: turn, slant, width, height, shift right, shift down."""
+    left, top, right, bottom = font.getbbox(character)
+    width, height = int(right - left), int(bottom - top)
+    ink = Image.new("L", (width, height))
+    ImageDraw.Draw(ink).text((-left, -top), character, fill=255, font=font)
+
+    # [[a, b], [c, d]] takes the letter into the frame: slant, then scale each side by up to 10 %, then turn.
+    turn, slant = radians(10 * warp[0]), tan(radians(10 * warp[1]))
+    wide, high = 1 + 0.1 * warp[2], 1 + 0.1 * warp[3]
+    a, b = wide * cos(turn), wide * slant * cos(turn) - high * sin(turn)
+    c, d = wide * sin(turn), wide * slant * sin(turn) + high * cos(turn)
+    # The corners of the ink, so moved, stay a pixel away from the border: larger letters shrink, and shift less.
+    room = (IMAGE_SIZE - 2) * FINE
+    across, down = abs(a) * width + abs(b) * height, abs(c) * width + abs(d) * height
+    shrink = min(1, room / max(across, down))
+    x = IMAGE_SIZE * FINE / 2 + warp[4] * min(2 * FINE, (room - shrink * across) / 2)
+    y = IMAGE_SIZE * FINE / 2 + warp[5] * min(2 * FINE, (room - shrink * down) / 2)
+
+    # Pillow asks for the way back, from the frame to the letter.
+    scale = shrink * (a * d - b * c)
+    a, b, c, d = d / scale, -b / scale, -c / scale, a / scale
+    back = (a, b, width / 2 - a * x - b * y, c, d, height / 2 - c * x - d * y)
+    fine = (IMAGE_SIZE * FINE, IMAGE_SIZE * FINE)
+    drawn = ink.transform(fine, Image.Transform.AFFINE, back, Image.Resampling.BILINEAR).reduce(FINE)
+    return np.asarray(drawn, dtype=np.uint8)[None]

@@ -1,0 +1,90 @@
+"""Embedder: images to embeddings, by a trunk and an optional projection."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pml_fewshot.checks import check_at_least_one, require
+from pml_fewshot.data.fewshot_dataset import FewShotDataset
+from pml_fewshot.embedders.bank import EmbeddingBank
+from pml_fewshot.parts import build
+
+# Images embedded at a time where the caller does not say. On a CPU a batch whose largest activation stays near the
+# cache is fastest (64 x 64 x 28 x 28 floats are 13 MB); a GPU wants work enough for all of its units.
+CPU_BATCH = 128
+CUDA_BATCH = 4096
+
+
+class Embedder(nn.Module):
+    """Maps images to embeddings: trunk, then projection, then L2 normalisation, the last two when asked for.
+
+    Args:
+        trunk: module (or factory) from (B, C, H, W) to (B, D): Conv4, ResNet12, TorchvisionTrunk or your own.
+        projection: module (or factory) from (B, D) to (B, D'), for example `partial(nn.Linear, 512, 128)`.
+        normalize: scale each embedding to length 1. Off by default: prototypical networks use unbounded Euclid, and
+            the distances of PML normalise on their own where they should.
+    """
+
+    def __init__(
+        self,
+        trunk: nn.Module | Callable[[], nn.Module],
+        projection: nn.Module | Callable[[], nn.Module] | None = None,
+        normalize: bool = False,
+    ) -> None:
+        super().__init__()
+        self.trunk = build(trunk)
+        self.projection = build(projection)
+        self.normalize = normalize
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeds (B, C, H, W) floats in [0, 1] to (B, D)."""
+        embeddings = self.trunk(images)
+        if self.projection is not None:
+            embeddings = self.projection(embeddings)
+        require(
+            embeddings.ndim == 2,
+            "embeddings of shape (B, D)",
+            f"shape {tuple(embeddings.shape)} from {type(self.trunk).__name__}",
+            "end the trunk with pooling or .flatten(1)",
+        )
+        return F.normalize(embeddings, dim=1) if self.normalize else embeddings
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    @torch.no_grad()
+    def encode(
+        self, dataset: FewShotDataset, batch_size: int | None = None, device: torch.device | str | None = None
+    ) -> EmbeddingBank:
+        """Embeds a whole set once, in eval mode; the embedder's mode and device are as before afterwards.
+
+        Args:
+            dataset: M images with labels.
+            batch_size: images at a time; when None 128 on a CPU, 4,096 on a GPU. It does not change the result.
+            device: where to compute and to keep the bank; the embedder's own when None.
+
+        Returns:
+            EmbeddingBank(embeddings (M, D), labels (M,)) on that device.
+
+        Raises:
+            ValueError: an embedding is NaN or infinite.
+        """
+        own_device, was_training = self.device, self.training
+        target = torch.device(device) if device is not None else own_device
+        if batch_size is None:
+            batch_size = CUDA_BATCH if target.type == "cuda" else CPU_BATCH
+        check_at_least_one("batch_size", batch_size)
+        self.to(target).eval()
+        try:
+            starts = range(0, len(dataset), batch_size)
+            parts = [
+                self(dataset.images[start : start + batch_size].to(target).to(torch.float32).div_(255))
+                for start in tqdm(starts, desc="embedding", unit="batch", delay=3, leave=False)
+            ]
+        finally:
+            self.to(own_device).train(was_training)
+        return EmbeddingBank(torch.cat(parts), dataset.labels.to(target))

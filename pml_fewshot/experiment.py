@@ -1,0 +1,267 @@
+"""ExperimentConfig: an experiment as data; run(config): from images to the result table; main(config): the same from
+the command line."""
+
+import inspect
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import nn
+from torch.optim import Optimizer
+
+from pml_fewshot.allocator import keep_freed_memory
+from pml_fewshot.checkpoint import export_embedder
+from pml_fewshot.data.episode_stream import Augmentation, EpisodeStream
+from pml_fewshot.data.fewshot_dataset import FewShotDataset, Splits, join
+from pml_fewshot.embedders.bank import EmbeddingBank
+from pml_fewshot.episodes import EpisodeSampler, EpisodeSpec
+from pml_fewshot.evaluation.episodic import EpisodicEvaluator
+from pml_fewshot.evaluation.retrieval import RetrievalTester
+from pml_fewshot.evaluation.table import Judgement, ResultTable
+from pml_fewshot.parts import build
+from pml_fewshot.recording import Recorder
+from pml_fewshot.trainers.fit import fit
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """All that defines an experiment.
+
+    Parts are given as factories (`functools.partial` of real classes), for parts hold parameters and statistics, which
+    must come to be after the seed is set and must not be shared by two runs.
+    """
+
+    name: str
+    """folder of its runs, and its name in tables"""
+    data: Callable[..., Splits]
+    """loader; one with a `root` argument is given the data root"""
+    trainer: Callable[[], nn.Module]
+    """ProtoNetTrainer and the like, with embedder, loss and miner"""
+    optimizer: Callable[..., Optimizer]
+    """called with the trainer's parameters"""
+    train_spec: EpisodeSpec
+    """size of a training episode"""
+    eval_specs: tuple[EpisodeSpec, ...]
+    """sizes of the episodes to judge by; validation uses the first"""
+    steps: int
+    """training steps"""
+    seed: int = 0
+    """of weights, training episodes, augmentation and test episodes"""
+    scheduler: Callable[..., Any] | None = None
+    """called with the optimizer; one that still needs `T_max` (CosineAnnealingLR) is given the steps"""
+    augment: Augmentation | None = None
+    """distorts the training images, see data/augmentation.py"""
+    train_on_validation: bool = False
+    """join the validation classes to the training classes, as Snell et al. do for final figures: nothing is left to
+    validate on, and the last weights are kept"""
+    validate_every: int = 1000
+    """steps between two validations"""
+    patience: int | None = None
+    """validations without a new best after which training ends"""
+    clip_norm: float | None = None
+    """largest norm of the gradient"""
+    l2: float = 0.0
+    """penalty on the squares of the embedder's weights"""
+    l1: float = 0.0
+    """penalty on the magnitudes of the embedder's weights"""
+    bf16: bool = False
+    """autocast to bfloat16 on CUDA"""
+    num_episodes: int = 10_000
+    """test episodes of each spec"""
+    val_episodes: int = 1000
+    """validation episodes: enough to choose a checkpoint by (an interval of about 0.3 points)"""
+    retrieval: Callable[[], RetrievalTester] | None = RetrievalTester
+    """k-NN figures over the test classes, ranked by the loss's distance; none when None"""
+    device: Device = "auto"
+    """auto: CUDA where there is one"""
+    data_root: Path | None = None
+    """folder of the data; `PML_FEWSHOT_DATA`, else `data/`, when None"""
+    run_dir: Path | None = None
+    """folder of this run; a new one below `runs/<name>/` when None"""
+
+
+def run(config: ExperimentConfig) -> ResultTable:
+    """Trains, judges and stores: returns the table that is also in the run folder as results.csv and results.md.
+
+    The run folder holds config.txt (the config, versions, git commit), logs.db and CSV files of the training, last.pt
+    (the state to go on from), embedder.safetensors, results.csv and results.md.
+
+    Raises:
+        ValueError: bad options, or data that cannot give the episodes asked for, both before any training.
+        FileExistsError: the run folder holds another run.
+        TrainingDiverged: NaN; what was recorded and the last good checkpoint stay in the run folder.
+    """
+    device = _device(config.device)
+    kept = keep_freed_memory() if device.type == "cpu" else False
+    splits = _load(config)
+    train = join([splits.train, splits.val]) if config.train_on_validation and splits.val else splits.train
+    val = None if config.train_on_validation else splits.val
+    for spec in config.eval_specs:
+        EpisodeSampler(splits.test.labels, spec, torch.Generator())  # raises before hours of training, not after
+    if val is not None:
+        EpisodeSampler(val.labels, config.eval_specs[0], torch.Generator())
+    stream = EpisodeStream(train.to(device), config.train_spec, config.seed, config.augment)
+    torch.manual_seed(config.seed)  # initial weights, dropout and PML's miners draw from torch's own generator
+    trainer = build(config.trainer).to(device)
+    optimizer = config.optimizer(trainer.parameters())
+
+    folder = _new_run_folder(config)
+    (folder / "config.txt").write_text(_describe(config, splits, device))
+    print(f"{config.name}: {train} on {device}, run folder {folder}")
+    if kept:
+        print("memory: glibc keeps freed blocks for reuse (mallopt), which makes training steps up to twice as fast")
+    recorder = Recorder(folder)
+    validator = EpisodicEvaluator(config.eval_specs[0], config.val_episodes, config.seed)
+    try:
+        history = fit(
+            trainer,
+            stream,
+            optimizer,
+            config.steps,
+            scheduler=_scheduler(config, optimizer),
+            validate=partial(validator.evaluate, trainer, val.to(device)) if val is not None else None,
+            validate_every=config.validate_every,
+            patience=config.patience,
+            clip_norm=config.clip_norm,
+            l2=config.l2,
+            l1=config.l1,
+            bf16=config.bf16,
+            recorder=recorder,
+            checkpoint=folder / "last.pt",
+        )
+    finally:
+        recorder.close()
+    print(
+        f"trained {history.steps} steps in {history.seconds / 60:.1f} minutes ({history.stopped}), "
+        f"weights of step {history.best_step}"
+    )
+    export_embedder(folder / "embedder.safetensors", trainer.embedder)
+    table = _judge(config, trainer, splits.test.to(device))
+    table.write(folder)
+    print(f"\n{table}\nwritten to {folder / 'results.csv'} and results.md")
+    return table
+
+
+def _judge(config: ExperimentConfig, trainer: Any, test: FewShotDataset) -> ResultTable:
+    table = ResultTable()
+    judged = Judgement(config.name, "test", len(test.class_names), test.note)
+    bank = trainer.bank(test)
+    for spec in config.eval_specs:
+        evaluator = EpisodicEvaluator(spec, config.num_episodes, config.seed)
+        table.add_episodic(judged, evaluator.evaluate(trainer, test, bank))
+    if config.retrieval is not None:
+        tester = build(config.retrieval) if isinstance(config.retrieval, partial) else config.retrieval()
+        if tester.distance is None:
+            tester.distance = getattr(trainer.loss, "distance", None)
+        table.add_retrieval(judged, tester.test(EmbeddingBank(bank, test.labels)))
+    return table
+
+
+def _device(wanted: Device) -> torch.device:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("expected a CUDA device for device='cuda', got none; use device='cpu' or 'auto'")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _load(config: ExperimentConfig) -> Splits:
+    if "root" not in inspect.signature(config.data).parameters:
+        return config.data()
+    return config.data(root=config.data_root or Path(os.environ.get("PML_FEWSHOT_DATA", "data")))
+
+
+def _scheduler(config: ExperimentConfig, optimizer: Optimizer) -> Any:
+    if config.scheduler is None:
+        return None
+    steps = inspect.signature(config.scheduler).parameters.get("T_max")
+    if steps is not None and steps.default is inspect.Parameter.empty:
+        return config.scheduler(optimizer, T_max=config.steps)
+    return config.scheduler(optimizer)
+
+
+def _new_run_folder(config: ExperimentConfig) -> Path:
+    folder = config.run_dir
+    if folder is None:
+        folder = Path("runs") / config.name / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_seed{config.seed}"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"expected a new or empty run folder, got {folder}, which holds another run or other files; name another "
+            "with --run-dir, or remove it"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _describe(config: ExperimentConfig, splits: Splits, device: torch.device) -> str:
+    """The text of config.txt: one line a field, then what the run stands on."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    )
+    packages = ("pml_fewshot", "torch", "torchvision", "pytorch-metric-learning", "faiss-cpu", "numpy", "record-keeper")
+    # a function's repr ends in its address, which says nothing
+    lines = [re.sub(r" at 0x[0-9a-f]+", "", f"{f.name} = {getattr(config, f.name)!r}") for f in fields(config)]
+    lines += ["", f"train = {splits.train}", f"val = {splits.val}", f"test = {splits.test}", ""]
+    lines += [f"{package} {version(package)}" for package in packages]
+    lines += [
+        f"python {platform.python_version()} on {platform.platform()}, {torch.get_num_threads()} threads, {device}"
+    ]
+    lines += [f"git commit {commit.stdout.strip() or 'unknown (not a checkout)'}"]
+    return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class _EvalSpec:
+    """Judge by one spec alone; what is not given is taken from the experiment's first."""
+
+    ways: int | None = None
+    """classes in an episode"""
+    shots: int | None = None
+    """support items of each class"""
+    queries: int | None = None
+    """query items of each class"""
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What may differ between two runs of one experiment; everything else is edited in its file."""
+
+    steps: int
+    """training steps"""
+    seed: int
+    """of weights, training episodes, augmentation and test episodes"""
+    device: Device
+    """auto: CUDA where there is one"""
+    data_root: Path | None
+    """folder of the data; PML_FEWSHOT_DATA, else data/, when not given"""
+    run_dir: Path | None
+    """folder of this run; a new one below runs/ when not given"""
+    num_episodes: int
+    """test episodes of each spec"""
+    train_spec: EpisodeSpec
+    eval_spec: _EvalSpec = field(default_factory=_EvalSpec)
+
+
+def main(config: ExperimentConfig) -> ResultTable:
+    """Runs the experiment with what the command line changes of it (`--help` lists the options)."""
+    kept = {f.name: getattr(config, f.name) for f in fields(_Options) if f.name != "eval_spec"}
+    options = tyro.cli(_Options, default=_Options(**kept), description=f"Runs the experiment {config.name}.")
+    changed: dict[str, Any] = {name: getattr(options, name) for name in kept}
+    given = {name: value for name, value in vars(options.eval_spec).items() if value is not None}
+    if given:
+        changed["eval_specs"] = (replace(config.eval_specs[0], **given),)
+    return run(replace(config, **changed))

@@ -1,0 +1,185 @@
+"""fit: the only training loop."""
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from tqdm import tqdm
+
+from pml_fewshot.checkpoint import load_checkpoint, save_checkpoint
+from pml_fewshot.checks import check_at_least_one, require
+from pml_fewshot.evaluation.episodic import EpisodicResult
+from pml_fewshot.recording import Recorder
+from pml_fewshot.trainers.training_state import History, TrainingState
+
+LOG_EVERY = 20  # steps between two looks at the losses: each look waits for the GPU
+
+
+class TrainingDiverged(ArithmeticError):
+    """The loss or a weight became NaN or infinite."""
+
+
+def fit(
+    trainer: nn.Module,
+    batches: Iterable[Any],
+    optimizer: Optimizer,
+    steps: int,
+    *,
+    scheduler: LRScheduler | ReduceLROnPlateau | None = None,
+    validate: Callable[[], EpisodicResult] | None = None,
+    validate_every: int = 1000,
+    patience: int | None = None,
+    clip_norm: float | None = None,
+    l2: float = 0.0,
+    l1: float = 0.0,
+    bf16: bool = False,
+    recorder: Recorder | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 500,
+    resume: bool = False,
+    progress: bool = True,
+) -> History:
+    """Trains `trainer` by `steps` steps; with a validation it ends with the best weights seen, else with the last.
+
+    Args:
+        trainer: `trainer(batch)` gives the scalar loss; its attribute `batch_accuracy`, if any, is shown.
+        batches: as many batches as steps, or an endless stream; each has a method `to(device)`.
+        optimizer: over the trainer's parameters.
+        steps: training steps in all.
+        scheduler: stepped after every training step; ReduceLROnPlateau is stepped after every validation with its
+            error (its accuracy in mode "max"), and ends the training when the rate should fall below its `min_lr`.
+        validate: gives the accuracy on validation episodes.
+        validate_every: steps between two validations; the last step is always validated.
+        patience: validations without a new best after which the training ends; never when None.
+        clip_norm: the gradient's largest L2 norm.
+        l2: adds l2 * (sum of squares) of the embedder's weights to the loss. Biases and norms are left out.
+        l1: adds l1 * (sum of magnitudes) of them.
+        bf16: autocast to bfloat16 on CUDA; nothing changes on a CPU, where it does not pay.
+        recorder: gets losses, rates, accuracies and validations.
+        checkpoint: file of the state to go on from, written every `checkpoint_every` steps and at the end.
+        checkpoint_every: steps between two checkpoints.
+        resume: go on from `checkpoint` where that file exists.
+        progress: show a bar with loss, accuracy and the time left.
+
+    Raises:
+        TrainingDiverged: the loss or a weight became NaN or infinite; names the step. The checkpoint on disk, if any,
+            is of a step before it.
+        ValueError: a count below 1, ReduceLROnPlateau or patience without validation, too few batches.
+    """
+    for name, count in (("steps", steps), ("validate_every", validate_every), ("checkpoint_every", checkpoint_every)):
+        check_at_least_one(name, count)
+    plateau = scheduler if isinstance(scheduler, ReduceLROnPlateau) else None
+    require(
+        validate is not None or (plateau is None and patience is None),
+        "a validation for ReduceLROnPlateau and for patience",
+        "none",
+        "pass validate=..., or use a scheduler that counts steps",
+    )
+    device = next(trainer.parameters()).device
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type == "cuda")
+    state = TrainingState(trainer, optimizer, scheduler, batches)
+    if resume and checkpoint is not None and Path(checkpoint).exists():
+        state.load_state_dict(load_checkpoint(checkpoint))
+    history = state.history
+    started = time.perf_counter() - history.seconds
+    source = iter(batches)
+    recent: list[Tensor] = []  # losses that have not been looked at
+    bar = tqdm(total=steps, initial=history.steps, desc="training", unit="step", disable=not progress, mininterval=1)
+    trainer.train()
+    with bar:
+        while history.steps < steps and history.stopped == "all steps":
+            batch = next(source, None)
+            if batch is None:
+                raise ValueError(
+                    f"expected {steps} batches, got {history.steps}; lower steps or give an endless stream"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            with autocast:
+                loss = trainer(batch.to(device))
+            if l2 or l1:
+                loss = loss + _weight_penalty(trainer, l2, l1)
+            loss.backward()
+            if clip_norm is not None:
+                nn.utils.clip_grad_norm_(trainer.parameters(), clip_norm)
+            optimizer.step()
+            if scheduler is not None and plateau is None:
+                scheduler.step()
+            history.steps += 1
+            recent.append(loss.detach())
+            bar.update()
+
+            last = history.steps == steps
+            validation_due = validate is not None and (last or history.steps % validate_every == 0)
+            checkpoint_due = last or history.steps % checkpoint_every == 0
+            if validation_due or checkpoint_due or history.steps % LOG_EVERY == 0:
+                values = _look_at(recent, trainer, optimizer, history, checkpoint)
+                bar.set_postfix({name: f"{value:.4f}" for name, value in values.items() if name != "learning_rate"})
+                if recorder is not None:
+                    recorder.record("train", history.steps, **values)
+                recent.clear()
+            if validation_due and validate is not None:
+                trainer.eval()
+                result = validate()
+                trainer.train()
+                history.validations.append((history.steps, result.mean, result.ci95))
+                state.keep_if_best(result.mean)
+                if recorder is not None:
+                    recorder.record("validation", history.steps, accuracy=result.mean, ci95=result.ci95)
+                if plateau is not None and _cannot_fall_further(plateau, result.mean):
+                    history.stopped = "learning rate at its lowest"
+                elif patience is not None and state.validations_since_best() >= patience:
+                    history.stopped = "no improvement"
+            if checkpoint is not None and (checkpoint_due or history.stopped != "all steps"):
+                history.seconds = time.perf_counter() - started
+                save_checkpoint(checkpoint, state.state_dict())
+                if recorder is not None:
+                    recorder.save()
+    history.seconds = time.perf_counter() - started
+    state.restore_best()
+    trainer.eval()
+    return history
+
+
+def _weight_penalty(trainer: nn.Module, l2: float, l1: float) -> Tensor:
+    """l2 * sum of squares + l1 * sum of magnitudes of the embedder's filters and matrices."""
+    weights = [p for p in getattr(trainer, "embedder", trainer).parameters() if p.ndim > 1]
+    return torch.stack([l2 * w.square().sum() + l1 * w.abs().sum() for w in weights]).sum()
+
+
+def _look_at(
+    recent: list[Tensor], trainer: nn.Module, optimizer: Optimizer, history: History, checkpoint: str | Path | None
+) -> dict[str, float]:
+    """Returns what to record of the steps since the last look, or raises TrainingDiverged when they went wrong."""
+    losses = torch.stack(recent).double().cpu()
+    rate = float(optimizer.param_groups[0]["lr"])
+    bad = (~losses.isfinite()).nonzero().flatten()
+    if len(bad) or not all(p.isfinite().all() for p in trainer.parameters()):
+        step = history.steps - len(losses) + 1 + int(bad[0]) if len(bad) else history.steps
+        what = f"a loss of {losses[bad[0]].item()}" if len(bad) else "a NaN or infinite weight"
+        kept = (
+            f"the last good state is in {checkpoint}" if checkpoint and Path(checkpoint).exists() else "none was kept"
+        )
+        raise TrainingDiverged(
+            f"expected a finite loss, got {what} at step {step} (learning rate {rate:g}); {kept}; lower the learning "
+            "rate, clip the gradient (clip_norm) or look for NaN in the data"
+        )
+    history.losses.append((history.steps, losses.mean().item()))
+    values = {"loss": losses.mean().item(), "learning_rate": rate}
+    if getattr(trainer, "batch_accuracy", None) is not None:
+        values["accuracy"] = float(trainer.batch_accuracy)  # type: ignore[arg-type]
+    return values
+
+
+def _cannot_fall_further(plateau: ReduceLROnPlateau, accuracy: float) -> bool:
+    """Steps the scheduler; True when it wanted to lower rates that were at their lowest already."""
+    groups = zip(plateau.optimizer.param_groups, plateau.min_lrs, strict=True)
+    lowest = all(group["lr"] - low <= plateau.eps for group, low in groups)
+    best = plateau.best
+    plateau.step(accuracy if plateau.mode == "max" else 1 - accuracy)
+    # num_bad_epochs returns to 0 on a new best and on an attempt to lower the rate
+    return lowest and plateau.num_bad_epochs == 0 and plateau.best == best
