@@ -63,7 +63,7 @@ def files_state(files: Iterable[Path]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(files):
         stat = file.stat()
-        digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -114,7 +114,7 @@ def _write(source: Source, folder: Path, name: str) -> None:
     images.flush()
     del images
     np.save(folder / "labels.npy", np.asarray(labels, dtype=np.int64))
-    (folder / "about.json").write_text(json.dumps(source.about(), ensure_ascii=False))
+    (folder / "about.json").write_text(json.dumps(source.about(), ensure_ascii=False), encoding="utf-8")
 
 
 def _load(entry: Path) -> CachedImages:
@@ -122,7 +122,7 @@ def _load(entry: Path) -> CachedImages:
         # mode "c": torch wants writable memory; writes would stay in this process and never reach the file
         images = torch.from_numpy(np.load(entry / "images.npy", mmap_mode="c", allow_pickle=False))
         labels = torch.from_numpy(np.load(entry / "labels.npy", allow_pickle=False))
-        about = json.loads((entry / "about.json").read_text())
+        about = json.loads((entry / "about.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"expected a whole cache entry in {entry}, got one that cannot be read ({error}); delete that folder and "
