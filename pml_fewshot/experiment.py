@@ -162,7 +162,7 @@ def _judge(config: ExperimentConfig, trainer: Any, test: FewShotDataset) -> Resu
         evaluator = EpisodicEvaluator(spec, config.num_episodes, config.seed)
         table.add_episodic(judged, evaluator.evaluate(trainer, test, bank))
     if config.retrieval is not None:
-        tester = build(config.retrieval) if isinstance(config.retrieval, partial) else config.retrieval()
+        tester = build(config.retrieval)
         if tester.distance is None:
             tester.distance = getattr(trainer.loss, "distance", None)
         table.add_retrieval(judged, tester.test(EmbeddingBank(bank, test.labels)))
