@@ -108,7 +108,9 @@ def _write(source: Source, folder: Path, name: str) -> None:
     labels: list[int] = []
     images = open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=(source.count, *source.item_shape))
     # delay: a set that is read within two seconds needs no bar
-    for image, label in tqdm(source.items, total=source.count, desc=f"reading {name}", unit="image", delay=2):
+    for image, label in tqdm(
+        source.items, total=source.count, desc=f"reading {name}", unit="image", delay=2, mininterval=1
+    ):
         images[len(labels)] = image
         labels.append(label)
     images.flush()

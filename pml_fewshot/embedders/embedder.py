@@ -83,7 +83,7 @@ class Embedder(nn.Module):
             starts = range(0, len(dataset), batch_size)
             parts = [
                 self(dataset.images[start : start + batch_size].to(target).to(torch.float32).div_(255))
-                for start in tqdm(starts, desc="embedding", unit="batch", delay=3, leave=False)
+                for start in tqdm(starts, desc="embedding", unit="batch", delay=3, mininterval=1)
             ]
         finally:
             self.to(own_device).train(was_training)

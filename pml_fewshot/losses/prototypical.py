@@ -10,6 +10,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
+from pml_fewshot.checks import check_labels
 from pml_fewshot.parts import build
 
 
@@ -58,6 +59,7 @@ class PrototypicalLoss(BaseMetricLossFunction):
     ) -> dict[str, Any]:
         c_f.labels_required(labels)
         with_support = ref_emb is not embeddings
+        check_labels(ref_labels, len(ref_emb), "support")
         classes, support_class = torch.unique(ref_labels, return_inverse=True)
         target = torch.searchsorted(classes, labels.contiguous()).clamp_(max=len(classes) - 1)
         member = F.one_hot(support_class, len(classes)).to(ref_emb.dtype)  # (S, W)

@@ -27,7 +27,7 @@ class ProtoNetTrainer(nn.Module):
         turns: how many episodes are made of one episode's embedded images, each with the next K images of every class
             as support and the rest as queries; the loss is their mean. 1 is the paper's way. Embedding is nearly all
             of a step's cost, so more turns are a less noisy gradient almost for free: with 1 shot and 5 queries, 6
-            turns reached in 1,000 steps on Omniglot what 1 turn reached in 4,000.
+            turns had on Omniglot after 2,000 steps (95.2 % at 20-way 1-shot) what 1 turn had after 4,000.
 
     Raises:
         ValueError: turns below 1.
@@ -60,13 +60,21 @@ class ProtoNetTrainer(nn.Module):
         images = torch.cat([batch.support, batch.query], dim=2)  # (E, W, K+Q, *item)
         # Support and query in one pass, so that batch norm sees their joint statistics, as in the paper's code.
         embeddings = self.embedder(images.flatten(0, 2)).unflatten(0, images.shape[:3])
+        # Under autocast embeddings are bfloat16, whose 8 bits cannot tell near prototypes apart: distances in float32.
+        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return self._mean_loss(embeddings, shots)
+
+    def _mean_loss(self, embeddings: Tensor, shots: int) -> Tensor:
+        """Mean loss over episodes and turns of embeddings (E, W, K+Q, D)."""
+        ways, queries = embeddings.shape[1], embeddings.shape[2] - shots
+        true_class = torch.arange(ways, device=embeddings.device).repeat_interleave(queries)
         losses, correct = [], []
         for turn in range(self.turns):
             turned = embeddings.roll(-turn * shots, dims=2)
             support, query = turned[:, :, :shots], turned[:, :, shots:].flatten(1, 2)
             losses += [self._episode_loss(s, q) for s, q in zip(support, query, strict=True)]
             with torch.no_grad():
-                true_class = torch.arange(support.shape[1], device=query.device).repeat_interleave(queries)
                 correct.append((self.classify(support, query).argmax(dim=2) == true_class).float().mean())
         self.batch_accuracy = torch.stack(correct).mean()
         return torch.stack(losses).mean()
