@@ -9,6 +9,7 @@ from pml_fewshot.checks import require
 from pml_fewshot.data.fewshot_dataset import Splits
 from pml_fewshot.data.image_file import image_names, is_image_name
 from pml_fewshot.data.image_folder import SPLIT_FOLDERS, Classes, ImageFiles, read_splits, splits_by_folder
+from pml_fewshot.data.zip_archive import broken_zip, open_zip
 
 CLASSES = {"train": 64, "val": 16, "test": 20}
 IMAGES = 600  # of each class
@@ -124,28 +125,17 @@ def _listed_images(place: Path) -> ImageFiles:
 
 
 def _load_zip(place: Path, image_size: int, memory_map: bool, cache_dir: str | Path | None) -> Splits:
-    with _open_zip(place) as archive:
+    with open_zip(place) as archive:
 
         def content(name: str) -> bytes:
             try:
                 return archive.read(full_names[name])
             except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted
-                raise _broken_zip(place, f"{error} at {name}") from error
+                raise broken_zip(place, f"{error} at {name}") from error
 
         full_names = _names_below_top(archive)
         splits = _checked(splits_by_folder(list(full_names), place), place)
         return _read(ImageFiles(place, splits, content, [place]), image_size, memory_map, cache_dir)
-
-
-def _open_zip(place: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(place)
-    except zipfile.BadZipFile as error:
-        raise _broken_zip(place, str(error)) from error
-
-
-def _broken_zip(place: Path, what: str) -> ValueError:
-    return ValueError(f"expected a whole zip file at {place}, got a broken one ({what}); delete it and fetch it again")
 
 
 def _fitting_zips(place: Path) -> list[Path]:
@@ -153,7 +143,7 @@ def _fitting_zips(place: Path) -> list[Path]:
     fitting, broken = [], None
     for candidate in sorted(place.glob("*.zip")):
         try:
-            with _open_zip(candidate) as archive:
+            with open_zip(candidate) as archive:
                 folders = {name.split("/")[0] for name in _names_below_top(archive)}
         except ValueError as error:
             broken = error

@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from pml_fewshot.checks import check_at_least_one, require
 from pml_fewshot.data.cache import Source, cached_images, files_state
 from pml_fewshot.data.fewshot_dataset import FewShotDataset, Splits
+from pml_fewshot.data.zip_archive import open_zip
 
 PARTS = {"images_background": 964, "images_evaluation": 659}  # characters in each part
 DRAWINGS = 20  # of each character
@@ -129,7 +130,7 @@ def _read(parts: dict[str, Path], image_size: int) -> Source:
     def items() -> Iterator[tuple[np.ndarray, int]]:
         label = 0
         for place, characters in zip(parts.values(), per_part, strict=True):
-            archive = _open_zip(place) if place.is_file() else None
+            archive = open_zip(place) if place.is_file() else None
             for drawings in characters.values():
                 for name in drawings:
                     yield _drawing(archive, place, name, image_size), label
@@ -141,19 +142,10 @@ def _read(parts: dict[str, Path], image_size: int) -> Source:
     return Source(items(), total, (1, image_size, image_size), lambda: {"class_names": class_names})
 
 
-def _open_zip(place: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(place)
-    except zipfile.BadZipFile as error:
-        raise ValueError(
-            f"expected a whole zip file at {place}, got a broken one ({error}); delete it and fetch it again"
-        ) from error
-
-
 def _drawings_by_character(place: Path) -> dict[str, list[str]]:
     """`Alphabet/characterNN` -> the drawings' names, both sorted; reads a zip's directory or walks a folder."""
     if place.is_file():
-        with _open_zip(place) as archive:
+        with open_zip(place) as archive:
             names = [name for name in archive.namelist() if name.endswith(".png") and not name.startswith("__MACOSX")]
     else:
         names = [file.relative_to(place).as_posix() for file in place.rglob("*.png")]

@@ -96,13 +96,13 @@ class RetrievalTester:
     def test(
         self,
         embedder: Embedder | EmbeddingBank,
-        dataset: FewShotDataset | None = None,
+        dataset: FewShotDataset | EmbeddingBank | None = None,
         reference: FewShotDataset | EmbeddingBank | None = None,
     ) -> RetrievalResult:
         """Judges an embedder on a data set, or a bank of embeddings on its own.
 
         Args:
-            embedder: an Embedder, with `dataset`; or an EmbeddingBank of queries, without.
+            embedder: an Embedder, with `dataset`; or a bank of queries, `test(bank)` or `test(bank, reference)`.
             dataset: images to embed and to use as queries.
             reference: gallery to search, as images or as a bank; when None the queries search among themselves, each
                 without itself (told by its index, so that duplicates of it count).
@@ -111,7 +111,11 @@ class RetrievalTester:
             ValueError: a k above the gallery's size or below what a metric needs, banks of different widths, NaN
                 embeddings, or no query with a right answer among the references.
         """
-        query = _as_bank(embedder, embedder if dataset is None else dataset)
+        if isinstance(embedder, EmbeddingBank):
+            require(dataset is None or reference is None, "a bank and at most one reference", "two", "leave one out")
+            query, reference = embedder, dataset if reference is None else reference
+        else:
+            query = _as_bank(embedder, dataset)
         gallery = query if reference is None else _as_bank(embedder, reference)
         width, gallery_width = query.embeddings.shape[1], gallery.embeddings.shape[1]
         require(width == gallery_width, f"references of {width} dimensions", str(gallery_width), "use one embedder")

@@ -275,9 +275,9 @@ def reduce_by_hand(reducer: BaseReducer, losses: list[Tensor], labels: list[int]
 @pytest.mark.parametrize("distance", ALL_DISTANCES, ids=name)
 def test_every_distance_with_every_reducer(distance: partial, reducer: partial, with_support: bool) -> None:
     labels = torch.tensor([0, 7, 3, 7, 11]) if with_support else BATCH_LABELS  # class weights ask for small labels
-    embeddings = normal(len(labels), DIMS, seed=1)
+    embeddings = 0.5 * normal(len(labels), DIMS, seed=1)  # near enough for losses on both sides of the thresholds
     if with_support:
-        support, support_labels = normal(7, DIMS, seed=2), torch.tensor([7, 0, 7, 11, 7, 3, 0])
+        support, support_labels = 0.5 * normal(7, DIMS, seed=2), torch.tensor([7, 0, 7, 11, 7, 3, 0])
         got = PrototypicalLoss(distance, reducer=reducer)(embeddings, labels, None, support, support_labels)
         losses = explicit_with_support(distance(), embeddings, labels, support, support_labels, 1.0)
         kept = list(range(len(labels)))
@@ -496,7 +496,7 @@ def test_trains_in_the_trainer_of_pml() -> None:
         dataloader_num_workers=0,
     )
     losses: list[float] = []
-    trainer.end_of_iteration_hook = lambda t: losses.append(float(t.losses["metric_loss"]))
+    trainer.end_of_iteration_hook = lambda t: losses.append(t.losses["metric_loss"].item())
     trainer.train(num_epochs=2)
     assert len(losses) == 2
     assert losses[1] < losses[0]
