@@ -3,14 +3,9 @@ the command line."""
 
 import inspect
 import os
-import platform
-import re
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from datetime import datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +25,7 @@ from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.evaluation.table import Judgement, ResultTable
 from pml_fewshot.parts import build
 from pml_fewshot.recording import Recorder
+from pml_fewshot.run_folder import describe, new_run_folder
 from pml_fewshot.trainers.fit import fit
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -117,8 +113,8 @@ def run(config: ExperimentConfig) -> ResultTable:
     trainer = build(config.trainer).to(device)
     optimizer = config.optimizer(trainer.parameters())
 
-    folder = _new_run_folder(config)
-    (folder / "config.txt").write_text(_describe(config, splits, device))
+    folder = new_run_folder(config.run_dir, config.name, config.seed)
+    (folder / "config.txt").write_text(describe(config, splits, device))
     print(f"{config.name}: {train} on {device}, run folder {folder}")
     if kept:
         print("memory: glibc keeps freed blocks for reuse (mallopt), which makes training steps up to twice as fast")
@@ -188,40 +184,6 @@ def _scheduler(config: ExperimentConfig, optimizer: Optimizer) -> Any:
     if steps is not None and steps.default is inspect.Parameter.empty:
         return config.scheduler(optimizer, T_max=config.steps)
     return config.scheduler(optimizer)
-
-
-def _new_run_folder(config: ExperimentConfig) -> Path:
-    folder = config.run_dir
-    if folder is None:
-        folder = Path("runs") / config.name / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_seed{config.seed}"
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(
-            f"expected a new or empty run folder, got {folder}, which holds another run or other files; name another "
-            "with --run-dir, or remove it"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _describe(config: ExperimentConfig, splits: Splits, device: torch.device) -> str:
-    """The text of config.txt: one line a field, then what the run stands on."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
-    packages = ("pml_fewshot", "torch", "torchvision", "pytorch-metric-learning", "faiss-cpu", "numpy", "record-keeper")
-    # a function's repr ends in its address, which says nothing
-    lines = [re.sub(r" at 0x[0-9a-f]+", "", f"{f.name} = {getattr(config, f.name)!r}") for f in fields(config)]
-    lines += ["", f"train = {splits.train}", f"val = {splits.val}", f"test = {splits.test}", ""]
-    lines += [f"{package} {version(package)}" for package in packages]
-    lines += [
-        f"python {platform.python_version()} on {platform.platform()}, {torch.get_num_threads()} threads, {device}"
-    ]
-    lines += [f"git commit {commit.stdout.strip() or 'unknown (not a checkout)'}"]
-    return "\n".join(lines) + "\n"
 
 
 @dataclass(frozen=True)
