@@ -275,9 +275,9 @@ def reduce_by_hand(reducer: BaseReducer, losses: list[Tensor], labels: list[int]
 @pytest.mark.parametrize("distance", ALL_DISTANCES, ids=name)
 def test_every_distance_with_every_reducer(distance: partial, reducer: partial, with_support: bool) -> None:
     labels = torch.tensor([0, 7, 3, 7, 11]) if with_support else BATCH_LABELS  # class weights ask for small labels
-    embeddings = 0.5 * normal(len(labels), DIMS, seed=1)  # near enough for losses on both sides of the thresholds
+    embeddings = 0.3 * normal(len(labels), DIMS, seed=1)  # near enough for losses on both sides of the thresholds
     if with_support:
-        support, support_labels = 0.5 * normal(7, DIMS, seed=2), torch.tensor([7, 0, 7, 11, 7, 3, 0])
+        support, support_labels = 0.3 * normal(7, DIMS, seed=2), torch.tensor([7, 0, 7, 11, 7, 3, 0])
         got = PrototypicalLoss(distance, reducer=reducer)(embeddings, labels, None, support, support_labels)
         losses = explicit_with_support(distance(), embeddings, labels, support, support_labels, 1.0)
         kept = list(range(len(labels)))
@@ -479,6 +479,7 @@ def test_missing_labels_raise() -> None:
 # --- as a part of PML's own machinery ---------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")  # PML's progress bar does
 def test_trains_in_the_trainer_of_pml() -> None:
     torch.manual_seed(0)
     images, labels = normal(16, 6, dtype=torch.float32), torch.arange(4).repeat(4)
