@@ -25,11 +25,12 @@ def check_finite(values: Tensor, what: str) -> None:
     # One sum instead of a mask of the whole tensor: any NaN or infinity survives it, and only then are rows looked for.
     if torch.isfinite(values.sum(dtype=torch.float64)):
         return
-    bad = (~torch.isfinite(values.reshape(len(values), -1)).all(dim=1)).nonzero().flatten()
-    raise ValueError(
-        f"expected finite {what}, got NaN or infinity in {len(bad)} of {len(values)} rows, first in row "
-        f"{bad[0].item() if len(bad) else 0}; look at what produced them (a diverged training, a division by zero)"
-    )
+    bad = (~torch.isfinite(values.reshape(len(values), -1)).all(dim=1)).nonzero().flatten().tolist()
+    if bad:  # none: the sum of finite values has overflowed
+        raise ValueError(
+            f"expected finite {what}, got NaN or infinity in {len(bad)} of {len(values)} rows, first in row {bad[0]}; "
+            "look at what produced them (a diverged training, a division by zero)"
+        )
 
 
 def check_labels(labels: Tensor, length: int, what: str) -> None:

@@ -5,6 +5,7 @@ import then fails with "operator torchvision::nms does not exist". Nothing here 
 detection), so declaring their schemas is enough for transforms, models and downloads to work.
 """
 
+import importlib
 import sys
 
 import torch
@@ -23,7 +24,7 @@ def ensure_torchvision() -> None:
         RuntimeError: the import fails for any other reason than a missing operator.
     """
     try:
-        pass
+        importlib.import_module("torchvision")
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
@@ -31,3 +32,4 @@ def ensure_torchvision() -> None:
             del sys.modules[name]  # half-imported by the failed attempt
         for name, schema in _SCHEMAS.items():
             torch.library.define(f"torchvision::{name}", schema)
+        importlib.import_module("torchvision")

@@ -56,7 +56,7 @@ class RandomAffine:
         identity = torch.eye(2, 3, device=images.device)
         theta = torch.where((draw[:, 6] < self.probability).view(-1, 1, 1), theta, identity)
         if self.flip:
-            mirror = torch.where(draw[:, 7] < 0.5, -1.0, 1.0)
+            mirror = torch.where((draw[:, 7] < 0.5) & (draw[:, 6] < self.probability), -1.0, 1.0)
             theta = torch.cat([theta[:, :, :1] * mirror.view(-1, 1, 1), theta[:, :, 1:]], dim=2)
-        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+        grid = F.affine_grid(theta.to(images.dtype), list(images.shape), align_corners=False)
         return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

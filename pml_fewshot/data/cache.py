@@ -125,7 +125,7 @@ def _load(entry: Path) -> CachedImages:
         images = torch.from_numpy(np.load(entry / "images.npy", mmap_mode="c", allow_pickle=False))
         labels = torch.from_numpy(np.load(entry / "labels.npy", allow_pickle=False))
         about = json.loads((entry / "about.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ValueError(
             f"expected a whole cache entry in {entry}, got one that cannot be read ({error}); delete that folder and "
             "run again"

@@ -75,6 +75,6 @@ class EpisodeStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sampler.generator.set_state(state["block_state"])
         self._block_state = state["block_state"]
-        self._block = self.sampler.sample(DRAWN_AT_ONCE * self.tasks) if state["position"] else None
+        self._block = self.sampler.sample(DRAWN_AT_ONCE * self.tasks)
         self._position = state["position"]
         self.augmentation_generator.set_state(state["augmentation_state"])

@@ -87,7 +87,8 @@ class FewShotDataset:
         return flat.to(torch.float32).div_(255).reshape(*index.shape, *self.item_shape)
 
     def of_classes(self, classes: Sequence[int]) -> "FewShotDataset":
-        """Returns the items of the named classes, relabelled from 0 in the order given."""
+        """Returns the items of the numbered classes, relabelled from 0 in the order given."""
+        require(len(classes) > 0, "at least one class", "none", "name the classes to keep")
         new_label = torch.full((len(self.class_names),), -1, device=self.device)
         new_label[torch.as_tensor(classes, device=self.device)] = torch.arange(len(classes), device=self.device)
         labels = new_label[self.labels]
@@ -154,6 +155,6 @@ def _writable_view(images: np.ndarray) -> np.ndarray:
         return images
     if isinstance(images, np.memmap) and images.filename is not None and images.base is not None:
         whole = not isinstance(images.base, np.memmap)  # a slice of a map has the map as its base
-        if whole:
+        if whole and images.flags.c_contiguous:
             return np.memmap(images.filename, images.dtype, "c", images.offset, images.shape, "C")
     return images.copy()

@@ -1,13 +1,14 @@
 """Omniglot (Lake et al. 2015): 1,623 handwritten characters of 50 alphabets, 20 drawings each."""
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pml_fewshot.checks import check_at_least_one, require
 from pml_fewshot.data.cache import Source, cached_images, files_state
@@ -160,7 +161,8 @@ def _drawing(archive: zipfile.ZipFile | None, place: Path, name: str, image_size
         content = archive.read(name) if archive is not None else (place / name).read_bytes()
         # 105 -> 28 is a factor of 3.75: area averaging keeps thin strokes, nearest neighbour would break them
         drawing = Image.open(BytesIO(content)).convert("L").resize((image_size, image_size), Image.Resampling.BOX)
-    except (zipfile.BadZipFile, UnidentifiedImageError, OSError, EOFError, SyntaxError) as error:
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, OSError, EOFError, SyntaxError) as error:
+        # of the zip: BadZipFile, zlib.error, RuntimeError (flags that say encrypted); of the PNG: the others
         raise ValueError(
             f"expected a drawing at {name} in {place}, got something unreadable ({error}); fetch the file again"
         ) from error

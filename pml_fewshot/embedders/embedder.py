@@ -73,7 +73,8 @@ class Embedder(nn.Module):
         Raises:
             ValueError: an embedding is NaN or infinite.
         """
-        own_device, was_training = self.device, self.training
+        own_device = self.device
+        was_training = [(module, module.training) for module in self.modules()]  # batch norm may be frozen by hand
         target = torch.device(device) if device is not None else own_device
         if batch_size is None:
             batch_size = CUDA_BATCH if target.type == "cuda" else CPU_BATCH
@@ -86,5 +87,7 @@ class Embedder(nn.Module):
                 for start in tqdm(starts, desc="embedding", unit="batch", delay=3, mininterval=1)
             ]
         finally:
-            self.to(own_device).train(was_training)
+            self.to(own_device)
+            for module, training in was_training:
+                module.training = training
         return EmbeddingBank(torch.cat(parts), dataset.labels.to(target))

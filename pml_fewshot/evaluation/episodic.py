@@ -107,6 +107,7 @@ class EpisodicEvaluator:
     def _accuracy(self, trainer: Judged, bank: Tensor, support: Tensor, query: Tensor) -> Tensor:
         """(E,) accuracy of one chunk of episodes."""
         logits = trainer.classify(bank[support], bank[query.flatten(1)])
+        check_finite(logits, "logits of each episode")  # argmax over NaN would be an accuracy of 1 / ways
         true_class = torch.arange(self.spec.ways, device=bank.device).repeat_interleave(self.spec.queries)
         return (logits.argmax(dim=2) == true_class).double().mean(dim=1)
 

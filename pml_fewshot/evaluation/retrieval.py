@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 from pytorch_metric_learning.distances import BaseDistance
@@ -28,13 +29,21 @@ class RetrievalResult(Mapping[str, float]):
         num_left_out: queries without any other item of their class among the references, for which no neighbour
             could be right; they are left out of every mean.
         k: neighbours that were searched.
+        protocol: "leave-one-out": each query searched the other queries; "gallery": a set of references.
     """
 
-    def __init__(self, per_query: dict[str, Tensor], num_left_out: int, k: int) -> None:
+    def __init__(
+        self,
+        per_query: dict[str, Tensor],
+        num_left_out: int,
+        k: int,
+        protocol: Literal["leave-one-out", "gallery"] = "leave-one-out",
+    ) -> None:
         self.per_query = per_query
         self.num_queries = len(next(iter(per_query.values())))
         self.num_left_out = num_left_out
         self.k = k
+        self.protocol = protocol
 
     def __getitem__(self, metric: str) -> float:
         return self.per_query[metric].mean().item()
@@ -133,7 +142,7 @@ class RetrievalTester:
         match &= nearest >= 0  # -1: an approximate index found fewer
         match, relevant = match[judged], relevant[judged]
         per_query = {metric: _measure(metric, match, relevant) for metric in self.metrics}
-        return RetrievalResult(per_query, int((~judged).sum()), k)
+        return RetrievalResult(per_query, int((~judged).sum()), k, "leave-one-out" if same else "gallery")
 
     def _neighbours(self, largest_class: int, gallery_size: int) -> int:
         recalls = [int(found[1]) for metric in self.metrics if (found := RECALL.fullmatch(metric))]

@@ -41,8 +41,9 @@ class ResultRow:
     """classes judged on: test or val"""
     classes: int
     """in that split"""
-    protocol: Literal["inductive", "transductive", "leave-one-out"]
-    """inductive: each query alone; transductive: queries inform each other; leave-one-out: each searches the rest"""
+    protocol: Literal["inductive", "transductive", "leave-one-out", "gallery"]
+    """inductive: each query alone; transductive: queries inform each other; leave-one-out: each searches the rest;
+    gallery: each searches a set of references"""
     episodes_hash: str
     """equal for results on the same episodes"""
     note: str
@@ -90,7 +91,9 @@ class ResultTable:
         )
 
     def add_retrieval(self, judged: Judgement, result: RetrievalResult) -> None:
-        """Adds a row for each retrieval figure."""
+        """Adds a row for each retrieval figure; queries that no neighbour could match are counted in its note."""
+        left_out = f"{result.num_left_out} queries alone in their class left out" if result.num_left_out else ""
+        note = "; ".join(text for text in (judged.note, left_out) if text)
         for metric, value in result.items():
             self.rows.append(
                 ResultRow(
@@ -105,9 +108,9 @@ class ResultTable:
                     None,
                     judged.split,
                     judged.classes,
-                    "leave-one-out",
+                    result.protocol,
                     "",
-                    judged.note,
+                    note,
                 )
             )
 

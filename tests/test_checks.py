@@ -1,0 +1,80 @@
+"""checks: what passes, and what the errors say."""
+
+import pytest
+import torch
+
+from pml_fewshot.checks import (
+    check_at_least_one,
+    check_disjoint,
+    check_enough_items,
+    check_finite,
+    check_labels,
+    require,
+)
+
+
+def test_require_says_what_was_expected_what_came_and_what_to_do():
+    require(True, "anything", 1, "nothing")
+    with pytest.raises(ValueError, match=r"^expected two, got 3; take one away$"):
+        require(False, "two", 3, "take one away")
+
+
+@pytest.mark.parametrize("value", [0, -1, True, False, 1.0, "1", None])
+def test_counts_are_integers_of_at_least_one(value: object):
+    check_at_least_one("shots", 1)
+    with pytest.raises(ValueError, match=r"expected shots to be an integer of at least 1, got .*; give shots >= 1"):
+        check_at_least_one("shots", value)  # type: ignore[arg-type]
+
+
+def test_finite_values_of_any_type_pass():
+    check_finite(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), "rows")
+    check_finite(torch.tensor([[1, 2]]), "rows")
+    check_finite(torch.empty(0, 3), "rows")
+    check_finite(torch.full((100, 3), torch.finfo(torch.float32).max), "rows")  # their float32 sum is infinite
+    check_finite(torch.full((100, 3), torch.finfo(torch.float16).max, dtype=torch.float16), "rows")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("shape", [(6,), (6, 2), (6, 2, 2)])
+def test_rows_that_are_not_finite_are_counted_and_the_first_is_named(bad: float, shape: tuple[int, ...]):
+    values = torch.zeros(shape)
+    values[2] = bad
+    values[4] = bad
+    with pytest.raises(ValueError, match=r"expected finite things, got NaN or infinity in 2 of 6 rows, first in row 2"):
+        check_finite(values, "things")
+
+
+def test_infinities_of_both_signs_do_not_cancel():
+    values = torch.tensor([[0.0, 0.0], [float("inf"), -float("inf")]])
+    with pytest.raises(ValueError, match="1 of 2 rows, first in row 1"):
+        check_finite(values, "rows")
+
+
+def test_finite_values_whose_sum_is_not_finite_pass():
+    check_finite(torch.full((3, 2), torch.finfo(torch.float64).max, dtype=torch.float64), "rows")
+
+
+def test_labels_are_int64_one_for_each_item():
+    check_labels(torch.tensor([5, -3, 2**60]), 3, "the")
+    for wrong in (torch.zeros(3), torch.zeros(3, dtype=torch.int32), torch.zeros(3, dtype=torch.bool), [0, 1, 2]):
+        with pytest.raises(TypeError, match=r"expected the set's labels as an int64 tensor, got .*; convert them"):
+            check_labels(wrong, 3, "the set's")  # type: ignore[arg-type]
+    for shape in ((2,), (4,), (3, 1), ()):
+        with pytest.raises(ValueError, match=r"labels of shape \(3,\), one for each item, got shape"):
+            check_labels(torch.zeros(shape, dtype=torch.int64), 3, "the set's")
+
+
+def test_the_first_class_with_too_few_items_is_named_by_its_label():
+    labels, counts = torch.tensor([-7, 10**12, 30]), torch.tensor([4, 2, 3])
+    check_enough_items(labels, counts, 2, "1 + 1")
+    with pytest.raises(
+        ValueError,
+        match=r"at least 4 items \(1 \+ 3\) in every class, got 2 in class 1000000000000 \(2 of 3 classes have too few",
+    ):
+        check_enough_items(labels, counts, 4, "1 + 3")
+
+
+def test_a_class_in_two_groups_is_named_with_both():
+    check_disjoint([("train", ["a", "b", "a"]), ("val", ["c"]), ("test", [])])
+    with pytest.raises(ValueError, match=r"class 'b' in train and in test; put each class into one split"):
+        check_disjoint([("train", ["a", "b"]), ("val", ["c"]), ("test", ["d", "b"])])
