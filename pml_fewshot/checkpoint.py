@@ -34,7 +34,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, OSError) as error:
         raise ValueError(
             f"expected a checkpoint at {path}, got a file that is broken or holds more than data "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); use another checkpoint"

@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 
 from pml_fewshot.allocator import keep_freed_memory
 from pml_fewshot.checkpoint import export_embedder
+from pml_fewshot.checks import check_at_least_one, require
 from pml_fewshot.data.episode_stream import Augmentation, EpisodeStream
 from pml_fewshot.data.fewshot_dataset import FewShotDataset, Splits, join
 from pml_fewshot.embedders.bank import EmbeddingBank
-from pml_fewshot.episodes import EpisodeSampler, EpisodeSpec
+from pml_fewshot.episodes import EpisodeSpec
 from pml_fewshot.evaluation.episodic import EpisodicEvaluator
 from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.evaluation.table import Judgement, ResultTable
@@ -42,7 +43,7 @@ class ExperimentConfig:
     name: str
     """folder of its runs, and its name in tables"""
     data: Callable[..., Splits]
-    """loader; one with a `root` argument is given the data root"""
+    """loader; one whose `root` is not given yet gets the data root"""
     trainer: Callable[[], nn.Module]
     """ProtoNetTrainer and the like, with embedder, loss and miner"""
     optimizer: Callable[..., Optimizer]
@@ -99,19 +100,22 @@ def run(config: ExperimentConfig) -> ResultTable:
         FileExistsError: the run folder holds another run.
         TrainingDiverged: NaN; what was recorded and the last good checkpoint stay in the run folder.
     """
+    evaluators, validator = _evaluators(config)
     device = _device(config.device)
     kept = keep_freed_memory() if device.type == "cpu" else False
     splits = _load(config)
     train = join([splits.train, splits.val]) if config.train_on_validation and splits.val else splits.train
     val = None if config.train_on_validation else splits.val
-    for spec in config.eval_specs:
-        EpisodeSampler(splits.test.labels, spec, torch.Generator())  # raises before hours of training, not after
+    for evaluator in evaluators:
+        evaluator.check(splits.test)  # raises before hours of training, not after
     if val is not None:
-        EpisodeSampler(val.labels, config.eval_specs[0], torch.Generator())
+        validator.check(val)
     stream = EpisodeStream(train.to(device), config.train_spec, config.seed, config.augment)
     torch.manual_seed(config.seed)  # initial weights, dropout and PML's miners draw from torch's own generator
     trainer = build(config.trainer).to(device)
     optimizer = config.optimizer(trainer.parameters())
+    scheduler = _scheduler(config, optimizer)
+    tester = build(config.retrieval)
 
     folder = new_run_folder(config.run_dir, config.name, config.seed)
     (folder / "config.txt").write_text(describe(config, splits, device))
@@ -119,14 +123,13 @@ def run(config: ExperimentConfig) -> ResultTable:
     if kept:
         print("memory: glibc keeps freed blocks for reuse (mallopt), which makes training steps up to twice as fast")
     recorder = Recorder(folder)
-    validator = EpisodicEvaluator(config.eval_specs[0], config.val_episodes, config.seed)
     try:
         history = fit(
             trainer,
             stream,
             optimizer,
             config.steps,
-            scheduler=_scheduler(config, optimizer),
+            scheduler=scheduler,
             validate=partial(validator.evaluate, trainer, val.to(device)) if val is not None else None,
             validate_every=config.validate_every,
             patience=config.patience,
@@ -144,21 +147,40 @@ def run(config: ExperimentConfig) -> ResultTable:
         f"weights of step {history.best_step}"
     )
     export_embedder(folder / "embedder.safetensors", trainer.embedder)
-    table = _judge(config, trainer, splits.test.to(device))
+    table = _judge(config.name, trainer, evaluators, tester, splits.test.to(device))
     table.write(folder)
     print(f"\n{table}\nwritten to {folder / 'results.csv'} and results.md")
     return table
 
 
-def _judge(config: ExperimentConfig, trainer: Any, test: FewShotDataset) -> ResultTable:
+def _evaluators(config: ExperimentConfig) -> tuple[list[EpisodicEvaluator], EpisodicEvaluator]:
+    """Those of the table and the one of validation. Raises for what would else fail after the folder is made."""
+    check_at_least_one("steps", config.steps)
+    check_at_least_one("validate_every", config.validate_every)
+    require(len(config.eval_specs) > 0, "at least one spec in eval_specs", "none", "say by which episodes to judge")
+    require(
+        config.patience is None or not config.train_on_validation,
+        "validation classes for patience",
+        "train_on_validation=True",
+        "drop one of the two",
+    )
+    evaluators = [EpisodicEvaluator(spec, config.num_episodes, config.seed) for spec in config.eval_specs]
+    return evaluators, EpisodicEvaluator(config.eval_specs[0], config.val_episodes, config.seed)
+
+
+def _judge(
+    name: str,
+    trainer: Any,
+    evaluators: list[EpisodicEvaluator],
+    tester: RetrievalTester | None,
+    test: FewShotDataset,
+) -> ResultTable:
     table = ResultTable()
-    judged = Judgement(config.name, "test", len(test.class_names), test.note)
+    judged = Judgement(name, "test", len(test.class_names), test.note)
     bank = trainer.bank(test)
-    for spec in config.eval_specs:
-        evaluator = EpisodicEvaluator(spec, config.num_episodes, config.seed)
+    for evaluator in evaluators:
         table.add_episodic(judged, evaluator.evaluate(trainer, test, bank))
-    if config.retrieval is not None:
-        tester = build(config.retrieval)
+    if tester is not None:
         if tester.distance is None:
             tester.distance = getattr(trainer.loss, "distance", None)
         table.add_retrieval(judged, tester.test(EmbeddingBank(bank, test.labels)))
@@ -172,7 +194,7 @@ def _device(wanted: Device) -> torch.device:
 
 
 def _load(config: ExperimentConfig) -> Splits:
-    if "root" not in inspect.signature(config.data).parameters:
+    if not _needs(config.data, "root"):
         return config.data()
     return config.data(root=config.data_root or Path(os.environ.get("PML_FEWSHOT_DATA", "data")))
 
@@ -180,10 +202,13 @@ def _load(config: ExperimentConfig) -> Splits:
 def _scheduler(config: ExperimentConfig, optimizer: Optimizer) -> Any:
     if config.scheduler is None:
         return None
-    steps = inspect.signature(config.scheduler).parameters.get("T_max")
-    if steps is not None and steps.default is inspect.Parameter.empty:
-        return config.scheduler(optimizer, T_max=config.steps)
-    return config.scheduler(optimizer)
+    return config.scheduler(optimizer, **({"T_max": config.steps} if _needs(config.scheduler, "T_max") else {}))
+
+
+def _needs(factory: Callable[..., Any], argument: str) -> bool:
+    """Whether a factory has an argument of this name that has no value yet."""
+    parameter = inspect.signature(factory).parameters.get(argument)
+    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,13 @@ from record_keeper import RecordKeeper, RecordWriter
 
 # record-keeper makes an unquoted SQL table and a file of each group's name, so a plain word it must be
 _GROUP = re.compile(r"[a-z][a-z_]*")
-_SQL_WORDS = {"order", "group", "table", "index", "select", "values", "where", "from", "to", "check", "default"}
+# every word that SQLite refuses as an unquoted name of a table
+_SQL_WORDS = re.compile(
+    "add|all|alter|and|as|autoincrement|between|case|check|collate|commit|constraint|create|default|deferrable|delete|"
+    "distinct|drop|else|escape|except|exists|foreign|from|group|having|if|in|index|insert|intersect|into|is|isnull|"
+    "join|limit|not|nothing|notnull|null|on|or|order|primary|references|returning|select|set|table|then|to|transaction|"
+    "union|unique|update|using|values|when|where|sqlite_.*"
+)
 
 
 class Recorder:
@@ -36,7 +42,7 @@ class Recorder:
         Raises:
             ValueError: the group's name is not a plain lower-case word or is a word of SQL.
         """
-        if not _GROUP.fullmatch(group) or group in _SQL_WORDS:
+        if not _GROUP.fullmatch(group) or _SQL_WORDS.fullmatch(group):
             raise ValueError(
                 f"expected a group of lower-case letters and underscores that is no word of SQL, got {group!r}; "
                 "name it train, validation or the like"

@@ -71,6 +71,10 @@ class EpisodicEvaluator:
         self.seed = seed
         self.chunk = chunk
 
+    def check(self, dataset: FewShotDataset) -> None:
+        """Raises the ValueError that `evaluate` would, when the set has too few classes or items for the spec."""
+        EpisodeSampler(dataset.labels, self.spec, torch.Generator())
+
     @torch.no_grad()
     def evaluate(self, trainer: Judged, dataset: FewShotDataset, bank: Tensor | None = None) -> EpisodicResult:
         """Evaluates `trainer` on episodes of `dataset`.

@@ -1,7 +1,8 @@
 """fit: the only training loop."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ def fit(
     """
     for name, count in (("steps", steps), ("validate_every", validate_every), ("checkpoint_every", checkpoint_every)):
         check_at_least_one(name, count)
+    if patience is not None:
+        check_at_least_one("patience", patience)
     plateau = scheduler if isinstance(scheduler, ReduceLROnPlateau) else None
     require(
         validate is not None or (plateau is None and patience is None),
@@ -88,6 +91,8 @@ def fit(
     history = state.history
     started = time.perf_counter() - history.seconds
     source = iter(batches)
+    if "batches" not in state.parts and not isinstance(batches, Iterator):
+        source = islice(source, history.steps, None)  # a list begins anew: leave out what was trained on
     recent: list[Tensor] = []  # losses that have not been looked at
     bar = tqdm(total=steps, initial=history.steps, desc="training", unit="step", disable=not progress, mininterval=1)
     trainer.train()
@@ -107,6 +112,7 @@ def fit(
             if clip_norm is not None:
                 nn.utils.clip_grad_norm_(trainer.parameters(), clip_norm)
             optimizer.step()
+            rate = float(optimizer.param_groups[0]["lr"])
             if scheduler is not None and plateau is None:
                 scheduler.step()
             history.steps += 1
@@ -117,7 +123,7 @@ def fit(
             validation_due = validate is not None and (last or history.steps % validate_every == 0)
             checkpoint_due = last or history.steps % checkpoint_every == 0
             if validation_due or checkpoint_due or history.steps % LOG_EVERY == 0:
-                values = _look_at(recent, trainer, optimizer, history, checkpoint)
+                values = _look_at(recent, trainer, rate, history, checkpoint)
                 bar.set_postfix({name: f"{value:.4f}" for name, value in values.items() if name != "learning_rate"})
                 if recorder is not None:
                     recorder.record("train", history.steps, **values)
@@ -152,11 +158,10 @@ def _weight_penalty(trainer: nn.Module, l2: float, l1: float) -> Tensor:
 
 
 def _look_at(
-    recent: list[Tensor], trainer: nn.Module, optimizer: Optimizer, history: History, checkpoint: str | Path | None
+    recent: list[Tensor], trainer: nn.Module, rate: float, history: History, checkpoint: str | Path | None
 ) -> dict[str, float]:
     """Returns what to record of the steps since the last look, or raises TrainingDiverged when they went wrong."""
     losses = torch.stack(recent).double().cpu()
-    rate = float(optimizer.param_groups[0]["lr"])
     bad = (~losses.isfinite()).nonzero().flatten()
     if len(bad) or not all(p.isfinite().all() for p in trainer.parameters()):
         step = history.steps - len(losses) + 1 + int(bad[0]) if len(bad) else history.steps
@@ -177,9 +182,10 @@ def _look_at(
 
 def _cannot_fall_further(plateau: ReduceLROnPlateau, accuracy: float) -> bool:
     """Steps the scheduler; True when it wanted to lower rates that were at their lowest already."""
-    groups = zip(plateau.optimizer.param_groups, plateau.min_lrs, strict=True)
-    lowest = all(group["lr"] - low <= plateau.eps for group, low in groups)
-    best = plateau.best
+    rates = [(group["lr"], low) for group, low in zip(plateau.optimizer.param_groups, plateau.min_lrs, strict=True)]
+    # torch leaves a rate as it is when the change would be no larger than eps
+    lowest = all(rate - max(rate * plateau.factor, low) <= plateau.eps for rate, low in rates)
+    best, cooling = plateau.best, plateau.in_cooldown
     plateau.step(accuracy if plateau.mode == "max" else 1 - accuracy)
     # num_bad_epochs returns to 0 on a new best and on an attempt to lower the rate
-    return lowest and plateau.num_bad_epochs == 0 and plateau.best == best
+    return lowest and not cooling and plateau.num_bad_epochs == 0 and plateau.best == best

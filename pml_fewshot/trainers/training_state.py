@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pml_fewshot.checks import require
+
 
 @dataclass
 class History:
@@ -78,6 +80,10 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        missing = self.parts.keys() - state.keys()
+        require(
+            not missing, f"{', '.join(self.parts)} in the checkpoint", f"no {', '.join(missing)}", "resume what ran"
+        )
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.best, self.best_accuracy = state["best"], state["best_accuracy"]

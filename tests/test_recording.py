@@ -1,0 +1,135 @@
+"""Recorder: names that SQL would choke on are refused, and what was recorded is on disk after save."""
+
+import csv
+import importlib.util
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pml_fewshot.recording import Recorder
+
+
+@pytest.fixture
+def without_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tensorboard takes seconds to import, and most of what is tested here has nothing to do with it."""
+    find_spec = importlib.util.find_spec
+
+    def find(name: str, package: str | None = None) -> Any:
+        return None if name == "tensorboard" else find_spec(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+
+
+def table(folder: Path, group: str) -> list[dict[str, Any]]:
+    with closing(sqlite3.connect(folder / "logs.db")) as connection:
+        connection.row_factory = sqlite3.Row
+        return [dict(row) for row in connection.execute(f"SELECT * FROM {group}")]
+
+
+def csv_rows(folder: Path, group: str) -> list[dict[str, str]]:
+    with (folder / f"{group}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.usefixtures("without_tensorboard")
+def test_database_and_csv_hold_the_rows_after_save(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "run")
+    recorder.record("train", 20, loss=0.5, accuracy=0.25)
+    recorder.record("train", 40, loss=0.125, accuracy=1)
+    recorder.record("validation", 40, accuracy=0.75)
+    assert not (tmp_path / "run" / "train.csv").exists()
+    recorder.save()
+    rows = table(tmp_path / "run", "train")
+    assert [(row["step"], row["loss"], row["accuracy"]) for row in rows] == [(20, 0.5, 0.25), (40, 0.125, 1.0)]
+    assert [row["accuracy"] for row in table(tmp_path / "run", "validation")] == [0.75]
+    written = csv_rows(tmp_path / "run", "train")
+    assert [(int(row["step"]), float(row["loss"])) for row in written] == [(20, 0.5), (40, 0.125)]
+    assert float(csv_rows(tmp_path / "run", "validation")[0]["accuracy"]) == 0.75
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+@pytest.mark.usefixtures("without_tensorboard")
+def test_later_rows_are_appended_and_none_is_written_twice(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    for step in (1, 2, 3):
+        recorder.record("train", step, loss=step / 2)
+        recorder.save()
+    recorder.record("train", 4, loss=2)
+    recorder.close()
+    assert [row["step"] for row in table(tmp_path, "train")] == [1, 2, 3, 4]
+    assert [row["step"] for row in csv_rows(tmp_path, "train")] == ["1", "2", "3", "4"]
+
+
+@pytest.mark.usefixtures("without_tensorboard")
+def test_a_value_that_comes_later_gets_its_column(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    recorder.record("train", 1, loss=0.5)
+    recorder.save()
+    recorder.record("train", 2, loss=0.25, accuracy=0.75)
+    recorder.save()
+    assert [row["accuracy"] for row in table(tmp_path, "train")] == [None, 0.75]
+
+
+@pytest.mark.usefixtures("without_tensorboard")
+def test_saving_nothing_is_fine(tmp_path: Path) -> None:
+    Recorder(tmp_path / "run").close()
+    assert (tmp_path / "run").is_dir()
+
+
+BAD = ["order", "group", "select", "5way_1shot", "val/acc", "val-acc", "val acc", "", "Train", "../x", "_x", "a;b", "é"]
+
+
+@pytest.mark.usefixtures("without_tensorboard")
+@pytest.mark.parametrize("group", BAD)
+def test_names_that_sql_or_a_file_system_would_choke_on_are_refused(group: str, tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    with pytest.raises(ValueError, match=r"expected a group of lower-case letters .*; name it train"):
+        recorder.record(group, 1, loss=0.5)
+
+
+# words that cannot be the name of a table: each of https://sqlite.org/lang_keywords.html was tried
+KEYWORDS = """
+add all alter and as autoincrement between case check collate commit constraint create default deferrable delete
+distinct drop else escape except exists foreign from group having if in index insert intersect into is isnull join
+limit not nothing notnull null on or order primary references returning select set table then to transaction union
+unique update using values when where
+"""
+
+
+@pytest.mark.usefixtures("without_tensorboard")
+def test_every_word_is_refused_at_once_or_can_be_saved(tmp_path: Path) -> None:
+    """A name that is accepted and fails when it is saved costs the records of the whole run."""
+    lost = []
+    for word in [*KEYWORDS.split(), "sqlite_x", "train", "validation", "test", "row", "rows", "plan", "key"]:
+        recorder = Recorder(tmp_path / word)
+        try:
+            recorder.record(word, 1, loss=0.5)
+        except ValueError:
+            continue
+        try:
+            recorder.save()
+        except sqlite3.Error:
+            lost.append(word)
+    assert lost == []
+
+
+@pytest.mark.usefixtures("without_tensorboard")
+def test_value_that_is_no_number_raises(tmp_path: Path) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        Recorder(tmp_path).record("train", 1, loss="high")  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="the package tensorboard is not installed")
+def test_tensorboard_gets_the_values_where_it_is_installed(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recorder = Recorder(tmp_path)
+    recorder.record("train", 20, loss=0.5)
+    recorder.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(20, 0.5)]
+    assert [row["loss"] for row in table(tmp_path, "train")] == [0.5]
