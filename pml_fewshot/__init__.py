@@ -6,6 +6,7 @@ ensure_torchvision()  # before anything that imports torchvision
 
 # ruff: noqa: E402
 from pml_fewshot.checkpoint import export_embedder, load_checkpoint, load_embedder, save_checkpoint
+from pml_fewshot.command_line import main
 from pml_fewshot.data.augmentation import RandomAffine
 from pml_fewshot.data.episode_stream import EpisodeStream
 from pml_fewshot.data.fewshot_dataset import FewShotDataset, Splits, join
@@ -23,7 +24,7 @@ from pml_fewshot.evaluation.episodic import EpisodicEvaluator, EpisodicResult, e
 from pml_fewshot.evaluation.heads import nearest_neighbour, nearest_prototype
 from pml_fewshot.evaluation.retrieval import RetrievalResult, RetrievalTester
 from pml_fewshot.evaluation.table import ResultRow, ResultTable
-from pml_fewshot.experiment import ExperimentConfig, main, run
+from pml_fewshot.experiment import ExperimentConfig, run
 from pml_fewshot.losses.prototypical import PrototypicalLoss
 from pml_fewshot.recording import Recorder
 from pml_fewshot.trainers.fit import History, TrainingDiverged, fit

@@ -1,6 +1,8 @@
 """Checks of shape, range and classes. Every message says what was expected, what came and what to do."""
 
+import difflib
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -14,8 +16,16 @@ def require(condition: bool, expected: str, got: object, do: str) -> None:
 
 def check_at_least_one(name: str, value: int) -> None:
     """Raises a ValueError unless value is an integer >= 1 (a bool is none)."""
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    is_count = isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
     require(is_count, f"{name} to be an integer of at least 1", repr(value), f"give {name} >= 1")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raises a ValueError that suggests the nearest choice unless value is one of them."""
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        do = f"did you mean {near[0]!r}?" if near else "choose one of them"
+        raise ValueError(f"expected {name} as one of {', '.join(map(repr, choices))}, got {value!r}; {do}")
 
 
 def check_finite(values: Tensor, what: str) -> None:
@@ -36,8 +46,8 @@ def check_finite(values: Tensor, what: str) -> None:
 def check_labels(labels: Tensor, length: int, what: str) -> None:
     """Raises unless labels are int64, of shape (length,)."""
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        got = getattr(labels, "dtype", type(labels).__name__)
-        raise TypeError(f"expected {what} labels as an int64 tensor, got {got}; convert them with .long()")
+        got = f"a tensor of {labels.dtype}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
+        raise TypeError(f"expected {what} labels as an int64 tensor, got {got}; use torch.as_tensor(labels).long()")
     require(
         labels.ndim == 1 and len(labels) == length,
         f"{what} labels of shape ({length},), one for each item",

@@ -74,9 +74,13 @@ class EpisodeIndex:
     def __getitem__(self, episodes: slice) -> "EpisodeIndex":
         return EpisodeIndex(self.support[episodes], self.query[episodes])
 
-    def hash(self) -> str:
-        """16 hex digits that identify this list of episodes: equal hashes mean the same items in the same roles."""
-        digest = hashlib.blake2b(digest_size=8)
+    def hash(self, fingerprint: str = "") -> str:
+        """16 hex digits that identify this list of episodes: equal hashes mean the same items in the same roles.
+
+        Args:
+            fingerprint: of the data set that the indices point into; without it only the indices are identified.
+        """
+        digest = hashlib.blake2b(fingerprint.encode(), digest_size=8)
         for part in (self.support, self.query):
             digest.update(str(tuple(part.shape)).encode())
             digest.update(part.cpu().contiguous().numpy().astype("<i8", copy=False).data)

@@ -1,16 +1,16 @@
-"""ExperimentConfig: an experiment as data; run(config): from images to the result table; main(config): the same from
-the command line."""
+"""ExperimentConfig: an experiment as data; run(config): from images to the result table."""
 
+import copy
 import inspect
 import os
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from torch import nn
 from torch.optim import Optimizer
 
@@ -21,7 +21,7 @@ from pml_fewshot.data.episode_stream import Augmentation, EpisodeStream
 from pml_fewshot.data.fewshot_dataset import FewShotDataset, Splits, join
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.episodes import EpisodeSpec
-from pml_fewshot.evaluation.episodic import EpisodicEvaluator
+from pml_fewshot.evaluation.episodic import EpisodicEvaluator, evaluate_grid
 from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.evaluation.table import Judgement, ResultTable
 from pml_fewshot.parts import build
@@ -59,7 +59,7 @@ class ExperimentConfig:
     scheduler: Callable[..., Any] | None = None
     """called with the optimizer; one that still needs `T_max` (CosineAnnealingLR) is given the steps"""
     augment: Augmentation | None = None
-    """distorts the training images, see data/augmentation.py"""
+    """`augment(images, generator)`, an object like RandomAffine(), distorts the training images"""
     train_on_validation: bool = False
     """join the validation classes to the training classes, as Snell et al. do for final figures: nothing is left to
     validate on, and the last weights are kept"""
@@ -78,7 +78,7 @@ class ExperimentConfig:
     num_episodes: int = 10_000
     """test episodes of each spec"""
     val_episodes: int = 1000
-    """validation episodes: enough to choose a checkpoint by (an interval of about 0.3 points)"""
+    """validation episodes: enough to choose a checkpoint by"""
     retrieval: Callable[[], RetrievalTester] | None = RetrievalTester
     """k-NN figures over the test classes, ranked by the loss's distance; none when None"""
     device: Device = "auto"
@@ -100,14 +100,17 @@ def run(config: ExperimentConfig) -> ResultTable:
         FileExistsError: the run folder holds another run.
         TrainingDiverged: NaN; what was recorded and the last good checkpoint stay in the run folder.
     """
-    evaluators, validator = _evaluators(config)
+    _check(config)
     device = _device(config.device)
+    folder = new_run_folder(config.run_dir, config.name, config.seed)
     kept = keep_freed_memory() if device.type == "cpu" else False
     splits = _load(config)
-    train = join([splits.train, splits.val]) if config.train_on_validation and splits.val else splits.train
-    val = None if config.train_on_validation else splits.val
-    for evaluator in evaluators:
-        evaluator.check(splits.test)  # raises before hours of training, not after
+    train, val = splits.train, splits.val
+    if config.train_on_validation and val is not None:
+        train, val = join([train, val]), None
+    for spec in config.eval_specs:
+        EpisodicEvaluator(spec).check(splits.test)  # raises before hours of training, not after
+    validator = EpisodicEvaluator(config.eval_specs[0], config.val_episodes, config.seed)
     if val is not None:
         validator.check(val)
     stream = EpisodeStream(train.to(device), config.train_spec, config.seed, config.augment)
@@ -117,11 +120,11 @@ def run(config: ExperimentConfig) -> ResultTable:
     scheduler = _scheduler(config, optimizer)
     tester = build(config.retrieval)
 
-    folder = new_run_folder(config.run_dir, config.name, config.seed)
-    (folder / "config.txt").write_text(describe(config, splits, device))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.txt").write_text(describe(config, train, splits, device), encoding="utf-8")
     print(f"{config.name}: {train} on {device}, run folder {folder}")
     if kept:
-        print("memory: glibc keeps freed blocks for reuse (mallopt), which makes training steps up to twice as fast")
+        print("memory: glibc is told to keep freed blocks for reuse (mallopt), or training steps take twice the time")
     recorder = Recorder(folder)
     try:
         history = fit(
@@ -140,49 +143,44 @@ def run(config: ExperimentConfig) -> ResultTable:
             recorder=recorder,
             checkpoint=folder / "last.pt",
         )
+    except Exception:
+        if not (folder / "last.pt").exists():  # not one step was made: leave the folder as it was, empty
+            recorder.close()
+            shutil.rmtree(folder)
+        raise
     finally:
         recorder.close()
     print(
         f"trained {history.steps} steps in {history.seconds / 60:.1f} minutes ({history.stopped}), "
         f"weights of step {history.best_step}"
     )
-    export_embedder(folder / "embedder.safetensors", trainer.embedder)
-    table = _judge(config.name, trainer, evaluators, tester, splits.test.to(device))
+    table = _judge(config, trainer, tester, splits.test.to(device))
     table.write(folder)
+    if isinstance(getattr(trainer, "embedder", None), nn.Module):
+        export_embedder(folder / "embedder.safetensors", trainer.embedder)
     print(f"\n{table}\nwritten to {folder / 'results.csv'} and results.md")
     return table
 
 
-def _evaluators(config: ExperimentConfig) -> tuple[list[EpisodicEvaluator], EpisodicEvaluator]:
-    """Those of the table and the one of validation. Raises for what would else fail after the folder is made."""
+def _check(config: ExperimentConfig) -> None:
     check_at_least_one("steps", config.steps)
     check_at_least_one("validate_every", config.validate_every)
     require(len(config.eval_specs) > 0, "at least one spec in eval_specs", "none", "say by which episodes to judge")
-    require(
-        config.patience is None or not config.train_on_validation,
-        "validation classes for patience",
-        "train_on_validation=True",
-        "drop one of the two",
-    )
-    evaluators = [EpisodicEvaluator(spec, config.num_episodes, config.seed) for spec in config.eval_specs]
-    return evaluators, EpisodicEvaluator(config.eval_specs[0], config.val_episodes, config.seed)
+    EpisodicEvaluator(config.eval_specs[0], config.num_episodes)
 
 
-def _judge(
-    name: str,
-    trainer: Any,
-    evaluators: list[EpisodicEvaluator],
-    tester: RetrievalTester | None,
-    test: FewShotDataset,
-) -> ResultTable:
+def _judge(config: ExperimentConfig, trainer: Any, tester: RetrievalTester | None, test: FewShotDataset) -> ResultTable:
     table = ResultTable()
-    judged = Judgement(name, "test", len(test.class_names), test.note)
+    trained_on = "trained on train and val classes" if config.train_on_validation else ""
+    note = "; ".join(text for text in (test.note, trained_on) if text)
+    judged = Judgement(config.name, "test", len(test.class_names), note)
     bank = trainer.bank(test)
-    for evaluator in evaluators:
-        table.add_episodic(judged, evaluator.evaluate(trainer, test, bank))
+    for result in evaluate_grid(trainer, test, config.eval_specs, config.num_episodes, config.seed, bank):
+        table.add_episodic(judged, result)
     if tester is not None:
         if tester.distance is None:
-            tester.distance = getattr(trainer.loss, "distance", None)
+            tester = copy.copy(tester)  # the config's own may serve another run
+            tester.distance = getattr(getattr(trainer, "loss", None), "distance", None)
         table.add_retrieval(judged, tester.test(EmbeddingBank(bank, test.labels)))
     return table
 
@@ -209,46 +207,3 @@ def _needs(factory: Callable[..., Any], argument: str) -> bool:
     """Whether a factory has an argument of this name that has no value yet."""
     parameter = inspect.signature(factory).parameters.get(argument)
     return parameter is not None and parameter.default is inspect.Parameter.empty
-
-
-@dataclass(frozen=True)
-class _EvalSpec:
-    """Judge by one spec alone; what is not given is taken from the experiment's first."""
-
-    ways: int | None = None
-    """classes in an episode"""
-    shots: int | None = None
-    """support items of each class"""
-    queries: int | None = None
-    """query items of each class"""
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What may differ between two runs of one experiment; everything else is edited in its file."""
-
-    steps: int
-    """training steps"""
-    seed: int
-    """of weights, training episodes, augmentation and test episodes"""
-    device: Device
-    """auto: CUDA where there is one"""
-    data_root: Path | None
-    """folder of the data; PML_FEWSHOT_DATA, else data/, when not given"""
-    run_dir: Path | None
-    """folder of this run; a new one below runs/ when not given"""
-    num_episodes: int
-    """test episodes of each spec"""
-    train_spec: EpisodeSpec
-    eval_spec: _EvalSpec = field(default_factory=_EvalSpec)
-
-
-def main(config: ExperimentConfig) -> ResultTable:
-    """Runs the experiment with what the command line changes of it (`--help` lists the options)."""
-    kept = {f.name: getattr(config, f.name) for f in fields(_Options) if f.name != "eval_spec"}
-    options = tyro.cli(_Options, default=_Options(**kept), description=f"Runs the experiment {config.name}.")
-    changed: dict[str, Any] = {name: getattr(options, name) for name in kept}
-    given = {name: value for name, value in vars(options.eval_spec).items() if value is not None}
-    if given:
-        changed["eval_specs"] = (replace(config.eval_specs[0], **given),)
-    return run(replace(config, **changed))

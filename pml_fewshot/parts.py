@@ -1,20 +1,26 @@
 """Parts of an experiment: objects, or zero-argument factories of them."""
 
 from functools import partial
+from types import FunctionType
 from typing import Any
+
+from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 
 
 def build(part: Any) -> Any:
-    """Returns the object that a part describes: a class or a `functools.partial` is called, anything else is returned.
+    """Returns what a part describes: a class, function or `functools.partial` is called, anything else is returned.
 
-    Partials among a partial's arguments are built first, so `partial(NTXentLoss, distance=partial(LpDistance, p=1))`
-    needs no lambda. Classes among them are passed on as they are (`norm_layer` of a torchvision model wants a class).
+    Among a partial's arguments, partials and classes of PML parts are built first, so neither
+    `partial(NTXentLoss, distance=partial(LpDistance, p=1))` nor `partial(NTXentLoss, distance=CosineSimilarity)` needs
+    a lambda. Other classes and functions there are passed on as they are (torchvision's `norm_layer` wants a class).
     """
-    return part() if isinstance(part, type) else _build_partial(part)
+    return part() if isinstance(part, type | FunctionType) else _build_argument(part)
 
 
-def _build_partial(part: Any) -> Any:
+def _build_argument(part: Any) -> Any:
+    if isinstance(part, type) and issubclass(part, ModuleWithRecords):  # the base of all of PML's parts
+        return part()
     if not isinstance(part, partial):
         return part
-    arguments = {name: _build_partial(value) for name, value in part.keywords.items()}
-    return part.func(*map(_build_partial, part.args), **arguments)
+    arguments = {name: _build_argument(value) for name, value in part.keywords.items()}
+    return part.func(*map(_build_argument, part.args), **arguments)

@@ -57,7 +57,9 @@ def test_finite_values_whose_sum_is_not_finite_pass():
 def test_labels_are_int64_one_for_each_item():
     check_labels(torch.tensor([5, -3, 2**60]), 3, "the")
     for wrong in (torch.zeros(3), torch.zeros(3, dtype=torch.int32), torch.zeros(3, dtype=torch.bool), [0, 1, 2]):
-        with pytest.raises(TypeError, match=r"expected the set's labels as an int64 tensor, got .*; convert them"):
+        with pytest.raises(
+            TypeError, match=r"expected the set's labels as an int64 tensor, got .*; use torch.as_tensor"
+        ):
             check_labels(wrong, 3, "the set's")  # type: ignore[arg-type]
     for shape in ((2,), (4,), (3, 1), ()):
         with pytest.raises(ValueError, match=r"labels of shape \(3,\), one for each item, got shape"):

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pml_fewshot.checks import require
+
 
 @dataclass(frozen=True)
 class RandomAffine:
@@ -30,6 +32,12 @@ class RandomAffine:
     translate: float = 0.05
     flip: bool = False
     probability: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(0 <= self.probability <= 1, "probability from 0 to 1", str(self.probability), "give a fraction")
+        require(0 <= self.scale < 1, "scale from 0 to below 1", str(self.scale), "give a relative change of size")
+        for name in ("degrees", "shear", "translate"):
+            require(getattr(self, name) >= 0, f"{name} of at least 0", str(getattr(self, name)), "both signs are drawn")
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Returns distorted images.

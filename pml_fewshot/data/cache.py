@@ -68,7 +68,7 @@ def files_state(files: Iterable[Path]) -> str:
 
 
 def cached_images(
-    name: str, source: Sequence[object], state: str, read: Callable[[], Source], cache_dir: Path | None = None
+    name: str, source: Sequence[object], state: str, read: Callable[[], Source], cache_dir: str | Path | None = None
 ) -> CachedImages:
     """Returns the images of a source, from the cache when it holds them as they are now, else read and stored.
 
@@ -87,6 +87,7 @@ def cached_images(
         unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
         try:
             _write(read(), unfinished, name)
+            unfinished.chmod(0o755)  # a shared cache is for all to read
             _publish(unfinished, entry)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)  # only there when something failed or another was first
@@ -117,6 +118,9 @@ def _write(source: Source, folder: Path, name: str) -> None:
     del images
     np.save(folder / "labels.npy", np.asarray(labels, dtype=np.int64))
     (folder / "about.json").write_text(json.dumps(source.about(), ensure_ascii=False), encoding="utf-8")
+    for file in folder.iterdir():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())  # a rename is only as lasting as the data behind it
 
 
 def _load(entry: Path) -> CachedImages:

@@ -1,5 +1,7 @@
 """Labelled images in one tensor (FewShotDataset) and their division into classes for training and judging (Splits)."""
 
+import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -24,12 +26,20 @@ class FewShotDataset:
 
     Raises:
         TypeError: images are not uint8 or labels not int64.
-        ValueError: other shapes, labels of another length or outside of the class names, or a repeated class name.
+        ValueError: other shapes, labels of another length or outside of the class names, a repeated name, or a
+            class without an image.
+
+    A map stays a map until its images are moved or rearranged: `.to(another device)`, `of_classes`, `rotated` and
+    `join` copy into memory, and so does a read-only slice of a map (slice one that was opened with mode "c").
     """
 
     def __init__(self, images: Tensor | np.ndarray, labels: Tensor, class_names: Sequence[str], note: str = "") -> None:
         if isinstance(images, np.ndarray):
             images = torch.from_numpy(_writable_view(images))
+        if not isinstance(images, Tensor):
+            raise TypeError(
+                f"expected images as a tensor or a numpy array, got a {type(images).__name__}; convert them"
+            )
         if images.dtype != torch.uint8:
             raise TypeError(
                 f"expected uint8 images, got {images.dtype}; scale floats in [0, 1] by 255, round, and convert "
@@ -47,11 +57,14 @@ class FewShotDataset:
             f"labels from {low} to {high}",
             "number the classes from 0 and name each",
         )
+        repeated = [name for name, count in Counter(class_names).items() if count > 1]
+        require(not repeated, "class names that are all different", f"{repeated[:3]} more than once", "rename them")
+        empty = (torch.bincount(labels, minlength=len(class_names)) == 0).nonzero().flatten().tolist()
         require(
-            len(set(class_names)) == len(class_names),
-            "class names that are all different",
-            f"{len(class_names)} names of which {len(set(class_names))} differ",
-            "rename the repeated ones",
+            not empty,
+            "at least one image in every class",
+            f"none in {len(empty)} of {len(class_names)}, first {class_names[empty[0]]!r}" if empty else "",
+            "leave out the names of empty classes",
         )
         self.images = images
         self.labels = labels
@@ -85,6 +98,12 @@ class FewShotDataset:
         """Returns the images at `index`, of any shape, as floats in [0, 1]: shape (*index.shape, C, H, W)."""
         flat = self.images[index.to(self.images.device).flatten()]
         return flat.to(torch.float32).div_(255).reshape(*index.shape, *self.item_shape)
+
+    def fingerprint(self) -> str:
+        """16 hex digits of class names, labels and item shape: which set this is, without reading its images."""
+        digest = hashlib.blake2b(repr((self.class_names, self.item_shape)).encode(), digest_size=8)
+        digest.update(self.labels.cpu().contiguous().numpy().astype("<i8", copy=False).data)
+        return digest.hexdigest()
 
     def of_classes(self, classes: Sequence[int]) -> "FewShotDataset":
         """Returns the items of the numbered classes, relabelled from 0 in the order given."""

@@ -71,7 +71,7 @@ def load_glyphs(seed: int = 0, cache_dir: str | Path | None = None) -> Splits:
         (seed, RECIPE, PIL.__version__, features.version("freetype2"), *faces.values()),
         files_state(faces.values()),
         lambda: _read(faces, seed),
-        Path(cache_dir) if cache_dir is not None else None,
+        cache_dir,
     )
     names: list[str] = cached.about["class_names"]
     everything = FewShotDataset(cached.images, cached.labels, names)

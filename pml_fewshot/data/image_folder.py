@@ -74,7 +74,7 @@ def load_image_folder(
         ValueError: no images, images outside of class folders, too few classes for the splits, a class in two splits,
             or a broken image (with skip_broken: a class of broken images only).
     """
-    root = Path(root)
+    root = Path(root).resolve()
     if not root.is_dir():
         raise FileNotFoundError(f"expected a folder of images at {root}, got no folder there; name another root")
     names = image_names(root)
@@ -161,10 +161,10 @@ def read_splits(
     check_disjoint([(split, tuple(classes)) for split, classes in images.splits.items()])
     cached = cached_images(
         name,
-        (images.place.resolve(), image_size, channels, skip_broken, *drawn),
+        (images.place, image_size, channels, skip_broken, *drawn),
         files_state(images.files),
         lambda: _source(images, image_size, channels, skip_broken),
-        Path(cache_dir) if cache_dir is not None else None,
+        cache_dir,
     )
     broken = cached.about["broken"]
     if broken:

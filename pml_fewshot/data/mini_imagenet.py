@@ -46,7 +46,7 @@ def load_mini_imagenet(
         FileNotFoundError: none of the layouts is there, or a list names a missing file.
         ValueError: a broken zip, list or image, several zips that fit, or another number of classes.
     """
-    root = Path(root)
+    root = Path(root).resolve()
     if root.is_file():
         return _load_zip(root, image_size, memory_map, cache_dir)
     for place in (root / subfolder for subfolder in SUBFOLDERS):

@@ -1,5 +1,6 @@
 """Omniglot (Lake et al. 2015): 1,623 handwritten characters of 50 alphabets, 20 drawings each."""
 
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from pml_fewshot.checks import check_at_least_one, require
+from pml_fewshot.checks import check_at_least_one, check_choice, require
 from pml_fewshot.data.cache import Source, cached_images, files_state
 from pml_fewshot.data.fewshot_dataset import FewShotDataset, Splits
 from pml_fewshot.data.zip_archive import open_zip
@@ -59,21 +60,22 @@ def load_omniglot(
 
     Raises:
         FileNotFoundError: a part is neither there as a zip nor as a folder.
+        ConnectionError: a download failed or had another md5.
         ValueError: a zip or an image is broken or a part has another number of characters or drawings than Omniglot.
     """
     check_at_least_one("image_size", image_size)
-    require(split in ("vinyals", "official"), "split 'vinyals' or 'official'", repr(split), "choose one of them")
-    root = Path(root)
+    check_choice("split", split, ("vinyals", "official"))
+    root = Path(root).resolve()
     if download:
         _download(root)
     parts = {part: _find_part(root, part) for part in PARTS}
     files = [file for part in parts.values() for file in ([part] if part.is_file() else part.rglob("*.png"))]
     cached = cached_images(
         "omniglot",
-        (*(part.resolve() for part in parts.values()), image_size),
+        (*parts.values(), image_size),
         files_state(files),
         lambda: _read(parts, image_size),
-        Path(cache_dir) if cache_dir is not None else None,
+        cache_dir,
     )
     everything = FewShotDataset(cached.images, cached.labels, cached.about["class_names"])
 
@@ -111,7 +113,17 @@ def _download(root: Path) -> None:
         try:
             _find_part(root, part)
         except FileNotFoundError:
-            download_url(f"{OFFICIAL_URL}/{part}.zip", str(root), md5=md5)
+            root.mkdir(parents=True, exist_ok=True)
+            # fetched beside and moved when its md5 is right, so that a part of a file is never taken for the whole
+            with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=root) as beside:
+                url = f"{OFFICIAL_URL}/{part}.zip"
+                try:
+                    download_url(url, beside, md5=md5)
+                except (RuntimeError, OSError) as error:
+                    raise ConnectionError(
+                        f"expected {part}.zip with md5 {md5} from {url}, got {error}; fetch it by hand into {root}"
+                    ) from error
+                (Path(beside) / f"{part}.zip").rename(root / f"{part}.zip")
 
 
 def _read(parts: dict[str, Path], image_size: int) -> Source:

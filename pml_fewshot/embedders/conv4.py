@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from pml_fewshot.checks import require
+
 
 class ConvBlock(nn.Module):
     """3x3 convolution, batch norm, 2x2 max-pool, ReLU.
@@ -24,11 +26,9 @@ class ConvBlock(nn.Module):
         self.norm = nn.BatchNorm2d(out_channels)
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.training or torch.is_grad_enabled():
-            return F.max_pool2d(self.norm(self.conv(images)), 2).relu_()
         norm = self.norm
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
+        if norm.training or norm.running_mean is None or norm.running_var is None or torch.is_grad_enabled():
+            return F.max_pool2d(norm(self.conv(images)), 2).relu_()
         weight, bias = fuse_conv_bn_weights(
             self.conv.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )
@@ -50,9 +50,17 @@ class Conv4(nn.Module):
 
     def __init__(self, in_channels: int = 1, channels: int = 64) -> None:
         super().__init__()
+        self.in_channels = in_channels
         widths = [in_channels, channels, channels, channels, channels]
         self.blocks = nn.Sequential(*(ConvBlock(i, o) for i, o in pairwise(widths)))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
+        channels, height, width = images.shape[1:]
+        require(
+            channels == self.in_channels and min(height, width) >= 16,
+            f"images of {self.in_channels} channels and at least 16 x 16 pixels",
+            f"{channels} channels of {height} x {width}",
+            "set in_channels, or load the images larger: four poolings leave nothing of fewer pixels",
+        )
         return self.blocks(images.contiguous(memory_format=torch.channels_last)).flatten(1)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from pml_fewshot.checks import check_at_least_one, require
 from pml_fewshot.data.fewshot_dataset import FewShotDataset
 from pml_fewshot.embedders.bank import EmbeddingBank
+from pml_fewshot.modes import eval_mode
 from pml_fewshot.parts import build
 
 # Images embedded at a time where the caller does not say. On a CPU a batch whose largest activation stays near the
@@ -64,7 +65,7 @@ class Embedder(nn.Module):
 
         Args:
             dataset: M images with labels.
-            batch_size: images at a time; when None 128 on a CPU, 4,096 on a GPU. It does not change the result.
+            batch_size: images at a time; when None 128 on a CPU, 4,096 on a GPU. It changes no more than rounding.
             device: where to compute and to keep the bank; the embedder's own when None.
 
         Returns:
@@ -74,20 +75,18 @@ class Embedder(nn.Module):
             ValueError: an embedding is NaN or infinite.
         """
         own_device = self.device
-        was_training = [(module, module.training) for module in self.modules()]  # batch norm may be frozen by hand
         target = torch.device(device) if device is not None else own_device
         if batch_size is None:
             batch_size = CUDA_BATCH if target.type == "cuda" else CPU_BATCH
         check_at_least_one("batch_size", batch_size)
-        self.to(target).eval()
+        self.to(target)
         try:
-            starts = range(0, len(dataset), batch_size)
-            parts = [
-                self(dataset.images[start : start + batch_size].to(target).to(torch.float32).div_(255))
-                for start in tqdm(starts, desc="embedding", unit="batch", delay=3, mininterval=1)
-            ]
+            with eval_mode(self):
+                starts = range(0, len(dataset), batch_size)
+                parts = [
+                    self(dataset.images[start : start + batch_size].to(target).to(torch.float32).div_(255))
+                    for start in tqdm(starts, desc="embedding", unit="batch", delay=3, mininterval=1)
+                ]
         finally:
             self.to(own_device)
-            for module, training in was_training:
-                module.training = training
         return EmbeddingBank(torch.cat(parts), dataset.labels.to(target))

@@ -32,8 +32,7 @@ class TorchvisionTrunk(nn.Module):
     def __init__(self, model: nn.Module | Callable[[], nn.Module]) -> None:
         super().__init__()
         model = build(model)
-        if not isinstance(model, nn.Module):
-            model = model()
+        assert isinstance(model, nn.Module)
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         if not linear:
             raise ValueError(
@@ -46,4 +45,6 @@ class TorchvisionTrunk(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model((images.expand(-1, 3, -1, -1) - self.mean) / self.std).flatten(1)
+        out = self.model((images.expand(-1, 3, -1, -1) - self.mean) / self.std)
+        # GoogLeNet and Inception return a named tuple while training, with the outputs of auxiliary heads
+        return (out if isinstance(out, Tensor) else out.logits).flatten(1)

@@ -56,7 +56,8 @@ class EpisodicEvaluator:
 
     Args:
         spec: size of the episodes.
-        num_episodes: 10,000, for with 600 the interval (about 0.5 points) is wider than most methods differ.
+        num_episodes: 10,000, for 600 give an interval wider than most methods differ by (0.2 points
+            at 98.9 % on Omniglot, and more where the accuracy is lower).
         seed: of the episodes.
         chunk: episodes scored at a time; from the memory at hand when None. The result does not depend on it.
     """
@@ -105,7 +106,12 @@ class EpisodicEvaluator:
         ).cpu()
         ci95 = 1.96 * per_episode.std() / len(per_episode) ** 0.5
         return EpisodicResult(
-            per_episode.mean().item(), ci95.item(), per_episode, self.spec, self.seed, episodes.hash()
+            per_episode.mean().item(),
+            ci95.item(),
+            per_episode,
+            self.spec,
+            self.seed,
+            episodes.hash(dataset.fingerprint()),
         )
 
     def _accuracy(self, trainer: Judged, bank: Tensor, support: Tensor, query: Tensor) -> Tensor:
@@ -122,8 +128,13 @@ class EpisodicEvaluator:
 
 
 def evaluate_grid(
-    trainer: Judged, dataset: FewShotDataset, specs: Sequence[EpisodeSpec], num_episodes: int = 10_000, seed: int = 0
+    trainer: Judged,
+    dataset: FewShotDataset,
+    specs: Sequence[EpisodeSpec],
+    num_episodes: int = 10_000,
+    seed: int = 0,
+    bank: Tensor | None = None,
 ) -> list[EpisodicResult]:
-    """Evaluates several episode sizes from one bank; arguments as for EpisodicEvaluator."""
-    bank = trainer.bank(dataset)
+    """Evaluates several sizes of episodes from one bank; arguments as for EpisodicEvaluator and its `evaluate`."""
+    bank = trainer.bank(dataset) if bank is None else bank
     return [EpisodicEvaluator(spec, num_episodes, seed).evaluate(trainer, dataset, bank) for spec in specs]

@@ -1,6 +1,5 @@
 """RetrievalTester: how well the nearest neighbours of each item are of its class."""
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
@@ -9,7 +8,7 @@ import torch
 from pytorch_metric_learning.distances import BaseDistance
 from torch import Tensor
 
-from pml_fewshot.checks import check_at_least_one, check_finite, require
+from pml_fewshot.checks import check_at_least_one, check_choice, check_finite, require
 from pml_fewshot.data.fewshot_dataset import FewShotDataset
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.embedders.embedder import Embedder
@@ -30,6 +29,7 @@ class RetrievalResult(Mapping[str, float]):
             could be right; they are left out of every mean.
         k: neighbours that were searched.
         protocol: "leave-one-out": each query searched the other queries; "gallery": a set of references.
+        ranking: the index and the distance that the neighbours were found by.
     """
 
     def __init__(
@@ -38,12 +38,14 @@ class RetrievalResult(Mapping[str, float]):
         num_left_out: int,
         k: int,
         protocol: Literal["leave-one-out", "gallery"] = "leave-one-out",
+        ranking: str = "",
     ) -> None:
         self.per_query = per_query
         self.num_queries = len(next(iter(per_query.values())))
         self.num_left_out = num_left_out
         self.k = k
         self.protocol = protocol
+        self.ranking = ranking
 
     def __getitem__(self, metric: str) -> float:
         return self.per_query[metric].mean().item()
@@ -87,17 +89,16 @@ class RetrievalTester:
         index: Index = "flat",
         distance: BaseDistance | None = None,
     ) -> None:
+        metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
         require(len(metrics) > 0, "at least one metric", "none", f"choose of {METRICS} and recall_at_<k>")
         for metric in metrics:
-            if metric not in METRICS and not RECALL.fullmatch(metric):
-                near = difflib.get_close_matches(metric, [*METRICS, "recall_at_1"], n=1)
-                meant = f"did you mean {near[0]!r}?" if near else "choose one of them"
-                raise ValueError(f"expected metrics of {METRICS} or recall_at_<k>, got {metric!r}; {meant}")
-        require(index in ("flat", "ivf", "hnsw"), "index 'flat', 'ivf' or 'hnsw'", repr(index), "choose one of them")
+            if not RECALL.fullmatch(metric):
+                check_choice("metric", metric, (*METRICS, "recall_at_1", "recall_at_<k>"))
+        check_choice("index", index, ("flat", "ivf", "hnsw"))
         if k != "max_bin_count":
             require(isinstance(k, int), "k as an integer or 'max_bin_count'", repr(k), "give one of them")
             check_at_least_one("k", k)  # type: ignore[arg-type]
-        self.metrics = tuple(metrics)
+        self.metrics = metrics
         self.k = k
         self.index: Index = index
         self.distance = build(distance)
@@ -142,7 +143,8 @@ class RetrievalTester:
         match &= nearest >= 0  # -1: an approximate index found fewer
         match, relevant = match[judged], relevant[judged]
         per_query = {metric: _measure(metric, match, relevant) for metric in self.metrics}
-        return RetrievalResult(per_query, int((~judged).sum()), k, "leave-one-out" if same else "gallery")
+        ranking = f"{self.index}, {_describe(self.distance)}"
+        return RetrievalResult(per_query, int((~judged).sum()), k, "leave-one-out" if same else "gallery", ranking)
 
     def _neighbours(self, largest_class: int, gallery_size: int) -> int:
         recalls = [int(found[1]) for metric in self.metrics if (found := RECALL.fullmatch(metric))]
@@ -154,6 +156,13 @@ class RetrievalTester:
             k <= gallery_size, f"k of at most {gallery_size}, the gallery's size", str(k), "lower k or recall_at_<k>"
         )
         return k
+
+
+def _describe(distance: BaseDistance | None) -> str:
+    if distance is None:
+        return "Euclid"
+    normalized = ", normalized" if distance.normalize_embeddings else ""
+    return f"{type(distance).__name__}(p={distance.p}, power={distance.power}{normalized})"
 
 
 def _as_bank(embedder: Embedder | EmbeddingBank, source: object) -> EmbeddingBank:

@@ -17,9 +17,9 @@ TITLES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ResultRow:
-    """One figure with all that is needed to read and to repeat it."""
+    """One figure with all that is needed to read and to repeat it; what does not apply is None or empty."""
 
     method: str
     """what was judged"""
@@ -29,13 +29,13 @@ class ResultRow:
     """mean, a fraction of 1"""
     ci95: float
     """half the 95 % interval of the mean"""
-    ways: int | None
-    """of the episodes; empty for retrieval"""
-    shots: int | None
-    queries: int | None
+    ways: int | None = None
+    """of the episodes"""
+    shots: int | None = None
+    queries: int | None = None
     count: int
     """episodes, or queries for retrieval, that the mean is over"""
-    seed: int | None
+    seed: int | None = None
     """of the episodes"""
     split: str
     """classes judged on: test or val"""
@@ -44,9 +44,11 @@ class ResultRow:
     protocol: Literal["inductive", "transductive", "leave-one-out", "gallery"]
     """inductive: each query alone; transductive: queries inform each other; leave-one-out: each searches the rest;
     gallery: each searches a set of references"""
-    episodes_hash: str
+    ranking: str = ""
+    """index and distance of a retrieval"""
+    episodes_hash: str = ""
     """equal for results on the same episodes"""
-    note: str
+    note: str = ""
     """what a reader must know of the data"""
 
 
@@ -69,50 +71,41 @@ class ResultTable:
 
     def add_episodic(self, judged: Judgement, result: EpisodicResult) -> None:
         """Adds the accuracy over episodes."""
-        spec = result.spec
-        protocol: Literal["inductive", "transductive"] = "transductive" if judged.transductive else "inductive"
-        self.rows.append(
-            ResultRow(
-                judged.method,
-                "accuracy",
-                result.mean,
-                result.ci95,
-                spec.ways,
-                spec.shots,
-                spec.queries,
-                len(result.per_episode),
-                result.seed,
-                judged.split,
-                judged.classes,
-                protocol,
-                result.episodes_hash,
-                judged.note,
-            )
+        row = ResultRow(
+            method=judged.method,
+            figure="accuracy",
+            value=result.mean,
+            ci95=result.ci95,
+            ways=result.spec.ways,
+            shots=result.spec.shots,
+            queries=result.spec.queries,
+            count=len(result.per_episode),
+            seed=result.seed,
+            split=judged.split,
+            classes=judged.classes,
+            protocol="transductive" if judged.transductive else "inductive",
+            episodes_hash=result.episodes_hash,
+            note=judged.note,
         )
+        self.rows.append(row)
 
     def add_retrieval(self, judged: Judgement, result: RetrievalResult) -> None:
         """Adds a row for each retrieval figure; queries that no neighbour could match are counted in its note."""
         left_out = f"{result.num_left_out} queries alone in their class left out" if result.num_left_out else ""
-        note = "; ".join(text for text in (judged.note, left_out) if text)
         for metric, value in result.items():
-            self.rows.append(
-                ResultRow(
-                    judged.method,
-                    metric,
-                    value,
-                    result.ci95(metric),
-                    None,
-                    None,
-                    None,
-                    result.num_queries,
-                    None,
-                    judged.split,
-                    judged.classes,
-                    result.protocol,
-                    "",
-                    note,
-                )
+            row = ResultRow(
+                method=judged.method,
+                figure=metric,
+                value=value,
+                ci95=result.ci95(metric),
+                count=result.num_queries,
+                split=judged.split,
+                classes=judged.classes,
+                protocol=result.protocol,
+                ranking=result.ranking,
+                note="; ".join(text for text in (judged.note, left_out) if text),
             )
+            self.rows.append(row)
 
     def markdown(self) -> str:
         """A Markdown table; accuracies in percent with their 95 % interval."""
@@ -128,10 +121,10 @@ class ResultTable:
                 figure = TITLES.get(row.figure, row.figure.replace("_", " "))
                 over = f"{row.count:,} queries"
             split = f"{row.split}, {row.classes:,} classes" + (f" ({row.note})" if row.note else "")
-            lines.append(
-                f"| {row.method} | {figure} | {100 * row.value:.2f} | +- {100 * row.ci95:.2f} | {over} | {split} "
-                f"| {row.protocol} |"
-            )
+            protocol = ", ".join(text for text in (row.protocol, row.ranking) if text)
+            numbers = (f"{100 * row.value:.2f}", f"+- {100 * row.ci95:.2f}")
+            cells = (text.replace("|", "\\|") for text in (row.method, figure, *numbers, over, split, protocol))
+            lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines) + "\n"
 
     def csv(self) -> str:
@@ -144,8 +137,8 @@ class ResultTable:
 
     def write(self, folder: str | Path) -> None:
         """Writes results.csv and results.md into an existing folder."""
-        (Path(folder) / "results.csv").write_text(self.csv())
-        (Path(folder) / "results.md").write_text(self.markdown())
+        (Path(folder) / "results.csv").write_text(self.csv(), encoding="utf-8")
+        (Path(folder) / "results.md").write_text(self.markdown(), encoding="utf-8")
 
     def __str__(self) -> str:
         return self.markdown()

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from pytorch_metric_learning.distances import BaseDistance, LpDistance
 from pytorch_metric_learning.losses import BaseMetricLossFunction
+from pytorch_metric_learning.reducers import BaseReducer
+from pytorch_metric_learning.regularizers import BaseRegularizer
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
@@ -29,7 +31,10 @@ class PrototypicalLoss(BaseMetricLossFunction):
         scale: the distance is multiplied by it before the softmax. 1 as in the paper; a bounded similarity such as
             cosine needs about 10 or more, or the softmax over it cannot get sharp.
         learn_scale: make the scale (its logarithm) a parameter, trained with the embedder.
-        **pml: `reducer`, `embedding_regularizer`, `embedding_reg_weight`, `collect_stats` of every PML loss.
+        reducer: PML reducer; the mean when None. This and the rest are as in every PML loss.
+        embedding_regularizer: PML regularizer of the queries' embeddings; none when None.
+        embedding_reg_weight: its weight.
+        collect_stats: keep PML's statistics for a record-keeper; PML's own default when None.
 
     A miner's output weighs the queries by how often they occur in it as anchors (all items, without a support set),
     as in PML's classification losses. The losses are per query (PML's "element" reduction).
@@ -41,9 +46,22 @@ class PrototypicalLoss(BaseMetricLossFunction):
     """
 
     def __init__(
-        self, distance: BaseDistance | None = None, scale: float = 1.0, learn_scale: bool = False, **pml: Any
+        self,
+        distance: BaseDistance | None = None,
+        scale: float = 1.0,
+        learn_scale: bool = False,
+        reducer: BaseReducer | None = None,
+        embedding_regularizer: BaseRegularizer | None = None,
+        embedding_reg_weight: float = 1.0,
+        collect_stats: bool | None = None,
     ) -> None:
-        super().__init__(distance=build(distance), **{name: build(part) for name, part in pml.items()})
+        super().__init__(
+            distance=build(distance),
+            reducer=build(reducer),
+            embedding_regularizer=build(embedding_regularizer),
+            embedding_reg_weight=embedding_reg_weight,
+            collect_stats=collect_stats,
+        )
         if not scale > 0:
             raise ValueError(
                 f"expected scale above 0, got {scale}; a similarity needs no negative scale to be inverted"

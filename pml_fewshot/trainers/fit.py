@@ -15,6 +15,7 @@ from tqdm import tqdm
 from pml_fewshot.checkpoint import load_checkpoint, save_checkpoint
 from pml_fewshot.checks import check_at_least_one, require
 from pml_fewshot.evaluation.episodic import EpisodicResult
+from pml_fewshot.modes import eval_mode
 from pml_fewshot.recording import Recorder
 from pml_fewshot.trainers.training_state import History, TrainingState
 
@@ -62,15 +63,19 @@ def fit(
         l1: adds l1 * (sum of magnitudes) of them.
         bf16: autocast to bfloat16 on CUDA; nothing changes on a CPU, where it does not pay.
         recorder: gets losses, rates, accuracies and validations.
-        checkpoint: file of the state to go on from, written every `checkpoint_every` steps and at the end.
+        checkpoint: file of the state to go on from, written after the first step, every `checkpoint_every` steps, after
+            each validation and at the end.
         checkpoint_every: steps between two checkpoints.
-        resume: go on from `checkpoint` where that file exists.
+        resume: go on from `checkpoint` where that file exists. `batches` with a `state_dict` go on where they were, a
+            list behind what was trained on; any other endless iterator must stand there already.
         progress: show a bar with loss, accuracy and the time left.
 
     Raises:
-        TrainingDiverged: the loss or a weight became NaN or infinite; names the step. The checkpoint on disk, if any,
-            is of a step before it.
-        ValueError: a count below 1, ReduceLROnPlateau or patience without validation, too few batches.
+        TrainingDiverged: the loss or a weight became NaN or infinite; names the step. The checkpoint on disk is of a
+            step before it, and the trainer has the best weights validated, if any were.
+        ValueError: an option out of range, ReduceLROnPlateau or patience without validation, resume without checkpoint,
+            too few batches.
+        FileExistsError: `checkpoint` exists and is not to be resumed.
     """
     for name, count in (("steps", steps), ("validate_every", validate_every), ("checkpoint_every", checkpoint_every)):
         check_at_least_one(name, count)
@@ -83,6 +88,16 @@ def fit(
         "none",
         "pass validate=..., or use a scheduler that counts steps",
     )
+    for name, amount in (("l2", l2), ("l1", l1)):
+        require(amount >= 0, f"{name} of at least 0", str(amount), "a negative penalty would grow the weights")
+    require(clip_norm is None or clip_norm > 0, "clip_norm above 0", str(clip_norm), "use None not to clip")
+    if checkpoint is None:
+        require(not resume, "a checkpoint to resume from", "none", "pass checkpoint=...")
+    elif Path(checkpoint).exists() and not resume:
+        raise FileExistsError(
+            f"expected no file at {checkpoint}, got the checkpoint of another training; pass resume=True to go on from "
+            "it, or name another file"
+        )
     device = next(trainer.parameters()).device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type == "cuda")
     state = TrainingState(trainer, optimizer, scheduler, batches)
@@ -95,7 +110,8 @@ def fit(
         source = islice(source, history.steps, None)  # a list begins anew: leave out what was trained on
     recent: list[Tensor] = []  # losses that have not been looked at
     bar = tqdm(total=steps, initial=history.steps, desc="training", unit="step", disable=not progress, mininterval=1)
-    trainer.train()
+    if not trainer.training:  # else modes stay as they are: batch norm may be frozen by hand
+        trainer.train()
     with bar:
         while history.steps < steps and history.stopped == "all steps":
             batch = next(source, None)
@@ -121,17 +137,16 @@ def fit(
 
             last = history.steps == steps
             validation_due = validate is not None and (last or history.steps % validate_every == 0)
-            checkpoint_due = last or history.steps % checkpoint_every == 0
-            if validation_due or checkpoint_due or history.steps % LOG_EVERY == 0:
-                values = _look_at(recent, trainer, rate, history, checkpoint)
+            checkpoint_due = last or history.steps == 1 or history.steps % checkpoint_every == 0 or validation_due
+            if checkpoint_due or history.steps % LOG_EVERY == 0:
+                values = _look_at(recent, trainer, rate, state, checkpoint)
                 bar.set_postfix({name: f"{value:.4f}" for name, value in values.items() if name != "learning_rate"})
                 if recorder is not None:
                     recorder.record("train", history.steps, **values)
                 recent.clear()
             if validation_due and validate is not None:
-                trainer.eval()
-                result = validate()
-                trainer.train()
+                with eval_mode(trainer):
+                    result = validate()
                 history.validations.append((history.steps, result.mean, result.ci95))
                 state.keep_if_best(result.mean)
                 if recorder is not None:
@@ -140,7 +155,7 @@ def fit(
                     history.stopped = "learning rate at its lowest"
                 elif patience is not None and state.validations_since_best() >= patience:
                     history.stopped = "no improvement"
-            if checkpoint is not None and (checkpoint_due or history.stopped != "all steps"):
+            if checkpoint is not None and checkpoint_due:
                 history.seconds = time.perf_counter() - started
                 save_checkpoint(checkpoint, state.state_dict())
                 if recorder is not None:
@@ -158,9 +173,10 @@ def _weight_penalty(trainer: nn.Module, l2: float, l1: float) -> Tensor:
 
 
 def _look_at(
-    recent: list[Tensor], trainer: nn.Module, rate: float, history: History, checkpoint: str | Path | None
+    recent: list[Tensor], trainer: nn.Module, rate: float, state: TrainingState, checkpoint: str | Path | None
 ) -> dict[str, float]:
     """Returns what to record of the steps since the last look, or raises TrainingDiverged when they went wrong."""
+    history = state.history
     losses = torch.stack(recent).double().cpu()
     bad = (~losses.isfinite()).nonzero().flatten()
     if len(bad) or not all(p.isfinite().all() for p in trainer.parameters()):
@@ -169,6 +185,7 @@ def _look_at(
         kept = (
             f"the last good state is in {checkpoint}" if checkpoint and Path(checkpoint).exists() else "none was kept"
         )
+        state.restore_best()
         raise TrainingDiverged(
             f"expected a finite loss, got {what} at step {step} (learning rate {rate:g}); {kept}; lower the learning "
             "rate, clip the gradient (clip_norm) or look for NaN in the data"

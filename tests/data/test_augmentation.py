@@ -97,9 +97,9 @@ def test_the_highest_draw_turns_against_the_clock_like_rot90(
 def test_scale_widens_one_axis_about_the_middle(monkeypatch: pytest.MonkeyPatch, name: str, axis: int):
     image = torch.zeros(1, 1, 16, 16)
     image[:, :, 6:10, 6:10] = 1
-    larger = distort(monkeypatch, image, RandomAffine(**NOTHING | {"scale": 1.0}), **{name: 1.0})
+    larger = distort(monkeypatch, image, RandomAffine(**NOTHING | {"scale": 0.5}), **{name: 1.0})
     smaller = distort(monkeypatch, image, RandomAffine(**NOTHING | {"scale": 0.5}), **{name: 0.0})
-    for out, length in ((larger, 8), (smaller, 2)):
+    for out, length in ((larger, 6), (smaller, 2)):
         torch.testing.assert_close(out, out.flip(2, 3), atol=1e-5, rtol=0)  # still in the middle
         along, across = out.sum(axis).amax().item(), out.sum(5 - axis).amax().item()
         assert along == pytest.approx(length)
@@ -201,3 +201,9 @@ def test_the_generator_alone_decides():
 )
 def test_any_floats_keep_their_type(dtype: torch.dtype):
     assert RandomAffine()(noise(2, 1, 5, 5).to(dtype), seeded(0)).dtype == dtype
+
+
+@pytest.mark.parametrize("amounts", [{"probability": 50}, {"scale": 1.0}, {"degrees": -1.0}, {"translate": -0.1}])
+def test_amounts_out_of_range_are_refused(amounts: dict[str, float]):
+    with pytest.raises(ValueError, match=f"expected {next(iter(amounts))}"):
+        RandomAffine(**amounts)

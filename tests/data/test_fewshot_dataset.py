@@ -164,5 +164,5 @@ def test_labels_of_another_type_length_or_range_are_refused():
         FewShotDataset(images, torch.tensor([1, 1, 2, 1]), ["a", "b"])
     with pytest.raises(ValueError, match="got labels from -1 to 0"):
         FewShotDataset(images, torch.tensor([0, -1, 0, 0]), ["a", "b"])
-    with pytest.raises(ValueError, match="3 names of which 2 differ"):
+    with pytest.raises(ValueError, match=r"'a'. more than once"):
         FewShotDataset(images, torch.tensor([0, 1, 2, 0]), ["a", "b", "a"])

@@ -296,7 +296,9 @@ def test_wrong_arguments_are_refused(tmp_path: Path):
     for wrong in (0, 28.0, True):
         with pytest.raises(ValueError, match="expected image_size to be an integer of at least 1"):
             load(tmp_path, tmp_path, image_size=wrong)
-    with pytest.raises(ValueError, match="expected split 'vinyals' or 'official', got 'lake'; choose one of them"):
+    with pytest.raises(
+        ValueError, match="expected split as one of 'vinyals', 'official', got 'lake'; choose one of them"
+    ):
         load(tmp_path, tmp_path, split="lake")
 
 

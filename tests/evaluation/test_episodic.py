@@ -78,7 +78,7 @@ def test_each_accuracy_equals_scikit_learns_on_the_same_episode(
     assert result.per_episode.tolist() == pytest.approx(expected, abs=1e-12)
     assert len(set(expected)) > 5  # neither chance nor perfect
     assert result.mean == pytest.approx(sum(expected) / 60)
-    assert result.episodes_hash == index.hash()
+    assert result.episodes_hash == index.hash(dataset.fingerprint())
     assert (result.spec, result.seed) == (SPEC, seed)
 
 

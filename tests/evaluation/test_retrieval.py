@@ -301,14 +301,14 @@ def test_a_k_that_cannot_be_is_refused():
     ],
 )
 def test_an_unknown_metric_is_refused_with_the_nearest_name(metric: str, hint: str):
-    with pytest.raises(ValueError, match=f"expected metrics of .*, got .*; .*{hint}"):
+    with pytest.raises(ValueError, match=f"expected metric as one of .*, got .*; .*{hint}"):
         RetrievalTester((metric,))
 
 
 def test_other_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="at least one metric, got none"):
         RetrievalTester(())
-    with pytest.raises(ValueError, match="expected index 'flat', 'ivf' or 'hnsw', got 'pq'"):
+    with pytest.raises(ValueError, match="expected index as one of 'flat', 'ivf', 'hnsw', got 'pq'"):
         RetrievalTester(index="pq")  # type: ignore[arg-type]
     query = bank(UNEVEN)
     with pytest.raises(ValueError, match="expected references of 5 dimensions, got 3"):

@@ -14,7 +14,7 @@ from pml_fewshot.evaluation.retrieval import RetrievalResult, RetrievalTester
 from pml_fewshot.evaluation.table import Judgement, ResultRow, ResultTable
 
 COLUMNS = ["method", "figure", "value", "ci95", "ways", "shots", "queries", "count", "seed", "split", "classes"]
-COLUMNS += ["protocol", "episodes_hash", "note"]
+COLUMNS += ["protocol", "ranking", "episodes_hash", "note"]
 EPISODIC = EpisodicResult(0.987654321, 0.00123, torch.zeros(10_000), EpisodeSpec(5, 1, 15), 3, "0123456789abcdef")
 RETRIEVAL = RetrievalResult(
     {

@@ -111,8 +111,8 @@ def test_history_holds_the_mean_loss_of_every_window() -> None:
     trainer = make_trainer()
     losses = Losses(trainer)
     history = quiet_fit(trainer, stream(), SGD(trainer.parameters(), lr=0.01), 50)
-    assert [step for step, _ in history.losses] == [20, 40, 50]
-    means = [sum(losses.values[a:b]) / (b - a) for a, b in ((0, 20), (20, 40), (40, 50))]
+    assert [step for step, _ in history.losses] == [1, 20, 40, 50]
+    means = [sum(losses.values[a:b]) / (b - a) for a, b in ((0, 1), (1, 20), (20, 40), (40, 50))]
     assert [loss for _, loss in history.losses] == pytest.approx(means, rel=1e-6)
     assert history.validations == []
 
@@ -160,7 +160,7 @@ def test_scheduler_is_stepped_after_every_step() -> None:
     optimizer = SGD(trainer.parameters(), lr=0.1)
     quiet_fit(trainer, stream(), optimizer, 60, scheduler=StepLR(optimizer, step_size=25, gamma=0.1), recorder=rows)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
-    assert [values["learning_rate"] for _, _, values in rows.rows] == pytest.approx([0.1, 0.01, 0.001])
+    assert [values["learning_rate"] for _, _, values in rows.rows] == pytest.approx([0.1, 0.1, 0.01, 0.001])
 
 
 def plateau_run(steps: int = 200, accuracies: tuple[float, ...] = (0.5,), **options: Any) -> tuple[History, float]:
@@ -369,7 +369,7 @@ def test_rows_recorded_before_a_nan_are_not_lost() -> None:
     trainer, rows = make_trainer(), Rows()
     with pytest.raises(TrainingDiverged):
         quiet_fit(trainer, with_nan(25, 40), SGD(trainer.parameters(), lr=0.05), 40, recorder=rows)
-    assert [step for _, step, _ in rows.rows] == [20]
+    assert [step for _, step, _ in rows.rows] == [1, 20]
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -388,7 +388,7 @@ def test_recorder_gets_the_rows() -> None:
         recorder=rows,
     )
     train = [(step, values) for group, step, values in rows.rows if group == "train"]
-    assert [step for step, _ in train] == [20, 30, 40, 45]
+    assert [step for step, _ in train] == [1, 20, 30, 40, 45]
     assert [values["loss"] for _, values in train] == [loss for _, loss in history.losses]
     assert all(values.keys() == {"loss", "learning_rate", "accuracy"} for _, values in train)
     assert all(values["learning_rate"] == 0.05 and 0 <= values["accuracy"] <= 1 for _, values in train)
@@ -500,11 +500,52 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path: Path) -
     assert history.losses == expected.losses
 
 
-def test_without_resume_an_old_checkpoint_is_overwritten(tmp_path: Path) -> None:
-    schedule = SCHEDULES["step"]
-    _, _, expected = sitting(schedule, tmp_path / "a.pt")
-    _, _, history = sitting(schedule, tmp_path / "a.pt")
-    assert history.losses == expected.losses
+def test_without_resume_the_checkpoint_of_another_training_is_not_overwritten(tmp_path: Path) -> None:
+    sitting(SCHEDULES["step"], tmp_path / "a.pt")
+    before = (tmp_path / "a.pt").read_bytes()
+    with pytest.raises(FileExistsError, match=r"expected no file at .*; pass resume=True"):
+        sitting(SCHEDULES["step"], tmp_path / "a.pt")
+    assert (tmp_path / "a.pt").read_bytes() == before
+
+
+def test_resume_wants_a_checkpoint() -> None:
+    trainer = make_trainer()
+    with pytest.raises(ValueError, match="expected a checkpoint to resume from"):
+        quiet_fit(trainer, stream(), SGD(trainer.parameters(), lr=0.1), 1, resume=True)
+
+
+@pytest.mark.parametrize("options", [{"l2": -1.0}, {"l1": -1.0}, {"clip_norm": 0.0}])
+def test_amounts_out_of_range_are_refused(options: dict[str, float]) -> None:
+    trainer = make_trainer()
+    with pytest.raises(ValueError, match=f"expected {next(iter(options))}"):
+        quiet_fit(trainer, stream(), SGD(trainer.parameters(), lr=0.1), 1, **options)
+
+
+def test_modes_set_by_hand_stay(tmp_path: Path) -> None:
+    """Batch norm that was put into eval mode is not thawed by the training nor by its validation."""
+    trunk = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4))
+    trainer = ProtoNetTrainer(Embedder(trunk))
+    trunk[2].eval()
+    script = Script(trainer, [0.5, 0.6])
+    quiet_fit(trainer, stream(), SGD(trainer.parameters(), lr=0.1), 4, validate=script, validate_every=2)
+    assert torch.equal(trunk[2].running_mean, torch.zeros(4))
+
+
+def test_a_diverged_trainer_gets_its_best_weights_back(tmp_path: Path) -> None:
+    trainer = make_trainer()
+    script = Script(trainer, [0.5, 0.6])
+    with pytest.raises(TrainingDiverged, match=r"step 25 .*the last good state is in"):
+        quiet_fit(
+            trainer,
+            with_nan(25, 40),
+            SGD(trainer.parameters(), lr=0.05),
+            40,
+            validate=script,
+            validate_every=10,
+            checkpoint=tmp_path / "last.pt",
+        )
+    assert all(weight.isfinite().all() for weight in trainer.parameters())
+    assert load_checkpoint(tmp_path / "last.pt")["history"]["steps"] == 20
 
 
 def test_resumed_list_of_batches_goes_on_with_the_next(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_batch_accuracy_is_the_fraction_of_queries_near_their_own_prototype(turn
     correct = []
     for images in torch.cat([batch.support, batch.query], dim=2):
         embedded = torch.stack([trainer.embedder(way) for way in images])
-        for turn in range(turns):
+        for turn in [turns - 1]:  # of the last turn alone
             inside = list(range(turn * SHOTS, (turn + 1) * SHOTS))
             outside = [i for i in range(SHOTS + QUERIES) if i not in inside]
             prototypes = embedded[:, inside].mean(1)

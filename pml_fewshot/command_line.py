@@ -1,0 +1,66 @@
+"""main(config): an experiment from the command line."""
+
+import sys
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from pml_fewshot.episodes import EpisodeSpec
+from pml_fewshot.evaluation.table import ResultTable
+from pml_fewshot.experiment import Device, ExperimentConfig, run
+from pml_fewshot.trainers.fit import TrainingDiverged
+
+
+@dataclass(frozen=True)
+class _EvalSpec:
+    """Judge by one spec alone; what is not given is taken from the experiment's first."""
+
+    ways: int | None = None
+    """classes in an episode"""
+    shots: int | None = None
+    """support items of each class"""
+    queries: int | None = None
+    """query items of each class"""
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What may differ between two runs of one experiment; everything else is edited in its file."""
+
+    steps: int
+    """training steps"""
+    seed: int
+    """of weights, training episodes, augmentation and test episodes"""
+    device: Device
+    """auto: CUDA where there is one"""
+    data_root: Path | None
+    """folder of the data; PML_FEWSHOT_DATA, else data/, when not given"""
+    run_dir: Path | None
+    """folder of this run; a new one below runs/ when not given"""
+    num_episodes: int
+    """test episodes of each spec"""
+    train_spec: EpisodeSpec
+    eval_spec: _EvalSpec = field(default_factory=_EvalSpec)
+
+
+def main(config: ExperimentConfig) -> ResultTable:
+    """Runs the experiment with what the command line changes of it (`--help` lists the options)."""
+    try:
+        return run(_changed(config))
+    except (ValueError, OSError, TrainingDiverged) as error:
+        # Our own messages, "expected .., got ..; do ..", say all that is needed; others are worth their traceback.
+        if not str(error).startswith("expected "):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def _changed(config: ExperimentConfig) -> ExperimentConfig:
+    kept = {f.name: getattr(config, f.name) for f in fields(_Options) if f.name != "eval_spec"}
+    options = tyro.cli(_Options, default=_Options(**kept), description=f"Runs the experiment {config.name}.")
+    changes: dict[str, Any] = {name: getattr(options, name) for name in kept}
+    given = {name: value for name, value in vars(options.eval_spec).items() if value is not None}
+    if given:
+        changes["eval_specs"] = (replace(config.eval_specs[0], **given),)
+    return replace(config, **changes)

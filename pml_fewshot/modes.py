@@ -1,0 +1,21 @@
+"""Eval mode for a while."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Puts a module and all below it into eval mode, and gives each its own mode back at the end.
+
+    `module.train()` would put all of them into training mode, and so thaw a batch norm that was frozen by hand.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
