@@ -2,6 +2,10 @@
 training) and 68.20 % at 5-way 5-shot (20-way training), with all 600 images of each class. Measured: to be filled in.
 
     python -m experiments.mini_imagenet_protonet --data-root ../shared/data
+
+Unlike the paper, the squared distance is scaled by 0.05 in the softmax: at 1,600 dimensions it begins in the hundreds,
+and the unscaled softmax is one-hot and learns slowly (2,000 steps without the scale ended at 35.6 / 53.6 %). Each
+episode's images make two episodes (`turns`), and the learning rate falls along a cosine.
 """
 
 from functools import partial
@@ -28,15 +32,16 @@ CONFIG = ExperimentConfig(
     trainer=partial(
         ProtoNetTrainer,
         embedder=partial(Embedder, trunk=partial(Conv4, in_channels=3)),
-        loss=partial(PrototypicalLoss, distance=partial(LpDistance, normalize_embeddings=False, power=2)),
+        loss=partial(PrototypicalLoss, distance=partial(LpDistance, normalize_embeddings=False, power=2), scale=0.05),
         miner=None,
+        turns=2,
     ),
     optimizer=partial(Adam, lr=1e-3),
     scheduler=CosineAnnealingLR,
-    augment=RandomAffine(degrees=5, translate=0.1, flip=True),
+    augment=RandomAffine(degrees=0, scale=0.1, shear=0, translate=0.05, flip=True),
     train_spec=EpisodeSpec(ways=20, shots=5, queries=5),  # queries fewer than the paper's 15: more steps in an hour
     eval_specs=(EpisodeSpec(5, 1, 15), EpisodeSpec(5, 5, 15)),
-    steps=2_000,
+    steps=1_800,
     validate_every=200,
 )
 

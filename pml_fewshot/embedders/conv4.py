@@ -15,8 +15,7 @@ class ConvBlock(nn.Module):
 
     Pooling stands before the ReLU: the maximum and a monotone function may change places, and the ReLU then has a
     quarter of the work. When nothing is to be learned (eval mode, no gradient) batch norm is folded into the
-    convolution's weights, which saves a pass over the largest tensors: embedding is 2.5 times as fast, the result
-    equal up to rounding.
+    convolution's weights, which saves a pass over the largest tensors; the result is equal up to rounding.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -43,7 +42,7 @@ class Conv4(nn.Module):
         channels: filters of each block; 64 as in the papers.
 
     Shapes: (B, in_channels, H, W) -> (B, channels * (H // 16) * (W // 16)): 64-d at 28 x 28, 1,600-d at 84 x 84.
-    Weights are in channels-last memory, in which the pooling and batch norm of a CPU are 1.5 times as fast.
+    Weights are in channels-last memory, the faster layout for pooling and batch norm on a CPU.
 
     Source: Vinyals et al. 2016, section 4.1; Snell et al. 2017, section 3.1.
     """

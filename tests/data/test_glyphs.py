@@ -154,3 +154,15 @@ def test_a_missing_typeface_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(glyphs, "get_data_path", lambda: str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"expected matplotlib's 21 typefaces .*, got no cmr10\.ttf; install"):
         load_glyphs(cache_dir=tmp_path / "cache")
+
+
+def test_letters_that_look_like_a_training_letter_are_told(splits: Splits):
+    train, val, test = all_three(splits)
+    assert (train.note, val.note, test.note) == ("", "1 look like a training class", "30 look like a training class")
+
+
+def test_twins_are_counted_by_their_outlines():
+    same = {f"face{number}": b"A" for number in range(6)}
+    few = dict(list(same.items())[:5])
+    outlines = {"A": same, "\u0391": same, "\u0392": few, "\u0531": {"face0": b"other"}}  # Latin A, Greek A and B
+    assert glyphs._twins_of_training(list(outlines), outlines) == {"test": 1}

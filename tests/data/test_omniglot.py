@@ -378,3 +378,15 @@ def test_a_known_real_drawing_equals_pillows_reading(real: tuple[Path, Path]):
                 assert np.corrcoef(image.flatten(), exact.flatten())[0, 1] > 0.98
                 pillow = Image.fromarray((drawing * 255).astype(np.uint8)).resize((28, 28), Image.Resampling.BOX)
                 np.testing.assert_array_equal(image, 255 - np.asarray(pillow))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("File not found or corrupted."), OSError("no route")])
+def test_a_failed_download_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception):
+    def fails(url: str, root: str, md5: str) -> None:
+        (Path(root) / url.split("/")[-1]).write_bytes(b"half of it")
+        raise error
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", fails)
+    with pytest.raises(ConnectionError, match=r"expected images_background.zip with md5 .* got .*; fetch it by hand"):
+        load_omniglot(tmp_path / "new", download=True, cache_dir=tmp_path / "cache")
+    assert list((tmp_path / "new").iterdir()) == []
