@@ -5,6 +5,7 @@ import inspect
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -125,31 +126,28 @@ def run(config: ExperimentConfig) -> ResultTable:
     print(f"{config.name}: {train} on {device}, run folder {folder}")
     if kept:
         print("memory: glibc is told to keep freed blocks for reuse (mallopt), or training steps take twice the time")
-    recorder = Recorder(folder)
     try:
-        history = fit(
-            trainer,
-            stream,
-            optimizer,
-            config.steps,
-            scheduler=scheduler,
-            validate=partial(validator.evaluate, trainer, val.to(device)) if val is not None else None,
-            validate_every=config.validate_every,
-            patience=config.patience,
-            clip_norm=config.clip_norm,
-            l2=config.l2,
-            l1=config.l1,
-            bf16=config.bf16,
-            recorder=recorder,
-            checkpoint=folder / "last.pt",
-        )
+        with closing(Recorder(folder)) as recorder:
+            history = fit(
+                trainer,
+                stream,
+                optimizer,
+                config.steps,
+                scheduler=scheduler,
+                validate=partial(validator.evaluate, trainer, val.to(device)) if val is not None else None,
+                validate_every=config.validate_every,
+                patience=config.patience,
+                clip_norm=config.clip_norm,
+                l2=config.l2,
+                l1=config.l1,
+                bf16=config.bf16,
+                recorder=recorder,
+                checkpoint=folder / "last.pt",
+            )
     except Exception:
-        if not (folder / "last.pt").exists():  # not one step was made: leave the folder as it was, empty
-            recorder.close()
+        if not (folder / "last.pt").exists():  # not one step was made: leave nothing that looks like a run
             shutil.rmtree(folder)
         raise
-    finally:
-        recorder.close()
     print(
         f"trained {history.steps} steps in {history.seconds / 60:.1f} minutes ({history.stopped}), "
         f"weights of step {history.best_step}"
