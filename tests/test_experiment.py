@@ -539,3 +539,57 @@ def test_experiment_runs_for_two_steps(module: str, tmp_path: Path) -> None:
     assert sum(row.figure == "accuracy" for row in table.rows) == len(config.eval_specs)
     assert all(0 <= row.value <= 1 for row in table.rows)
     assert (tmp_path / "run" / "embedder.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--steps", "0"), "error: expected steps to be an integer of at least 1"),
+        (("--eval-spec.ways", "5000"), "error: expected at least 5000 classes"),
+        (("--eval-spec.shots", "0"), "error: expected shots to be an integer of at least 1"),
+    ],
+)
+def test_bad_values_end_in_one_line(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        command_line(monkeypatch, *arguments)
+    assert str(stopped.value.code).startswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_of_others_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Splits:
+        raise ValueError("something in my own loader")
+
+    monkeypatch.setattr("sys.argv", ["experiment"])
+    with pytest.raises(ValueError, match="my own loader"):
+        main(replace(TINY, data=broken))
+
+
+def test_a_start_that_fails_leaves_no_run_folder(tmp_path: Path) -> None:
+    too_many = replace(TINY, run_dir=tmp_path / "run", trainer=partial(TINY.trainer, turns=50))
+    with pytest.raises(ValueError, match=r"expected at most .* turns"):
+        run(too_many)
+    assert not (tmp_path / "run").exists()
+    run(replace(TINY, run_dir=tmp_path / "run"))
+
+
+def test_a_tester_given_as_an_object_is_left_as_it_was(tmp_path: Path) -> None:
+    tester = RetrievalTester()
+    table = run(replace(TINY, run_dir=tmp_path / "run", retrieval=tester))
+    assert tester.distance is None
+    assert table.rows[-1].ranking == "flat, LpDistance(p=2, power=2)"
+
+
+def test_the_root_that_a_loader_has_already_is_kept(tmp_path: Path) -> None:
+    seen = []
+
+    def load(root: Path) -> Splits:
+        seen.append(root)
+        return tiny_splits()
+
+    run(replace(TINY, run_dir=tmp_path / "a", data=partial(load, root=Path("mine")), data_root=Path("other")))
+    run(replace(TINY, run_dir=tmp_path / "b", data=load, data_root=Path("other")))
+    assert seen == [Path("mine"), Path("other")]

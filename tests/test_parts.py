@@ -60,3 +60,14 @@ def test_each_build_is_a_new_object_and_the_partial_stays_as_it_was() -> None:
 def test_misspelt_argument_raises() -> None:
     with pytest.raises(TypeError, match="outt_features"):
         build(partial(nn.Linear, 2, outt_features=3))
+
+
+def test_functions_are_factories() -> None:
+    def make() -> nn.Module:
+        return nn.Linear(2, 3)
+
+    assert build(make).out_features == 3
+
+
+def test_classes_of_pml_parts_among_the_arguments_are_built() -> None:
+    assert isinstance(build(partial(NTXentLoss, distance=CosineSimilarity)).distance, CosineSimilarity)

@@ -116,3 +116,22 @@ def test_the_memory_layout_of_the_images_changes_nothing():
     network, images = lived_in().eval(), noise(3, 2, 28, 28)
     torch.testing.assert_close(network(images), network(images.contiguous(memory_format=torch.channels_last)))
     torch.testing.assert_close(network(images), network(images.transpose(2, 3).contiguous().transpose(2, 3)))
+
+
+def test_batch_norm_left_in_training_mode_is_not_folded():
+    """The transductive way: all in eval mode but the norms, which use the statistics of the batch."""
+    network, images = lived_in().eval(), noise(5, 2, 28, 28)
+    for block in network.blocks:
+        block.norm.train()
+    with torch.no_grad():
+        folded_or_not = network(images)
+    torch.testing.assert_close(folded_or_not, network(images))
+
+
+def test_images_that_four_poolings_would_leave_nothing_of_are_refused():
+    with pytest.raises(
+        ValueError, match=r"expected images of 1 channels and at least 16 x 16 pixels, got 1 .* 15 x 28"
+    ):
+        Conv4(1)(torch.zeros(2, 1, 15, 28))
+    with pytest.raises(ValueError, match="got 3 channels"):
+        Conv4(1)(torch.zeros(2, 3, 28, 28))

@@ -150,3 +150,9 @@ def test_a_distance_that_collects_statistics_can_score():
     torch.testing.assert_close(
         nearest_prototype(support, query, distance), nearest_prototype(support, query, LpDistance())
     )
+
+
+def test_embeddings_far_from_the_origin_keep_their_float32_digits():
+    support, query = episodes(dtype=torch.float32)
+    expected = nearest_prototype(support, query).argmax(2)
+    assert torch.equal(nearest_prototype(support + 3000, query + 3000).argmax(2), expected)
