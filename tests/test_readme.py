@@ -40,10 +40,10 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_commands_name_what_exists() -> None:
-    modules = re.findall(r"python -m experiments\.(\w+)", README)
+    modules = re.findall(r"python -m (experiments[.\w]+)", README)
     assert modules
     for module in modules:
-        assert (ROOT / "experiments" / f"{module}.py").is_file(), module
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
     targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for target in re.findall(r"(?:^    |`)make ([\w-]+)", README, re.MULTILINE):
         assert target in targets, target
