@@ -1,5 +1,5 @@
 # Two commands do all the set-up: `make demo` and `make test`. Both make .venv first where it is missing.
-PYTHON ?= python3.11
+PYTHON ?= $(or $(shell command -v python3.11),python3)
 DATA ?= data
 VENV := .venv
 BIN := $(VENV)/bin
