@@ -9,16 +9,13 @@ export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 1000000000000
 export MALLOC_TOP_PAD_ = 268435456
 
-.PHONY: demo test test-slow lint format benchmark clean
+.PHONY: demo test lint format benchmark clean
 
 demo: $(VENV)/installed  ## train and judge on the built-in data, in minutes
 	$(BIN)/python -m experiments.quickstart
 
 test: $(VENV)/installed  ## the default ring of tests, under 5 minutes
 	$(BIN)/python -m pytest
-
-test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
