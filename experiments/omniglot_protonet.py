@@ -4,7 +4,7 @@
     python -m experiments.omniglot_protonet --steps 200 --seed 3
 
 Measured on the 1,692 test classes, 10,000 episodes of 15 queries a class each, seed 0, 95 % intervals; 16,000 steps in
-43.8 minutes on 2 CPU cores that ran tests beside it. The paper's figures (1,000 episodes) in brackets:
+26.6 minutes on 2 CPU cores. The paper's figures (1,000 episodes) in brackets:
 
     5-way 1-shot   98.95 +- 0.05  (98.8)        P@1          82.33 +- 0.41
     5-way 5-shot   99.73 +- 0.02  (99.7)        R-precision  57.90 +- 0.24
