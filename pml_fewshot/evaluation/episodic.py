@@ -56,10 +56,11 @@ class EpisodicEvaluator:
 
     Args:
         spec: size of the episodes.
-        num_episodes: 10,000, for 600 give an interval wider than most methods differ by (0.2 points
-            at 98.9 % on Omniglot, and more where the accuracy is lower).
+        num_episodes: 10,000, for 600 give an interval wider than most methods differ by (0.2 points at 98.9 % on
+            Omniglot, and more where the accuracy is lower).
         seed: of the episodes.
-        chunk: episodes scored at a time; from the memory at hand when None. The result does not depend on it.
+        chunk: episodes scored at a time; when None as many as fill a CPU's cache or 1 GiB of a GPU. The result does not
+            depend on it.
     """
 
     def __init__(self, spec: EpisodeSpec, num_episodes: int = 10_000, seed: int = 0, chunk: int | None = None) -> None:

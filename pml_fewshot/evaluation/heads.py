@@ -40,8 +40,8 @@ def nearest_neighbour(support: Tensor, query: Tensor, distance: BaseDistance | N
 def similarities(query: Tensor, reference: Tensor, distance: BaseDistance | None = None) -> Tensor:
     """Similarity of each query (E, N, D) to each reference (E, R, D) of its episode, (E, N, R), larger is nearer."""
     if distance is None or _is_squared_euclid(distance):
-        # |q - r|^2 = |q|^2 - 2 qr + |r|^2 in one batched product. It cancels badly
-        # where embeddings lie far from the origin and near each other, so each episode's own mean is taken off first.
+        # |q - r|^2 = |q|^2 - 2 qr + |r|^2 in one batched product. It cancels badly where embeddings lie far from the
+        # origin and near each other, so the mean of each episode's references is taken off first.
         centre = reference.mean(dim=1, keepdim=True)
         query, reference = query - centre, reference - centre
         squares = query.square().sum(2, keepdim=True) + reference.square().sum(2).unsqueeze(1)
