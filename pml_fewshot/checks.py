@@ -7,6 +7,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+BLOCK_ROWS = 2**14
+
 
 def require(condition: bool, expected: str, got: object, do: str) -> None:
     """Raises a ValueError "expected .., got ..; do .." unless the condition holds."""
@@ -33,9 +35,12 @@ def check_finite(values: Tensor, what: str) -> None:
     if not values.is_floating_point():
         return
     # One sum instead of a mask of the whole tensor: any NaN or infinity survives it, and only then are rows looked for.
-    if torch.isfinite(values.sum(dtype=torch.float64)):
+    # In blocks, for torch sums a float64 copy, and `values` may be a memory map larger than memory.
+    sums = [block.sum(dtype=torch.float64) for block in values.split(BLOCK_ROWS)]
+    if torch.isfinite(torch.stack(sums)).all():
         return
-    bad = (~torch.isfinite(values.reshape(len(values), -1)).all(dim=1)).nonzero().flatten().tolist()
+    finite = torch.cat([torch.isfinite(block.flatten(1)).all(dim=1) for block in values.unsqueeze(1).split(BLOCK_ROWS)])
+    bad = (~finite).nonzero().flatten().tolist()
     if bad:  # none: the sum of finite values has overflowed
         raise ValueError(
             f"expected finite {what}, got NaN or infinity in {len(bad)} of {len(values)} rows, first in row {bad[0]}; "

@@ -74,6 +74,9 @@ class EpisodeIndex:
     def __getitem__(self, episodes: slice) -> "EpisodeIndex":
         return EpisodeIndex(self.support[episodes], self.query[episodes])
 
+    def to(self, device: torch.device | str) -> "EpisodeIndex":
+        return EpisodeIndex(self.support.to(device, non_blocking=True), self.query.to(device, non_blocking=True))
+
     def hash(self, fingerprint: str = "") -> str:
         """16 hex digits that identify this list of episodes: equal hashes mean the same items in the same roles.
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pml_fewshot.checks import (
+    BLOCK_ROWS,
     check_at_least_one,
     check_disjoint,
     check_enough_items,
@@ -52,6 +53,74 @@ def test_infinities_of_both_signs_do_not_cancel():
 
 def test_finite_values_whose_sum_is_not_finite_pass():
     check_finite(torch.full((3, 2), torch.finfo(torch.float64).max, dtype=torch.float64), "rows")
+
+
+def refusal(values: torch.Tensor) -> str:
+    with pytest.raises(ValueError, match=r"^expected finite rows, got NaN or infinity in") as caught:
+        check_finite(values, "rows")
+    return str(caught.value).split(" got NaN or infinity in ")[1].split(";")[0]
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (1, 3)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_rows_are_counted_across_blocks(shape: tuple[int, ...], dtype: torch.dtype):
+    assert BLOCK_ROWS == 16_384
+    count = 2 * BLOCK_ROWS + 5
+    values = torch.rand(count, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    check_finite(values, "rows")
+    for row in (count - 1, 2 * BLOCK_ROWS, BLOCK_ROWS, BLOCK_ROWS - 1, 0):  # each alone, at the edges of the blocks
+        one = values.clone()
+        one[row] = float("nan")
+        assert refusal(one) == f"1 of {count} rows, first in row {row}"
+    several = values.clone()
+    several[[7, BLOCK_ROWS + 3, count - 2]] = float("inf")
+    several[BLOCK_ROWS + 4] = -float("inf")
+    assert refusal(several) == f"4 of {count} rows, first in row 7"
+
+
+@pytest.mark.parametrize("count", [1, BLOCK_ROWS - 1, BLOCK_ROWS, BLOCK_ROWS + 1, 2 * BLOCK_ROWS])
+def test_blocks_that_are_just_full(count: int):
+    values = torch.zeros(count, 1)
+    check_finite(values, "rows")
+    values[-1] = float("nan")
+    assert refusal(values) == f"1 of {count} rows, first in row {count - 1}"
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (5, 0), (BLOCK_ROWS + 1, 0), (0, 0, 2)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.int64])
+def test_nothing_is_finite(shape: tuple[int, ...], dtype: torch.dtype):
+    check_finite(torch.empty(shape, dtype=dtype), "rows")
+
+
+def test_values_that_are_not_floats_pass():
+    check_finite(torch.full((3,), torch.iinfo(torch.int64).max), "rows")
+    check_finite(torch.tensor([True, False]), "rows")
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (BLOCK_ROWS + 3, 2)])
+def test_a_nan_among_values_whose_sum_overflows_is_found_and_only_it(shape: tuple[int, ...]):
+    largest = torch.finfo(torch.float64).max
+    values = torch.full(shape, largest, dtype=torch.float64)
+    check_finite(values, "rows")
+    check_finite(-values, "rows")
+    values[::2] *= -1
+    check_finite(values, "rows")
+    values[-1] = float("nan")
+    assert refusal(values) == f"1 of {len(values)} rows, first in row {len(values) - 1}"
+
+
+def test_float16_whose_sum_is_beyond_float16_passes_and_its_infinity_does_not():
+    values = torch.full((BLOCK_ROWS + 10, 2), torch.finfo(torch.float16).max, dtype=torch.float16)
+    check_finite(values, "rows")
+    values[4] *= 2
+    assert refusal(values) == f"1 of {len(values)} rows, first in row 4"
+
+
+def test_rows_that_do_not_lie_together_in_memory():
+    values = torch.zeros(3, 50).T[::2]
+    values[20, 1] = float("nan")
+    assert refusal(values) == "1 of 25 rows, first in row 20"
+    assert refusal(torch.tensor([float("nan")]).expand(6, 2)) == "6 of 6 rows, first in row 0"
 
 
 def test_labels_are_int64_one_for_each_item():

@@ -84,6 +84,20 @@ def test_an_index_is_sliced_by_episodes_and_its_hash_covers_shape_and_roles():
     assert len({index.hash(), *(other.hash() for other in others)}) == 6
 
 
+def test_an_index_is_moved_whole():
+    index = EpisodeSampler(uneven_labels(), EpisodeSpec(3, 2, 1), seeded(0)).sample(6)
+    moved = index.to("cpu")
+    assert torch.equal(moved.support, index.support)
+    assert torch.equal(moved.query, index.query)
+    assert moved.support.dtype == moved.query.dtype == torch.int64
+    assert moved.hash("set") == index.hash("set") != index.hash()
+    elsewhere = index.to(torch.device("meta"))  # a device without memory: shapes and places only
+    assert elsewhere.support.device.type == elsewhere.query.device.type == "meta"
+    assert (elsewhere.support.shape, elsewhere.query.shape) == ((6, 3, 2), (6, 3, 1))
+    assert len(elsewhere) == 6
+    assert index.support.device.type == index.query.device.type == "cpu"
+
+
 @given(
     sizes=st.lists(st.integers(1, 12), min_size=1, max_size=6),
     count=st.integers(1, 12),

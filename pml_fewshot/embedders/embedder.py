@@ -89,4 +89,4 @@ class Embedder(nn.Module):
                 ]
         finally:
             self.to(own_device)
-        return EmbeddingBank(torch.cat(parts), dataset.labels.to(target))
+        return EmbeddingBank(torch.cat(parts), dataset.labels.to(target), dataset.fingerprint())

@@ -1,6 +1,7 @@
-"""Heads: stateless classifiers of episodes over embeddings, batched over episodes.
+"""Heads: stateless classifiers of episodes by similarity to their support, batched over episodes.
 
-Each maps support (E, W, K, D) and query (E, N, D) to logits (E, N, W).
+Each maps support (E, W, K, D) and query (E, N, D) to logits (E, N, W). Those that fit a linear classifier to each
+episode's support are in linear_heads.py.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,9 @@ import torch
 from pytorch_metric_learning.distances import BaseDistance, LpDistance
 from torch import Tensor
 
-# head(support, query, distance) -> logits
+from pml_fewshot.checks import check_at_least_one, require
+
+# head(support, query, distance) -> logits; a head takes any PML distance, squared Euclid when None
 Head = Callable[[Tensor, Tensor, BaseDistance | None], Tensor]
 
 
@@ -28,29 +31,71 @@ def nearest_prototype(support: Tensor, query: Tensor, distance: BaseDistance | N
 
 
 def nearest_neighbour(support: Tensor, query: Tensor, distance: BaseDistance | None = None) -> Tensor:
-    """Scores each query by its similarity to the nearest support item of each class.
+    """Scores each query by its best pair with a class: its similarity to the nearest support item of the class.
 
     Arguments and result as in `nearest_prototype`; the two are the same at one shot.
     """
-    episodes, ways, shots, dims = support.shape
-    each = similarities(query, support.reshape(episodes, ways * shots, dims), distance)  # (E, N, W*K)
-    return each.unflatten(2, (ways, shots)).amax(dim=3)
+    return _to_each(support, query, distance).amax(dim=3)
+
+
+def soft_nearest_neighbour(
+    support: Tensor, query: Tensor, distance: BaseDistance | None = None, temperature: float = 1.0
+) -> Tensor:
+    """Scores each class by its share of a softmax over all support items (Vinyals et al. 2016, equation 1).
+
+    Arguments and result as in `nearest_prototype`; the logits are logarithms of sums over the class of
+    exp(similarity / temperature), so that their softmax is the share. A bounded similarity such as cosine wants a
+    temperature of about 0.1, or every item counts for nearly the same.
+    """
+    require(temperature > 0, "a temperature above 0", str(temperature), "raise it")
+    return (_to_each(support, query, distance) / temperature).logsumexp(dim=3)
+
+
+def k_nearest_neighbours(support: Tensor, query: Tensor, distance: BaseDistance | None = None, k: int = 3) -> Tensor:
+    """Scores each class by how many of the query's k nearest support items are of it.
+
+    Arguments and result as in `nearest_prototype`. Of classes with the same number the one with the nearest item wins:
+    the logits are the number plus a fraction that falls with the rank of the class's nearest item.
+
+    Raises:
+        ValueError: k below 1 or above the W * K support items.
+    """
+    check_at_least_one("k", k)
+    ways, shots = support.shape[1:3]
+    require(k <= ways * shots, f"k of at most {ways * shots}, the support items", str(k), "lower k")
+    each = _to_each(support, query, distance).flatten(2)
+    nearest_class = each.topk(k, dim=2).indices // shots  # (E, N, k), nearest first
+    is_class = nearest_class.unsqueeze(3) == torch.arange(ways, device=each.device)  # (E, N, k, W)
+    closeness = torch.arange(k, 0, -1, device=each.device).unsqueeze(1) / (k + 1)  # k / (k + 1) for the nearest
+    votes = is_class.sum(dim=2) + (is_class * closeness).amax(dim=2)
+    return votes.masked_fill(each.isnan().any(dim=2, keepdim=True), torch.nan)  # topk would rank NaN first
 
 
 def similarities(query: Tensor, reference: Tensor, distance: BaseDistance | None = None) -> Tensor:
-    """Similarity of each query (E, N, D) to each reference (E, R, D) of its episode, (E, N, R), larger is nearer."""
+    """Similarity of each query (E, N, D) to each reference (E, R, D) of its episode, (E, N, R), larger is nearer.
+
+    The negative of a PML distance, or a PML similarity itself.
+    """
     if distance is None or _is_squared_euclid(distance):
-        # |q - r|^2 = |q|^2 - 2 qr + |r|^2 in one batched product. It cancels badly where embeddings lie far from the
+        # -|q - r|^2 = 2 qr - |q|^2 - |r|^2 in one batched product. It cancels badly where embeddings lie far from the
         # origin and near each other, so the mean of each episode's references is taken off first.
         centre = reference.mean(dim=1, keepdim=True)
         query, reference = query - centre, reference - centre
-        squares = query.square().sum(2, keepdim=True) + reference.square().sum(2).unsqueeze(1)
-        return torch.baddbmm(squares, query, reference.transpose(1, 2), beta=-1, alpha=2)
+        squares = torch.linalg.vecdot(query, query).unsqueeze(2) + torch.linalg.vecdot(reference, reference).unsqueeze(
+            1
+        )
+        return torch.baddbmm(-squares, query, reference.transpose(1, 2), alpha=2)
     if distance.collect_stats:  # PML then calls .item(), which vmap cannot
         values = torch.stack([distance(q, r) for q, r in zip(query, reference, strict=True)])
     else:
         values = torch.vmap(distance)(query, reference)
     return values if distance.is_inverted else -values
+
+
+def _to_each(support: Tensor, query: Tensor, distance: BaseDistance | None) -> Tensor:
+    """(E, N, W, K) similarity of each query to each support item."""
+    ways, shots = support.shape[1:3]
+    return similarities(query, support.flatten(1, 2), distance).unflatten(2, (ways, shots))
 
 
 def _is_squared_euclid(distance: BaseDistance) -> bool:

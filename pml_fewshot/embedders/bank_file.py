@@ -1,0 +1,164 @@
+"""Banks in files: embeddings and labels made by any tool, read without executing code, memory-mapped where possible."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pml_fewshot.checks import check_choice, require
+from pml_fewshot.embedders.bank import EmbeddingBank
+
+Array = np.ndarray | Tensor
+
+FORMATS = (".npy", ".npz", ".pt", ".pth", ".safetensors")
+
+
+def save_bank(path: str | Path, bank: EmbeddingBank) -> None:
+    """Writes a bank as safetensors, all of it or nothing; `load_bank` and any other tool can read it."""
+    path = Path(path)
+    require(path.suffix == ".safetensors", "a path that ends with .safetensors", str(path), "rename it")
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    tensors = {"embeddings": bank.embeddings.cpu().contiguous(), "labels": bank.labels.cpu().contiguous()}
+    try:
+        save_file(tensors, unfinished, {"source": bank.source})
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def load_bank(
+    path: str | Path,
+    labels: str | Path | None = None,
+    embeddings_key: str | None = None,
+    labels_key: str | None = None,
+) -> EmbeddingBank:
+    """Reads embeddings and labels from .npy, .npz, .pt (a dict, or a pair), or .safetensors.
+
+    Args:
+        path: the file. A .npy holds the embeddings alone and is memory-mapped: it may be larger than memory.
+        labels: file of the labels where they are not in `path`, of any of these formats; for a .npy `<name>_labels.npy`
+            beside it when None.
+        embeddings_key: name of the embeddings in the file; when None "embeddings", else the only floats of two axes.
+        labels_key: name of the labels; when None "labels", else the only integers (or texts) of one axis.
+
+    Returns:
+        EmbeddingBank on the CPU. Labels of texts are numbered in their alphabetical order.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: an unknown format, a broken file, one that holds objects other than data or in which it is not
+            clear what the embeddings and labels are, labels of another length, NaN.
+        TypeError: labels are neither integers nor texts.
+    """
+    path = Path(path)
+    arrays, source = _arrays(path)
+    embeddings = _floats(arrays.pop(_choose(arrays, embeddings_key, "embeddings", path)), path)
+    if labels is None and path.suffix == ".npy":
+        labels = path.with_name(f"{path.stem}_labels.npy")
+    if labels is not None:
+        path = Path(labels)
+        arrays, _ = _arrays(path)
+    return EmbeddingBank(embeddings, _numbers(arrays[_choose(arrays, labels_key, "labels", path)], path), source)
+
+
+def _arrays(path: Path) -> tuple[dict[str, Array], str]:
+    """All arrays of a file by name, and the fingerprint of the data set that they come from where it says so."""
+    check_choice("the file's ending", path.suffix, FORMATS)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a file of embeddings or labels at {path}, got none; check the path")
+    try:
+        return _read(path)
+    except PermissionError:
+        raise
+    except Exception as error:  # of a broken file the readers raise whatever their code comes upon
+        raise ValueError(
+            f"expected arrays in {path}, got a file that is broken or holds more than data "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); write plain arrays of floats and "
+            "integers"
+        ) from error
+
+
+def _read(path: Path) -> tuple[dict[str, Array], str]:
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, (file.metadata() or {}).get("source", "")  # noqa: SIM118
+    if path.suffix in (".pt", ".pth"):
+        return _named(torch.load(path, map_location="cpu", weights_only=True)), ""
+    if path.suffix == ".npy":  # "c", copy on write: torch wants writable memory
+        return {path.stem: np.lib.format.open_memmap(path, mode="c")}, ""
+    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files if isinstance(file[key], np.ndarray)}, ""
+
+
+def _named(loaded: object) -> dict[str, Array]:
+    """What a .pt file held as named arrays."""
+    if isinstance(loaded, Mapping):
+        return {str(key): _array(value) for key, value in loaded.items() if isinstance(value, Tensor | list)}
+    if isinstance(loaded, list | tuple) and len(loaded) == 2:
+        return {"embeddings": _array(loaded[0]), "labels": _array(loaded[1])}
+    if isinstance(loaded, Tensor):
+        return {"tensor": loaded}
+    raise ValueError(f"a {type(loaded).__name__} instead of a dict of tensors or a pair of them")
+
+
+def _array(value: Any) -> Array:
+    return value if isinstance(value, Tensor) else np.asarray(value)
+
+
+def _choose(arrays: Mapping[str, Array], key: str | None, wanted: str, path: Path) -> str:
+    """Name of the array that is meant."""
+    if key is not None:
+        require(key in arrays, f"{wanted} named {key!r} in {path}", f"{_listing(arrays)}", "give one of these names")
+        return key
+    if wanted in arrays:
+        return wanted
+    axes = 2 if wanted == "embeddings" else 1
+    fitting = [name for name, array in arrays.items() if array.ndim == axes and _is_float(array) == (axes == 2)]
+    what = "floats of two axes" if axes == 2 else "integers or texts of one axis"
+    require(
+        len(fitting) == 1,
+        f"one array of {wanted}, {what}, in {path}",
+        _listing(arrays),
+        f"say which by {wanted}_key, name it {wanted!r}" + ("" if axes == 2 else ", or give a file of labels"),
+    )
+    return fitting[0]
+
+
+def _listing(arrays: Mapping[str, Array]) -> str:
+    listed = (f"{name} {array.dtype} {tuple(array.shape)}" for name, array in arrays.items())
+    return ", ".join(listed) or "nothing else"
+
+
+def _is_float(array: Array) -> bool:
+    return array.is_floating_point() if isinstance(array, Tensor) else array.dtype.kind == "f"
+
+
+def _floats(array: Array, path: Path) -> Tensor:
+    """Embeddings as a tensor, which shares the memory of a map."""
+    if not _is_float(array) or array.dtype.itemsize > 8:
+        raise TypeError(f"expected embeddings as floats of 16 to 64 bits in {path}, got {array.dtype}; convert them")
+    if isinstance(array, Tensor):
+        return array
+    return torch.from_numpy(array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("=")))
+
+
+def _numbers(labels: Array, path: Path) -> Tensor:
+    """Labels as int64; texts are numbered."""
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "US":
+        labels = np.unique(labels, return_inverse=True)[1]
+    if isinstance(labels, Tensor):
+        whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    else:
+        whole = labels.dtype.kind in "iu"
+    if not whole:
+        raise TypeError(f"expected labels as integers or texts in {path}, got {labels.dtype}; convert them")
+    array = labels.numpy() if isinstance(labels, Tensor) else labels
+    if array.dtype.kind == "u" and array.size and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"expected labels below 2**63 in {path}, got {array.max()}; number the classes from 0")
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))

@@ -1,0 +1,163 @@
+"""Heads that fit a linear classifier to each episode's support, for all episodes of a chunk at once.
+
+Support (E, W, K, D) and query (E, N, D) give logits (E, N, W). All work in the space that the S = W * K support items
+span, where the problem has S unknowns a class instead of D, and solve it in float64, for products of float32 embeddings
+that depend on each other are only nearly positive. Squared norms of the embeddings set how much a penalty
+counts: normalise the bank (`EmbeddingBank.normalized`), as is the custom (Tian et al. 2020), or choose the penalty.
+"""
+
+import torch
+import torch.nn.functional as F
+from pytorch_metric_learning.distances import BaseDistance
+from torch import Tensor
+
+from pml_fewshot.checks import check_at_least_one, require
+
+LEAST_PENALTY = 1e-8  # keeps the normal equations solvable
+SHORTENINGS = 8  # of a Newton step that raises the loss, to 0.3 of its length each
+
+
+def cosine_classifier(
+    support: Tensor, query: Tensor, distance: BaseDistance | None = None, scale: float = 10.0
+) -> Tensor:
+    """Scores by the cosine to each class's weight, the mean of its normalised support (Qi et al. 2018, imprinting).
+
+    Args:
+        support: (E, W, K, D)
+        query: (E, N, D)
+        distance: not used, for the classifier is defined by the cosine; it is here to have every head's form.
+        scale: of the logits, which the accuracy does not depend on.
+
+    Returns:
+        Logits (E, N, W).
+    """
+    weights = F.normalize(F.normalize(support, dim=3).mean(dim=2), dim=2)
+    return scale * F.normalize(query, dim=2) @ weights.transpose(1, 2)
+
+
+def ridge_regression(
+    support: Tensor, query: Tensor, distance: BaseDistance | None = None, penalty: float = 1.0
+) -> Tensor:
+    """Least squares onto +1 for the own and -1 for the other classes, with an intercept (Bertinetto et al. 2019).
+
+    The closed form (X X^T + penalty I)^-1 Y over centred embeddings, the same as scikit-learn's
+    RidgeClassifier(alpha=penalty).
+
+    Args:
+        support: (E, W, K, D)
+        query: (E, N, D)
+        distance: not used; a linear classifier has none.
+        penalty: on the squared norm of the weights.
+
+    Returns:
+        Logits (E, N, W).
+    """
+    require(penalty >= LEAST_PENALTY, f"a penalty of at least {LEAST_PENALTY}", str(penalty), "raise it")
+    gram, query_gram, is_class = _gram(support, query)
+    targets = 2 * is_class - 1
+    middle = targets.mean(dim=0)
+    eye = torch.eye(gram.shape[1], device=gram.device, dtype=gram.dtype)
+    factor = torch.linalg.cholesky(gram + penalty * eye)
+    dual = torch.cholesky_solve((targets - middle).expand(len(gram), -1, -1), factor)
+    return query_gram @ dual.to(query_gram) + middle.to(query_gram)
+
+
+def logistic_regression(
+    support: Tensor,
+    query: Tensor,
+    distance: BaseDistance | None = None,
+    penalty: float = 1.0,
+    steps: int = 10,
+) -> Tensor:
+    """Multinomial logistic regression by Newton's method on embeddings centred on the support, without an intercept.
+
+    Minimises the summed cross-entropy plus penalty / 2 times the squared norm of the weights, the same as
+    scikit-learn's LogisticRegression(C=1 / penalty, fit_intercept=False) on centred embeddings (for two classes, where
+    that has one weight vector instead of two, C=2 / penalty).
+
+    Args:
+        support: (E, W, K, D)
+        query: (E, N, D)
+        distance: not used; a linear classifier has none.
+        penalty: on the squared norm of the weights.
+        steps: Newton steps, each shortened where a full one would raise the loss; 10 reach float32's precision on
+            normalised embeddings.
+
+    Returns:
+        Logits (E, N, W).
+    """
+    require(penalty >= LEAST_PENALTY, f"a penalty of at least {LEAST_PENALTY}", str(penalty), "raise it")
+    check_at_least_one("steps", steps)
+    gram, query_gram, is_class = _gram(support, query)
+    eye = torch.eye(gram.shape[1], device=gram.device, dtype=gram.dtype)
+    # gram = L L^T: rows of L (E, S, S) are the support in coordinates of its own span, where weights (E, S, W) live
+    spread = gram.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=1e-12)
+    root = torch.linalg.cholesky(gram + 1e-10 * spread[:, None, None] * eye)
+    weights = gram.new_zeros(*gram.shape[:2], is_class.shape[1])
+
+    def loss(weights: Tensor) -> Tensor:
+        log_shares = (root @ weights).log_softmax(dim=2)
+        return penalty / 2 * weights.square().sum(dim=(1, 2)) - (log_shares * is_class).sum(dim=(1, 2))
+
+    tolerance = torch.finfo(query.dtype).eps ** 0.7  # of the gradient's length, to that of the first
+    value, first = loss(weights), None
+    for _ in range(steps):
+        shares = (root @ weights).softmax(dim=2)
+        gradient = root.transpose(1, 2) @ (shares - is_class) + penalty * weights
+        length = gradient.square().sum(dim=(1, 2))
+        first = length if first is None else first
+        # episodes that have converged stay as they are, so that none depends on which others share its chunk
+        moving = length > tolerance**2 * first
+        if not moving.any():
+            break
+        step = _newton_step(root, shares, gradient, penalty) * moving[:, None, None]
+        for _ in range(SHORTENINGS):
+            moved = loss(weights - step)
+            worse = moved > value
+            if not worse.any():
+                break
+            step = step * torch.where(worse, 0.3, 1.0).to(step)[:, None, None]
+        else:
+            step = step * ~worse[:, None, None]
+        weights, value = weights - step, torch.where(moved > value, value, moved)
+    # back to a combination of support items: weights = L^T dual
+    dual = torch.linalg.solve_triangular(root.transpose(1, 2), weights, upper=True)
+    return query_gram @ dual.to(query_gram)
+
+
+def _newton_step(root: Tensor, shares: Tensor, gradient: Tensor, penalty: float) -> Tensor:
+    """Solves Hessian x step = gradient to a hundredth by conjugate gradients, at most S * (W - 1) or 30 of them."""
+
+    def hessian(direction: Tensor) -> Tensor:
+        moved = root @ direction
+        moved = shares * (moved - (shares * moved).sum(dim=2, keepdim=True))
+        return root.transpose(1, 2) @ moved + penalty * direction
+
+    step, residual, direction = torch.zeros_like(gradient), gradient, gradient
+    norm = first = residual.square().sum(dim=(1, 2), keepdim=True)
+    least = torch.finfo(norm.dtype).tiny
+    for _ in range(min(gradient.shape[1] * (gradient.shape[2] - 1), 30)):
+        moving = norm > 1e-4 * first
+        if not moving.any():
+            break
+        image = hessian(direction)
+        length = norm / (direction * image).sum(dim=(1, 2), keepdim=True).clamp(min=least) * moving
+        step = step + length * direction
+        residual = residual - length * image
+        old, norm = norm, residual.square().sum(dim=(1, 2), keepdim=True)
+        direction = residual + norm / old.clamp(min=least) * direction
+    return step
+
+
+def _gram(support: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Products of centred support items (E, S, S), of queries with them (E, N, S), and each item's class (S, W).
+
+    The first and the last in float64.
+    """
+    ways, shots = support.shape[1:3]
+    items = support.flatten(1, 2)
+    middle = items.mean(dim=1, keepdim=True)
+    items = items - middle
+    exact = items.double()
+    is_class = torch.eye(ways, device=items.device, dtype=exact.dtype).repeat_interleave(shots, dim=0)
+    return exact @ exact.transpose(1, 2), (query - middle) @ items.transpose(1, 2), is_class
