@@ -15,24 +15,37 @@ from pml_fewshot.data.image_folder import load_image_folder
 from pml_fewshot.data.mini_imagenet import load_mini_imagenet
 from pml_fewshot.data.omniglot import load_omniglot
 from pml_fewshot.embedders.bank import EmbeddingBank
+from pml_fewshot.embedders.bank_file import load_bank, save_bank
 from pml_fewshot.embedders.conv4 import Conv4
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.embedders.resnet12 import ResNet12
 from pml_fewshot.embedders.torchvision_trunk import TorchvisionTrunk
 from pml_fewshot.episodes import Episode, EpisodeIndex, EpisodeSampler, EpisodeSpec
+from pml_fewshot.evaluation.benchmark import benchmark
+from pml_fewshot.evaluation.comparison import Comparison, compare
 from pml_fewshot.evaluation.episodic import EpisodicEvaluator, EpisodicResult, evaluate_grid
-from pml_fewshot.evaluation.heads import nearest_neighbour, nearest_prototype
-from pml_fewshot.evaluation.retrieval import RetrievalResult, RetrievalTester
-from pml_fewshot.evaluation.table import ResultRow, ResultTable
+from pml_fewshot.evaluation.gallery import Gallery
+from pml_fewshot.evaluation.heads import (
+    k_nearest_neighbours,
+    nearest_neighbour,
+    nearest_prototype,
+    soft_nearest_neighbour,
+)
+from pml_fewshot.evaluation.linear_heads import cosine_classifier, logistic_regression, ridge_regression
+from pml_fewshot.evaluation.result_row import ResultRow
+from pml_fewshot.evaluation.retrieval import RetrievalTester
+from pml_fewshot.evaluation.retrieval_result import RetrievalResult
+from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment import ExperimentConfig, run
 from pml_fewshot.losses.prototypical import PrototypicalLoss
 from pml_fewshot.recording import Recorder
 from pml_fewshot.trainers.fit import History, TrainingDiverged, fit
 from pml_fewshot.trainers.protonet import ProtoNetTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
+    "Comparison",
     "Conv4",
     "Embedder",
     "EmbeddingBank",
@@ -45,6 +58,7 @@ __all__ = [
     "EpisodicResult",
     "ExperimentConfig",
     "FewShotDataset",
+    "Gallery",
     "History",
     "ProtoNetTrainer",
     "PrototypicalLoss",
@@ -58,19 +72,28 @@ __all__ = [
     "Splits",
     "TorchvisionTrunk",
     "TrainingDiverged",
+    "benchmark",
+    "compare",
+    "cosine_classifier",
     "evaluate_grid",
     "export_embedder",
     "fit",
     "join",
+    "k_nearest_neighbours",
+    "load_bank",
     "load_checkpoint",
     "load_embedder",
     "load_glyphs",
     "load_image_folder",
     "load_mini_imagenet",
     "load_omniglot",
+    "logistic_regression",
     "main",
     "nearest_neighbour",
     "nearest_prototype",
+    "ridge_regression",
     "run",
+    "save_bank",
     "save_checkpoint",
+    "soft_nearest_neighbour",
 ]

@@ -1,6 +1,5 @@
 """ExperimentConfig: an experiment as data; run(config): from images to the result table."""
 
-import copy
 import inspect
 import os
 import shutil
@@ -20,11 +19,11 @@ from pml_fewshot.checkpoint import export_embedder
 from pml_fewshot.checks import check_at_least_one, require
 from pml_fewshot.data.episode_stream import Augmentation, EpisodeStream
 from pml_fewshot.data.fewshot_dataset import FewShotDataset, Splits, join
-from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.episodes import EpisodeSpec
-from pml_fewshot.evaluation.episodic import EpisodicEvaluator, evaluate_grid
+from pml_fewshot.evaluation.benchmark import benchmark
+from pml_fewshot.evaluation.episodic import EpisodicEvaluator
 from pml_fewshot.evaluation.retrieval import RetrievalTester
-from pml_fewshot.evaluation.table import Judgement, ResultTable
+from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.parts import build
 from pml_fewshot.recording import Recorder
 from pml_fewshot.run_folder import describe, new_run_folder
@@ -94,7 +93,7 @@ def run(config: ExperimentConfig) -> ResultTable:
     """Trains, judges and stores: returns the table that is also in the run folder as results.csv and results.md.
 
     The run folder holds config.txt (the config, versions, git commit), logs.db and CSV files of the training, last.pt
-    (the state to go on from), embedder.safetensors, results.csv and results.md.
+    (the state to go on from), embedder.safetensors, results.csv, results.md, results.tex and figures.csv.
 
     Raises:
         ValueError: bad options, or data that cannot give the episodes asked for, both before any training.
@@ -168,19 +167,16 @@ def _check(config: ExperimentConfig) -> None:
 
 
 def _judge(config: ExperimentConfig, trainer: Any, tester: RetrievalTester | None, test: FewShotDataset) -> ResultTable:
-    table = ResultTable()
-    trained_on = "trained on train and val classes" if config.train_on_validation else ""
-    note = "; ".join(text for text in (test.note, trained_on) if text)
-    judged = Judgement(config.name, "test", len(test.class_names), note)
-    bank = trainer.bank(test)
-    for result in evaluate_grid(trainer, test, config.eval_specs, config.num_episodes, config.seed, bank):
-        table.add_episodic(judged, result)
-    if tester is not None:
-        if tester.distance is None:
-            tester = copy.copy(tester)  # the config's own may serve another run
-            tester.distance = getattr(getattr(trainer, "loss", None), "distance", None)
-        table.add_retrieval(judged, tester.test(EmbeddingBank(bank, test.labels)))
-    return table
+    return benchmark(
+        {config.name: trainer},
+        test,
+        config.eval_specs,
+        tester,
+        config.num_episodes,
+        config.seed,
+        timed=False,  # a run that is repeated gives the same files
+        note="trained on train and val classes" if config.train_on_validation else "",
+    )
 
 
 def _device(wanted: Device) -> torch.device:
