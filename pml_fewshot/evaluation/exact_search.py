@@ -6,15 +6,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pml_fewshot.checks import check_finite
+from pml_fewshot.evaluation.blas import OLD_CORES, faiss_blas_core
 from pml_fewshot.evaluation.ranking import FAISS_METRICS, Ranking
 
 # A tile of 2,048 x 2,048 similarities is 16 MiB, large enough for the matrix product and small enough for a third-level
 # cache. On a GPU 16,384 x 16,384 are 1 GiB.
 CPU_TILE = 2048
 CUDA_TILE = 16384
+STEP = 64  # of a tile's sides: matrix products are fastest in multiples of it
 GROUP = 16  # of that many similarities first the largest is looked at
 FAISS_BLOCK = 2**17  # references at a time
-FEW_QUERIES = 32  # 1 query into 100,000 x 128: faiss 4 ms, tiles 57 ms; 200 queries: 160 and 50 ms
+# Where faiss is faster, on 2 cores. 1 query into 100,000 x 128: faiss 4 ms, tiles 57 ms; 200 queries: 160 and 50 ms.
+FEW_QUERIES = 32
+# 30,000 x 128 among themselves: 20 neighbours 1.5 and 1.3 s, 100 neighbours 1.9 and 4.4 s; x 512: 5.0 and 6.4 s.
+MANY_NEIGHBOURS = 32
+WIDE = 512
 GROUPS_PER_NEIGHBOUR = 4  # in a tile, so that three of four groups can be passed over
 
 
@@ -32,13 +38,15 @@ def exact_search(query: Tensor, reference: Tensor, k: int, ranking: Ranking) -> 
         (N, k) int64 indices into the references, on the references' device. Memory beside it: a tile, wider and up to
         eight times as large for a k above 32, or k + 1 columns at the least.
     """
-    if len(query) <= FEW_QUERIES and k < len(reference) and not reference.is_cuda and ranking.kind != "distance":
-        return _by_faiss(query, reference, k, ranking)
-    return _by_tiles(query, reference, k, ranking)
+    if reference.is_cuda or ranking.kind == "distance" or k == len(reference):
+        return _by_tiles(query, reference, k, ranking)
+    many_neighbours = k > MANY_NEIGHBOURS and query.shape[1] < WIDE and faiss_blas_core() not in OLD_CORES
+    faiss_is_faster = len(query) <= FEW_QUERIES or many_neighbours
+    return (_by_faiss if faiss_is_faster else _by_tiles)(query, reference, k, ranking)
 
 
 def _by_faiss(query: Tensor, reference: Tensor, k: int, ranking: Ranking) -> Tensor:
-    """For few queries: faiss goes through the references once, where tiles would be laid out anew for each product."""
+    """For few queries or many neighbours on a CPU: faiss goes through the references once and keeps heaps."""
     q = ranking.prepare(query).contiguous()
     _check_lengths(q)
     sign = -1 if ranking.kind == "inner product" else 1
@@ -68,7 +76,7 @@ def _by_tiles(query: Tensor, reference: Tensor, k: int, ranking: Ranking) -> Ten
     # be equally near. So a set is parted evenly, and what its last block lacks is filled up.
     columns, rows = _even_part(len(reference), columns), _even_part(len(query), rows)
     similarity = _Similarity(ranking, reference)
-    best = _Best(len(query), k, reference.device)
+    best = _Best(len(query), len(reference), k, reference.device)
     symmetric = query is reference and columns == rows and ranking.kind != "distance"
     for i in range(0, len(query), rows):
         row_block = similarity.prepare(query[i : i + rows], rows)
@@ -85,9 +93,9 @@ def _by_tiles(query: Tensor, reference: Tensor, k: int, ranking: Ranking) -> Ten
 
 
 def _even_part(count: int, largest: int) -> int:
-    """Size of the parts when `count` is parted evenly into parts of at most about `largest`, in multiples of 16."""
+    """Size of the parts when `count` is parted evenly into parts of at most about `largest`, in whole steps."""
     parts = -(-count // largest)
-    return -(-count // (16 * parts)) * 16 if parts > 1 else count
+    return -(-count // (STEP * parts)) * STEP if parts > 1 else count
 
 
 class _Similarity:
@@ -156,7 +164,8 @@ class _Best:
     References are offered in the order of their index, so of equally similar ones the earlier stand first.
     """
 
-    def __init__(self, queries: int, k: int, device: torch.device) -> None:
+    def __init__(self, queries: int, references: int, k: int, device: torch.device) -> None:
+        self.references = references
         self.k = k
         self.value = torch.full((queries, k), -torch.inf, device=device)
         self.index = torch.full((queries, k), -1, device=device)
@@ -165,7 +174,8 @@ class _Best:
         """Takes in similarities (R, C) of the queries from `start` on to the references from `first` on."""
         rows = slice(start, start + len(similarities))
         width = similarities.shape[1] // GROUP
-        if first == 0 and width < self.k:  # nothing found yet and no room to pass anything over
+        whole = similarities.shape[1] >= self.references
+        if first == 0 and (whole or width < self.k):  # nothing found yet, and nothing that could be passed over
             values, indices = largest(similarities, min(self.k, similarities.shape[1]))
             self.value[rows, : values.shape[1]], self.index[rows, : values.shape[1]] = values, indices
             return

@@ -28,7 +28,7 @@ class IndexRecall:
     def of(found: Tensor, exact: Tensor) -> "IndexRecall":
         """Compares the neighbours (N, k) that an index found with those of exact search, both as indices."""
         ordered = found.sort(dim=1).values
-        place = torch.searchsorted(ordered, exact).clamp_(max=ordered.shape[1] - 1)
+        place = torch.searchsorted(ordered, exact.contiguous()).clamp_(max=ordered.shape[1] - 1)
         at_k = (ordered.gather(1, place) == exact).double().mean().item()
         return IndexRecall((found[:, 0] == exact[:, 0]).double().mean().item(), at_k, exact.shape[1], len(exact))
 

@@ -67,7 +67,9 @@ TILES = [(7, 0), (32, 0), (48, 0), (7, 4), (64, 4)]
 
 
 def set_tiles(patch: pytest.MonkeyPatch, tile: tuple[int, int]) -> None:
-    patch.setattr(module, "FEW_QUERIES", 0)  # which go another way
+    patch.setattr(module, "FEW_QUERIES", 0)  # these and many neighbours go another way
+    patch.setattr(module, "MANY_NEIGHBOURS", 10**9)
+    patch.setattr(module, "STEP", 1)
     patch.setattr(module, "CPU_TILE", tile[0])
     patch.setattr(module, "GROUPS_PER_NEIGHBOUR", tile[1])
 
