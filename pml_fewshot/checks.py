@@ -35,8 +35,9 @@ def check_finite(values: Tensor, what: str) -> None:
     if not values.is_floating_point():
         return
     # One sum instead of a mask of the whole tensor: any NaN or infinity survives it, and only then are rows looked for.
-    # In blocks, for torch sums a float64 copy, and `values` may be a memory map larger than memory.
-    sums = [block.sum(dtype=torch.float64) for block in values.split(BLOCK_ROWS)]
+    # In blocks, for torch sums a copy where it changes the type, and `values` may be a memory map larger than memory.
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    sums = [block.sum(dtype=dtype) for block in values.split(BLOCK_ROWS)]
     if torch.isfinite(torch.stack(sums)).all():
         return
     finite = torch.cat([torch.isfinite(block.flatten(1)).all(dim=1) for block in values.unsqueeze(1).split(BLOCK_ROWS)])

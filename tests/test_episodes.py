@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from pml_fewshot import episodes as episodes_module
 from pml_fewshot.episodes import Episode, EpisodeIndex, EpisodeSampler, EpisodeSpec, draw_without_replacement
 
 # Class label -> items: sizes, values and gaps are all different, and items of a class do not stand together.
@@ -247,3 +248,13 @@ def test_wrong_labels_and_counts_are_refused():
     for wrong_count in (0, -1, True, 2.0):
         with pytest.raises(ValueError, match="expected num_episodes to be an integer of at least 1"):
             sampler.sample(wrong_count)  # type: ignore[arg-type]
+
+
+def test_small_and_large_classes_are_drawn_by_the_same_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small classes are shuffled as arrays, large ones by remembering what moved: the draw is the same."""
+    sizes = torch.randint(16, 30, (500,), generator=torch.Generator().manual_seed(0))
+    draws = []
+    for small in (0, 64):
+        monkeypatch.setattr(episodes_module, "SMALL", small)
+        draws.append(draw_without_replacement(sizes, 16, torch.Generator().manual_seed(1)))
+    assert torch.equal(*draws)

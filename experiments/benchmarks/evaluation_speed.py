@@ -190,6 +190,7 @@ def main(
     images_84: int = 600,
     workers: int = 0,
     embedder: Path | None = None,
+    system_allocator: bool = False,
 ) -> None:
     """Prints the table.
 
@@ -203,8 +204,9 @@ def main(
         images_84: random 84 x 84 images in each of 20 classes.
         workers: of easyfsl's data loader; starting them is in its time, so give it more episodes then.
         embedder: exported Conv4 for Omniglot; untrained weights from seed 0 when None.
+        system_allocator: leave glibc's allocator as it is, which is what the peers' users have.
     """
-    allocator_set = keep_freed_memory()
+    allocator_set = keep_freed_memory() if not system_allocator else False
     torch.manual_seed(0)
     small, large = Embedder(Conv4(in_channels=1)), Embedder(Conv4(in_channels=3))
     if embedder is not None:

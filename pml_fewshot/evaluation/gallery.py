@@ -61,7 +61,8 @@ class Gallery:
         count, dims = bank.embeddings.shape
         self.ranking = ranking
         self.description, chosen = recipe(index, count, dims)
-        self.parameters = ",".join(text for text in (chosen, parameters) if text)  # of two of a name the later counts
+        given = dict(text.partition("=")[::2] for text in f"{chosen},{parameters}".split(",") if text)
+        self.parameters = ",".join(f"{name}={value}" for name, value in given.items())  # the caller's before our own
         self.labels = bank.labels.new_empty(0).cpu()
         sample = training_sample(count, self.description, torch.Generator().manual_seed(seed))
         try:

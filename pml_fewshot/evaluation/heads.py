@@ -81,10 +81,9 @@ def similarities(query: Tensor, reference: Tensor, distance: BaseDistance | None
         # origin and near each other, so the mean of each episode's references is taken off first.
         centre = reference.mean(dim=1, keepdim=True)
         query, reference = query - centre, reference - centre
-        squares = torch.linalg.vecdot(query, query).unsqueeze(2) + torch.linalg.vecdot(reference, reference).unsqueeze(
-            1
-        )
-        return torch.baddbmm(-squares, query, reference.transpose(1, 2), alpha=2)
+        # vector_norm reads the queries once; square().sum() would write them too
+        squares = torch.linalg.vector_norm(query, dim=2, keepdim=True).square() + reference.square().sum(2).unsqueeze(1)
+        return torch.baddbmm(squares, query, reference.transpose(1, 2), beta=-1, alpha=2)
     if distance.collect_stats:  # PML then calls .item(), which vmap cannot
         values = torch.stack([distance(q, r) for q, r in zip(query, reference, strict=True)])
     else:
