@@ -94,7 +94,7 @@ def test_parameters_go_before_those_of_the_recipe():
     bank = clustered(400)
     gallery = Gallery(bank, "ivf", "nprobe=3")
     assert gallery.faiss_index.nprobe == 3
-    assert str(gallery) == "IVF10,Flat nprobe=8,nprobe=3"
+    assert str(gallery) == "IVF10,Flat nprobe=3"
     assert Gallery(bank, "ivf").faiss_index.nprobe == 8
     graph = Gallery(bank, "hnsw", "efConstruction=37,efSearch=41").faiss_index.hnsw
     assert (graph.efConstruction, graph.efSearch) == (37, 41)
