@@ -44,7 +44,10 @@ def heads(distance: BaseDistance, fewest: int = 3) -> dict[str, Callable[[Tensor
     k = min(3, fewest)
     return {
         "nearest prototype": partial(nearest_prototype, distance=distance),
-        "soft nearest neighbour": partial(soft_nearest_neighbour, distance=distance),
+        # a bounded similarity wants a low temperature
+        "soft nearest neighbour": partial(
+            soft_nearest_neighbour, distance=distance, temperature=0.1 if distance.is_inverted else 1.0
+        ),
         "best pair": partial(nearest_neighbour, distance=distance),
         f"{k} nearest neighbours": partial(k_nearest_neighbours, distance=distance, k=k),
         "cosine classifier": cosine_classifier,

@@ -114,7 +114,8 @@ def draw_without_replacement(sizes: Tensor, count: int, generator: torch.Generat
     left = sizes.unsqueeze(0) - step
     # float64 holds 53 random bits, so floor(u * n) < n and its bias is below n / 2**53
     slot = (uniform.to(sizes.device) * left).long() + step
-    largest = int(sizes.max()) if len(sizes) else 0
+    # (on a GPU asking for the largest would wait for it)
+    largest = int(sizes.max()) if len(sizes) and not sizes.is_cuda else SMALL + 1
     if largest <= SMALL:  # the array itself, shuffled in place, is faster than remembering
         array = torch.arange(largest, device=sizes.device).unsqueeze(1).repeat(1, len(sizes))
         for i in range(count):

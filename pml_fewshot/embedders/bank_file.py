@@ -1,5 +1,6 @@
 """Banks in files: embeddings and labels made by any tool, read without executing code, memory-mapped where possible."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def load_bank(
     """Reads embeddings and labels from .npy, .npz, .pt (a dict, or a pair), or .safetensors.
 
     Args:
-        path: the file. A .npy holds the embeddings alone and is memory-mapped: it may be larger than memory.
+        path: the file. A .npy holds the embeddings alone and is memory-mapped, read-only (writing to the bank's
+            embeddings ends the process): it may be larger than memory.
         labels: file of the labels where they are not in `path`, of any of these formats; for a .npy `<name>_labels.npy`
             beside it when None.
         embeddings_key: name of the embeddings in the file; when None "embeddings", else the only floats of two axes.
@@ -90,10 +92,11 @@ def _read(path: Path) -> tuple[dict[str, Array], str]:
             return {key: file.get_tensor(key) for key in file.keys()}, (file.metadata() or {}).get("source", "")  # noqa: SIM118
     if path.suffix in (".pt", ".pth"):
         return _named(torch.load(path, map_location="cpu", weights_only=True)), ""
-    if path.suffix == ".npy":  # "c", copy on write: torch wants writable memory
-        return {path.stem: np.lib.format.open_memmap(path, mode="c")}, ""
+    if path.suffix == ".npy":  # "r": Linux refuses a writable map, also a private one, that is larger than memory
+        return {path.stem: np.lib.format.open_memmap(path, mode="r")}, ""
     with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-        return {key: file[key] for key in file.files if isinstance(file[key], np.ndarray)}, ""
+        members = {key: file[key] for key in file.files}  # each is read once, here
+        return {key: array for key, array in members.items() if isinstance(array, np.ndarray)}, ""
 
 
 def _named(loaded: object) -> dict[str, Array]:
@@ -145,7 +148,9 @@ def _floats(array: Array, path: Path) -> Tensor:
         raise TypeError(f"expected embeddings as floats of 16 to 64 bits in {path}, got {array.dtype}; convert them")
     if isinstance(array, Tensor):
         return array
-    return torch.from_numpy(array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("=")))
+    with warnings.catch_warnings():  # nothing here writes to embeddings, and `load_bank` says that nobody may
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return torch.from_numpy(array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("=")))
 
 
 def _numbers(labels: Array, path: Path) -> Tensor:

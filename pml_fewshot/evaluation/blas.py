@@ -2,6 +2,7 @@
 
 import warnings
 from functools import cache
+from pathlib import Path
 
 import faiss  # noqa: F401  # its libraries must be loaded to be asked
 import threadpoolctl
@@ -14,7 +15,7 @@ OLD_CORES = {"Prescott", "Core2", "Penryn", "Dunnington", "Nehalem", "Sandybridg
 def faiss_blas_core() -> str | None:
     """The core that faiss's OpenBLAS has kernels chosen for ("Haswell"); None where faiss uses another BLAS."""
     for library in threadpoolctl.threadpool_info():
-        if library["internal_api"] == "openblas" and "faiss" in library["filepath"]:
+        if library["internal_api"] == "openblas" and "faiss" in Path(library["filepath"]).parent.name:
             return library.get("architecture")
     return None
 

@@ -38,21 +38,27 @@ def exact_search(query: Tensor, reference: Tensor, k: int, ranking: Ranking) -> 
         (N, k) int64 indices into the references, on the references' device. Memory beside it: a tile, wider and up to
         eight times as large for a k above 32, or k + 1 columns at the least.
     """
-    if reference.is_cuda or ranking.kind == "distance" or k == len(reference):
-        return _by_tiles(query, reference, k, ranking)
+    query = query.to(reference.device)
+    faiss_can = not reference.is_cuda and ranking.kind != "distance" and k < len(reference)
     many_neighbours = k > MANY_NEIGHBOURS and query.shape[1] < WIDE and faiss_blas_core() not in OLD_CORES
-    faiss_is_faster = len(query) <= FEW_QUERIES or many_neighbours
-    return (_by_faiss if faiss_is_faster else _by_tiles)(query, reference, k, ranking)
+    if faiss_can and (len(query) <= FEW_QUERIES or many_neighbours):
+        return _by_faiss(query, reference, k, ranking)
+    with torch.autocast(reference.device.type, enabled=False):  # which would take the products in 16 bits
+        return _by_tiles(query, reference, k, ranking)
 
 
 def _by_faiss(query: Tensor, reference: Tensor, k: int, ranking: Ranking) -> Tensor:
     """For few queries or many neighbours on a CPU: faiss goes through the references once and keeps heaps."""
-    q = ranking.prepare(query).contiguous()
+    # from 20 queries on faiss takes distances from products too, which need the centre off
+    centre = _centre(ranking, reference) if len(query) >= 20 else None
+    q = ranking.prepare(query)
+    q = (q if centre is None else q - centre).contiguous()
     _check_lengths(q)
     sign = -1 if ranking.kind == "inner product" else 1
     far, index = torch.empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64)
     for start in range(0, len(reference), FAISS_BLOCK):
-        block = ranking.prepare(reference[start : start + FAISS_BLOCK]).contiguous()
+        block = ranking.prepare(reference[start : start + FAISS_BLOCK])
+        block = (block if centre is None else block - centre).contiguous()
         _check_lengths(block)
         # one more than wanted shows whether the last place is tied
         found = faiss.knn(q.numpy(), block.numpy(), min(k + 1, len(block)), FAISS_METRICS[ranking.kind])
@@ -70,7 +76,10 @@ def _by_faiss(query: Tensor, reference: Tensor, k: int, ranking: Ranking) -> Ten
 def _by_tiles(query: Tensor, reference: Tensor, k: int, ranking: Ranking) -> Tensor:
     """For many queries, any device and any distance."""
     tile = CUDA_TILE if reference.is_cuda else CPU_TILE
+    if ranking.kind == "distance":  # some (SNR) hold all differences of a tile, D numbers a pair
+        tile = max(1, int(tile / reference.shape[1] ** 0.5))
     columns = max(tile, GROUP * GROUPS_PER_NEIGHBOUR * k, min(16 * tile, tile * tile // max(1, min(len(query), tile))))
+    columns = min(columns, len(reference))
     rows = max(1, min(tile, 8 * tile * tile // columns))
     # All tiles of one shape: products may differ in the last bit from shape to shape, and copies of an item would not
     # be equally near. So a set is parted evenly, and what its last block lacks is filled up.
@@ -95,7 +104,7 @@ def _by_tiles(query: Tensor, reference: Tensor, k: int, ranking: Ranking) -> Ten
 def _even_part(count: int, largest: int) -> int:
     """Size of the parts when `count` is parted evenly into parts of at most about `largest`, in whole steps."""
     parts = -(-count // largest)
-    return -(-count // (STEP * parts)) * STEP if parts > 1 else count
+    return min(count, -(-count // (STEP * parts)) * STEP)
 
 
 class _Similarity:
@@ -105,10 +114,7 @@ class _Similarity:
         self.ranking = ranking
         self.count = len(reference)
         self.offsets: dict[int, Tensor] = {}
-        # |q - r|^2 = |q|^2 - 2 qr + |r|^2 cancels badly where embeddings lie far from the origin and near each other,
-        # so a point amid them is taken off first: the median of a sample, which no outlier moves.
-        sample = reference[:: max(1, len(reference) // 1000)]
-        self.centre = ranking.prepare(sample).median(dim=0).values if ranking.kind == "Euclid" else None
+        self.centre = _centre(ranking, reference)
 
     def prepare(self, rows: Tensor, count: int) -> Tensor:
         """Rows as the ranking wants them, filled up to `count` with zeros (a PML distance might not stand these)."""
@@ -139,6 +145,16 @@ class _Similarity:
             offset[self.count - first :] = -torch.inf
             self.offsets[first] = offset
         return self.offsets[first]
+
+
+def _centre(ranking: Ranking, reference: Tensor) -> Tensor | None:
+    """A point (D,) amid the references for Euclid: the median of a sample, which no outlier moves.
+
+    |q - r|^2 = |q|^2 - 2 qr + |r|^2 cancels badly where embeddings lie far from the origin and near each other, so it
+    is taken off first.
+    """
+    sample = reference[:: max(1, len(reference) // 1000)]
+    return ranking.prepare(sample).median(dim=0).values if ranking.kind == "Euclid" else None
 
 
 def _check_lengths(rows: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Gallery: references in a faiss index, for approximate search, for more than memory holds, and to be kept."""
+"""Gallery: references in a faiss index, for approximate search, and to be kept in a file."""
 
 import json
 import os
@@ -29,7 +29,8 @@ class Gallery:
     """References to be searched, with their labels, in a faiss index.
 
     Args:
-        bank: the references; its embeddings may be a memory-mapped file, of which a block at a time is read.
+        bank: the references; its embeddings may be a memory-mapped file, of which a block at a time is read. "ivf",
+            "ivfpq" and "hnsw" hold all floats in memory; "IVF4096,SQ8" holds a quarter, "IVF4096,PQ32" 32 bytes each.
         index: "ivf": inverted lists, "ivfpq": inverted lists of 4-bit product codes, the best of which are compared
             again by the floats: several times faster than "ivf", "hnsw": a graph, fast to search and slow to build. Or
             any description of faiss's index factory ("IVF4096,SQ8", "OPQ32,IVF1024,PQ32").
@@ -57,6 +58,7 @@ class Gallery:
             str(distance),
             "use index='flat', which takes any PML distance",
         )
+        require(len(bank) > 0, "at least one reference", "none", "give a bank with items")
         warn_of_slow_blas()
         count, dims = bank.embeddings.shape
         self.ranking = ranking
@@ -96,12 +98,13 @@ class Gallery:
         """Finds the k nearest references of queries (N, D), nearest first.
 
         Returns:
-            (N, k) int64 indices in the order of adding (`gallery.labels[index]` are their labels); -1 where fewer
-            were found.
+            (N, k) int64 indices in the order of adding (`gallery.labels[index]` are their labels); -1, which is no
+            index, where the lists that were looked into hold fewer.
         """
         check_at_least_one("k", k)
         self._check_width(query, "queries")
         check_finite(query, "queries")
+        require(k <= len(self), f"k of at most {len(self)}, the gallery's size", str(k), "lower k")
         return torch.from_numpy(self.faiss_index.search(self._rows(query, slice(None)), k)[1])
 
     def save(self, folder: str | Path) -> None:

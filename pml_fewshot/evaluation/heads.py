@@ -68,7 +68,7 @@ def k_nearest_neighbours(support: Tensor, query: Tensor, distance: BaseDistance 
     is_class = nearest_class.unsqueeze(3) == torch.arange(ways, device=each.device)  # (E, N, k, W)
     closeness = torch.arange(k, 0, -1, device=each.device).unsqueeze(1) / (k + 1)  # k / (k + 1) for the nearest
     votes = is_class.sum(dim=2) + (is_class * closeness).amax(dim=2)
-    return votes.masked_fill(each.isnan().any(dim=2, keepdim=True), torch.nan)  # topk would rank NaN first
+    return votes.masked_fill(~each.isfinite().all(dim=2, keepdim=True), torch.nan)  # topk would rank NaN first
 
 
 def similarities(query: Tensor, reference: Tensor, distance: BaseDistance | None = None) -> Tensor:
@@ -84,6 +84,9 @@ def similarities(query: Tensor, reference: Tensor, distance: BaseDistance | None
         # vector_norm reads the queries once; square().sum() would write them too
         squares = torch.linalg.vector_norm(query, dim=2, keepdim=True).square() + reference.square().sum(2).unsqueeze(1)
         return torch.baddbmm(squares, query, reference.transpose(1, 2), beta=-1, alpha=2)
+    if type(distance) is LpDistance and not distance.normalize_embeddings:  # the same wherever the origin lies
+        centre = reference.mean(dim=1, keepdim=True)
+        query, reference = query - centre, reference - centre
     if distance.collect_stats:  # PML then calls .item(), which vmap cannot
         values = torch.stack([distance(q, r) for q, r in zip(query, reference, strict=True)])
     else:

@@ -10,7 +10,8 @@ UNKNOWN = 2**30  # assumed free where the system does not say: small enough for 
 def free_memory(device: torch.device) -> int:
     """Bytes that can be had on a device without swapping: of a GPU as its driver says, else Linux's MemAvailable."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, to be used again
+        return torch.cuda.mem_get_info(device)[0] + held
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():

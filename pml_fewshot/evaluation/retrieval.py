@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from pytorch_metric_learning.distances import BaseDistance
@@ -42,8 +43,8 @@ class RetrievalTester:
             "recall_at_<k>": any of the k nearest is of its class. "mean_average_precision": the mean over all
             references of its class of the precision at their rank. "mean_reciprocal_rank": 1 / rank of the first of
             its class. "NMI", "AMI": agreement of k-means clusters of the queries, as many as classes, with the classes.
-        k: neighbours to search; "max_bin_count" is as many as the metrics look at: the size of the largest class for
-            most (PML's default, the whole gallery, has quadratic memory), the whole ranking for
+        k: neighbours to search; "max_bin_count" is as many as the metrics look at, at least the size of the largest
+            class (PML's default, the whole gallery, has quadratic memory), the whole ranking for
             mean_average_precision and mean_reciprocal_rank, a block of queries at a time. With a number those two are
             cut off at it.
         index: "flat" is exact. "ivf", "ivfpq" and "hnsw" are approximate, pay from about a million references on, and
@@ -70,7 +71,7 @@ class RetrievalTester:
         if not re.search(r"\d", index):  # no description of faiss's
             check_choice("index", index, ("flat", "ivf", "ivfpq", "hnsw"))
         if k != "max_bin_count":
-            require(isinstance(k, int), "k as an integer or 'max_bin_count'", repr(k), "give one of them")
+            require(isinstance(k, Integral), "k as an integer or 'max_bin_count'", repr(k), "give one of them")
             check_at_least_one("k", k)  # type: ignore[arg-type]
         self.metrics = metrics
         self.k = k
@@ -91,6 +92,7 @@ class RetrievalTester:
             dataset: images to embed and to use as queries.
             reference: gallery to search: images, a bank, or a Gallery whose index is built; when None the queries
                 search among themselves, each without itself (told by its index, so that duplicates of it count).
+                A reference is searched whole: where it holds the queries too, each finds itself.
 
         Raises:
             ValueError: a k above the gallery's size or below what a metric needs, banks of different widths, NaN
@@ -117,14 +119,16 @@ class RetrievalTester:
     ) -> RetrievalResult:
         """Judges by references with `labels`, of which the embeddings, an index, or both are at hand."""
         ranking = self._ranking(index)
+        measured: dict[str, list[Tensor]] = {metric: [] for metric in self.metrics if metric not in CLUSTERING}
+        require(len(labels) > 0, "at least one reference", "none", "give a gallery with items")
         relevant = count_relevant(query.labels.cpu(), labels, same)  # R of each query
         judged = relevant > 0
-        require(bool(judged.any()), "a query whose class is among the references", "none", "check the labels")
+        found = bool(judged.any()) or not measured
+        require(found, "a query whose class is among the references", "none", "check the labels")
         k = self._neighbours(int(relevant.max()), len(labels) - same)
-        measured: dict[str, list[Tensor]] = {metric: [] for metric in self.metrics if metric not in CLUSTERING}
         # all at once where that fits, for a set that is searched for its own neighbours needs each pair only once
         rows = len(query) if len(query) * k <= NEIGHBOURS else max(1, NEIGHBOURS // k)
-        for own in torch.arange(len(query)).split(rows):
+        for own in torch.arange(len(query)).split(rows) if measured else ():
             block = query.embeddings if rows == len(query) else query.embeddings[own]
             if index is not None:
                 nearest = index.search(block, k + same)

@@ -20,8 +20,8 @@ class RetrievalResult(Mapping[str, float]):
         k: neighbours that were searched.
         protocol: "leave-one-out": each query searched the other queries; "gallery": a set of references.
         ranking: the index and the distance that the neighbours were found by, and its recall where it is approximate.
-        index_recall: of an approximate index against exact search; None where the search was exact, or where the index
-            came from a file without the embeddings.
+        index_recall: of an approximate index against exact search; None where the search was exact, or where a Gallery
+            was searched, which holds no embeddings to compare with.
         clustering: NMI and AMI where asked for.
     """
 

@@ -120,10 +120,11 @@ def _grid(rows: Sequence[ResultRow]) -> tuple[dict[str, str], list[_Line]]:
         name = " ".join(row.method.split()) + (f" ({row.split})" if several_splits else "")
         if row.protocol == "transductive" or (row.ways is None and f"{name} (transductive)" in lines):
             name += " (transductive)"
+        number = 1
         line = lines.setdefault(name, _Line(name))
-        if column in line.figures:  # the same figure by another protocol
-            name += f" ({row.protocol})"
-            line = lines.setdefault(name, _Line(name))
+        while column in line.figures:  # the same figure by another protocol, seed or set: a line of its own
+            number += 1
+            line = lines.setdefault(f"{name} #{number}", _Line(f"{name} #{number}"))
         line.figures[column] = row
     return columns, list(lines.values())
 

@@ -145,7 +145,7 @@ def test_npy_is_memory_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert is_the_bank(loaded)
     assert isinstance(maps[0], np.memmap)
     assert np.shares_memory(maps[0], loaded.embeddings.numpy())
-    loaded.embeddings[0, 0] = 99  # copy on write
+    assert maps[0].mode == "r"  # Linux refuses a writable map that is larger than memory
     assert path.read_bytes() == before
 
 

@@ -372,7 +372,10 @@ def test_places_that_could_not_be_filled_are_minus_one(index: str):
         assert row[len(real) :] == [-1] * (1000 - len(real))
 
 
-def test_more_neighbours_than_references_are_minus_one():
-    found = Gallery(clustered(3), "Flat").search(clustered(2, seed=1).embeddings, 5)
-    assert (found >= 0).sum(dim=1).tolist() == [3, 3]
-    assert found[:, 3:].tolist() == [[-1, -1], [-1, -1]]
+def test_what_the_lists_that_were_looked_into_lack_is_minus_one():
+    rows = clustered(60)
+    found = Gallery(rows, "IVF12,Flat", "nprobe=1").search(rows.embeddings, 60)
+    assert (found[:, 0] >= 0).all()
+    assert (found[:, -1] == -1).all()
+    with pytest.raises(ValueError, match=r"^expected k of at most 60, the gallery's size, got 61"):
+        Gallery(rows, "Flat").search(rows.embeddings, 61)
