@@ -18,8 +18,9 @@ from pytorch_metric_learning.distances import (
 from torch import Tensor
 
 from pml_fewshot.evaluation import exact_search as module
-from pml_fewshot.evaluation.exact_search import exact_search, largest, product
+from pml_fewshot.evaluation.exact_search import exact_search, product
 from pml_fewshot.evaluation.ranking import Ranking
+from pml_fewshot.evaluation.running_best import largest
 
 
 def rows(count: int, dims: int, seed: int) -> Tensor:
