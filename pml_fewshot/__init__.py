@@ -5,19 +5,24 @@ from pml_fewshot.torchvision_import import ensure_torchvision
 ensure_torchvision()  # before anything that imports torchvision
 
 # ruff: noqa: E402
+from pml_fewshot.batches import Batch, BatchSpec
 from pml_fewshot.checkpoint import export_embedder, load_checkpoint, load_embedder, save_checkpoint
 from pml_fewshot.command_line import main
 from pml_fewshot.data.augmentation import RandomAffine
+from pml_fewshot.data.batch_stream import BatchStream
 from pml_fewshot.data.episode_stream import EpisodeStream
 from pml_fewshot.data.fewshot_dataset import FewShotDataset, Splits, join
 from pml_fewshot.data.glyphs import load_glyphs
 from pml_fewshot.data.image_folder import load_image_folder
 from pml_fewshot.data.mini_imagenet import load_mini_imagenet
 from pml_fewshot.data.omniglot import load_omniglot
+from pml_fewshot.distances.weighted_l1 import WeightedL1Similarity
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.embedders.bank_file import load_bank, save_bank
 from pml_fewshot.embedders.conv4 import Conv4
 from pml_fewshot.embedders.embedder import Embedder
+from pml_fewshot.embedders.full_context import FullContext
+from pml_fewshot.embedders.koch import KochConv
 from pml_fewshot.embedders.resnet12 import ResNet12
 from pml_fewshot.embedders.torchvision_trunk import TorchvisionTrunk
 from pml_fewshot.episodes import Episode, EpisodeIndex, EpisodeSampler, EpisodeSpec
@@ -27,6 +32,7 @@ from pml_fewshot.evaluation.episodic import EpisodicEvaluator, EpisodicResult, e
 from pml_fewshot.evaluation.gallery import Gallery
 from pml_fewshot.evaluation.heads import (
     k_nearest_neighbours,
+    mean_similarity,
     nearest_neighbour,
     nearest_prototype,
     soft_nearest_neighbour,
@@ -37,16 +43,28 @@ from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.evaluation.retrieval_result import RetrievalResult
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment import ExperimentConfig, run
+from pml_fewshot.losses.dense import DenseNTXentLoss, DenseTripletMarginLoss
+from pml_fewshot.losses.matching import MatchingLoss
+from pml_fewshot.losses.pair_verification import PairVerificationLoss
 from pml_fewshot.losses.prototypical import PrototypicalLoss
 from pml_fewshot.recording import Recorder
+from pml_fewshot.sweeps import sweep, sweep_main
 from pml_fewshot.trainers.fit import History, TrainingDiverged, fit
+from pml_fewshot.trainers.matching import MatchingTrainer
+from pml_fewshot.trainers.metric import MetricTrainer
 from pml_fewshot.trainers.protonet import ProtoNetTrainer
+from pml_fewshot.trainers.siamese import SiameseTrainer
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
+    "Batch",
+    "BatchSpec",
+    "BatchStream",
     "Comparison",
     "Conv4",
+    "DenseNTXentLoss",
+    "DenseTripletMarginLoss",
     "Embedder",
     "EmbeddingBank",
     "Episode",
@@ -58,8 +76,14 @@ __all__ = [
     "EpisodicResult",
     "ExperimentConfig",
     "FewShotDataset",
+    "FullContext",
     "Gallery",
     "History",
+    "KochConv",
+    "MatchingLoss",
+    "MatchingTrainer",
+    "MetricTrainer",
+    "PairVerificationLoss",
     "ProtoNetTrainer",
     "PrototypicalLoss",
     "RandomAffine",
@@ -69,9 +93,11 @@ __all__ = [
     "ResultTable",
     "RetrievalResult",
     "RetrievalTester",
+    "SiameseTrainer",
     "Splits",
     "TorchvisionTrunk",
     "TrainingDiverged",
+    "WeightedL1Similarity",
     "benchmark",
     "compare",
     "cosine_classifier",
@@ -89,6 +115,7 @@ __all__ = [
     "load_omniglot",
     "logistic_regression",
     "main",
+    "mean_similarity",
     "nearest_neighbour",
     "nearest_prototype",
     "ridge_regression",
@@ -96,4 +123,6 @@ __all__ = [
     "save_bank",
     "save_checkpoint",
     "soft_nearest_neighbour",
+    "sweep",
+    "sweep_main",
 ]

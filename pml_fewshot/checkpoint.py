@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
@@ -33,7 +34,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: the file is broken, or holds objects other than data (which are not loaded).
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([UninitializedParameter]):  # a learned distance that has seen nothing yet
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, OSError) as error:

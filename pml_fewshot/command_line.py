@@ -1,12 +1,13 @@
 """main(config): an experiment from the command line."""
 
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from pml_fewshot.batches import BatchSpec
 from pml_fewshot.episodes import EpisodeSpec
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment import Device, ExperimentConfig, run
@@ -41,14 +42,29 @@ class _Options:
     """folder of this run; a new one below runs/ when not given"""
     num_episodes: int
     """test episodes of each spec"""
+    resume: bool
+    """go on with the run in --run-dir from its last checkpoint"""
+    eval_spec: _EvalSpec
+
+
+@dataclass(frozen=True)
+class _EpisodeOptions(_Options):
+    """Options of an experiment that trains on episodes."""
+
     train_spec: EpisodeSpec
-    eval_spec: _EvalSpec = field(default_factory=_EvalSpec)
+
+
+@dataclass(frozen=True)
+class _BatchOptions(_Options):
+    """Options of an experiment that trains on ordinary batches."""
+
+    train_spec: BatchSpec
 
 
 def main(config: ExperimentConfig) -> ResultTable:
     """Runs the experiment with what the command line changes of it (`--help` lists the options)."""
     try:
-        return run(_changed(config))
+        return run(*_changed(config))
     except (ValueError, OSError, TrainingDiverged) as error:
         # Our own messages, "expected .., got ..; do ..", say all that is needed; others are worth their traceback.
         if not str(error).startswith("expected "):
@@ -56,11 +72,14 @@ def main(config: ExperimentConfig) -> ResultTable:
         sys.exit(f"error: {error}")
 
 
-def _changed(config: ExperimentConfig) -> ExperimentConfig:
-    kept = {f.name: getattr(config, f.name) for f in fields(_Options) if f.name != "eval_spec"}
-    options = tyro.cli(_Options, default=_Options(**kept), description=f"Runs the experiment {config.name}.")
+def _changed(config: ExperimentConfig) -> tuple[ExperimentConfig, bool]:
+    """The config as the command line changes it, and whether to resume."""
+    options_class = _BatchOptions if isinstance(config.train_spec, BatchSpec) else _EpisodeOptions
+    kept = {f.name: getattr(config, f.name) for f in fields(options_class) if hasattr(config, f.name)}
+    default = options_class(eval_spec=_EvalSpec(), resume=False, **kept)
+    options = tyro.cli(options_class, default=default, description=f"Runs the experiment {config.name}.")
     changes: dict[str, Any] = {name: getattr(options, name) for name in kept}
     given = {name: value for name, value in vars(options.eval_spec).items() if value is not None}
     if given:
         changes["eval_specs"] = (replace(config.eval_specs[0], **given),)
-    return replace(config, **changes)
+    return replace(config, **changes), options.resume

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pml_fewshot.checks import check_at_least_one, check_enough_items, check_labels, require
+from pml_fewshot.checks import check_at_least_one, require
+from pml_fewshot.drawing import ClassDrawer
 
 
 @dataclass(frozen=True)
@@ -90,55 +91,11 @@ class EpisodeIndex:
         return digest.hexdigest()
 
 
-SMALL = 32  # items; Omniglot's classes have 20
-
-
-def draw_without_replacement(sizes: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Draws `count` distinct numbers below each size, in uniformly random order, for all rows at once.
-
-    A Fisher-Yates shuffle stopped after `count` steps, with the few displaced slots remembered instead of the whole
-    array, so its cost grows with count ** 2 and not with the sizes: 50,000 rows of 16 take about 15 ms on two cores
-    whether the classes hold 40 items or 40 million (6 ms up to 32 items). The numbers come from the generator's own
-    device, so a CPU generator gives the same draw whatever the device of `sizes`.
-
-    Args:
-        sizes: (R,) int64, each at least `count`.
-        count: numbers to draw for each row.
-        generator: source of all randomness.
-
-    Returns:
-        (count, R) int64: the i-th number drawn for every row.
-    """
-    uniform = torch.rand(count, len(sizes), generator=generator, device=generator.device, dtype=torch.float64)
-    step = torch.arange(count, device=sizes.device).unsqueeze(1)
-    left = sizes.unsqueeze(0) - step
-    # float64 holds 53 random bits, so floor(u * n) < n and its bias is below n / 2**53
-    slot = (uniform.to(sizes.device) * left).long() + step
-    # (on a GPU asking for the largest would wait for it)
-    largest = int(sizes.max()) if len(sizes) and not sizes.is_cuda else SMALL + 1
-    if largest <= SMALL:  # the array itself, shuffled in place, is faster than remembering
-        array = torch.arange(largest, device=sizes.device).unsqueeze(1).repeat(1, len(sizes))
-        for i in range(count):
-            drawn = array.gather(0, slot[i : i + 1])
-            array.scatter_(0, slot[i : i + 1], array[i : i + 1].clone())
-            slot[i] = drawn[0]
-        return slot
-    drawn = slot.clone()
-    moved = torch.empty_like(slot)  # moved[j]: what step j left behind in slot[j]
-    for i in range(count):
-        displaced = torch.full_like(sizes, i)
-        for j in range(i):
-            drawn[i] = torch.where(slot[j] == slot[i], moved[j], drawn[i])
-            displaced = torch.where(slot[j] == i, moved[j], displaced)
-        moved[i] = displaced
-    return drawn
-
-
 class EpisodeSampler:
     """Draws episodes from labelled items: classes without replacement, then their items without replacement.
 
-    All episodes of a call are drawn by batched tensor operations on the labels' device. Classes may have different
-    sizes. With the same CPU generator state the same episodes come out on every machine and device.
+    All episodes of a call are drawn at once, on the labels' device. Classes may have different sizes. With the same CPU
+    generator state the same episodes come out on every machine and device.
 
     Args:
         labels: (M,) int64 class of each item, any values.
@@ -151,21 +108,9 @@ class EpisodeSampler:
     """
 
     def __init__(self, labels: Tensor, spec: EpisodeSpec, generator: torch.Generator) -> None:
-        check_labels(labels, len(labels), "the sampler's")
         self.spec = spec
         self.generator = generator
-        self.classes, counts = torch.unique(labels, return_counts=True)
-        require(
-            len(self.classes) >= spec.ways,
-            f"at least {spec.ways} classes for {spec}",
-            f"{len(self.classes)} classes",
-            "lower ways or use a set with more classes",
-        )
-        check_enough_items(self.classes, counts, spec.shots + spec.queries, f"{spec.shots} + {spec.queries}")
-        self.counts = counts
-        # Items sorted by class: item i of class c is items[starts[c] + i].
-        self.items = torch.argsort(labels, stable=True)
-        self.starts = counts.cumsum(0) - counts
+        self.drawer = ClassDrawer(labels, spec.ways, spec.shots + spec.queries, str(spec))
 
     def sample(self, num_episodes: int) -> EpisodeIndex:
         """Draws `num_episodes` episodes.
@@ -175,10 +120,5 @@ class EpisodeSampler:
             are distinct, and support and query are disjoint.
         """
         check_at_least_one("num_episodes", num_episodes)
-        spec = self.spec
-        per_class = spec.shots + spec.queries
-        num_classes = torch.full((num_episodes,), len(self.classes), device=self.items.device)
-        classes = draw_without_replacement(num_classes, spec.ways, self.generator).T.flatten()  # (E*W,)
-        rank = draw_without_replacement(self.counts[classes], per_class, self.generator)
-        index = self.items[rank + self.starts[classes]].T.reshape(num_episodes, spec.ways, per_class)
-        return EpisodeIndex(index[..., : spec.shots], index[..., spec.shots :])
+        index = self.drawer.draw(num_episodes, self.generator)
+        return EpisodeIndex(index[..., : self.spec.shots], index[..., self.spec.shots :])

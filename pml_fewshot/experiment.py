@@ -15,8 +15,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pml_fewshot.allocator import keep_freed_memory
+from pml_fewshot.batches import BatchSpec
 from pml_fewshot.checkpoint import export_embedder
 from pml_fewshot.checks import check_at_least_one, require
+from pml_fewshot.data.batch_stream import BatchStream, SamplerFactory
 from pml_fewshot.data.episode_stream import Augmentation, EpisodeStream
 from pml_fewshot.data.fewshot_dataset import FewShotDataset, Splits, join
 from pml_fewshot.episodes import EpisodeSpec
@@ -26,7 +28,7 @@ from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.parts import build
 from pml_fewshot.recording import Recorder
-from pml_fewshot.run_folder import describe, new_run_folder
+from pml_fewshot.run_folder import describe, folder_to_resume, new_run_folder
 from pml_fewshot.trainers.fit import fit
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -48,14 +50,18 @@ class ExperimentConfig:
     """ProtoNetTrainer and the like, with embedder, loss and miner"""
     optimizer: Callable[..., Optimizer]
     """called with the trainer's parameters"""
-    train_spec: EpisodeSpec
-    """size of a training episode"""
+    train_spec: EpisodeSpec | BatchSpec
+    """size of a training episode, or of an ordinary batch for MetricTrainer and SiameseTrainer"""
     eval_specs: tuple[EpisodeSpec, ...]
     """sizes of the episodes to judge by; validation uses the first"""
     steps: int
     """training steps"""
     seed: int = 0
     """of weights, training episodes, augmentation and test episodes"""
+    sampler: SamplerFactory | None = None
+    """PML sampler (factory) that chooses the items of batches in place of our own; see BatchStream"""
+    loss_lr: float | None = None
+    """learning rate of the loss's own parameters (proxies, class weights, margins); the optimizer's when None"""
     scheduler: Callable[..., Any] | None = None
     """called with the optimizer; one that still needs `T_max` (CosineAnnealingLR) is given the steps"""
     augment: Augmentation | None = None
@@ -67,6 +73,8 @@ class ExperimentConfig:
     """steps between two validations"""
     patience: int | None = None
     """validations without a new best after which training ends"""
+    loss_patience: int | None = None
+    """steps without a new lowest loss after which training ends; without validation the weights there are kept"""
     clip_norm: float | None = None
     """largest norm of the gradient"""
     l2: float = 0.0
@@ -81,6 +89,8 @@ class ExperimentConfig:
     """validation episodes: enough to choose a checkpoint by"""
     retrieval: Callable[[], RetrievalTester] | None = RetrievalTester
     """k-NN figures over the test classes, ranked by the loss's distance; none when None"""
+    judge_more: Callable[[Any, Splits], ResultTable] | None = None
+    """`judge_more(trainer, splits)` gives rows beside those of eval_specs, from other classes or sizes of episodes"""
     device: Device = "auto"
     """auto: CUDA where there is one"""
     data_root: Path | None = None
@@ -89,20 +99,29 @@ class ExperimentConfig:
     """folder of this run; a new one below `runs/<name>/` when None"""
 
 
-def run(config: ExperimentConfig) -> ResultTable:
+def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
     """Trains, judges and stores: returns the table that is also in the run folder as results.csv and results.md.
+
+    With `resume` a run in `config.run_dir` that was interrupted goes on from its last checkpoint, one that has its
+    table gives it, and one that is not there begins.
 
     The run folder holds config.txt (the config, versions, git commit), logs.db and CSV files of the training, last.pt
     (the state to go on from), embedder.safetensors, results.csv, results.md, results.tex and figures.csv.
 
     Raises:
-        ValueError: bad options, or data that cannot give the episodes asked for, both before any training.
+        ValueError: bad options, or data that cannot give the episodes asked for, both before any training; a run to
+            resume of another config.
         FileExistsError: the run folder holds another run.
         TrainingDiverged: NaN; what was recorded and the last good checkpoint stay in the run folder.
     """
     _check(config)
     device = _device(config.device)
-    folder = new_run_folder(config.run_dir, config.name, config.seed)
+    if resume:
+        folder = folder_to_resume(config.run_dir, config)
+        if (folder / "figures.csv").exists():  # the last file of a table to be written
+            return ResultTable.read(folder)
+    else:
+        folder = new_run_folder(config.run_dir, config.name, config.seed)
     kept = keep_freed_memory() if device.type == "cpu" else False
     splits = _load(config)
     train, val = splits.train, splits.val
@@ -113,15 +132,16 @@ def run(config: ExperimentConfig) -> ResultTable:
     validator = EpisodicEvaluator(config.eval_specs[0], config.val_episodes, config.seed)
     if val is not None:
         validator.check(val)
-    stream = EpisodeStream(train.to(device), config.train_spec, config.seed, config.augment)
     torch.manual_seed(config.seed)  # initial weights, dropout and PML's miners draw from torch's own generator
     trainer = build(config.trainer).to(device)
-    optimizer = config.optimizer(trainer.parameters())
+    stream = _stream(config, train.to(device), trainer)
+    optimizer = config.optimizer(_parameters(trainer, config.loss_lr))
     scheduler = _scheduler(config, optimizer)
     tester = build(config.retrieval)
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.txt").write_text(describe(config, train, splits, device), encoding="utf-8")
+    if not (folder / "config.txt").exists():  # it says what a resumed run began with
+        (folder / "config.txt").write_text(describe(config, train, splits, device), encoding="utf-8")
     print(f"{config.name}: {train} on {device}, run folder {folder}")
     if kept:
         print("memory: glibc is told to keep freed blocks for reuse (mallopt), or training steps take twice the time")
@@ -136,12 +156,14 @@ def run(config: ExperimentConfig) -> ResultTable:
                 validate=partial(validator.evaluate, trainer, val.to(device)) if val is not None else None,
                 validate_every=config.validate_every,
                 patience=config.patience,
+                loss_patience=config.loss_patience,
                 clip_norm=config.clip_norm,
                 l2=config.l2,
                 l1=config.l1,
                 bf16=config.bf16,
                 recorder=recorder,
                 checkpoint=folder / "last.pt",
+                resume=resume,
             )
     except Exception:
         if not (folder / "last.pt").exists():  # not one step was made: leave nothing that looks like a run
@@ -150,8 +172,12 @@ def run(config: ExperimentConfig) -> ResultTable:
     print(
         f"trained {history.steps} steps in {history.seconds / 60:.1f} minutes ({history.stopped}), "
         f"weights of step {history.best_step}"
+        + (f", {history.skipped} steps skipped: nothing to learn from in their batches" if history.skipped else "")
     )
-    table = _judge(config, trainer, tester, splits.test.to(device))
+    splits = splits.to(device)
+    table = _judge(config, trainer, tester, splits.test)
+    if config.judge_more is not None:
+        table.rows += config.judge_more(trainer, splits).rows
     table.write(folder)
     if isinstance(getattr(trainer, "embedder", None), nn.Module):
         export_embedder(folder / "embedder.safetensors", trainer.embedder)
@@ -163,6 +189,8 @@ def _check(config: ExperimentConfig) -> None:
     check_at_least_one("steps", config.steps)
     check_at_least_one("validate_every", config.validate_every)
     require(len(config.eval_specs) > 0, "at least one spec in eval_specs", "none", "say by which episodes to judge")
+    rate = config.loss_lr
+    require(rate is None or rate >= 0, "a learning rate of at least 0 as loss_lr", str(rate), "0 keeps them as they are")
     EpisodicEvaluator(config.eval_specs[0], config.num_episodes)
 
 
@@ -195,6 +223,28 @@ def _scheduler(config: ExperimentConfig, optimizer: Optimizer) -> Any:
     if config.scheduler is None:
         return None
     return config.scheduler(optimizer, **({"T_max": config.steps} if _needs(config.scheduler, "T_max") else {}))
+
+
+def _stream(config: ExperimentConfig, train: FewShotDataset, trainer: nn.Module) -> EpisodeStream | BatchStream:
+    if isinstance(config.train_spec, BatchSpec):
+        embedder = getattr(trainer, "embedder", None)
+        return BatchStream(train, config.train_spec, config.seed, config.augment, config.sampler, embedder)
+    require(
+        config.sampler is None,
+        "train_spec=BatchSpec(...) with a sampler",
+        str(config.train_spec),
+        "or drop the sampler",
+    )
+    return EpisodeStream(train, config.train_spec, config.seed, config.augment)
+
+
+def _parameters(trainer: nn.Module, loss_lr: float | None) -> list[dict[str, Any]]:
+    """The trainer's parameters as an optimizer takes them, those of its loss in a group of their own where asked."""
+    own = {id(p) for p in trainer.loss.parameters()} if loss_lr is not None else set()  # type: ignore[union-attr]
+    groups: list[dict[str, Any]] = [{"params": [p for p in trainer.parameters() if id(p) not in own]}]
+    if own:
+        groups.append({"params": [p for p in trainer.parameters() if id(p) in own], "lr": loss_lr})
+    return groups
 
 
 def _needs(factory: Callable[..., Any], argument: str) -> bool:

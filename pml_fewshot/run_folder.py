@@ -11,9 +11,33 @@ from typing import Any
 
 import torch
 
+from pml_fewshot.checks import require
 from pml_fewshot.data.fewshot_dataset import FewShotDataset, Splits
 
+WHERE = ("run_dir = ", "data_root = ", "device = ")  # where a run happens, not what it does
 PACKAGES = ("pml_fewshot", "torch", "torchvision", "pytorch-metric-learning", "faiss-cpu", "numpy", "record-keeper")
+
+
+def folder_to_resume(run_dir: Path | None, config: Any) -> Path:
+    """Returns `run_dir`, new or with a run of the same config in it.
+
+    Raises:
+        ValueError: no run_dir, or the run there has another config; names the fields.
+    """
+    require(run_dir is not None, "the folder of the run to go on with", "none", "name it with --run-dir")
+    assert run_dir is not None
+    about = run_dir / "config.txt"
+    if about.exists():
+        then = "\n" + about.read_text(encoding="utf-8")
+        now = [field for field in _fields(config) if not field.startswith(WHERE)]
+        changed = [field.split(" = ")[0] for field in now if f"\n{field}\n" not in then]
+        require(
+            not changed,
+            f"the config of the run in {run_dir} to go on with",
+            f"another {', '.join(changed)}",
+            "give it as config.txt has it, or name another folder",
+        )
+    return run_dir
 
 
 def new_run_folder(run_dir: Path | None, name: str, seed: int) -> Path:
@@ -33,15 +57,18 @@ def new_run_folder(run_dir: Path | None, name: str, seed: int) -> Path:
 
 def describe(config: Any, train: FewShotDataset, splits: Splits, device: torch.device) -> str:
     """The text of config.txt: a line for each field of the config dataclass, then data, versions and git commit."""
-    # a function's repr ends in its address, which says nothing
-    lines = [re.sub(r" at 0x[0-9a-f]+", "", f"{f.name} = {getattr(config, f.name)!r}") for f in fields(config)]
-    lines += ["", f"train = {train}", f"val = {splits.val}", f"test = {splits.test}", ""]
+    lines = [*_fields(config), "", f"train = {train}", f"val = {splits.val}", f"test = {splits.test}", ""]
     lines += [f"{package} {version(package)}" for package in PACKAGES]
     lines += [
         f"python {platform.python_version()} on {platform.platform()}, {torch.get_num_threads()} threads, {device}"
     ]
     lines += [f"git commit {_git_commit() or 'unknown (not a checkout)'}"]
     return "\n".join(lines) + "\n"
+
+
+def _fields(config: Any) -> list[str]:
+    # a function's repr ends in its address, which says nothing
+    return [re.sub(r" at 0x[0-9a-f]+", "", f"{f.name} = {getattr(config, f.name)!r}") for f in fields(config)]
 
 
 def _git_commit() -> str:

@@ -19,25 +19,41 @@ from typing import Any
 import pytest
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.losses import (
+    ArcFaceLoss,
+    ContrastiveLoss,
+    CrossBatchMemory,
+    NTXentLoss,
+    SelfSupervisedLoss,
+)
+from pytorch_metric_learning.miners import MultiSimilarityMiner
+from pytorch_metric_learning.samplers import FixedSetOfTriplets, MPerClassSampler, TuplesToWeightsSampler
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepLR
 
 import experiments
 from experiments import quickstart
+from pml_fewshot.batches import BatchSpec
 from pml_fewshot.checkpoint import load_checkpoint, load_embedder
 from pml_fewshot.command_line import main
+from pml_fewshot.data.augmentation import RandomAffine
+from pml_fewshot.data.batch_stream import BatchStream
 from pml_fewshot.data.fewshot_dataset import FewShotDataset, Splits
+from pml_fewshot.distances.weighted_l1 import WeightedL1Similarity
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.episodes import EpisodeSpec
+from pml_fewshot.evaluation.benchmark import benchmark
 from pml_fewshot.evaluation.episodic import EpisodicEvaluator
 from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.evaluation.table import ResultRow, ResultTable
 from pml_fewshot.experiment import ExperimentConfig, run
 from pml_fewshot.losses.prototypical import PrototypicalLoss
 from pml_fewshot.parts import build
-from pml_fewshot.trainers.fit import TrainingDiverged
+from pml_fewshot.trainers.fit import TrainingDiverged, fit
+from pml_fewshot.trainers.metric import MetricTrainer
 from pml_fewshot.trainers.protonet import ProtoNetTrainer
+from pml_fewshot.trainers.siamese import SiameseTrainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -555,11 +571,15 @@ def test_experiment_runs_for_two_steps(module: str, tmp_path: Path) -> None:
     def load() -> Splits:
         return splits
 
-    # fewer ways than in the file, which only cost time; shots, queries and turns are those of the file
-    spec = replace(config.train_spec, ways=min(config.train_spec.ways, 5))
+    # fewer classes than in the file, which only cost time; shots, queries and turns are those of the file
+    spec = config.train_spec
+    spec = replace(spec, classes=5) if isinstance(spec, BatchSpec) else replace(spec, ways=min(spec.ways, 5))
     small = replace(config, train_spec=spec, steps=2, num_episodes=10, val_episodes=10)
+    if module == "omniglot_siamese_koch":  # 4,096 dimensions take minutes; omniglot_siamese_official does the same
+        small = replace(small, judge_more=None)
     table = run(replace(small, data=load, run_dir=tmp_path / "run", device="cpu"))
-    assert sum(row.figure == "accuracy" for row in table.rows) == len(config.eval_specs)
+    own = [row for row in table.rows if row.method == config.name and row.figure == "accuracy"]
+    assert len(own) == len(config.eval_specs)
     assert all(0 <= row.value <= 1 for row in table.rows)
     assert (tmp_path / "run" / "embedder.safetensors").is_file()
 
@@ -616,3 +636,326 @@ def test_the_root_that_a_loader_has_already_is_kept(tmp_path: Path) -> None:
     run(replace(TINY, run_dir=tmp_path / "a", data=partial(load, root=Path("mine")), data_root=Path("other")))
     run(replace(TINY, run_dir=tmp_path / "b", data=load, data_root=Path("other")))
     assert seen == [Path("mine"), Path("other")]
+
+
+# --- ordinary batches -------------------------------------------------------------------------------------------------
+
+
+def no_validation() -> Splits:
+    return Splits(tiny_set("a", 8, 0), None, tiny_set("c", 6, 2))
+
+
+EMBEDDER = partial(Embedder, trunk=TRUNK)
+BATCHES = replace(
+    TINY, name="batches", data=no_validation, trainer=partial(MetricTrainer, EMBEDDER), train_spec=BatchSpec(4, 3)
+)
+HARD_ITEMS = partial(TuplesToWeightsSampler, miner=MultiSimilarityMiner(), dataloader_num_workers=0)
+
+
+def weights_after(folder: Path) -> dict[str, Any]:
+    return load_checkpoint(folder / "last.pt")["trainer"]
+
+
+def same_state(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name]
+        for name, value in first.items()
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"trainer": partial(SiameseTrainer, EMBEDDER)},
+        {"augment": RandomAffine(), "seed": 3},
+        {"sampler": partial(MPerClassSampler, m=3, batch_size=12, length_before_new_iter=24)},
+        {"sampler": HARD_ITEMS},
+        {
+            "trainer": partial(MetricTrainer, EMBEDDER, partial(SelfSupervisedLoss, loss=NTXentLoss)),
+            "train_spec": BatchSpec(4, 3, views=2),
+            "augment": RandomAffine(),
+        },
+    ],
+    ids=["plain", "siamese", "augmented", "m per class", "hard items", "two views"],
+)
+def test_run_on_batches_is_the_training_made_by_hand(options: dict[str, Any], tmp_path: Path) -> None:
+    config = replace(BATCHES, run_dir=tmp_path / "run", steps=12, **options)
+    table = run(config)
+    torch.manual_seed(config.seed)
+    trainer = build(config.trainer)
+    stream = BatchStream(
+        no_validation().train, config.train_spec, config.seed, config.augment, config.sampler, trainer.embedder
+    )
+    fit(trainer, stream, Adam(trainer.parameters(), lr=0.01), 12, progress=False)
+    assert same_state(weights_after(tmp_path / "run"), trainer.state_dict())
+    for spec, row in zip(config.eval_specs, table.rows, strict=False):
+        result = EpisodicEvaluator(spec, 30, seed=config.seed).evaluate(trainer, tiny_splits().test)
+        assert (result.mean, result.episodes_hash) == (row.value, row.episodes_hash)
+
+
+def test_config_txt_names_batches_and_sampler(tmp_path: Path) -> None:
+    sampler = partial(MPerClassSampler, m=3, batch_size=12, length_before_new_iter=24)
+    run(replace(BATCHES, run_dir=tmp_path / "run", sampler=sampler, loss_lr=0.5, loss_patience=7))
+    text = (tmp_path / "run" / "config.txt").read_text()
+    assert "train_spec = BatchSpec(classes=4, per_class=3, views=1)\n" in text
+    assert re.search(r"^sampler = .*MPerClassSampler.*m=3", text, re.MULTILINE)
+    assert "loss_lr = 0.5\n" in text
+    assert "loss_patience = 7\n" in text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"train_spec": BatchSpec(9, 2)}, "at least 9 classes .* got 8"),
+        ({"train_spec": BatchSpec(4, 11)}, "at least 11 items"),
+        ({"train_spec": BatchSpec(4, 3, views=2)}, "expected augmentation for two views"),
+        ({"train_spec": EpisodeSpec(5, 1, 3), "sampler": HARD_ITEMS}, r"expected train_spec=BatchSpec\(.*5-way 1-shot"),
+        (
+            {"sampler": partial(FixedSetOfTriplets, num_triplets=3)},
+            "at least 12 items from FixedSetOfTriplets, .*got 9",
+        ),
+        (
+            {"trainer": partial(MetricTrainer, EMBEDDER, partial(ArcFaceLoss, 7, 8)), "train_spec": BatchSpec(8, 2)},
+            "labels below 7, the num_classes of ArcFaceLoss, got 7",
+        ),
+        ({"loss_patience": 0}, "loss_patience"),
+        ({"loss_lr": -1.0, "trainer": partial(MetricTrainer, EMBEDDER, partial(ArcFaceLoss, 8, 8))}, "learning rate"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_batches_raise_before_a_step_and_leave_no_folder(
+    wrong: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = replace(BATCHES, run_dir=tmp_path / "run", steps=20, **wrong)
+    with pytest.raises(ValueError, match=message):
+        run(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_skipped_steps_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def one_class(labels: Any) -> list[int]:
+        return [i for i, label in enumerate(labels) if label == 3][:6]
+
+    trainer = partial(MetricTrainer, EMBEDDER, NTXentLoss)
+    run(replace(BATCHES, run_dir=tmp_path / "run", train_spec=BatchSpec(2, 3), sampler=one_class, trainer=trainer))
+    assert "4 steps skipped: nothing to learn from in their batches" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["history"]["skipped"] == 4
+    run(replace(BATCHES, run_dir=tmp_path / "other"))
+    assert "steps skipped" not in capsys.readouterr().out
+
+
+# --- a rate for the loss's own parameters -----------------------------------------------------------------------------
+
+WITH_WEIGHTS = {
+    "class weights": partial(MetricTrainer, EMBEDDER, partial(ArcFaceLoss, 8, 8)),
+    "similarity": partial(
+        SiameseTrainer, EMBEDDER, partial(ContrastiveLoss, 1.0, -1.0, distance=partial(WeightedL1Similarity, 8))
+    ),
+}
+
+
+def changed_weights(trainer: partial, folder: Path, lr: float, loss_lr: float | None) -> dict[str, torch.Tensor]:
+    """What a step of gradient descent has added to each weight of embedder and loss."""
+    config = replace(BATCHES, trainer=trainer, optimizer=partial(SGD, lr=lr), loss_lr=loss_lr, steps=1)
+    torch.manual_seed(config.seed)
+    before = {name: weight.detach().clone() for name, weight in build(trainer).named_parameters()}
+    run(replace(config, run_dir=folder))
+    after = weights_after(folder)
+    return {name: after[name] - weight for name, weight in before.items()}
+
+
+@pytest.mark.parametrize("name", WITH_WEIGHTS)
+def test_loss_lr_is_the_rate_of_the_loss_alone(name: str, tmp_path: Path) -> None:
+    one = changed_weights(WITH_WEIGHTS[name], tmp_path / "one", 0.1, None)
+    two = changed_weights(WITH_WEIGHTS[name], tmp_path / "two", 0.1, 0.3)
+    none = changed_weights(WITH_WEIGHTS[name], tmp_path / "none", 0.1, 0.0)
+    only = changed_weights(WITH_WEIGHTS[name], tmp_path / "only", 0.0, 0.1)
+    assert {key.split(".")[0] for key in one} == {"embedder", "loss"}
+    assert all(any(step.any() for key, step in one.items() if key.startswith(part)) for part in ("embedder", "loss"))
+    for key, step in one.items():
+        of_loss = key.startswith("loss.")
+        torch.testing.assert_close(two[key], 3 * step if of_loss else step, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(none[key], 0 * step if of_loss else step, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(only[key], step if of_loss else 0 * step, rtol=1e-4, atol=1e-6)
+
+
+def test_loss_lr_changes_nothing_where_the_loss_has_no_parameters(tmp_path: Path) -> None:
+    run(replace(BATCHES, run_dir=tmp_path / "a"))
+    run(replace(BATCHES, run_dir=tmp_path / "b", loss_lr=5.0))
+    assert same_state(weights_after(tmp_path / "a"), weights_after(tmp_path / "b"))
+
+
+def test_scheduler_takes_both_rates_down(tmp_path: Path) -> None:
+    config = replace(BATCHES, trainer=WITH_WEIGHTS["class weights"], loss_lr=0.2, steps=3)
+    run(replace(config, run_dir=tmp_path / "run", scheduler=partial(StepLR, step_size=1, gamma=0.1)))
+    rates = [group["lr"] for group in load_checkpoint(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"]]
+    assert rates == pytest.approx([0.01 * 1e-3, 0.2 * 1e-3])
+
+
+# --- the loss that no longer falls, and other judges ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_patience", [20, 60])
+def test_loss_patience_ends_a_run_with_the_weights_of_the_lowest_loss(loss_patience: int, tmp_path: Path) -> None:
+    config = replace(BATCHES, steps=3000, optimizer=partial(SGD, lr=1e-4), loss_patience=loss_patience)
+    run(replace(config, run_dir=tmp_path / "run"))
+    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    history = state["history"]
+    lowest = min(history["losses"], key=lambda entry: entry[1])[0]
+    assert history["stopped"] == "loss no longer falling"
+    assert history["best_step"] == lowest
+    assert loss_patience <= history["steps"] - lowest < loss_patience + 20
+    trainer = build(config.trainer)
+    load_embedder(tmp_path / "run" / "embedder.safetensors", trainer.embedder)
+    exported = trainer.embedder.state_dict()
+    assert all(torch.equal(value, state["best"][f"embedder.{name}"]) for name, value in exported.items())
+    assert not all(torch.equal(value, state["trainer"][f"embedder.{name}"]) for name, value in exported.items())
+
+
+def test_judge_more_adds_its_rows_to_the_table(tmp_path: Path) -> None:
+    calls: list[tuple[nn.Module, Splits]] = []
+    specs = (EpisodeSpec(3, 2, 4), EpisodeSpec(2, 1, 1))
+
+    def judge(trainer: nn.Module, splits: Splits) -> ResultTable:
+        calls.append((trainer, splits))
+        assert not any(part.training for part in trainer.modules())
+        return benchmark({"more": trainer}, splits.val, specs, None, 25, 9, timed=False)
+
+    config = replace(BATCHES, data=tiny_splits, run_dir=tmp_path / "run", judge_more=judge)
+    table = run(config)
+    ((_, splits),) = calls
+    assert splits.val is not None
+    assert [len(part.class_names) for part in (splits.train, splits.val, splits.test)] == [8, 5, 6]
+    plain = run(replace(config, run_dir=tmp_path / "plain", judge_more=None))
+    assert table.rows[: len(plain.rows)] == plain.rows
+    more = table.rows[len(plain.rows) :]
+    assert [(row.method, row.ways, row.shots, row.count, row.seed) for row in more] == [
+        ("more", 3, 2, 25, 9),
+        ("more", 2, 1, 25, 9),
+    ]
+    judged = build(config.trainer)
+    load_embedder(tmp_path / "run" / "embedder.safetensors", judged.embedder)
+    for spec, row in zip(specs, more, strict=True):
+        assert row.value == EpisodicEvaluator(spec, 25, 9).evaluate(judged, tiny_splits().val).mean
+    _, rows = read_csv(tmp_path / "run" / "figures.csv")
+    assert [float(row["value"]) for row in rows] == [row.value for row in table.rows]
+    assert "more" in (tmp_path / "run" / "results.md").read_text()
+
+
+# --- the command line of batches --------------------------------------------------------------------------------------
+
+
+def batch_line(monkeypatch: pytest.MonkeyPatch, *arguments: str, config: ExperimentConfig = BATCHES) -> ResultTable:
+    monkeypatch.setattr(sys, "argv", ["batches", *arguments])
+    return main(config)
+
+
+def test_size_of_batches_can_be_changed_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = str(tmp_path / "run")
+    table = batch_line(monkeypatch, "--train-spec.per-class", "2", "--run-dir", run_dir, "--seed", "4", "--steps", "3")
+    text = (tmp_path / "run" / "config.txt").read_text()
+    assert "train_spec = BatchSpec(classes=4, per_class=2, views=1)\n" in text
+    assert "steps = 3\n" in text
+    expected = run(replace(BATCHES, run_dir=tmp_path / "same", train_spec=BatchSpec(4, 2), seed=4, steps=3))
+    assert table.csv() == expected.csv()
+    assert same_state(weights_after(tmp_path / "run"), weights_after(tmp_path / "same"))
+
+
+def test_without_options_the_batches_are_those_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(BATCHES, sampler=HARD_ITEMS, loss_lr=0.5, loss_patience=9, augment=RandomAffine())
+    table = batch_line(monkeypatch, "--run-dir", str(tmp_path / "line"), config=config)
+    assert table.csv() == run(replace(config, run_dir=tmp_path / "run")).csv()
+    first, second = (
+        re.sub("run_dir = .*", "", (tmp_path / name / "config.txt").read_text()) for name in ("line", "run")
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--train-spec.classes", "9"), "error: expected at least 9 classes"),
+        (("--train-spec.per-class", "11"), "error: expected at least 11 items"),
+        (("--train-spec.views", "2"), "error: expected augmentation for two views"),
+    ],
+)
+def test_bad_batches_of_the_command_line_end_in_one_line(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        batch_line(monkeypatch, *arguments)
+    assert str(stopped.value.code).startswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--train-spec.classes", "1"), "expected at least 2 classes in a batch, got 1"),
+        (("--train-spec.per-class", "0"), "expected per_class to be an integer of at least 1, got 0"),
+        (("--train-spec.views", "3"), "expected 1 or 2 views, got 3"),
+    ],
+)
+def test_batches_that_cannot_be_are_refused_as_misspelt_options_are(
+    arguments: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        batch_line(monkeypatch, *arguments)
+    assert stopped.value.code == 2
+    assert message in re.sub(r"[\s│]+", " ", "".join(capsys.readouterr()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_of_episodes_are_none_of_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        batch_line(monkeypatch, "--train-spec.ways", "3")
+    assert stopped.value.code == 2
+    assert "--train-spec.ways" in "".join(capsys.readouterr())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_explains_batches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        batch_line(monkeypatch, "--help")
+    assert stopped.value.code == 0
+    text = re.sub(r"\s+", " ", re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out))
+    for option in ("--train-spec.classes", "--train-spec.per-class", "--train-spec.views", "--eval-spec.ways"):
+        assert option in text
+    assert "classes in a batch" in text
+    assert "items of each class" in text
+
+
+@pytest.mark.parametrize("sampler", [None, HARD_ITEMS], ids=["drawn", "hard items"])
+def test_interrupted_batches_go_on_from_the_command_line(
+    sampler: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a memory and a learned distance in the loss: all of it comes from the checkpoint."""
+    memory = partial(
+        CrossBatchMemory, loss=partial(ContrastiveLoss, 1.0, -1.0, distance=partial(WeightedL1Similarity, 8))
+    )
+    trainer = partial(MetricTrainer, EMBEDDER, partial(memory, embedding_size=8, memory_size=40))
+    config = replace(
+        BATCHES, data=tiny_splits, trainer=trainer, sampler=sampler, augment=RandomAffine(), loss_lr=0.05, steps=12
+    )
+
+    def cut(trainer: nn.Module, splits: Splits) -> ResultTable:
+        raise KeyboardInterrupt
+
+    expected = run(replace(config, run_dir=tmp_path / "whole"))
+    # the first half of the training, as if it had been interrupted behind its sixth step
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(config, run_dir=tmp_path / "cut", steps=6, judge_more=cut))
+    text = (tmp_path / "cut" / "config.txt").read_text()
+    text = re.sub("^steps = 6$", "steps = 12", text, flags=re.MULTILINE)
+    text = re.sub("^judge_more = .*$", "judge_more = None", text, flags=re.MULTILINE)
+    (tmp_path / "cut" / "config.txt").write_text(text)
+    table = batch_line(monkeypatch, "--run-dir", str(tmp_path / "cut"), "--resume", config=config)
+    assert table.csv() == expected.csv()
+    assert same_state(weights_after(tmp_path / "cut"), weights_after(tmp_path / "whole"))

@@ -1,12 +1,15 @@
 """The README's Python blocks run, in order and in one namespace, and its commands name what exists."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+
+from pml_fewshot import run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -21,7 +24,7 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         folder.mkdir(parents=True)
         Image.new("RGB", (90, 100), (40 * number, 0, 0)).save(folder / "one.png")
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     code = "\n".join(blocks)
     assert "steps=300" in code
     namespace: dict[str, Any] = {}
@@ -37,6 +40,8 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         torch.manual_seed(0)
         trainer = namespace[variant]()
         assert type(getattr(trainer, part)).__name__ == expected
+    changed = replace(namespace["on_batches"], steps=2, num_episodes=20, val_episodes=20, retrieval=None)
+    assert {row.figure for row in run(changed).rows} == {"accuracy"}
 
 
 def test_commands_name_what_exists() -> None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from pml_fewshot.checks import check_disjoint, check_labels, require
 
 
-class FewShotDataset:
+class FewShotDataset(Dataset[tuple[Tensor, int]]):
     """uint8 images in one tensor with int64 labels and class names.
 
     The whole set lies in memory, on the device of your choice, or in a memory-mapped file: give a `numpy.memmap` (or
@@ -73,6 +74,13 @@ class FewShotDataset:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, int]:
+        """Image (C, H, W) as floats in [0, 1], and its label: the set is a map-style data set for any DataLoader.
+
+        That is what PML's trainers and testers want. One image at a time is slow; our own streams take `floats`.
+        """
+        return self.images[item].to(torch.float32).div_(255), int(self.labels[item])
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.item_shape))

@@ -18,8 +18,9 @@ class ConvBlock(nn.Module):
     convolution's weights, which saves a pass over the largest tensors; the result is equal up to rounding.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, relu: bool = True) -> None:
         super().__init__()
+        self.relu = relu
         # no bias: batch norm subtracts it again
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
@@ -27,11 +28,13 @@ class ConvBlock(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         norm = self.norm
         if norm.training or norm.running_mean is None or norm.running_var is None or torch.is_grad_enabled():
-            return F.max_pool2d(norm(self.conv(images)), 2).relu_()
+            pooled = F.max_pool2d(norm(self.conv(images)), 2)
+            return pooled.relu_() if self.relu else pooled
         weight, bias = fuse_conv_bn_weights(
             self.conv.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )
-        return F.max_pool2d(F.conv2d(images, weight, bias, padding=1), 2).relu_()
+        pooled = F.max_pool2d(F.conv2d(images, weight, bias, padding=1), 2)
+        return pooled.relu_() if self.relu else pooled
 
 
 class Conv4(nn.Module):
@@ -40,6 +43,8 @@ class Conv4(nn.Module):
     Args:
         in_channels: 1 for grey, 3 for colour images.
         channels: filters of each block; 64 as in the papers.
+        last_relu: end with a ReLU, as in the papers. Without it embeddings may be negative, which a learned similarity
+            of |q - r| needs (SiameseTrainer).
 
     Shapes: (B, in_channels, H, W) -> (B, channels * (H // 16) * (W // 16)): 64-d at 28 x 28, 1,600-d at 84 x 84.
     Weights are in channels-last memory, the faster layout for pooling and batch norm on a CPU.
@@ -47,11 +52,13 @@ class Conv4(nn.Module):
     Source: Vinyals et al. 2016, section 4.1; Snell et al. 2017, section 3.1.
     """
 
-    def __init__(self, in_channels: int = 1, channels: int = 64) -> None:
+    def __init__(self, in_channels: int = 1, channels: int = 64, last_relu: bool = True) -> None:
         super().__init__()
         self.in_channels = in_channels
         widths = [in_channels, channels, channels, channels, channels]
-        self.blocks = nn.Sequential(*(ConvBlock(i, o) for i, o in pairwise(widths)))
+        blocks = [ConvBlock(i, o) for i, o in pairwise(widths)]
+        blocks[-1].relu = last_relu
+        self.blocks = nn.Sequential(*blocks)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:

@@ -112,9 +112,9 @@ def _embedded(method: Method, dataset: FewShotDataset | None) -> tuple[FewShotDa
 
 
 def _ranked_by(tester: RetrievalTester, method: Method) -> RetrievalTester:
-    """The tester, ranking by the distance of a trainer's loss where it has none of its own."""
+    """The tester, ranking by a trainer's distance where it has none of its own."""
     if tester.distance is not None:
         return tester
     ranked = copy.copy(tester)  # the caller's own may serve another method
-    ranked.distance = getattr(getattr(method, "loss", None), "distance", None)
+    ranked.distance = getattr(method, "distance", None)
     return ranked

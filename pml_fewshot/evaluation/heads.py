@@ -11,6 +11,7 @@ from pytorch_metric_learning.distances import BaseDistance, LpDistance
 from torch import Tensor
 
 from pml_fewshot.checks import check_at_least_one, require
+from pml_fewshot.distances.weighted_l1 import WeightedL1Similarity
 
 # head(support, query, distance) -> logits; a head takes any PML distance, squared Euclid when None
 Head = Callable[[Tensor, Tensor, BaseDistance | None], Tensor]
@@ -35,7 +36,16 @@ def nearest_neighbour(support: Tensor, query: Tensor, distance: BaseDistance | N
 
     Arguments and result as in `nearest_prototype`; the two are the same at one shot.
     """
-    return _to_each(support, query, distance).amax(dim=3)
+    return similarities_to_each(support, query, distance).amax(dim=3)
+
+
+def mean_similarity(support: Tensor, query: Tensor, distance: BaseDistance | None = None) -> Tensor:
+    """Scores each query by the mean of its similarities to a class's support items.
+
+    Arguments and result as in `nearest_prototype`. With logits as similarities (SiameseTrainer) it is the mean evidence
+    that query and class belong together.
+    """
+    return similarities_to_each(support, query, distance).mean(dim=3)
 
 
 def soft_nearest_neighbour(
@@ -48,7 +58,7 @@ def soft_nearest_neighbour(
     temperature of about 0.1, or every item counts for nearly the same.
     """
     require(temperature > 0, "a temperature above 0", str(temperature), "raise it")
-    return (_to_each(support, query, distance) / temperature).logsumexp(dim=3)
+    return (similarities_to_each(support, query, distance) / temperature).logsumexp(dim=3)
 
 
 def k_nearest_neighbours(support: Tensor, query: Tensor, distance: BaseDistance | None = None, k: int = 3) -> Tensor:
@@ -63,7 +73,7 @@ def k_nearest_neighbours(support: Tensor, query: Tensor, distance: BaseDistance 
     check_at_least_one("k", k)
     ways, shots = support.shape[1:3]
     require(k <= ways * shots, f"k of at most {ways * shots}, the support items", str(k), "lower k")
-    each = _to_each(support, query, distance).flatten(2)
+    each = similarities_to_each(support, query, distance).flatten(2)
     nearest_class = each.topk(k, dim=2).indices // shots  # (E, N, k), nearest first
     is_class = nearest_class.unsqueeze(3) == torch.arange(ways, device=each.device)  # (E, N, k, W)
     closeness = torch.arange(k, 0, -1, device=each.device).unsqueeze(1) / (k + 1)  # k / (k + 1) for the nearest
@@ -87,6 +97,8 @@ def similarities(query: Tensor, reference: Tensor, distance: BaseDistance | None
     if type(distance) is LpDistance and not distance.normalize_embeddings:  # the same wherever the origin lies
         centre = reference.mean(dim=1, keepdim=True)
         query, reference = query - centre, reference - centre
+    if isinstance(distance, WeightedL1Similarity):
+        distance.initialize(reference[0])  # where it has seen nothing yet: within vmap its weights could not be drawn
     if distance.collect_stats:  # PML then calls .item(), which vmap cannot
         values = torch.stack([distance(q, r) for q, r in zip(query, reference, strict=True)])
     else:
@@ -94,7 +106,7 @@ def similarities(query: Tensor, reference: Tensor, distance: BaseDistance | None
     return values if distance.is_inverted else -values
 
 
-def _to_each(support: Tensor, query: Tensor, distance: BaseDistance | None) -> Tensor:
+def similarities_to_each(support: Tensor, query: Tensor, distance: BaseDistance | None) -> Tensor:
     """(E, N, W, K) similarity of each query to each support item."""
     ways, shots = support.shape[1:3]
     return similarities(query, support.flatten(1, 2), distance).unflatten(2, (ways, shots))

@@ -1,6 +1,6 @@
 """ResultTable: episodic and retrieval figures side by side, each with its interval and its protocol."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from pml_fewshot.evaluation.average import average, averaged_metric
 from pml_fewshot.evaluation.episodic import EpisodicResult
 from pml_fewshot.evaluation.result_row import ResultRow
 from pml_fewshot.evaluation.retrieval_result import RetrievalResult
-from pml_fewshot.evaluation.table_text import figures_csv, latex, markdown, methods_csv
+from pml_fewshot.evaluation.table_text import figures_csv, latex, markdown, methods_csv, read_figures_csv
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,31 @@ class Judgement:
 
 
 class ResultTable:
-    """Rows of figures; shown with a line a method and a column a figure, as Markdown, CSV or LaTeX."""
+    """Rows of figures; shown with a line a method and a column a figure, as Markdown, CSV or LaTeX.
 
-    def __init__(self, rows: Iterable[ResultRow] = ()) -> None:
+    `failures` says of methods that have no figures why, and stands below the others.
+    """
+
+    def __init__(self, rows: Iterable[ResultRow] = (), failures: Mapping[str, str] | None = None) -> None:
         self.rows = list(rows)
+        self.failures = dict(failures or {})
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "ResultTable":
+        """Reads the figures that `write` left in a folder.
+
+        Raises:
+            FileNotFoundError: there is no figures.csv.
+            ValueError: it is no table of figures.
+        """
+        return cls(read_figures_csv((Path(folder) / "figures.csv").read_text(encoding="utf-8")))
+
+    def best_first(self) -> "ResultTable":
+        """The same rows, methods in descending order of the figure that came first for each of them."""
+        first: dict[str, float] = {}
+        for row in self.rows:
+            first.setdefault(row.method, row.value)
+        return ResultTable(sorted(self.rows, key=lambda row: -first[row.method]), self.failures)
 
     def add_episodic(self, judged: Judgement, result: EpisodicResult, *more_seeds: EpisodicResult) -> None:
         """Adds the accuracy over episodes, averaged over trainings where more than one result is given."""
@@ -80,15 +101,15 @@ class ResultTable:
 
     def markdown(self) -> str:
         """A line a method, a column a figure, in percent with 95 % intervals; the conditions below."""
-        return markdown(self.rows)
+        return markdown(self.rows, self.failures)
 
     def latex(self) -> str:
         """The same as a LaTeX tabular with the rules of booktabs; the conditions as comments."""
-        return latex(self.rows)
+        return latex(self.rows, self.failures)
 
     def csv(self) -> str:
         """Comma-separated values at full precision, a line a method, four columns a figure."""
-        return methods_csv(self.rows)
+        return methods_csv(self.rows, self.failures)
 
     def figures_csv(self) -> str:
         """Comma-separated values at full precision, a line a figure, with all of a ResultRow."""

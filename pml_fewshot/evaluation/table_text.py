@@ -3,9 +3,11 @@
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any, get_args
 
+from pml_fewshot.checks import require
 from pml_fewshot.evaluation.result_row import ResultRow
 
 TITLES = {
@@ -43,8 +45,8 @@ class _Line:
         return list(dict.fromkeys(" ".join(text.split()) for text in texts if text))
 
 
-def markdown(rows: Sequence[ResultRow]) -> str:
-    """Figures in percent with 95 % intervals, and below the table what they are means of."""
+def markdown(rows: Sequence[ResultRow], failures: Mapping[str, str]) -> str:
+    """Figures in percent with 95 % intervals, a line for each failure, and below what the figures are means of."""
     columns, lines = _grid(rows)
     timed = any(line.seconds is not None for line in lines)
     head = ["method", *columns.values(), *(["seconds"] if timed else [])]
@@ -52,11 +54,12 @@ def markdown(rows: Sequence[ResultRow]) -> str:
     for line in lines:
         cells = [_cell(line.figures.get(column), "+-") for column in columns]
         table.append([line.name, *cells, *([_seconds(line)] if timed else [])])
+    table += [_failed(name, why, len(head)) for name, why in failures.items()]
     text = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n" for cells in table)
     return text + "".join(f"\n{condition}\n" for condition in _conditions(lines))
 
 
-def latex(rows: Sequence[ResultRow]) -> str:
+def latex(rows: Sequence[ResultRow], failures: Mapping[str, str]) -> str:
     """A tabular with the rules of booktabs; what the figures are means of as comments."""
     columns, lines = _grid(rows)
     timed = any(line.seconds is not None for line in lines)
@@ -65,6 +68,7 @@ def latex(rows: Sequence[ResultRow]) -> str:
     for line in lines:
         cells = [_cell(line.figures.get(column), r"$\pm$") for column in columns]
         body.append([_escaped(line.name), *cells, *([_seconds(line)] if timed else [])])
+    body += [_failed(_escaped(name), _escaped(why), len(head)) for name, why in failures.items()]
     return "\n".join(
         [
             r"% needs \usepackage{booktabs}",
@@ -81,7 +85,7 @@ def latex(rows: Sequence[ResultRow]) -> str:
     )
 
 
-def methods_csv(rows: Sequence[ResultRow]) -> str:
+def methods_csv(rows: Sequence[ResultRow], failures: Mapping[str, str]) -> str:
     """A line a method: of each figure the value, its interval, what it is a mean of and how it came to be."""
     columns, lines = _grid(rows)
     about = ["method", "split", "classes", "trained", "seconds", "note"]
@@ -96,12 +100,31 @@ def methods_csv(rows: Sequence[ResultRow]) -> str:
             cells |= {column + part: getattr(row, name) for part, name in parts.items()}
             cells[column + "_protocol"] = _protocol(row)
         table.append(cells)
+    table += [{"method": name, "note": f"failed: {why}"} for name, why in failures.items()]
     return _csv(names, table)
 
 
 def figures_csv(rows: Sequence[ResultRow]) -> str:
     """A line a figure, with all that its row holds."""
     return _csv([f.name for f in fields(ResultRow)], (asdict(row) for row in rows))
+
+
+def read_figures_csv(text: str) -> list[ResultRow]:
+    """The rows that figures_csv wrote.
+
+    Raises:
+        ValueError: other columns, or a value of another type.
+    """
+    reader = csv.DictReader(io.StringIO(text))
+    names = [f.name for f in fields(ResultRow)]
+    require(reader.fieldnames == names, f"the columns {names}", str(reader.fieldnames), "read a figures.csv")
+    return [ResultRow(**{f.name: _parsed(row[f.name], f.type) for f in fields(ResultRow)}) for row in reader]
+
+
+def _parsed(text: str, kind: Any) -> Any:
+    if kind in (int | None, float | None):
+        return None if text == "" else get_args(kind)[0](text)
+    return kind(text) if kind in (int, float) else text
 
 
 def _grid(rows: Sequence[ResultRow]) -> tuple[dict[str, str], list[_Line]]:
@@ -146,6 +169,11 @@ def _cell(row: ResultRow | None, plus_minus: str) -> str:
         return ""
     interval = "" if math.isnan(row.ci95) else f" {plus_minus} {100 * row.ci95:.2f}"
     return f"{100 * row.value:.2f}{interval}"
+
+
+def _failed(name: str, why: str, width: int) -> list[str]:
+    """The line of a method that has no figures."""
+    return [" ".join(name.split()), f"failed: {' '.join(why.split())}", *[""] * (width - 2)]
 
 
 def _seconds(line: _Line) -> str:

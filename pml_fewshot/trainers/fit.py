@@ -36,6 +36,7 @@ def fit(
     validate: Callable[[], EpisodicResult] | None = None,
     validate_every: int = 1000,
     patience: int | None = None,
+    loss_patience: int | None = None,
     clip_norm: float | None = None,
     l2: float = 0.0,
     l1: float = 0.0,
@@ -49,7 +50,8 @@ def fit(
     """Trains `trainer` by `steps` steps; with a validation it ends with the best weights seen, else with the last.
 
     Args:
-        trainer: `trainer(batch)` gives the scalar loss; its attribute `batch_accuracy`, if any, is shown.
+        trainer: `trainer(batch)` gives the scalar loss; its attribute `batch_accuracy`, if any, is shown. A loss that
+            has no gradient says that the batch held nothing to learn from: the step is skipped and counted.
         batches: as many batches as steps, or an endless stream; each has a method `to(device)`.
         optimizer: over the trainer's parameters.
         steps: training steps in all.
@@ -58,6 +60,8 @@ def fit(
         validate: gives the accuracy on validation episodes.
         validate_every: steps between two validations; the last step is always validated.
         patience: validations without a new best after which the training ends; never when None.
+        loss_patience: steps without a new lowest loss (of LOG_EVERY steps' mean) after which the training ends; never
+            when None. Without a validation the weights of the lowest loss are kept then.
         clip_norm: the gradient's largest L2 norm.
         l2: adds l2 * (sum of squares) of the embedder's weights to the loss. Biases and norms are left out.
         l1: adds l1 * (sum of magnitudes) of them.
@@ -79,8 +83,9 @@ def fit(
     """
     for name, count in (("steps", steps), ("validate_every", validate_every), ("checkpoint_every", checkpoint_every)):
         check_at_least_one(name, count)
-    if patience is not None:
-        check_at_least_one("patience", patience)
+    for name, limit in (("patience", patience), ("loss_patience", loss_patience)):
+        if limit is not None:
+            check_at_least_one(name, limit)
     plateau = scheduler if isinstance(scheduler, ReduceLROnPlateau) else None
     require(
         validate is not None or (plateau is None and patience is None),
@@ -108,7 +113,7 @@ def fit(
     source = iter(batches)
     if "batches" not in state.parts and not isinstance(batches, Iterator):
         source = islice(source, history.steps, None)  # a list begins anew: leave out what was trained on
-    recent: list[Tensor] = []  # losses that have not been looked at
+    recent: list[tuple[int, Tensor]] = []  # steps and losses that have not been looked at
     bar = tqdm(total=steps, initial=history.steps, desc="training", unit="step", disable=not progress, mininterval=1)
     if not trainer.training:  # else modes stay as they are: batch norm may be frozen by hand
         trainer.train()
@@ -122,28 +127,38 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             with autocast:
                 loss = trainer(batch.to(device))
-            if l2 or l1:
-                loss = loss + _weight_penalty(trainer, l2, l1)
-            loss.backward()
-            if clip_norm is not None:
-                nn.utils.clip_grad_norm_(trainer.parameters(), clip_norm)
-            optimizer.step()
+            if loss.requires_grad:
+                if l2 or l1:
+                    loss = loss + _weight_penalty(trainer, l2, l1)
+                loss.backward()
+                if clip_norm is not None:
+                    nn.utils.clip_grad_norm_(trainer.parameters(), clip_norm)
+                optimizer.step()
+                recent.append((history.steps + 1, loss.detach()))
+            else:
+                history.skipped += 1
             rate = float(optimizer.param_groups[0]["lr"])
             if scheduler is not None and plateau is None:
                 scheduler.step()
             history.steps += 1
-            recent.append(loss.detach())
             bar.update()
 
             last = history.steps == steps
             validation_due = validate is not None and (last or history.steps % validate_every == 0)
             checkpoint_due = last or history.steps == 1 or history.steps % checkpoint_every == 0 or validation_due
-            if checkpoint_due or history.steps % LOG_EVERY == 0:
+            look = checkpoint_due or history.steps % LOG_EVERY == 0
+            if look and recent:
                 values = _look_at(recent, trainer, rate, state, checkpoint)
                 bar.set_postfix({name: f"{value:.4f}" for name, value in values.items() if name != "learning_rate"})
                 if recorder is not None:
                     recorder.record("train", history.steps, **values)
                 recent.clear()
+                state.note_loss(values["loss"])
+                if loss_patience is not None and validate is None:
+                    state.keep_if_best(-values["loss"])
+            if look and loss_patience is not None and history.steps - state.lowest_loss_step >= loss_patience:
+                history.stopped = "loss no longer falling"
+                validation_due, checkpoint_due = validate is not None, True
             if validation_due and validate is not None:
                 with eval_mode(trainer):
                     result = validate()
@@ -173,14 +188,18 @@ def _weight_penalty(trainer: nn.Module, l2: float, l1: float) -> Tensor:
 
 
 def _look_at(
-    recent: list[Tensor], trainer: nn.Module, rate: float, state: TrainingState, checkpoint: str | Path | None
+    recent: list[tuple[int, Tensor]],
+    trainer: nn.Module,
+    rate: float,
+    state: TrainingState,
+    checkpoint: str | Path | None,
 ) -> dict[str, float]:
     """Returns what to record of the steps since the last look, or raises TrainingDiverged when they went wrong."""
     history = state.history
-    losses = torch.stack(recent).double().cpu()
+    losses = torch.stack([loss for _, loss in recent]).double().cpu()
     bad = (~losses.isfinite()).nonzero().flatten()
     if len(bad) or not all(p.isfinite().all() for p in trainer.parameters()):
-        step = history.steps - len(losses) + 1 + int(bad[0]) if len(bad) else history.steps
+        step = recent[int(bad[0])][0] if len(bad) else history.steps
         what = f"a loss of {losses[bad[0]].item()}" if len(bad) else "a NaN or infinite weight"
         kept = (
             f"the last good state is in {checkpoint}" if checkpoint and Path(checkpoint).exists() else "none was kept"
@@ -192,6 +211,8 @@ def _look_at(
         )
     history.losses.append((history.steps, losses.mean().item()))
     values = {"loss": losses.mean().item(), "learning_rate": rate}
+    if history.skipped:
+        values["skipped"] = history.skipped
     if getattr(trainer, "batch_accuracy", None) is not None:
         values["accuracy"] = float(trainer.batch_accuracy)  # type: ignore[arg-type]
     return values

@@ -18,8 +18,11 @@ class History:
         losses: (step, mean loss of the steps since the entry before).
         validations: (step, mean accuracy, half its 95 % interval).
         best_step: step of the weights that the trainer holds at the end.
-        stopped: why it ended: "all steps", "no improvement" or "learning rate at its lowest".
+        stopped: why it ended: "all steps", "no improvement", "loss no longer falling" or "learning rate at its
+            lowest".
         steps: steps taken, over all sittings.
+        skipped: steps among them whose batch held nothing to learn from (no pair for the miner or the loss); the
+            weights stayed as they were.
         seconds: time in training and validation, over all sittings.
     """
 
@@ -28,6 +31,7 @@ class History:
     best_step: int = 0
     stopped: str = "all steps"
     steps: int = 0
+    skipped: int = 0
     seconds: float = 0.0
 
 
@@ -50,15 +54,21 @@ class TrainingState:
         if hasattr(batches, "state_dict") and hasattr(batches, "load_state_dict"):
             self.parts["batches"] = batches
         self.history = History()
-        self.best: dict[str, Tensor] | None = None  # weights of the best validation
-        self.best_accuracy = float("-inf")
+        self.best: dict[str, Tensor] | None = None  # weights of the best validation, or of the lowest loss
+        self.best_score = float("-inf")  # validation accuracy, or minus the loss
+        self.lowest_loss, self.lowest_loss_step = float("inf"), 0
 
-    def keep_if_best(self, accuracy: float) -> None:
-        """Keeps a copy of the weights when `accuracy` is above all before."""
-        if accuracy > self.best_accuracy:
-            self.best_accuracy = accuracy
+    def keep_if_best(self, score: float) -> None:
+        """Keeps a copy of the weights when `score` is above all before."""
+        if score > self.best_score:
+            self.best_score = score
             self.best = copy.deepcopy(self.trainer.state_dict())
             self.history.best_step = self.history.steps
+
+    def note_loss(self, loss: float) -> None:
+        """Notes the mean loss of the latest steps."""
+        if loss < self.lowest_loss:
+            self.lowest_loss, self.lowest_loss_step = loss, self.history.steps
 
     def validations_since_best(self) -> int:
         return sum(step > self.history.best_step for step, _, _ in self.history.validations)
@@ -74,7 +84,8 @@ class TrainingState:
         return {
             **{name: part.state_dict() for name, part in self.parts.items()},
             "best": self.best,
-            "best_accuracy": self.best_accuracy,
+            "best_score": self.best_score,
+            "lowest_loss": [self.lowest_loss, self.lowest_loss_step],
             "history": vars(self.history),
             "torch_generator": torch.get_rng_state(),  # dropout and PML's miners draw from it
         }
@@ -86,6 +97,7 @@ class TrainingState:
         )
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        self.best, self.best_accuracy = state["best"], state["best_accuracy"]
+        self.best, self.best_score = state["best"], state["best_score"]
+        self.lowest_loss, self.lowest_loss_step = state["lowest_loss"]
         self.history = History(**state["history"])
         torch.set_rng_state(state["torch_generator"])

@@ -135,3 +135,75 @@ def test_images_that_four_poolings_would_leave_nothing_of_are_refused():
         Conv4(1)(torch.zeros(2, 1, 15, 28))
     with pytest.raises(ValueError, match="got 3 channels"):
         Conv4(1)(torch.zeros(2, 3, 28, 28))
+
+
+# --- last_relu --------------------------------------------------------------------------------------------------------
+
+
+def without_the_last_relu(network: Conv4) -> Conv4:
+    """The same weights and statistics in a network that ends with a pooling."""
+    other = Conv4(network.in_channels, network.blocks[0].norm.num_features, last_relu=False)
+    other = other.to(network.blocks[0].conv.weight.dtype)
+    other.load_state_dict(network.state_dict())
+    return other.train(network.training)
+
+
+def first_three_blocks_and_a_bare_fourth(weights: dict[str, Tensor], images: Tensor, training: bool) -> Tensor:
+    out = images
+    for i in range(4):
+        of = {name: weights[f"blocks.{i}.{name}"] for name in ("conv.weight", "norm.weight", "norm.bias")}
+        out = F.conv2d(out, of["conv.weight"], padding=1)
+        running = (weights[f"blocks.{i}.norm.running_mean"], weights[f"blocks.{i}.norm.running_var"])
+        running = (None, None) if training else running
+        out = F.batch_norm(out, *running, of["norm.weight"], of["norm.bias"], training=training)
+        out = F.max_pool2d(F.relu(out) if i < 3 else out, 2)
+    return out.flatten(1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("size", [(28, 28), (33, 16)])
+def test_without_the_last_relu_only_the_last_block_may_be_negative(training: bool, size: tuple[int, int]):
+    network = without_the_last_relu(lived_in().train(training))
+    images = noise(5, 2, *size, seed=9).requires_grad_()
+    weights = {name: value.clone() for name, value in network.state_dict().items()}
+    own = {name: weights[name].detach().clone().requires_grad_() for name, _ in network.named_parameters()}
+    out = network(images)
+    expected = first_three_blocks_and_a_bare_fourth(weights | own, images, training)
+    assert (expected < 0).any()
+    torch.testing.assert_close(out, expected)
+    pull = torch.randn(out.shape, generator=seeded(3), dtype=out.dtype)
+    gradients = torch.autograd.grad((out * pull).sum(), [images, *network.parameters()])
+    slow = torch.autograd.grad((expected * pull).sum(), [images, *own.values()])
+    for name, gradient, wanted in zip(["images", *own], gradients, slow, strict=True):
+        assert wanted.abs().max() > 0, name
+        torch.testing.assert_close(gradient, wanted, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_without_the_last_relu_the_folded_batch_norm_gives_the_same():
+    network = without_the_last_relu(lived_in().eval())
+    images = noise(5, 2, 28, 28)
+    expected = first_three_blocks_and_a_bare_fourth(network.state_dict(), images, training=False)
+    with torch.no_grad():
+        folded = network(images)
+    torch.testing.assert_close(folded, expected)
+    assert (folded < 0).any()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_last_relu_is_all_that_the_two_differ_by(training: bool):
+    network = lived_in().train(training)
+    other = without_the_last_relu(network)
+    images = noise(5, 2, 28, 28)
+    with torch.no_grad():
+        ends_with_relu, ends_without = network(images), other(images)
+    torch.testing.assert_close(ends_with_relu, ends_without.clamp(min=0))
+    assert (ends_without < 0).any()
+    assert (ends_with_relu == 0).any()
+    for (name, value), wanted in zip(network.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(value, wanted), name  # and so do the running statistics
+
+
+def test_the_last_relu_is_there_unless_asked_for_otherwise():
+    assert [block.relu for block in Conv4().blocks] == [True] * 4
+    assert [block.relu for block in Conv4(last_relu=True).blocks] == [True] * 4
+    assert [block.relu for block in Conv4(last_relu=False).blocks] == [True, True, True, False]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pml_fewshot.evaluation.heads import (
     k_nearest_neighbours,
+    mean_similarity,
     nearest_neighbour,
     nearest_prototype,
     similarities,
@@ -389,3 +390,71 @@ def test_similarities_that_are_nan_are_not_hidden_by_the_logits(head: Callable[.
     with torch.no_grad():
         diverged.scale.fill_(torch.nan)
         assert not torch.isfinite(head(support, query, diverged)).any()
+
+
+# --- mean_similarity --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_mean_similarity_equals_a_loop_over_episodes_and_classes(name: str):
+    support, query = episodes()
+    expected = torch.zeros(EPISODES, QUERIES, WAYS, dtype=torch.float64)
+    for way in range(WAYS):
+        for shot in range(SHOTS):
+            expected[:, :, way] += one_by_one(query, support[:, way, shot : shot + 1], DISTANCES[name]())[:, :, 0]
+    logits = mean_similarity(support, query, DISTANCES[name]())
+    assert logits.shape == (EPISODES, QUERIES, WAYS)
+    torch.testing.assert_close(logits, expected / SHOTS)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_mean_similarity_is_the_nearest_neighbour_at_one_shot_and_below_it_at_more(name: str):
+    support, query = episodes()
+    torch.testing.assert_close(
+        mean_similarity(support[:, :, :1], query, DISTANCES[name]()),
+        nearest_neighbour(support[:, :, :1], query, DISTANCES[name]()),
+    )
+    assert (
+        mean_similarity(support, query, DISTANCES[name]()) < nearest_neighbour(support, query, DISTANCES[name]())
+    ).all()
+
+
+def test_mean_dot_product_is_that_with_the_prototype_and_mean_squared_euclid_is_farther_by_the_spread():
+    support, query = larger()
+    torch.testing.assert_close(
+        mean_similarity(support, query, DISTANCES["dot"]()), nearest_prototype(support, query, DISTANCES["dot"]())
+    )
+    spread = support.var(dim=2, unbiased=False).sum(dim=2)  # (E, W): mean squared distance to the prototype
+    torch.testing.assert_close(mean_similarity(support, query), nearest_prototype(support, query) - spread.unsqueeze(1))
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_permuting_classes_shots_or_queries_permutes_mean_similarities(name: str):
+    support, query = episodes()
+    order = torch.tensor([2, 0, 1])
+    logits = mean_similarity(support, query, DISTANCES[name]())
+    torch.testing.assert_close(mean_similarity(support[:, order], query, DISTANCES[name]()), logits[:, :, order])
+    torch.testing.assert_close(mean_similarity(support.flip(2), query, DISTANCES[name]()), logits)
+    torch.testing.assert_close(mean_similarity(support, query.flip(1), DISTANCES[name]()), logits.flip(1))
+    torch.testing.assert_close(mean_similarity(support.flip(0), query.flip(0), DISTANCES[name]()), logits.flip(0))
+    torch.testing.assert_close(mean_similarity(support.repeat(1, 1, 3, 1), query, DISTANCES[name]()), logits)
+
+
+@pytest.mark.parametrize("learned", [Learned, Bilinear])
+def test_a_learned_distance_and_embeddings_get_their_gradients_through_the_mean(learned: type[Learned]):
+    (support, query), distance = episodes(), learned()
+    leaves = [support.requires_grad_(), query.requires_grad_(), *distance.parameters()]
+    logits = mean_similarity(support, query, distance)
+    each = one_by_one(query, support.flatten(1, 2), distance).unflatten(2, (WAYS, SHOTS))
+    loop = sum(each[..., shot] for shot in range(SHOTS)) / SHOTS
+    torch.testing.assert_close(logits, loop)
+    for got, expected in zip(*(torch.autograd.grad(x.sin().sum(), leaves) for x in (logits, loop)), strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(got, expected)
+
+
+def test_mean_similarities_that_are_nan_are_seen_to_be():
+    (support, query), diverged = episodes(), Learned()
+    with torch.no_grad():
+        diverged.scale.fill_(torch.nan)
+        assert not torch.isfinite(mean_similarity(support, query, diverged)).any()

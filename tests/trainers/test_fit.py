@@ -649,3 +649,224 @@ def test_broken_checkpoint_raises_before_a_step_is_taken(tmp_path: Path) -> None
             trainer, stream(), SGD(trainer.parameters(), lr=0.01), 5, checkpoint=tmp_path / "last.pt", resume=True
         )
     assert losses.values == []
+
+
+# --- steps without anything to learn from -----------------------------------------------------------------------------
+
+
+class Valley(nn.Module):
+    """Learns from a batch of 1, and finds nothing in one of 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.tensor([[3.0, -2.0], [0.5, 1.0]]))
+
+    def forward(self, batch: Tensor) -> Tensor:
+        loss = self.x.square().sum() * batch
+        return loss if batch else loss.detach()
+
+
+def on_and_off(pattern: str) -> list[Tensor]:
+    return [torch.tensor(float(digit)) for digit in pattern]
+
+
+def walk(pattern: str, **options: Any) -> tuple[Valley, Adam, History]:
+    trainer = Valley()
+    optimizer = Adam(trainer.parameters(), lr=0.1)
+    scheduler = options.pop("schedule", lambda optimizer: None)(optimizer)
+    steps = options.pop("steps", len(pattern))
+    history = quiet_fit(trainer, on_and_off(pattern), optimizer, steps, scheduler=scheduler, **options)
+    return trainer, optimizer, history
+
+
+@pytest.mark.parametrize("options", [{}, {"l2": 0.1, "l1": 0.1}, {"clip_norm": 0.5}], ids=str)
+def test_skipped_steps_change_neither_weights_nor_the_state_of_adam(options: dict[str, float]) -> None:
+    trainer, optimizer, history = walk("0100110", **options)
+    expected, plain, all_learned = walk("111", **options)
+    assert torch.equal(trainer.x, expected.x)
+    (slot,), (other,) = optimizer.state.values(), plain.state.values()
+    assert slot["step"] == 3
+    assert same_weights(slot, other)
+    assert (history.steps, history.skipped) == (7, 4)
+    assert (all_learned.steps, all_learned.skipped) == (3, 0)
+
+
+def test_skipped_steps_are_steps_for_the_scheduler() -> None:
+    _, optimizer, _ = walk("100100", schedule=partial(StepLR, step_size=2, gamma=0.1))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.1**3)
+
+
+def test_losses_of_a_window_are_those_that_were_learned_from() -> None:
+    trainer, rows = Valley(), Rows()
+    losses = Losses(trainer)
+    pattern = "1" + "01" * 9 + "0" + "0" * 20 + "1" * 7  # steps 21 to 40 hold nothing
+    history = quiet_fit(trainer, on_and_off(pattern), Adam(trainer.parameters(), lr=0.1), 47, recorder=rows)
+    learned = [(step, loss) for step, loss in enumerate(losses.values, start=1) if pattern[step - 1] == "1"]
+    means = [
+        sum(loss for step, loss in learned if a < step <= b) / sum(a < step <= b for step, _ in learned)
+        for a, b in ((0, 1), (1, 20), (40, 47))
+    ]
+    assert [step for step, _ in history.losses] == [1, 20, 47]
+    assert [loss for _, loss in history.losses] == pytest.approx(means, rel=1e-6)
+    assert [(step, values.get("skipped")) for _, step, values in rows.rows] == [(1, None), (20, 10), (47, 30)]
+
+
+def test_training_without_anything_to_learn_from_ends_and_can_be_resumed(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"checkpoint": tmp_path / "last.pt", "resume": True, "checkpoint_every": 2}
+    trainer, optimizer, history = walk("0" * 45, **options)
+    assert (history.steps, history.skipped, history.losses, history.stopped) == (45, 45, [], "all steps")
+    assert torch.equal(trainer.x, Valley().x)
+    assert not optimizer.state
+    trainer, _, history = walk("0" * 45 + "101", **options)
+    assert (history.steps, history.skipped, [step for step, _ in history.losses]) == (48, 46, [46, 48])
+    assert torch.equal(trainer.x, walk("11")[0].x)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 4, 6])
+def test_skipped_steps_are_counted_over_sittings(cut: int, tmp_path: Path) -> None:
+    pattern = "0110010"
+    walk(pattern, steps=cut, checkpoint=tmp_path / "last.pt")
+    trainer, _, history = walk(pattern, checkpoint=tmp_path / "last.pt", resume=True)
+    assert (history.steps, history.skipped) == (7, 4)
+    assert torch.equal(trainer.x, walk("111")[0].x)
+
+
+def test_a_skipped_step_is_validated_where_one_is_due() -> None:
+    trainer, script = make_trainer(), Script(make_trainer(), [0.5, 0.6])
+    trainer.register_forward_hook(lambda module, arguments, loss: loss.detach())
+    history = quiet_fit(trainer, stream(), SGD(trainer.parameters(), lr=0.1), 4, validate=script, validate_every=2)
+    assert [step for step, _, _ in history.validations] == [2, 4]
+    assert (history.skipped, history.best_step) == (4, 4)
+
+
+def test_nan_behind_skipped_steps_is_named_by_its_step() -> None:
+    trainer = Valley()
+    batches = on_and_off("1" + "0" * 22 + "1")
+    batches[23] = torch.tensor(float("nan"))
+    with pytest.raises(TrainingDiverged, match="loss of nan at step 24"):
+        quiet_fit(trainer, batches, SGD(trainer.parameters(), lr=0.01), 24)
+
+
+# --- the loss that no longer falls ------------------------------------------------------------------------------------
+
+
+class Told(nn.Module):
+    """Its loss is what the batch says, and its weight says how many steps it has made: minus their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.zeros(1))
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return batch + (self.x - self.x.detach()).sum()
+
+
+# of steps 1 to 20, 21 to 40 and so on
+WINDOWS = [5.0, 3.0, 3.5, 3.0, 3.25, 4.0, 3.5, 3.1, 2.0, 2.5]
+
+
+def told(steps: int = 200, windows: list[float] = WINDOWS, first: float = 6.0, **options: Any) -> tuple[Told, History]:
+    trainer = Told()
+    batches = [torch.tensor(loss) for loss in windows for _ in range(LOG_EVERY)]
+    batches[0] = torch.tensor(first)
+    return trainer, quiet_fit(trainer, batches, SGD(trainer.parameters(), lr=1.0), steps, **options)
+
+
+# the lowest is noted at step 40, and the same loss at 80 is no lower one; at 180 there is one
+@pytest.mark.parametrize(
+    ("patience", "last"), [(1, 60), (20, 60), (21, 80), (40, 80), (41, 100), (100, 140), (120, 160), (121, 200)]
+)
+def test_loss_patience_ends_the_training_and_keeps_the_weights_of_the_lowest_loss(patience: int, last: int) -> None:
+    trainer, history = told(loss_patience=patience)
+    if last < 180:
+        assert (history.steps, history.best_step, history.stopped) == (last, 40, "loss no longer falling")
+        assert trainer.x.item() == -40
+    else:  # a new lowest one just in time; the last 20 steps are not enough to end it
+        assert (history.steps, history.best_step, history.stopped) == (200, 180, "all steps")
+        assert trainer.x.item() == -180
+    assert not trainer.training
+
+
+def test_without_loss_patience_the_last_weights_stay() -> None:
+    trainer, history = told()
+    assert (history.steps, history.best_step, trainer.x.item()) == (200, 200, -200)
+
+
+def test_loss_patience_is_counted_from_the_first_loss() -> None:
+    trainer, history = told(windows=[2.0, 2.0, 2.0, 2.0], first=1.0, steps=80, loss_patience=30)
+    assert (history.steps, history.best_step, trainer.x.item()) == (40, 1, -1)  # step 1 is noted by itself
+
+
+def test_weights_of_the_lowest_loss_are_kept_when_all_steps_are_done() -> None:
+    trainer, history = told(steps=160, loss_patience=150)
+    assert (history.steps, history.best_step, history.stopped) == (160, 40, "all steps")
+    assert trainer.x.item() == -40
+
+
+# a sitting that ends within the lowest window notes its part
+@pytest.mark.parametrize(("cut", "best"), [(1, 40), (20, 40), (30, 30), (40, 40), (47, 40), (60, 40), (79, 40)])
+def test_loss_patience_counts_over_sittings(cut: int, best: int, tmp_path: Path) -> None:
+    told(cut, loss_patience=40, checkpoint=tmp_path / "last.pt")
+    trainer, history = told(loss_patience=40, checkpoint=tmp_path / "last.pt", resume=True)
+    assert (history.steps, history.best_step, history.stopped) == (80, best, "loss no longer falling")
+    assert trainer.x.item() == -best
+    assert load_checkpoint(tmp_path / "last.pt")["trainer"]["x"].item() == -80  # to go on from
+    again, once_more = told(loss_patience=40, checkpoint=tmp_path / "last.pt", resume=True)
+    assert (once_more.steps, once_more.stopped) == (80, "loss no longer falling")
+    assert again.x.item() == -best
+
+
+class Counts:
+    """A validation that gives what it is told to, and notes the weight it saw."""
+
+    def __init__(self, accuracies: list[float]) -> None:
+        self.accuracies = list(accuracies)
+
+    def __call__(self) -> EpisodicResult:
+        return EpisodicResult(self.accuracies.pop(0), 0.01, torch.zeros(1), SPEC, 0, "")
+
+
+def test_with_a_validation_its_best_weights_are_kept_and_the_last_are_validated_too() -> None:
+    trainer, history = told(loss_patience=40, validate=Counts([0.9, 0.8, 0.7]), validate_every=30)
+    assert [step for step, _, _ in history.validations] == [30, 60, 80]
+    assert (history.steps, history.best_step, history.stopped) == (80, 30, "loss no longer falling")
+    assert trainer.x.item() == -30
+
+
+def test_a_loss_below_zero_is_no_better_than_a_validation() -> None:
+    below = [loss - 10 for loss in WINDOWS]
+    trainer, history = told(
+        windows=below, loss_patience=40, validate=Counts([0.9, 0.8, 0.7]), validate_every=30, first=-1.0
+    )
+    assert (history.steps, history.best_step, trainer.x.item()) == (80, 30, -30)
+
+
+def test_the_validation_at_the_end_may_be_the_best() -> None:
+    trainer, history = told(loss_patience=40, validate=Counts([0.7, 0.8, 0.9]), validate_every=30)
+    assert (history.steps, history.best_step, trainer.x.item()) == (80, 80, -80)
+
+
+def test_a_validation_due_when_the_loss_ends_the_training_is_made_once() -> None:
+    _, history = told(loss_patience=40, validate=Counts([0.7, 0.8]), validate_every=40)
+    assert [step for step, _, _ in history.validations] == [40, 80]
+
+
+def test_loss_patience_ends_a_training_that_finds_nothing_to_learn_from() -> None:
+    """No pair is within the margins any more: no later loss will be lower."""
+    _, _, history = walk("1" * 40 + "0" * 400, loss_patience=100)
+    assert history.stopped == "loss no longer falling"
+    assert (history.steps, history.best_step) == (140, 40)
+
+
+def test_a_diverged_trainer_gets_the_weights_of_its_lowest_loss_back() -> None:
+    trainer = Told()
+    batches = [torch.tensor(1.0)] * 30 + [torch.tensor(float("nan"))] * 10
+    with pytest.raises(TrainingDiverged, match="step 31"):
+        quiet_fit(trainer, batches, SGD(trainer.parameters(), lr=1.0), 40, loss_patience=40)
+    assert trainer.x.item() == -1
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, True])
+def test_loss_patience_must_be_a_count(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="expected loss_patience to be an integer of at least 1"):
+        told(loss_patience=wrong)

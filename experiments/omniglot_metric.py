@@ -1,0 +1,46 @@
+"""A stock PML loss and miner on ordinary batches of Omniglot, Vinyals split: Multi-Similarity (Wang et al. 2019).
+
+python -m experiments.omniglot_metric --data-root ../shared/data
+python -m experiments.omniglot_metric --steps 200 --train-spec.classes 64 --train-spec.per-class 4
+"""
+
+from functools import partial
+
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.losses import MultiSimilarityLoss
+from pytorch_metric_learning.miners import MultiSimilarityMiner
+from torch.optim import Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from pml_fewshot import (
+    BatchSpec,
+    Conv4,
+    Embedder,
+    EpisodeSpec,
+    ExperimentConfig,
+    MetricTrainer,
+    RandomAffine,
+    load_omniglot,
+    main,
+)
+
+CONFIG = ExperimentConfig(
+    name="omniglot_metric",
+    data=partial(load_omniglot, split="vinyals", rotations=True),
+    trainer=partial(
+        MetricTrainer,
+        embedder=partial(Embedder, trunk=partial(Conv4, in_channels=1, last_relu=False)),
+        loss=partial(MultiSimilarityLoss, alpha=2, beta=50, base=0.5, distance=CosineSimilarity),  # swap here
+        miner=partial(MultiSimilarityMiner, epsilon=0.1, distance=CosineSimilarity),
+    ),
+    optimizer=partial(Adam, lr=1e-3),
+    scheduler=CosineAnnealingLR,
+    augment=RandomAffine(probability=0.5),
+    train_spec=BatchSpec(classes=60, per_class=6),
+    eval_specs=(EpisodeSpec(5, 1, 15), EpisodeSpec(5, 5, 15), EpisodeSpec(20, 1, 15), EpisodeSpec(20, 5, 15)),
+    train_on_validation=True,
+    steps=3_000,
+)
+
+if __name__ == "__main__":
+    main(CONFIG)

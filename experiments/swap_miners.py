@@ -1,0 +1,58 @@
+"""Every miner of PML under one budget on the built-in letters, with the triplet loss, in one table, the best first.
+
+    python -m experiments.swap_miners
+    python -m experiments.swap_miners --steps 100 --only BatchHardMiner "no miner"
+
+Interrupted, the same command goes on where it stopped. As in swap_losses, all share embedder, optimizer, batches and
+steps, and miners have their PML defaults where nothing is given below. PML makes triplets of the pairs that pair miners
+return.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+from pytorch_metric_learning import miners as pml
+from pytorch_metric_learning.losses import TripletMarginLoss
+from pytorch_metric_learning.samplers import FixedSetOfTriplets
+
+from experiments import swap_losses
+from pml_fewshot import BatchSpec, MetricTrainer, sweep_main
+
+MINERS: dict[str, partial[pml.BaseMiner] | None] = {
+    "no miner": None,
+    "AngularMiner": partial(pml.AngularMiner),
+    "BatchEasyHardMiner": partial(pml.BatchEasyHardMiner),
+    "BatchHardMiner": partial(pml.BatchHardMiner),
+    "DistanceWeightedMiner": partial(pml.DistanceWeightedMiner),
+    "EmbeddingsAlreadyPackagedAsTriplets": partial(pml.EmbeddingsAlreadyPackagedAsTriplets),
+    "HDCMiner": partial(pml.HDCMiner),
+    "MultiSimilarityMiner": partial(pml.MultiSimilarityMiner),
+    "PairMarginMiner": partial(pml.PairMarginMiner),
+    "TripletMarginMiner": partial(pml.TripletMarginMiner, type_of_triplets="semihard"),
+    "UniformHistogramMiner": partial(pml.UniformHistogramMiner, num_bins=100, pos_per_bin=10, neg_per_bin=10),
+}
+
+LOSS = partial(TripletMarginLoss, margin=0.2)
+
+CONFIG = replace(
+    swap_losses.CONFIG,
+    name="swap_miners",
+    trainer=partial(MetricTrainer, embedder=swap_losses.EMBEDDER, loss=LOSS),
+)
+
+# Its batches are triplets already, drawn once and for all: anchor, positive, negative, and so on.
+TRIPLETS = replace(
+    CONFIG, sampler=partial(FixedSetOfTriplets, num_triplets=10_000), train_spec=BatchSpec(classes=43, per_class=3)
+)
+
+CONFIGS = [
+    replace(
+        TRIPLETS if name == "EmbeddingsAlreadyPackagedAsTriplets" else CONFIG,
+        name=name,
+        trainer=partial(MetricTrainer, embedder=swap_losses.EMBEDDER, loss=LOSS, miner=miner),
+    )
+    for name, miner in MINERS.items()
+]
+
+if __name__ == "__main__":
+    sweep_main(CONFIG.name, CONFIGS)

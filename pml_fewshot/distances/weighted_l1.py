@@ -1,0 +1,119 @@
+"""WeightedL1Similarity: the learned similarity of Siamese networks (Koch et al. 2015) as a PML distance."""
+
+import warnings
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from pytorch_metric_learning.distances import BaseDistance
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedParameter, is_lazy
+
+from pml_fewshot.checks import check_at_least_one, require
+
+BLOCK = 2**24  # floats of |q - r| that the MLP holds at a time where no gradient is wanted: 64 MiB
+
+
+class WeightedSum(LazyModuleMixin, nn.Module):
+    """Weighs the last dimension and adds a bias: (..., D) -> (...); D is taken from the first input.
+
+    A linear layer with one output, but its weights are a vector: a matrix of one row is taken for a number by PML's
+    record-keeper. They begin at -1 / sqrt(D).
+    """
+
+    cls_to_become = None  # it stays what it is when it knows D
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = UninitializedParameter()
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def initialize_parameters(self, values: Tensor) -> None:
+        if isinstance(self.weight, UninitializedParameter):  # else they were loaded
+            with torch.no_grad():
+                self.weight.materialize((values.shape[-1],))
+                self.weight.fill_(-(values.shape[-1] ** -0.5))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values @ self.weight + self.bias
+
+
+class WeightedL1Similarity(BaseDistance):
+    """Scores each pair of embeddings by a learned weighting of |q - r|: a logit, large where both are of one class.
+
+    A similarity (`is_inverted=True`) as PML knows it: it serves PML's pair losses and miners, classifies episodes and
+    ranks retrieval. It is symmetric.
+
+    Args:
+        dim: D of the embeddings. When None it is taken from the first ones seen; an optimizer may hold the parameters
+            by then, and the first ones seen give nothing else away.
+        hidden: None for the paper's weighted sum; a number for a small MLP in its place, D -> hidden -> 1 with a ReLU.
+        collect_stats: keep PML's statistics for a record-keeper; PML's own default when None.
+
+    Shapes: (B, D) and (R, D) -> (B, R). The weighted sum is the difference of two L1 distance matrices, one for the
+    negative weights and one for the positive, and never holds (B, R, D); the MLP does where a gradient is wanted.
+
+    The weighted sum begins at -1 / sqrt(D) for each dimension: untrained it ranks as L1 does, with logits of the order
+    of sqrt(D).
+
+    Raises:
+        ValueError: dim or hidden below 1, embeddings of another D.
+
+    Source: Koch, Zemel and Salakhutdinov 2015, "Siamese Neural Networks for One-shot Image Recognition", section 3.1,
+    where a sigmoid follows; here it is in the loss (PairVerificationLoss).
+    """
+
+    def __init__(self, dim: int | None = None, hidden: int | None = None, collect_stats: bool | None = None) -> None:
+        super().__init__(normalize_embeddings=False, p=1, is_inverted=True, collect_stats=collect_stats)
+        for name, size in (("dim", dim), ("hidden", hidden)):
+            if size is not None:
+                check_at_least_one(name, size)
+        self.hidden = hidden
+        self.score: nn.Module = WeightedSum()
+        if hidden is not None:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Lazy modules", category=UserWarning)  # "under development"
+                first = nn.LazyLinear(hidden)
+            # named, because record-keeper makes tables of the names and SQLite's must not begin with a digit
+            self.score = nn.Sequential(OrderedDict(first=first, relu=nn.ReLU(), last=WeightedSum()))
+        if dim is not None:
+            self.initialize(torch.empty(1, dim))
+
+    def initialize(self, embeddings: Tensor) -> None:
+        """Gives the weights their shape and first values by embeddings (B, D), where they have none yet."""
+        lazy = [parameter for parameter in self.score.parameters() if is_lazy(parameter)]
+        if lazy:
+            with torch.inference_mode(False), torch.no_grad():  # weights made in inference mode could never train
+                self.score(torch.zeros(1, embeddings.shape[1], dtype=lazy[0].dtype, device=lazy[0].device))
+
+    def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        self._check(query_emb)
+        self._check(ref_emb)
+        if isinstance(self.score, WeightedSum):
+            weight = self.score.weight
+            nearer, farther = F.relu(-weight), F.relu(weight)  # differing in these speaks against or for one class
+            against = torch.cdist(query_emb * nearer, ref_emb * nearer, p=1)
+            return self.score.bias + torch.cdist(query_emb * farther, ref_emb * farther, p=1) - against
+        rows = len(query_emb)
+        if not torch.is_grad_enabled():
+            rows = max(BLOCK // max(ref_emb.numel(), len(ref_emb) * (self.hidden or 0), 1), 1)
+        blocks = [self.score((block.unsqueeze(1) - ref_emb).abs()) for block in query_emb.split(rows)]
+        return torch.cat(blocks)
+
+    def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        """(B, D) and (B, D) -> (B,): the score of each query with the reference in its place."""
+        self._check(query_emb)
+        self._check(ref_emb)
+        return self.score((query_emb - ref_emb).abs())
+
+    def _check(self, embeddings: Tensor) -> None:
+        self.initialize(embeddings)
+        first = next(self.score.parameters())  # (D,), or (hidden, D)
+        require(
+            embeddings.shape[1] == first.shape[-1],
+            f"embeddings of {first.shape[-1]} dimensions, as this similarity has weights for",
+            str(embeddings.shape[1]),
+            "use the embedder that it was trained with, or a new WeightedL1Similarity()",
+        )

@@ -1,0 +1,90 @@
+"""Full-context embeddings: each embedding of an episode is revised in view of the episode's whole support."""
+
+import torch
+from torch import Tensor, nn
+
+from pml_fewshot.checks import check_at_least_one, require
+
+
+class FullContext(nn.Module):
+    """Revises the embeddings of an episode, as any network has made them one by one, in view of its support.
+
+    Support: a bidirectional LSTM reads the W * K items as one sequence, class after class; each item becomes the sum
+    of its own embedding and of what the forward and the backward pass put out at it.
+
+    Queries: an LSTM of `read_steps` steps over each query by itself. At each step it reads the embedded support (the
+    mean, weighted by a softmax of the products of its state and the items), takes query and reading in, and its output
+    plus the query is the next state; the last state is the result. The first state is the query, with a cell of
+    zeros: the paper does not say, but so the query guides its first reading too, and most implementations do this.
+
+    What the results depend on:
+        - The support embeddings depend on the order in which the support is read, that of the classes and that of the
+          shots (the paper treats it as a sequence here), so the episodes should bring both in random order.
+        - The queries read the embedded support as a set: permuting what `embed_support` returned changes nothing.
+          Permuting the support before it changes the queries too, through the support embeddings.
+        - No query depends on another one, and no episode on another one.
+
+    The products in the softmax have no temperature, as in the paper: long embeddings make it pick a single item.
+
+    Args:
+        dim: dimensions D of the embeddings; the LSTMs are of the same width, for they are added to the embeddings.
+        read_steps: readings of the support for each query, at least 1. A few are wanted for one reading to guide the
+            next; the cost of a query grows in proportion. At 1 the forget gate of the cell is never trained.
+
+    Shapes: support (E, W, K, D) and query (E, N, D) -> the same.
+
+    Raises:
+        ValueError: dim or read_steps below 1; embeddings of another number of dimensions or episodes.
+
+    Source: Vinyals et al. 2016, appendix A.1 (queries) and A.2 (support).
+    """
+
+    def __init__(self, dim: int, read_steps: int = 5) -> None:
+        super().__init__()
+        check_at_least_one("dim", dim)
+        check_at_least_one("read_steps", read_steps)
+        self.dim = dim
+        self.read_steps = read_steps
+        self.support_lstm = nn.LSTM(dim, dim, batch_first=True, bidirectional=True)
+        # The paper joins the reading to the state. Here it stands beside the query on the input side of the cell, whose
+        # gates see both sides only through one sum of linear maps: the same function with the same weights.
+        self.query_cell = nn.LSTMCell(2 * dim, dim)
+
+    def forward(self, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        support = self.embed_support(support)
+        return support, self.embed_query(query, support)
+
+    def embed_support(self, support: Tensor) -> Tensor:
+        """(E, W, K, D) -> (E, W, K, D), each item in view of all the items before and after it (g of the paper)."""
+        self._check_support(support)
+        ways_shots = support.shape[1:3]
+        passes, _ = self.support_lstm(support.flatten(1, 2))  # (E, W * K, 2 D), forward and backward side by side
+        return support + passes.unflatten(2, (2, self.dim)).sum(dim=2).unflatten(1, ways_shots)
+
+    def embed_query(self, query: Tensor, support: Tensor) -> Tensor:
+        """(E, N, D) -> (E, N, D), each query in view of a support from `embed_support` (f of the paper)."""
+        self._check_support(support)
+        require(
+            query.ndim == 3 and query.shape[::2] == (len(support), self.dim),
+            f"queries of shape ({len(support)}, N, {self.dim}), the episodes and dimensions of the support",
+            f"shape {tuple(query.shape)}",
+            "embed query and support by the same network and give both of the same episodes",
+        )
+        episodes_queries = query.shape[:2]
+        items = support.flatten(1, 2)
+        query = query.flatten(0, 1)  # an LSTM cell takes one batch dimension
+        state, cell = query, torch.zeros_like(query)
+        for _ in range(self.read_steps):
+            attention = (state.unflatten(0, episodes_queries) @ items.mT).softmax(dim=2)  # (E, N, W * K)
+            reading = (attention @ items).flatten(0, 1)
+            output, cell = self.query_cell(torch.cat([query, reading], dim=1), (state, cell))
+            state = output + query
+        return state.unflatten(0, episodes_queries)
+
+    def _check_support(self, support: Tensor) -> None:
+        require(
+            support.ndim == 4 and support.shape[3] == self.dim,
+            f"a support of shape (E, W, K, {self.dim})",
+            f"shape {tuple(support.shape)}",
+            "set dim to the dimensions of the embeddings",
+        )

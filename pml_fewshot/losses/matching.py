@@ -1,0 +1,45 @@
+"""MatchingLoss: the loss of Matching networks as a pytorch-metric-learning (PML) loss."""
+
+import torch
+from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity
+from torch import Tensor
+
+from pml_fewshot.losses.episodic_loss import EpisodicLoss
+
+
+class MatchingLoss(EpisodicLoss):
+    """Lets each query attend to the support items by a softmax over their similarities; a class has its items' share.
+
+    The loss is minus the logarithm of the share of the query's class. Called and configured as every EpisodicLoss; in
+    an ordinary batch each item attends to all the others. With cosine and scale 1 it is PML's
+    NCALoss(distance=CosineSimilarity()); with one shot and squared Euclid it is the prototypical loss.
+
+    Args:
+        distance: any PML distance; cosine when None, as in the paper. Squared Euclid
+            (`LpDistance(normalize_embeddings=False, power=2)`) trains faster where no scale is learned.
+        scale: the similarity is multiplied by it before the softmax. 1 as in the paper, with which 5 classes' softmax
+            over cosine gets no sharper than 0.65: give about 10 and learn_scale, as MatchingTrainer does.
+        learn_scale: and the rest: see EpisodicLoss.
+
+    Raises:
+        ValueError: a query's class has no support item.
+
+    Source: Vinyals et al. 2016, "Matching Networks for One Shot Learning", eq. 1 and section 2.1.1.
+    """
+
+    def get_default_distance(self) -> BaseDistance:
+        return CosineSimilarity()
+
+    def class_scores(self, queries: Tensor, support: Tensor, member: Tensor, own_class: Tensor | None) -> Tensor:
+        each = self.scale * self.similarity(queries, support)  # (B, S)
+        if own_class is not None:
+            itself = torch.eye(len(each), dtype=torch.bool, device=each.device)
+            each = each.masked_fill(itself, torch.finfo(each.dtype).min)  # -inf would make NaN of a lone item's class
+        # logsumexp over each class's items, whose logits' softmax is the share. Around the largest of each class, for a
+        # far class's exponentials would vanish around the largest of all.
+        index = member.argmax(dim=1).expand_as(each)
+        top = torch.full(
+            (len(each), member.shape[1]), torch.finfo(each.dtype).min, device=each.device, dtype=each.dtype
+        )
+        top = top.scatter_reduce(1, index, each.detach(), "amax")  # (B, W)
+        return (each - top.gather(1, index)).exp().matmul(member).log() + top

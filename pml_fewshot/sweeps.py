@@ -1,0 +1,82 @@
+"""sweep: several experiments under one budget in one table; what was interrupted goes on where it stopped."""
+
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tyro
+
+from pml_fewshot.checks import check_choice, require
+from pml_fewshot.evaluation.table import ResultTable
+from pml_fewshot.experiment import Device, ExperimentConfig, run
+
+
+def sweep(configs: Sequence[ExperimentConfig], folder: str | Path) -> ResultTable:
+    """Runs every experiment in a folder of its own below `folder`, and returns one table, the best first.
+
+    The table is written anew after each experiment, as results.md and the rest. Called again with the same folder it
+    reads what is finished, goes on with what was interrupted and tries again what failed; an experiment that fails is a
+    line that says why, and the next one begins.
+
+    Raises:
+        ValueError: two experiments of one name.
+    """
+    names = [config.name for config in configs]
+    require(len(set(names)) == len(names), "names that are all different", str(names), "rename the experiments")
+    folder = Path(folder)
+    table = ResultTable()
+    for number, config in enumerate(configs, start=1):
+        print(f"\n[{number} of {len(configs)}] {config.name}", flush=True)
+        try:
+            table.rows += run(replace(config, run_dir=folder / config.name), resume=True).rows
+        except Exception as error:  # whatever it is: hours of other experiments must not be lost by one
+            traceback.print_exc()
+            table.failures[config.name] = f"{type(error).__name__}: {error}"
+        table = table.best_first()
+        folder.mkdir(parents=True, exist_ok=True)
+        table.write(folder)
+    print(f"\n{table}\nwritten to {folder / 'results.md'}")
+    return table
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What may differ between two sweeps; everything else is edited in the experiment's file."""
+
+    steps: int
+    """training steps of each experiment"""
+    seed: int
+    """of weights, training batches, augmentation and test episodes"""
+    num_episodes: int
+    """test episodes of each spec"""
+    device: Device
+    """auto: CUDA where there is one"""
+    only: tuple[str, ...] = ()
+    """names of the experiments to run; all when not given"""
+    data_root: Path | None = None
+    """folder of the data; PML_FEWSHOT_DATA, else data/, when not given"""
+    folder: Path | None = None
+    """folder of the sweep; runs/<name>/<steps>_steps_seed<seed> when not given"""
+
+
+def sweep_main(name: str, configs: Sequence[ExperimentConfig]) -> ResultTable:
+    """Runs the sweep with what the command line changes of it (`--help` lists the options).
+
+    The same command again goes on where it was interrupted: its folder is named by its steps and seed.
+    """
+    first = configs[0]
+    default = _Options(first.steps, first.seed, first.num_episodes, first.device)
+    options = tyro.cli(_Options, default=default, description=f"Runs {len(configs)} experiments: {name}.")
+    try:
+        for wanted in options.only:
+            check_choice("the name of an experiment", wanted, [config.name for config in configs])
+        changes = {field: getattr(options, field) for field in ("steps", "seed", "num_episodes", "device", "data_root")}
+        chosen = [replace(config, **changes) for config in configs if config.name in options.only or not options.only]
+        folder = options.folder or Path("runs") / name / f"{options.steps}_steps_seed{options.seed}"
+        return sweep(chosen, folder)
+    except (ValueError, OSError) as error:
+        if not str(error).startswith("expected "):
+            raise
+        sys.exit(f"error: {error}")

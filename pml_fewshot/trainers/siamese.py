@@ -1,0 +1,62 @@
+"""SiameseTrainer: Siamese networks (Koch et al. 2015), a learned similarity trained on pairs."""
+
+from collections.abc import Callable
+
+import torch
+from pytorch_metric_learning.losses import BaseMetricLossFunction
+from pytorch_metric_learning.miners import BaseMiner
+from torch import Tensor
+
+from pml_fewshot.batches import Batch
+from pml_fewshot.embedders.embedder import Embedder
+from pml_fewshot.episodes import Episode
+from pml_fewshot.evaluation.heads import Head, mean_similarity
+from pml_fewshot.losses.pair_verification import PairVerificationLoss
+from pml_fewshot.trainers.episodic import EpisodicTrainer
+
+
+class SiameseTrainer(EpisodicTrainer):
+    """Trains embedder and similarity so that pairs of one class are told from pairs of two.
+
+    An episode's support and queries, or an ordinary batch, are one set of labelled images; the loss (or the miner)
+    chooses pairs among them.
+
+    Args:
+        embedder: images to embeddings (or a factory of it). It must be able to end in negative numbers: with a ReLU or
+            a sigmoid after the last block the similarity hardly learned (`Conv4(last_relu=False)`).
+        loss: `PairVerificationLoss()` with `WeightedL1Similarity()` when None; or any PML loss of pairs or triplets
+            whose distance is one (or any other).
+        miner: PML miner (or factory) of pairs or triplets; none when None.
+        head: classifies at test time: `mean_similarity` to a class's support items, or `nearest_neighbour` for the best
+            of them.
+
+    Source: Koch, Zemel and Salakhutdinov 2015, "Siamese Neural Networks for One-shot Image Recognition".
+    """
+
+    def __init__(
+        self,
+        embedder: Embedder | Callable[[], Embedder],
+        loss: BaseMetricLossFunction | Callable[[], BaseMetricLossFunction] | None = None,
+        miner: BaseMiner | Callable[[], BaseMiner] | None = None,
+        head: Head = mean_similarity,
+    ) -> None:
+        super().__init__(embedder, PairVerificationLoss() if loss is None else loss, miner)
+        self.head = head
+
+    def forward(self, batch: Episode | Batch) -> Tensor:
+        """Returns the scalar loss over pairs of the batch; of several episodes the mean."""
+        if isinstance(batch, Batch):
+            embeddings = self.embed(batch.images)
+            with torch.autocast(embeddings.device.type, enabled=False):
+                return self.mined_loss(embeddings, batch.labels)
+        return super().forward(batch)
+
+    def episode_loss(self, support: Tensor, query: Tensor) -> Tensor:
+        """Loss over pairs of one episode's items: support (W, K, D), query (W*Q, D)."""
+        items = torch.cat([support, query.unflatten(0, (len(support), -1))], dim=1)  # (W, K+Q, D)
+        labels = torch.arange(len(items), device=items.device).repeat_interleave(items.shape[1])
+        return self.mined_loss(items.flatten(0, 1), labels)
+
+    def classify(self, support: Tensor, query: Tensor) -> Tensor:
+        """Scores queries (E, N, D) by the head over support (E, W, K, D): logits (E, N, W)."""
+        return self.head(support, query, self.distance)

@@ -1,0 +1,500 @@
+"""Every class that PML exports trains here, or stands in a list that says why not: no release of PML can slip by."""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pytorch_metric_learning import distances, losses, miners, reducers, regularizers, samplers
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from pml_fewshot.batches import BatchSpec
+from pml_fewshot.data.augmentation import RandomAffine
+from pml_fewshot.data.batch_stream import BatchStream
+from pml_fewshot.data.episode_stream import EpisodeStream
+from pml_fewshot.data.fewshot_dataset import FewShotDataset
+from pml_fewshot.distances.weighted_l1 import WeightedL1Similarity
+from pml_fewshot.embedders.embedder import Embedder
+from pml_fewshot.episodes import EpisodeSpec
+from pml_fewshot.losses.dense import DenseNTXentLoss, DenseTripletMarginLoss
+from pml_fewshot.losses.matching import MatchingLoss
+from pml_fewshot.losses.pair_verification import PairVerificationLoss
+from pml_fewshot.losses.prototypical import PrototypicalLoss
+from pml_fewshot.trainers.episodic import EpisodicTrainer
+from pml_fewshot.trainers.fit import History, fit
+from pml_fewshot.trainers.metric import MetricTrainer
+from pml_fewshot.trainers.protonet import ProtoNetTrainer
+
+CLASSES, ITEMS, SIDE, DIM = 6, 8, 4, 6
+OURS = [PrototypicalLoss, MatchingLoss, PairVerificationLoss, DenseNTXentLoss, DenseTripletMarginLoss]
+
+
+class TripletsOfTheFirstTwoClasses(miners.BaseMiner):
+    def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> tuple[Tensor, ...]:
+        first, second = (labels == 0).nonzero().flatten(), (labels == 1).nonzero().flatten()
+        return first, first.roll(1), second
+
+
+# --- what a class needs to be made, where it cannot be made of nothing ------------------------------------------------
+
+WITH_CLASS_WEIGHTS = {
+    **{
+        kind: partial(kind, num_classes=CLASSES, embedding_size=DIM)
+        for kind in (
+            losses.ArcFaceLoss,
+            losses.CosFaceLoss,
+            losses.LargeMarginSoftmaxLoss,
+            losses.NormalizedSoftmaxLoss,
+            losses.ProxyAnchorLoss,
+            losses.ProxyNCALoss,
+            losses.SoftTripleLoss,
+            losses.SphereFaceLoss,
+            losses.SubCenterArcFaceLoss,
+        )
+    },
+    losses.P2SGradLoss: partial(losses.P2SGradLoss, descriptors_dim=DIM, num_classes=CLASSES),
+}
+FACTORIES: dict[type, Callable[..., Any]] = {
+    **WITH_CLASS_WEIGHTS,
+    losses.BaseLossWrapper: partial(losses.BaseLossWrapper, partial(losses.NTXentLoss)),
+    losses.CrossBatchMemory: partial(losses.CrossBatchMemory, partial(losses.NTXentLoss), DIM, memory_size=20),
+    losses.GenericPairLoss: partial(losses.GenericPairLoss, mat_based_loss=False),
+    losses.ManifoldLoss: partial(losses.ManifoldLoss, l=DIM, K=3),
+    losses.MarginLoss: partial(losses.MarginLoss, learn_beta=True),
+    losses.MultipleLosses: lambda: losses.MultipleLosses(
+        {"pairs": losses.NTXentLoss(), "classes": losses.ArcFaceLoss(CLASSES, DIM)}
+    ),
+    losses.RankedListLoss: partial(losses.RankedListLoss, margin=0.4, Tn=1),
+    losses.SelfSupervisedLoss: partial(losses.SelfSupervisedLoss, partial(losses.NTXentLoss)),
+    PairVerificationLoss: partial(PairVerificationLoss, distance=partial(WeightedL1Similarity, DIM)),
+    distances.BatchedDistance: partial(
+        distances.BatchedDistance, partial(distances.LpDistance), lambda mat, start, end: None
+    ),
+    reducers.ClassWeightedReducer: partial(reducers.ClassWeightedReducer, torch.linspace(0.5, 2, CLASSES)),
+    reducers.MultipleReducers: partial(reducers.MultipleReducers, {"loss": reducers.SumReducer()}),
+    reducers.ThresholdReducer: partial(reducers.ThresholdReducer, low=0.01),
+    regularizers.SparseCentersRegularizer: partial(regularizers.SparseCentersRegularizer, CLASSES, 10),
+    samplers.FixedSetOfTriplets: partial(samplers.FixedSetOfTriplets, num_triplets=16),
+    samplers.HierarchicalSampler: partial(
+        samplers.HierarchicalSampler,
+        labels=np.stack([np.arange(CLASSES), np.arange(CLASSES) // 2], axis=1).repeat(ITEMS, axis=0),
+        batch_size=12,
+        samples_per_class=3,
+    ),
+    samplers.MPerClassSampler: partial(samplers.MPerClassSampler, m=3, batch_size=12, length_before_new_iter=48),
+    samplers.TuplesToWeightsSampler: partial(
+        samplers.TuplesToWeightsSampler, miner=TripletsOfTheFirstTwoClasses(), dataloader_num_workers=0
+    ),
+}
+OF_TWO_VIEWS = {losses.SelfSupervisedLoss, losses.VICRegLoss}
+OF_ANY_VIEW = {losses.ManifoldLoss}  # takes neither labels nor a second view
+
+# --- what cannot work, each with the reason and what the error says ---------------------------------------------------
+
+Reason = tuple[str, str]
+
+CANNOT: dict[type, Reason] = {
+    **dict.fromkeys(
+        (
+            losses.BaseMetricLossFunction,
+            losses.BaseLossWrapper,
+            miners.BaseMiner,
+            distances.BaseDistance,
+            reducers.BaseReducer,
+            regularizers.BaseRegularizer,
+        ),
+        ("a base class", "NotImplementedError"),
+    ),
+    losses.GenericPairLoss: ("a base class", "_compute_loss"),
+    **dict.fromkeys(
+        (losses.EmbeddingRegularizerMixin, losses.WeightRegularizerMixin), ("a base class", "AttributeError")
+    ),
+    distances.BatchedDistance: ("returns nothing: it hands the matrix to a callback, block by block", "NoneType"),
+    reducers.DoNothingReducer: ("returns the dictionary of losses, no scalar", "dict"),
+}
+OWN_WEIGHTS = "compares embeddings with weights of its own"
+WITHIN_A_BATCH = "compares the items of one batch"
+TAKES_NO_REFERENCE = "its forward has no place for a support set and its labels"
+NOT_ON_EPISODES: dict[type, str] = {
+    **dict.fromkeys(WITH_CLASS_WEIGHTS, OWN_WEIGHTS),
+    losses.ManifoldLoss: OWN_WEIGHTS,
+    **dict.fromkeys(
+        (
+            losses.FastAPLoss,
+            losses.HistogramLoss,
+            losses.InstanceLoss,
+            losses.NPairsLoss,
+            losses.PNPLoss,
+            losses.RankedListLoss,
+            losses.SmoothAPLoss,
+        ),
+        WITHIN_A_BATCH,
+    ),
+    losses.ThresholdConsistentMarginLoss: "takes ref_emb but looks the support's indices up among the queries",
+    **dict.fromkeys((losses.CrossBatchMemory, losses.MultipleLosses, losses.SelfSupervisedLoss), TAKES_NO_REFERENCE),
+    losses.VICRegLoss: "takes no labels",
+}
+DEPENDS_ON_ORDER: dict[type, Reason] = {
+    losses.LiftedStructureLoss: ("takes a support item's number for a query's", "support in another order"),
+}
+WITHOUT_PAIRS: dict[tuple[type, str], Reason] = {
+    (losses.NCALoss, "all lone"): ("takes the mean over no items at all", "TrainingDiverged.*loss of nan"),
+}
+BLIND: dict[type, Reason] = {  # on episodes, and on batches that are not made for it
+    miners.EmbeddingsAlreadyPackagedAsTriplets: (
+        "takes rows (a, p, n, a, ..) of one batch without a look at labels",
+        "IndexError|AssertionError",
+    ),
+}
+NOT_TOGETHER: dict[tuple[type, type], Reason] = {
+    **{
+        (reducers.DivisorReducer, loss): ("only MarginLoss and ProxyAnchorLoss give a divisor", "KeyError: 'divisor'")
+        for loss in OURS
+    },
+    (reducers.PerAnchorReducer, DenseTripletMarginLoss): (
+        "PML has it for items and pairs only",
+        "Triplet reduction not supported",
+    ),
+    **{
+        (regularizers.SparseCentersRegularizer, loss): (
+            "of the weights of SoftTripleLoss: wants num_classes * centers_per_class rows",
+            "IndexError",
+        )
+        for loss in (losses.NTXentLoss, *OURS)
+    },
+}
+
+# --- the walk ---------------------------------------------------------------------------------------------------------
+
+
+def exported(module: ModuleType) -> list[type]:
+    """All public classes of a module."""
+    return [kind for name, kind in inspect.getmembers(module, inspect.isclass) if not name.startswith("_")]
+
+
+MODULES = (losses, miners, distances, reducers, regularizers, samplers)
+EXPORTED = {kind for module in MODULES for kind in exported(module)}
+LOSSES = exported(losses)
+TRAINABLE = [kind for kind in LOSSES if kind not in CANNOT]
+# LargeMarginSoftmaxLoss and HistogramLoss use what NumPy and torch have deprecated; PML's computations are right.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning"),
+]
+
+
+def by_name(value: object) -> str:
+    return getattr(value, "__name__", str(value))
+
+
+walk = partial(pytest.mark.parametrize, ids=by_name)
+
+
+def tiny_set() -> FewShotDataset:
+    """Each class is a pattern of its own with noise upon it."""
+    generator = torch.Generator().manual_seed(0)
+    pattern = torch.randint(40, 216, (CLASSES, 1, 1, SIDE, SIDE), generator=generator)
+    images = pattern + torch.randint(-60, 61, (CLASSES, ITEMS, 1, SIDE, SIDE), generator=generator)
+    labels = torch.arange(CLASSES).repeat_interleave(ITEMS)
+    return FewShotDataset(images.clamp(0, 255).byte().flatten(0, 1), labels, [f"class {c}" for c in range(CLASSES)])
+
+
+DATA = tiny_set()
+
+
+def embedder() -> Embedder:
+    torch.manual_seed(0)  # PML's losses and miners draw from it too
+    return Embedder(nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, DIM, bias=False)))
+
+
+def batches(views: int = 1, spec: BatchSpec | None = None, sampler: Any = None, **options: Any) -> BatchStream:
+    augment = RandomAffine() if views == 2 else None
+    return BatchStream(DATA, spec or BatchSpec(4, 3, views), 0, augment, sampler, **options)
+
+
+def episodes() -> EpisodeStream:
+    return EpisodeStream(DATA, EpisodeSpec(ways=4, shots=2, queries=3), 0)
+
+
+def factory(kind: type) -> Callable[..., Any]:
+    return FACTORIES.get(kind, partial(kind))
+
+
+def train(trainer: EpisodicTrainer, stream: Iterable[Any]) -> tuple[History, list[str]]:
+    """Trains two steps; gives the history and the names of the parameters that moved."""
+    before = {name: p.detach().clone() for name, p in trainer.named_parameters()}
+    history = fit(trainer, stream, SGD(trainer.parameters(), lr=0.05), 2, progress=False)
+    assert all(torch.isfinite(p).all() for p in trainer.parameters())
+    return history, [name for name, p in trainer.named_parameters() if not torch.equal(p, before[name])]
+
+
+def check_trains(trainer: EpisodicTrainer, stream: Iterable[Any]) -> None:
+    """Both steps have a finite loss and move the embedder and all that the loss learns."""
+    learned = [name for name, p in trainer.named_parameters() if p.requires_grad]
+    history, moved = train(trainer, stream)
+    assert all(np.isfinite(loss) for _, loss in history.losses)
+    assert (len(history.losses), history.skipped) == (2, 0)
+    assert moved == learned
+
+
+def check_pairs(anchors: Tensor, others: Tensor, same: bool, what: str) -> None:
+    """Labels of anchors and others are all the same, or all different."""
+    assert ((anchors == others) == same).all(), f"{what} of the wrong class"
+
+
+def check_mined(mined: tuple[Tensor, ...], labels: Tensor, ref_labels: Tensor | None) -> None:
+    """Something was mined, positives are of their anchor's class and negatives are not, and no item is its own."""
+    anchors, positives, others, negatives = mined if len(mined) == 4 else (*mined[:2], mined[0], mined[2])
+    assert len(anchors) > 0
+    assert len(others) > 0
+    if ref_labels is None:
+        assert (anchors != positives).all()
+    references = labels if ref_labels is None else ref_labels
+    check_pairs(labels[anchors], references[positives], True, "a positive")
+    check_pairs(labels[others], references[negatives], False, "a negative")
+
+
+@contextmanager
+def unless(reason: Reason | None) -> Iterator[None]:
+    """Without a reason nothing may fail; with one it must fail, and the error must say so."""
+    if reason is None:
+        yield
+        return
+    why, error = reason
+    with pytest.raises(Exception) as raised:  # noqa: PT011
+        yield
+    assert re.search(error, f"{raised.typename}: {raised.value}"), f"for a reason other than that it {why}"
+
+
+def test_lists_and_factories_name_only_what_pml_exports() -> None:
+    lists: tuple[dict[Any, Any], ...] = (FACTORIES, CANNOT, NOT_ON_EPISODES, DEPENDS_ON_ORDER, BLIND)
+    named = {kind for each in lists for kind in each}
+    named |= {kind for pair in (*WITHOUT_PAIRS, *NOT_TOGETHER) for kind in pair if isinstance(kind, type)}
+    assert named | OF_TWO_VIEWS | OF_ANY_VIEW <= EXPORTED | set(OURS)
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+@walk("kind", LOSSES)
+def test_loss_trains_on_batches(kind: type[nn.Module]) -> None:
+    with unless(CANNOT.get(kind)):
+        check_trains(MetricTrainer(embedder(), factory(kind)), batches(2 if kind in OF_TWO_VIEWS else 1))
+
+
+@walk("trainer", [MetricTrainer, ProtoNetTrainer])
+@walk("kind", LOSSES)
+def test_loss_trains_on_episodes_or_says_that_it_cannot(
+    kind: type[nn.Module], trainer: Callable[..., EpisodicTrainer]
+) -> None:
+    if kind in NOT_ON_EPISODES:
+        with pytest.raises(
+            ValueError, match=rf"compares queries with a support set .* got {kind.__name__}: .*BatchSpec"
+        ):
+            check_trains(trainer(embedder(), factory(kind)), episodes())
+    else:
+        with unless(CANNOT.get(kind)):
+            check_trains(trainer(embedder(), factory(kind)), episodes())
+
+
+def check_same(trainer: EpisodicTrainer, loss: Tensor, explicit: EpisodicTrainer, expected: Tensor) -> None:
+    """Two losses and their gradients are the same."""
+    torch.testing.assert_close(loss, expected)
+    for value in (loss, expected):
+        value.backward()
+    for parameter, same in zip(trainer.parameters(), explicit.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, same.grad)
+
+
+@walk("kind", TRAINABLE)
+def test_loss_of_a_batch_is_the_explicit_one(kind: type[nn.Module]) -> None:
+    trainer, explicit = (MetricTrainer(embedder(), factory(kind)) for _ in range(2))
+    batch = next(batches(2 if kind in OF_TWO_VIEWS else 1))
+    torch.manual_seed(1)  # ManifoldLoss draws
+    value = trainer(batch)
+    embeddings = explicit.embedder(batch.images)
+    torch.manual_seed(1)
+    if batch.other_view is not None:
+        expected = explicit.loss(embeddings, ref_emb=explicit.embedder(batch.other_view))
+    else:
+        expected = explicit.loss(embeddings, None if kind in OF_ANY_VIEW else batch.labels)
+    check_same(trainer, value, explicit, expected)
+
+
+@walk("trainer", [MetricTrainer, ProtoNetTrainer])
+@walk("kind", [kind for kind in TRAINABLE if kind not in NOT_ON_EPISODES])
+def test_loss_of_an_episode_is_the_explicit_one(kind: type[nn.Module], trainer: Callable[..., EpisodicTrainer]) -> None:
+    made, explicit = (trainer(embedder(), factory(kind)) for _ in range(2))
+    episode = next(episodes())
+    query, support = (explicit.embedder(images.flatten(0, 2)) for images in (episode.query, episode.support))
+    labels, support_labels = (torch.arange(4).repeat_interleave(count) for count in (3, 2))
+    expected = explicit.loss(query, labels, None, support, support_labels)
+    check_same(made, made(episode), explicit, expected)
+
+
+@walk("kind", [kind for kind in TRAINABLE if kind not in NOT_ON_EPISODES])
+def test_loss_compares_queries_with_the_support(kind: type[nn.Module]) -> None:
+    """The support gets a gradient, and its order does not matter."""
+    generator = torch.Generator().manual_seed(1)
+    query, support = torch.randn(12, DIM, generator=generator), torch.randn(8, DIM, generator=generator)
+    query_labels, labels = torch.arange(4).repeat_interleave(3), torch.arange(4).repeat_interleave(2)
+    trainer = MetricTrainer(embedder(), factory(kind))
+    loss = trainer.mined_loss(query, query_labels, support.requires_grad_(), labels)
+    loss.backward()
+    assert support.grad is not None
+    assert (support.grad != 0).any()
+    order = torch.randperm(8, generator=generator)
+    with unless(DEPENDS_ON_ORDER.get(kind)):
+        again = trainer.mined_loss(query, query_labels, support[order], labels[order])
+        assert again.item() == pytest.approx(loss.item(), rel=1e-4), "support in another order"
+
+
+@walk("kind", [kind for kind in TRAINABLE if kind not in OF_ANY_VIEW])
+def test_batches_with_the_wrong_number_of_views_raise(kind: type[nn.Module]) -> None:
+    with pytest.raises(ValueError, match=r"labels|ref_emb|view"):
+        train(MetricTrainer(embedder(), factory(kind)), batches(1 if kind in OF_TWO_VIEWS else 2))
+
+
+@walk("kind", list(WITH_CLASS_WEIGHTS))
+def test_labels_without_class_weights_raise(kind: type[nn.Module]) -> None:
+    with pytest.raises(ValueError, match=f"labels below 2, the num_classes of {kind.__name__}"):
+        train(MetricTrainer(embedder(), partial(factory(kind), num_classes=2)), batches())
+
+
+ONE_CLASS = partial(batches, spec=BatchSpec(2, 4), sampler=lambda: np.arange(len(DATA)).reshape(CLASSES, ITEMS))
+ALL_LONE = partial(batches, spec=BatchSpec(4, 1))
+STREAMS_WITHOUT_PAIRS = {"one class": ONE_CLASS, "all lone": ALL_LONE}
+
+
+@walk("stream", list(STREAMS_WITHOUT_PAIRS))
+@walk("kind", [kind for kind in TRAINABLE if kind not in OF_TWO_VIEWS])
+def test_batch_of_one_class_or_without_a_pair_is_skipped_or_trained_on(kind: type[nn.Module], stream: str) -> None:
+    with unless(WITHOUT_PAIRS.get((kind, stream))):
+        history, moved = train(MetricTrainer(embedder(), factory(kind)), STREAMS_WITHOUT_PAIRS[stream]())
+        tiny = all(abs(loss) < 1e-6 for _, loss in history.losses)  # zero but for rounding
+        assert bool(moved) == (history.skipped < 2) or tiny
+
+
+# --- miners -----------------------------------------------------------------------------------------------------------
+
+
+@walk("material", [batches, episodes])
+@walk("loss", [losses.TripletMarginLoss, *OURS])
+@walk("kind", exported(miners))
+def test_loss_trains_on_what_the_miner_finds(
+    kind: type[miners.BaseMiner], loss: type[nn.Module], material: Callable[..., Iterable[Any]]
+) -> None:
+    in_triplets = kind is miners.EmbeddingsAlreadyPackagedAsTriplets and material is batches
+    stream = batches(sampler=factory(samplers.FixedSetOfTriplets)) if in_triplets else material()
+    with unless(CANNOT.get(kind) or (BLIND.get(kind) if material is episodes else None)):
+        trainer = MetricTrainer(embedder(), factory(loss), factory(kind))
+        assert trainer.miner is not None
+        found = []
+        trainer.miner.register_forward_hook(lambda miner, args, mined: found.append((mined, args[1], args[3])))
+        used = []
+        trainer.loss.register_forward_pre_hook(lambda loss, args: used.append(args[2]))
+        check_trains(trainer, stream)
+        assert [id(mined) for mined, _, _ in found] == [id(mined) for mined in used]
+        assert len(found) == 2
+        for mined, labels, ref_labels in found:
+            check_mined(mined, labels, ref_labels)
+
+
+@walk("stream", list(STREAMS_WITHOUT_PAIRS))
+@walk("kind", [kind for kind in exported(miners) if kind not in CANNOT])
+def test_batch_where_a_miner_finds_no_triplet_is_skipped(kind: type[miners.BaseMiner], stream: str) -> None:
+    """Miners of pairs still find pairs of one sort, of which no triplet can be made."""
+    with unless(BLIND.get(kind)):
+        trainer = MetricTrainer(embedder(), losses.TripletMarginLoss, factory(kind))
+        history, moved = train(trainer, STREAMS_WITHOUT_PAIRS[stream]())
+        assert (history.skipped, moved) == (2, [])
+
+
+@walk("material", [batches, episodes])
+@walk("kind", [kind for kind in TRAINABLE if kind not in NOT_ON_EPISODES])
+def test_step_without_anything_mined_is_skipped(kind: type[nn.Module], material: Callable[..., Iterable[Any]]) -> None:
+    """PML's NCALoss would take all items where a miner has found none."""
+    trainer = MetricTrainer(embedder(), factory(kind), partial(miners.TripletMarginMiner, margin=-10))
+    history, moved = train(trainer, material())
+    assert (history.skipped, moved) == (2, [])
+
+
+def test_pairs_with_the_memory_are_of_the_right_classes() -> None:
+    miner = partial(miners.PairMarginMiner)
+    loss = partial(losses.CrossBatchMemory, partial(losses.ContrastiveLoss), DIM, memory_size=30, miner=miner)
+    trainer = MetricTrainer(embedder(), loss)
+    compared = []
+    trainer.loss.loss.register_forward_pre_hook(lambda loss, args: compared.append((args[2], args[1], args[4].clone())))
+    fit(trainer, batches(), SGD(trainer.parameters(), lr=0.05), 4, progress=False)
+    assert len(compared) == 4
+    for pairs, labels, memory_labels in compared:
+        check_mined(pairs, labels, memory_labels)
+
+
+# --- what a loss is made of -------------------------------------------------------------------------------------------
+
+
+def check_matters(kind: type[nn.Module], loss: partial[Any], stream: Iterator[Any]) -> None:
+    """The loss trains, and is another one when the output of that part is doubled."""
+    check_trains(MetricTrainer(embedder(), loss), stream)
+    plain, doubled = MetricTrainer(embedder(), loss), MetricTrainer(embedder(), loss)
+    for part in doubled.loss.modules():
+        if type(part) is kind:
+            part.register_forward_hook(lambda part, args, value: 2 * value)
+    batch = next(stream)
+    assert doubled(batch).item() != plain(batch).item()
+
+
+@walk("material", [batches, episodes])
+@walk("own_loss", [None, *OURS])
+@walk(
+    ("argument", "kind"),
+    [
+        (argument, kind)
+        for argument, module in [
+            ("distance", distances),
+            ("reducer", reducers),
+            ("embedding_regularizer", regularizers),
+        ]
+        for kind in exported(module)
+    ],
+)
+def test_loss_is_made_of(
+    argument: str, kind: type[nn.Module], own_loss: type[nn.Module] | None, material: Callable[..., Iterator[Any]]
+) -> None:
+    loss = own_loss or (losses.MarginLoss if kind is reducers.DivisorReducer else losses.NTXentLoss)
+    with unless(CANNOT.get(kind) or NOT_TOGETHER.get((kind, loss))):
+        check_matters(kind, partial(factory(loss), **{argument: factory(kind)}), material())
+
+
+@walk("kind", exported(regularizers))
+def test_weights_of_a_loss_are_regularized(kind: type[nn.Module]) -> None:
+    with unless(CANNOT.get(kind)):
+        check_matters(kind, partial(factory(losses.SoftTripleLoss), weight_regularizer=factory(kind)), batches())
+
+
+# --- samplers ---------------------------------------------------------------------------------------------------------
+
+PROMISES: dict[type, Callable[[Tensor], Tensor]] = {
+    samplers.FixedSetOfTriplets: lambda labels: (labels[::3] == labels[1::3]) & (labels[::3] != labels[2::3]),
+    samplers.HierarchicalSampler: lambda labels: (labels // 2).bincount()[labels // 2] == 6,  # of two pairs of classes
+    samplers.MPerClassSampler: lambda labels: labels.bincount()[labels] == 3,
+    samplers.TuplesToWeightsSampler: lambda labels: labels < 2,
+}
+
+
+@walk("kind", exported(samplers))
+def test_loss_trains_on_what_the_sampler_draws(kind: type) -> None:
+    trainer = MetricTrainer(embedder(), losses.ContrastiveLoss)
+    stream = batches(sampler=factory(kind), model=trainer.embedder)
+    drawn = [next(stream).labels for _ in range(6)]
+    assert all(len(labels) == 12 and PROMISES[kind](labels).all() for labels in drawn)
+    assert not all(torch.equal(labels, drawn[0]) for labels in drawn)
+    check_trains(trainer, stream)
