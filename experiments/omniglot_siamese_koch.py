@@ -36,8 +36,8 @@ CONFIG = replace(
     train_spec=EpisodeSpec(ways=20, shots=2, queries=2),
     eval_specs=(EpisodeSpec(20, 1, 1), EpisodeSpec(5, 1, 15)),  # 20-way 1-shot is what the paper reports
     retrieval=None,  # 13,180 x 13,180 distances of 4,096 dimensions would take longer than the training
-    judge_more=partial(judge_characters, episodes_of_all=2, episodes_of_ten=1000),
-    steps=300,
+    judge_more=partial(judge_characters, of_all=5, of_ten=1000),
+    steps=150,
     loss_patience=100,
 )
 

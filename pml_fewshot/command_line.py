@@ -8,6 +8,7 @@ from typing import Any
 import tyro
 
 from pml_fewshot.batches import BatchSpec
+from pml_fewshot.checks import require
 from pml_fewshot.episodes import EpisodeSpec
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment import Device, ExperimentConfig, run
@@ -78,6 +79,12 @@ def _changed(config: ExperimentConfig) -> tuple[ExperimentConfig, bool]:
     kept = {f.name: getattr(config, f.name) for f in fields(options_class) if hasattr(config, f.name)}
     default = options_class(eval_spec=_EvalSpec(), resume=False, **kept)
     options = tyro.cli(options_class, default=default, description=f"Runs the experiment {config.name}.")
+    require(
+        not options.resume or (options.run_dir is not None and (options.run_dir / "config.txt").exists()),
+        "the folder of a run to go on with",
+        str(options.run_dir),
+        "name it with --run-dir, or leave --resume out",
+    )
     changes: dict[str, Any] = {name: getattr(options, name) for name in kept}
     given = {name: value for name, value in vars(options.eval_spec).items() if value is not None}
     if given:

@@ -29,7 +29,8 @@ from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.parts import build
 from pml_fewshot.recording import Recorder
 from pml_fewshot.run_folder import describe, folder_to_resume, new_run_folder
-from pml_fewshot.trainers.fit import fit
+from pml_fewshot.trainers.fit import History, fit
+from pml_fewshot.trainers.loss_checks import check_batch
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -89,8 +90,8 @@ class ExperimentConfig:
     """validation episodes: enough to choose a checkpoint by"""
     retrieval: Callable[[], RetrievalTester] | None = RetrievalTester
     """k-NN figures over the test classes, ranked by the loss's distance; none when None"""
-    judge_more: Callable[[Any, Splits], ResultTable] | None = None
-    """`judge_more(trainer, splits)` gives rows beside those of eval_specs, from other classes or sizes of episodes"""
+    judge_more: Callable[..., ResultTable] | None = None
+    """`judge_more(trainer, splits, config)` gives more rows, from other classes or sizes of episodes"""
     device: Device = "auto"
     """auto: CUDA where there is one"""
     data_root: Path | None = None
@@ -134,11 +135,14 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
         validator.check(val)
     torch.manual_seed(config.seed)  # initial weights, dropout and PML's miners draw from torch's own generator
     trainer = build(config.trainer).to(device)
+    if isinstance(config.train_spec, BatchSpec) and isinstance(getattr(trainer, "loss", None), nn.Module):
+        check_batch(trainer.loss, train.labels[train.labels.argmax()].expand(config.train_spec.size))
     stream = _stream(config, train.to(device), trainer)
     optimizer = config.optimizer(_parameters(trainer, config.loss_lr))
     scheduler = _scheduler(config, optimizer)
     tester = build(config.retrieval)
 
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "config.txt").exists():  # it says what a resumed run began with
         (folder / "config.txt").write_text(describe(config, train, splits, device), encoding="utf-8")
@@ -166,7 +170,7 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
                 resume=resume,
             )
     except Exception:
-        if not (folder / "last.pt").exists():  # not one step was made: leave nothing that looks like a run
+        if is_new and not (folder / "last.pt").exists():  # not one step was made: leave nothing that looks like a run
             shutil.rmtree(folder)
         raise
     print(
@@ -175,12 +179,12 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
         + (f", {history.skipped} steps skipped: nothing to learn from in their batches" if history.skipped else "")
     )
     splits = splits.to(device)
-    table = _judge(config, trainer, tester, splits.test)
-    if config.judge_more is not None:
-        table.rows += config.judge_more(trainer, splits).rows
-    table.write(folder)
     if isinstance(getattr(trainer, "embedder", None), nn.Module):
         export_embedder(folder / "embedder.safetensors", trainer.embedder)
+    table = _judge(config, trainer, tester, splits.test, history)
+    if config.judge_more is not None:
+        table.rows += config.judge_more(trainer, splits, config).rows
+    table.write(folder)  # last: figures.csv says that the run is finished
     print(f"\n{table}\nwritten to {folder / 'results.csv'} and results.md")
     return table
 
@@ -190,11 +194,16 @@ def _check(config: ExperimentConfig) -> None:
     check_at_least_one("validate_every", config.validate_every)
     require(len(config.eval_specs) > 0, "at least one spec in eval_specs", "none", "say by which episodes to judge")
     rate = config.loss_lr
-    require(rate is None or rate >= 0, "a learning rate of at least 0 as loss_lr", str(rate), "0 keeps them as they are")
+    require(rate is None or rate >= 0, "a learning rate of at least 0 as loss_lr", str(rate), "0 keeps them")
     EpisodicEvaluator(config.eval_specs[0], config.num_episodes)
 
 
-def _judge(config: ExperimentConfig, trainer: Any, tester: RetrievalTester | None, test: FewShotDataset) -> ResultTable:
+def _judge(
+    config: ExperimentConfig, trainer: Any, tester: RetrievalTester | None, test: FewShotDataset, history: History
+) -> ResultTable:
+    notes = ["trained on train and val classes"] if config.train_on_validation else []
+    if history.skipped:
+        notes.append(f"{history.skipped:,} of {history.steps:,} training steps skipped")
     return benchmark(
         {config.name: trainer},
         test,
@@ -203,7 +212,7 @@ def _judge(config: ExperimentConfig, trainer: Any, tester: RetrievalTester | Non
         config.num_episodes,
         config.seed,
         timed=False,  # a run that is repeated gives the same files
-        note="trained on train and val classes" if config.train_on_validation else "",
+        note="; ".join(notes),
     )
 
 
@@ -229,12 +238,8 @@ def _stream(config: ExperimentConfig, train: FewShotDataset, trainer: nn.Module)
     if isinstance(config.train_spec, BatchSpec):
         embedder = getattr(trainer, "embedder", None)
         return BatchStream(train, config.train_spec, config.seed, config.augment, config.sampler, embedder)
-    require(
-        config.sampler is None,
-        "train_spec=BatchSpec(...) with a sampler",
-        str(config.train_spec),
-        "or drop the sampler",
-    )
+    spec = str(config.train_spec)
+    require(config.sampler is None, "train_spec=BatchSpec(...) with a sampler", spec, "or drop the sampler")
     return EpisodeStream(train, config.train_spec, config.seed, config.augment)
 
 

@@ -22,11 +22,17 @@ def folder_to_resume(run_dir: Path | None, config: Any) -> Path:
     """Returns `run_dir`, new or with a run of the same config in it.
 
     Raises:
-        ValueError: no run_dir, or the run there has another config; names the fields.
+        ValueError: no run_dir, something else in it, or the run there has another config; names the fields.
     """
     require(run_dir is not None, "the folder of the run to go on with", "none", "name it with --run-dir")
     assert run_dir is not None
     about = run_dir / "config.txt"
+    require(
+        about.exists() or not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())),
+        f"a run, an empty folder or none at {run_dir}",
+        "other files",
+        "name another folder",
+    )
     if about.exists():
         then = "\n" + about.read_text(encoding="utf-8")
         now = [field for field in _fields(config) if not field.startswith(WHERE)]

@@ -13,8 +13,10 @@ from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment import Device, ExperimentConfig, run
 
 
-def sweep(configs: Sequence[ExperimentConfig], folder: str | Path) -> ResultTable:
+def sweep(configs: Sequence[ExperimentConfig], folder: str | Path, only: Sequence[str] = ()) -> ResultTable:
     """Runs every experiment in a folder of its own below `folder`, and returns one table, the best first.
+
+    With `only` those of these names run, and of the others what is finished is in the table.
 
     The table is written anew after each experiment, as results.md and the rest. Called again with the same folder it
     reads what is finished, goes on with what was interrupted and tries again what failed; an experiment that fails is a
@@ -27,6 +29,7 @@ def sweep(configs: Sequence[ExperimentConfig], folder: str | Path) -> ResultTabl
     require(len(set(names)) == len(names), "names that are all different", str(names), "rename the experiments")
     folder = Path(folder)
     table = ResultTable()
+    configs = [c for c in configs if not only or c.name in only or (folder / c.name / "figures.csv").exists()]
     for number, config in enumerate(configs, start=1):
         print(f"\n[{number} of {len(configs)}] {config.name}", flush=True)
         try:
@@ -58,13 +61,13 @@ class _Options:
     data_root: Path | None = None
     """folder of the data; PML_FEWSHOT_DATA, else data/, when not given"""
     folder: Path | None = None
-    """folder of the sweep; runs/<name>/<steps>_steps_seed<seed> when not given"""
+    """folder of the sweep; runs/<name>/<steps>_steps_<episodes>_episodes_seed<seed> when not given"""
 
 
 def sweep_main(name: str, configs: Sequence[ExperimentConfig]) -> ResultTable:
     """Runs the sweep with what the command line changes of it (`--help` lists the options).
 
-    The same command again goes on where it was interrupted: its folder is named by its steps and seed.
+    The same command again goes on where it was interrupted: its folder is named by its steps, episodes and seed.
     """
     first = configs[0]
     default = _Options(first.steps, first.seed, first.num_episodes, first.device)
@@ -73,9 +76,9 @@ def sweep_main(name: str, configs: Sequence[ExperimentConfig]) -> ResultTable:
         for wanted in options.only:
             check_choice("the name of an experiment", wanted, [config.name for config in configs])
         changes = {field: getattr(options, field) for field in ("steps", "seed", "num_episodes", "device", "data_root")}
-        chosen = [replace(config, **changes) for config in configs if config.name in options.only or not options.only]
-        folder = options.folder or Path("runs") / name / f"{options.steps}_steps_seed{options.seed}"
-        return sweep(chosen, folder)
+        named = f"{options.steps}_steps_{options.num_episodes}_episodes_seed{options.seed}"
+        folder = options.folder or Path("runs") / name / named
+        return sweep([replace(config, **changes) for config in configs], folder, options.only)
     except (ValueError, OSError) as error:
         if not str(error).startswith("expected "):
             raise

@@ -575,8 +575,6 @@ def test_experiment_runs_for_two_steps(module: str, tmp_path: Path) -> None:
     spec = config.train_spec
     spec = replace(spec, classes=5) if isinstance(spec, BatchSpec) else replace(spec, ways=min(spec.ways, 5))
     small = replace(config, train_spec=spec, steps=2, num_episodes=10, val_episodes=10)
-    if module == "omniglot_siamese_koch":  # 4,096 dimensions take minutes; omniglot_siamese_official does the same
-        small = replace(small, judge_more=None)
     table = run(replace(small, data=load, run_dir=tmp_path / "run", device="cpu"))
     own = [row for row in table.rows if row.method == config.name and row.figure == "accuracy"]
     assert len(own) == len(config.eval_specs)
@@ -817,7 +815,7 @@ def test_judge_more_adds_its_rows_to_the_table(tmp_path: Path) -> None:
     calls: list[tuple[nn.Module, Splits]] = []
     specs = (EpisodeSpec(3, 2, 4), EpisodeSpec(2, 1, 1))
 
-    def judge(trainer: nn.Module, splits: Splits) -> ResultTable:
+    def judge(trainer: nn.Module, splits: Splits, _: ExperimentConfig) -> ResultTable:
         calls.append((trainer, splits))
         assert not any(part.training for part in trainer.modules())
         return benchmark({"more": trainer}, splits.val, specs, None, 25, 9, timed=False)
@@ -945,7 +943,7 @@ def test_interrupted_batches_go_on_from_the_command_line(
         BATCHES, data=tiny_splits, trainer=trainer, sampler=sampler, augment=RandomAffine(), loss_lr=0.05, steps=12
     )
 
-    def cut(trainer: nn.Module, splits: Splits) -> ResultTable:
+    def cut(trainer: nn.Module, splits: Splits, config: ExperimentConfig) -> ResultTable:
         raise KeyboardInterrupt
 
     expected = run(replace(config, run_dir=tmp_path / "whole"))
@@ -959,3 +957,38 @@ def test_interrupted_batches_go_on_from_the_command_line(
     table = batch_line(monkeypatch, "--run-dir", str(tmp_path / "cut"), "--resume", config=config)
     assert table.csv() == expected.csv()
     assert same_state(weights_after(tmp_path / "cut"), weights_after(tmp_path / "whole"))
+
+
+def test_a_folder_of_other_files_is_neither_resumed_nor_touched(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="expected a run, an empty folder or none"):
+        run(replace(TINY, run_dir=tmp_path / "run"), resume=True)
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_a_start_that_fails_leaves_a_folder_that_was_there(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    trainer = partial(ProtoNetTrainer, embedder=partial(Embedder, trunk=TRUNK), turns=9)
+    with pytest.raises(ValueError, match="turns"):
+        run(replace(TINY, run_dir=tmp_path / "run", trainer=trainer), resume=True)
+    assert (tmp_path / "run").is_dir()
+
+
+def test_resuming_what_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments in (["--resume"], ["--resume", "--run-dir", str(tmp_path / "typo")]):
+        monkeypatch.setattr(sys, "argv", ["experiment", *arguments])
+        with pytest.raises(SystemExit, match="error: expected the folder of a run to go on with"):
+            main(TINY)
+    assert not (tmp_path / "typo").exists()
+
+
+def test_more_figures_get_the_runs_seed_and_number_of_episodes(tmp_path: Path) -> None:
+    seen = []
+
+    def more(trainer: ProtoNetTrainer, splits: Splits, config: ExperimentConfig) -> ResultTable:
+        seen.append((type(trainer), len(splits.test), config.seed, config.num_episodes))
+        return ResultTable()
+
+    run(replace(TINY, run_dir=tmp_path / "run", judge_more=more, seed=4))
+    assert seen == [(ProtoNetTrainer, 60, 4, 30)]

@@ -143,7 +143,7 @@ def test_the_command_line_chooses_and_names_the_folder_by_steps_and_seed(
     table = sweep_main("two_losses", GOOD)
     assert list(accuracies(table)) == ["ntxent"]
     assert {row.seed for row in table.rows if row.ways} == {5}
-    text = (tmp_path / "runs" / "two_losses" / "2_steps_seed5" / "ntxent" / "config.txt").read_text()
+    text = (tmp_path / "runs" / "two_losses" / "2_steps_30_episodes_seed5" / "ntxent" / "config.txt").read_text()
     assert "steps = 2" in text
 
 
@@ -162,3 +162,12 @@ def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "argv", ["sweep"])
     with pytest.raises(ValueError, match="something else"):
         sweep_main("two_losses", GOOD)
+
+
+def test_only_some_are_run_and_what_is_finished_stays_in_the_table(tmp_path: Path) -> None:
+    both = sweep(GOOD, tmp_path)
+    again = sweep([BAD, *GOOD], tmp_path, only=["contrastive"])
+    assert again.rows == both.rows
+    assert again.failures == {}
+    alone = sweep([BAD, *GOOD], tmp_path / "new", only=["contrastive"])
+    assert set(accuracies(alone)) == {"contrastive"}

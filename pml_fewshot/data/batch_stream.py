@@ -98,8 +98,16 @@ class BatchStream:
         epoch_seed = int(torch.randint(2**32, (), generator=self.generator))
         with _seeded(self._construction_seed):  # built alike each time: a fixed set of triplets stays the same
             sampler = self.sampler(**wanted)
+        its_own = getattr(sampler, "batch_size", None)
+        require(
+            its_own in (None, self.spec.size),
+            f"batch_size={self.spec.size} for {type(sampler).__name__}, as {self.spec} are",
+            str(its_own),
+            "else batches that it composed would be cut elsewhere",
+        )
         with _seeded(epoch_seed), eval_mode(self.model or nn.Identity()):
-            order = torch.as_tensor([int(i) for item in sampler for i in np.atleast_1d(item)])
+            drawn = [np.atleast_1d(item) for item in sampler]  # indices, or whole batches of them
+        order = torch.from_numpy(np.concatenate(drawn) if drawn else np.empty(0)).long()
         batches = len(order) // self.spec.size
         require(
             batches > 0,
@@ -127,7 +135,7 @@ class BatchStream:
 def _seeded(seed: int) -> Iterator[None]:
     """PML's samplers draw from numpy's global generator, and torch's: both are ours in here, and as before after."""
     before = c_f.NUMPY_RANDOM
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         c_f.NUMPY_RANDOM = np.random.RandomState(seed)
         try:

@@ -4,7 +4,6 @@ import warnings
 from collections import OrderedDict
 
 import torch
-import torch.nn.functional as F
 from pytorch_metric_learning.distances import BaseDistance
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -92,10 +91,14 @@ class WeightedL1Similarity(BaseDistance):
         self._check(query_emb)
         self._check(ref_emb)
         if isinstance(self.score, WeightedSum):
-            weight = self.score.weight
-            nearer, farther = F.relu(-weight), F.relu(weight)  # differing in these speaks against or for one class
-            against = torch.cdist(query_emb * nearer, ref_emb * nearer, p=1)
-            return self.score.bias + torch.cdist(query_emb * farther, ref_emb * farther, p=1) - against
+            mat = self.score.bias.expand(len(query_emb), len(ref_emb))
+            # Differing in some dimensions speaks against one class, in others for it: an L1 distance of each kind.
+            for sign in (-1, 1):
+                kind = (sign * self.score.weight > 0).nonzero().flatten()
+                if len(kind):
+                    weight = self.score.weight[kind].abs()
+                    mat = mat + sign * torch.cdist(query_emb[:, kind] * weight, ref_emb[:, kind] * weight, p=1)
+            return mat
         rows = len(query_emb)
         if not torch.is_grad_enabled():
             rows = max(BLOCK // max(ref_emb.numel(), len(ref_emb) * (self.hidden or 0), 1), 1)

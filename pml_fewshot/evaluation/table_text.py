@@ -49,7 +49,7 @@ def markdown(rows: Sequence[ResultRow], failures: Mapping[str, str]) -> str:
     """Figures in percent with 95 % intervals, a line for each failure, and below what the figures are means of."""
     columns, lines = _grid(rows)
     timed = any(line.seconds is not None for line in lines)
-    head = ["method", *columns.values(), *(["seconds"] if timed else [])]
+    head = ["method", *(columns.values() or (["figures"] if failures else [])), *(["seconds"] if timed else [])]
     table = [head, ["---"] * len(head)]
     for line in lines:
         cells = [_cell(line.figures.get(column), "+-") for column in columns]
@@ -63,7 +63,14 @@ def latex(rows: Sequence[ResultRow], failures: Mapping[str, str]) -> str:
     """A tabular with the rules of booktabs; what the figures are means of as comments."""
     columns, lines = _grid(rows)
     timed = any(line.seconds is not None for line in lines)
-    head = [_escaped(title) for title in ("method", *columns.values(), *(["seconds"] if timed else []))]
+    head = [
+        _escaped(title)
+        for title in (
+            "method",
+            *(columns.values() or (["figures"] if failures else [])),
+            *(["seconds"] if timed else []),
+        )
+    ]
     body = []
     for line in lines:
         cells = [_cell(line.figures.get(column), r"$\pm$") for column in columns]

@@ -1,12 +1,11 @@
 """EpisodicTrainer: trains a PML loss on episodes, with the queries as `embeddings` and the support as `ref_emb`."""
 
-import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 
 import torch
 from pytorch_metric_learning.distances import BaseDistance
-from pytorch_metric_learning.losses import CrossBatchMemory, ThresholdConsistentMarginLoss
+from pytorch_metric_learning.losses import CrossBatchMemory, NCALoss, ProxyNCALoss
 from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor, nn
 
@@ -14,8 +13,8 @@ from pml_fewshot.checks import check_at_least_one, require
 from pml_fewshot.data.fewshot_dataset import FewShotDataset
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.episodes import Episode
-from pml_fewshot.losses.episodic_loss import EpisodicLoss
 from pml_fewshot.parts import build
+from pml_fewshot.trainers.loss_checks import check_takes_support, not_on_episodes
 from pml_fewshot.trainers.pml_state import cut_graph_of_last_step, keep_pml_state
 
 
@@ -65,6 +64,12 @@ class EpisodicTrainer(nn.Module):
 
     def forward(self, batch: Episode) -> Tensor:
         """Returns the scalar loss of a batch of episodes, the mean over its episodes and turns."""
+        require(
+            isinstance(batch, Episode),
+            "an Episode",
+            f"a {type(batch).__name__}",
+            "use train_spec=EpisodeSpec(...), or MetricTrainer for ordinary batches",
+        )
         shots, queries = batch.support.shape[2], batch.query.shape[2]
         require(
             self.turns * shots <= shots + queries,
@@ -112,6 +117,8 @@ class EpisodicTrainer(nn.Module):
         if mined is not None and not any(len(indices) for indices in mined):
             return embeddings.new_zeros(())
         if ref_emb is None:
+            if isinstance(self.loss, NCALoss) and not isinstance(self.loss, ProxyNCALoss) and _no_two_alike(labels):
+                return embeddings.new_zeros(())  # PML's value is NaN
             return skip_if_zero(self.loss(embeddings, labels, mined))
         check_takes_support(self.loss)
         try:
@@ -119,9 +126,8 @@ class EpisodicTrainer(nn.Module):
         except ValueError as error:
             if "not supported for this loss" not in str(error):
                 raise
-            raise _not_on_episodes(self.loss, str(error)) from error
-        # Over a support set our losses are never zero, and asking would make each step wait for a GPU.
-        return loss if isinstance(self.loss, EpisodicLoss) else skip_if_zero(loss)
+            raise not_on_episodes(self.loss, str(error)) from error
+        return skip_if_zero(loss)
 
     def bank(self, dataset: FewShotDataset) -> Tensor:
         """Embeds a whole set: (M, D)."""
@@ -152,22 +158,5 @@ def distance_of(loss: nn.Module) -> BaseDistance | None:
     return distance_of(within) if isinstance(within, nn.Module) else None
 
 
-def check_takes_support(loss: nn.Module) -> None:
-    """Raises a ValueError naming the loss when its forward has no place for a support set, or takes it wrongly."""
-    if isinstance(loss, ThresholdConsistentMarginLoss):  # else it would train, on wrong pairs
-        raise _not_on_episodes(loss, "PML looks the support's indices up among the queries")
-    missing = [name for name in ("labels", "ref_emb", "ref_labels") if name not in _arguments(type(loss))]
-    if missing:
-        raise _not_on_episodes(loss, f"its forward has no argument {missing[0]}")
-
-
-def _arguments(loss_class: type[nn.Module]) -> Iterable[str]:
-    return inspect.signature(loss_class.forward).parameters
-
-
-def _not_on_episodes(loss: nn.Module, why: str) -> ValueError:
-    return ValueError(
-        f"expected a loss that compares queries with a support set (PML's ref_emb), got {type(loss).__name__}: {why}; "
-        "train it on ordinary batches, MetricTrainer with train_spec=BatchSpec(classes, per_class), or take a loss of "
-        "pairs, triplets or prototypes"
-    )
+def _no_two_alike(labels: Tensor) -> bool:
+    return len(labels.unique()) == len(labels)

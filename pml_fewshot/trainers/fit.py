@@ -19,6 +19,7 @@ from pml_fewshot.modes import eval_mode
 from pml_fewshot.recording import Recorder
 from pml_fewshot.trainers.training_state import History, TrainingState
 
+SHOWN = ("loss", "accuracy")
 LOG_EVERY = 20  # steps between two looks at the losses: each look waits for the GPU
 
 
@@ -103,6 +104,12 @@ def fit(
             f"expected no file at {checkpoint}, got the checkpoint of another training; pass resume=True to go on from "
             "it, or name another file"
         )
+    require(
+        any(parameter.requires_grad for parameter in trainer.parameters()),
+        "at least one parameter to train",
+        "none that requires a gradient",
+        "unfreeze some, or judge the trainer as it is",
+    )
     device = next(trainer.parameters()).device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type == "cuda")
     state = TrainingState(trainer, optimizer, scheduler, batches)
@@ -149,7 +156,7 @@ def fit(
             look = checkpoint_due or history.steps % LOG_EVERY == 0
             if look and recent:
                 values = _look_at(recent, trainer, rate, state, checkpoint)
-                bar.set_postfix({name: f"{value:.4f}" for name, value in values.items() if name != "learning_rate"})
+                bar.set_postfix({name: f"{value:.4f}" for name, value in values.items() if name in SHOWN})
                 if recorder is not None:
                     recorder.record("train", history.steps, **values)
                 recent.clear()
@@ -210,9 +217,7 @@ def _look_at(
             "rate, clip the gradient (clip_norm) or look for NaN in the data"
         )
     history.losses.append((history.steps, losses.mean().item()))
-    values = {"loss": losses.mean().item(), "learning_rate": rate}
-    if history.skipped:
-        values["skipped"] = history.skipped
+    values = {"loss": losses.mean().item(), "learning_rate": rate, "skipped": history.skipped}
     if getattr(trainer, "batch_accuracy", None) is not None:
         values["accuracy"] = float(trainer.batch_accuracy)  # type: ignore[arg-type]
     return values

@@ -6,6 +6,7 @@ from functools import partial
 from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor
 
+from pml_fewshot.checks import require
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.embedders.full_context import FullContext
 from pml_fewshot.evaluation.heads import similarities_to_each
@@ -28,7 +29,7 @@ class MatchingTrainer(EpisodicTrainer):
             support (appendix A of the paper); none when None. Retrieval ranks the embeddings without context.
 
     Raises:
-        ValueError: turns below 1.
+        ValueError: turns below 1, another loss than MatchingLoss.
 
     Source: Vinyals et al. 2016, "Matching Networks for One Shot Learning".
     """
@@ -43,6 +44,12 @@ class MatchingTrainer(EpisodicTrainer):
     ) -> None:
         default = partial(MatchingLoss, scale=SCALE, learn_scale=True)
         super().__init__(embedder, default if loss is None else loss, miner, turns)
+        require(
+            isinstance(self.loss, MatchingLoss),
+            "a MatchingLoss",
+            f"a {type(self.loss).__name__}",
+            "use ProtoNetTrainer or MetricTrainer for other losses",
+        )
         self.context = build(context)
 
     def episode_loss(self, support: Tensor, query: Tensor) -> Tensor:

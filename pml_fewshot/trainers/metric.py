@@ -7,11 +7,8 @@ from pytorch_metric_learning.losses import (
     BaseMetricLossFunction,
     CrossBatchMemory,
     ManifoldLoss,
-    MarginLoss,
     MultipleLosses,
     MultiSimilarityLoss,
-    NormalizedSoftmaxLoss,
-    ProxyNCALoss,
     SelfSupervisedLoss,
     VICRegLoss,
 )
@@ -24,6 +21,7 @@ from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.episodes import Episode
 from pml_fewshot.evaluation.heads import Head, nearest_prototype
 from pml_fewshot.trainers.episodic import EpisodicTrainer, skip_if_zero
+from pml_fewshot.trainers.loss_checks import check_batch
 
 WITHOUT_LABELS = (ManifoldLoss, SelfSupervisedLoss, VICRegLoss)
 WITH_LABELS = (BaseMetricLossFunction, MultipleLosses, CrossBatchMemory)  # all others of PML, and ours
@@ -73,7 +71,7 @@ class MetricTrainer(EpisodicTrainer):
         with torch.autocast(embeddings.device.type, enabled=False):
             if isinstance(self.loss, WITHOUT_LABELS) or batch.other_view is not None:
                 return skip_if_zero(self._unlabelled_loss(*embeddings))
-            check_class_count(self.loss, batch.labels)
+            check_batch(self.loss, batch.labels)
             return self.mined_loss(embeddings[0], batch.labels)
 
     def _unlabelled_loss(self, embeddings: Tensor, other_view: Tensor | None = None) -> Tensor:
@@ -95,30 +93,3 @@ class MetricTrainer(EpisodicTrainer):
     def classify(self, support: Tensor, query: Tensor) -> Tensor:
         """Scores queries (E, N, D) by the head over support (E, W, K, D): logits (E, N, W)."""
         return self.head(support, query, self.distance)
-
-
-def check_class_count(loss: nn.Module, labels: Tensor) -> None:
-    """Raises a ValueError when a label has no weights in a classification loss."""
-    for part in loss.modules():
-        num_classes = _num_classes(part)
-        if num_classes and len(labels):
-            largest = int(labels.max())
-            require(
-                largest < num_classes,
-                f"labels below {num_classes}, the num_classes of {type(part).__name__}",
-                str(largest),
-                f"give it the number of training classes (at least {largest + 1}), len(splits.train.class_names)",
-            )
-
-
-def _num_classes(part: nn.Module) -> int:
-    """For how many classes a PML loss has weights; 0 for any other module."""
-    if not isinstance(part, BaseMetricLossFunction):
-        return 0
-    if isinstance(part, NormalizedSoftmaxLoss):  # it and ProxyNCALoss keep no number
-        return part.W.shape[1]
-    if isinstance(part, ProxyNCALoss):
-        return len(part.proxies)
-    if isinstance(part, MarginLoss):  # one margin, or one for each class
-        return part.beta.numel() if part.beta.numel() > 1 else 0
-    return getattr(part, "num_classes", 0)

@@ -36,7 +36,9 @@ def _add(loss: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None
 
 
 def _take(loss: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    remembered = state.pop(prefix + REMEMBERED)
+    remembered = state.pop(prefix + REMEMBERED, None)
+    if remembered is None:  # two trainers share the loss, and its state was taken already
+        return
     if isinstance(loss, CrossBatchMemory):
         loss.queue_idx, loss.has_been_filled = int(remembered[0]), bool(remembered[1])
     else:

@@ -9,7 +9,8 @@ from torch import Tensor
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.evaluation.heads import Head, nearest_prototype
 from pml_fewshot.losses.prototypical import PrototypicalLoss
-from pml_fewshot.trainers.episodic import EpisodicTrainer, check_takes_support
+from pml_fewshot.trainers.episodic import EpisodicTrainer
+from pml_fewshot.trainers.loss_checks import check_takes_support
 
 
 class ProtoNetTrainer(EpisodicTrainer):

@@ -8,11 +8,13 @@ from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor
 
 from pml_fewshot.batches import Batch
+from pml_fewshot.checks import require
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.episodes import Episode
 from pml_fewshot.evaluation.heads import Head, mean_similarity
 from pml_fewshot.losses.pair_verification import PairVerificationLoss
 from pml_fewshot.trainers.episodic import EpisodicTrainer
+from pml_fewshot.trainers.loss_checks import check_batch, check_no_classes_kept
 
 
 class SiameseTrainer(EpisodicTrainer):
@@ -46,6 +48,8 @@ class SiameseTrainer(EpisodicTrainer):
     def forward(self, batch: Episode | Batch) -> Tensor:
         """Returns the scalar loss over pairs of the batch; of several episodes the mean."""
         if isinstance(batch, Batch):
+            require(batch.other_view is None, "batches of one view", "two", "use BatchSpec(views=1), or MetricTrainer")
+            check_batch(self.loss, batch.labels)
             embeddings = self.embed(batch.images)
             with torch.autocast(embeddings.device.type, enabled=False):
                 return self.mined_loss(embeddings, batch.labels)
@@ -53,6 +57,7 @@ class SiameseTrainer(EpisodicTrainer):
 
     def episode_loss(self, support: Tensor, query: Tensor) -> Tensor:
         """Loss over pairs of one episode's items: support (W, K, D), query (W*Q, D)."""
+        check_no_classes_kept(self.loss)
         items = torch.cat([support, query.unflatten(0, (len(support), -1))], dim=1)  # (W, K+Q, D)
         labels = torch.arange(len(items), device=items.device).repeat_interleave(items.shape[1])
         return self.mined_loss(items.flatten(0, 1), labels)

@@ -500,3 +500,9 @@ def test_a_sampler_may_ask_for_what_our_own_drawing_could_not_give() -> None:
 def test_misspelt_keyword_raises() -> None:
     with pytest.raises(TypeError, match="smpler"):
         BatchStream(DATA, SPEC, 0, smpler=None)  # type: ignore[call-arg]
+
+
+def test_a_sampler_of_batches_of_another_size_raises() -> None:
+    made = BatchStream(told_apart(), BatchSpec(3, 2), 0, sampler=partial(MPerClassSampler, m=2, batch_size=4))
+    with pytest.raises(ValueError, match=r"expected batch_size=6 for MPerClassSampler.*, got 4"):
+        next(made)

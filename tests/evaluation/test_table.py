@@ -436,3 +436,71 @@ def test_a_missing_folder_raises(tmp_path: Path):
     with pytest.raises(FileNotFoundError):
         filled().write(tmp_path / "nowhere")
     assert list(tmp_path.iterdir()) == []
+
+
+# --- read again, sorted, with failures --------------------------------------------------------------------------------
+
+
+def of_two_methods() -> ResultTable:
+    table = ResultTable()
+    for name, mean in (("worse", 0.5), ("better", 0.75)):
+        accuracy = {"ways": 5, "shots": 1, "queries": 15, "count": 10, "seed": 3, "episodes_hash": "ab12"}
+        same = {"method": name, "ci95": 0.01, "split": "test", "classes": 7, "note": 'odd, "quoted"\nnote'}
+        table.rows.append(ResultRow(figure="accuracy", value=mean, protocol="inductive", **accuracy, **same))
+        table.rows.append(
+            ResultRow(figure="NMI", value=1 - mean, protocol="leave-one-out", **{**same, "ci95": float("nan")}, count=9)
+        )
+    return table
+
+
+def test_a_written_table_is_read_to_the_last_digit(tmp_path: Path) -> None:
+    table = of_two_methods()
+    table.rows[0] = replace(table.rows[0], value=1 / 3, seconds=0.1, trained=3)
+    table.write(tmp_path)
+    again = ResultTable.read(tmp_path)
+    assert repr(again.rows) == repr(table.rows)  # by repr, in which NaN equals NaN
+    assert again.figures_csv() == table.figures_csv()
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "{}"])
+def test_what_is_no_table_raises(text: str, tmp_path: Path) -> None:
+    (tmp_path / "figures.csv").write_text(text)
+    with pytest.raises(ValueError, match="expected the columns"):
+        ResultTable.read(tmp_path)
+
+
+def test_a_folder_without_a_table_raises(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        ResultTable.read(tmp_path)
+
+
+def test_best_first_sorts_methods_by_their_first_figure_and_keeps_their_rows_together() -> None:
+    table = of_two_methods()
+    table.failures["broken"] = "why"
+    best = table.best_first()
+    assert [(row.method, row.figure) for row in best.rows] == [
+        ("better", "accuracy"),
+        ("better", "NMI"),
+        ("worse", "accuracy"),
+        ("worse", "NMI"),
+    ]
+    assert best.failures == {"broken": "why"}
+    assert [row.method for row in table.rows[::2]] == ["worse", "better"], "the table itself stays as it was"
+
+
+def test_a_failure_is_a_line_of_each_text() -> None:
+    table = of_two_methods()
+    table.failures["broken | loss"] = "ValueError: 100 %,\nof nothing"
+    last = table.markdown().split("\n\n")[0].splitlines()[-1]
+    assert last == r"| broken \| loss | failed: ValueError: 100 %, of nothing |  |"
+    assert r"broken | loss & failed: ValueError: 100 \%, of nothing &  \\" in table.latex()
+    rows = list(csv.DictReader(io.StringIO(table.csv())))
+    assert rows[-1]["method"] == "broken | loss"
+    assert rows[-1]["note"] == "failed: ValueError: 100 %,\nof nothing"
+    assert rows[-1]["5way_1shot_15query"] == ""
+
+
+def test_a_table_of_failures_alone_can_be_shown() -> None:
+    table = ResultTable(failures={"broken": "why"})
+    assert "failed: why" in table.markdown()
+    assert "failed: why" in table.csv()

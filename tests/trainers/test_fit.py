@@ -390,7 +390,7 @@ def test_recorder_gets_the_rows() -> None:
     train = [(step, values) for group, step, values in rows.rows if group == "train"]
     assert [step for step, _ in train] == [1, 20, 30, 40, 45]
     assert [values["loss"] for _, values in train] == [loss for _, loss in history.losses]
-    assert all(values.keys() == {"loss", "learning_rate", "accuracy"} for _, values in train)
+    assert all(values.keys() == {"loss", "learning_rate", "skipped", "accuracy"} for _, values in train)
     assert all(values["learning_rate"] == 0.05 and 0 <= values["accuracy"] <= 1 for _, values in train)
     validation = [row for row in rows.rows if row[0] == "validation"]
     assert validation == [
@@ -708,7 +708,7 @@ def test_losses_of_a_window_are_those_that_were_learned_from() -> None:
     ]
     assert [step for step, _ in history.losses] == [1, 20, 47]
     assert [loss for _, loss in history.losses] == pytest.approx(means, rel=1e-6)
-    assert [(step, values.get("skipped")) for _, step, values in rows.rows] == [(1, None), (20, 10), (47, 30)]
+    assert [(step, values["skipped"]) for _, step, values in rows.rows] == [(1, 0), (20, 10), (47, 30)]
 
 
 def test_training_without_anything_to_learn_from_ends_and_can_be_resumed(tmp_path: Path) -> None:
@@ -836,9 +836,9 @@ def test_with_a_validation_its_best_weights_are_kept_and_the_last_are_validated_
 def test_a_loss_below_zero_is_no_better_than_a_validation() -> None:
     below = [loss - 10 for loss in WINDOWS]
     trainer, history = told(
-        windows=below, loss_patience=40, validate=Counts([0.9, 0.8, 0.7]), validate_every=30, first=-1.0
+        windows=below, loss_patience=40, validate=Counts([0.8, 0.9, 0.7]), validate_every=30, first=-1.0
     )
-    assert (history.steps, history.best_step, trainer.x.item()) == (80, 30, -30)
+    assert (history.steps, history.best_step, trainer.x.item()) == (80, 60, -60)
 
 
 def test_the_validation_at_the_end_may_be_the_best() -> None:

@@ -572,6 +572,22 @@ def test_resumed_memory_goes_on_bit_for_bit(memory_size: int, cut: int, tmp_path
         assert torch.equal(other, value) if isinstance(value, Tensor) else other == value, name
 
 
+def test_histogram_of_dynamic_soft_margin_is_resumed_bit_for_bit(tmp_path: Path) -> None:
+    def sitting(steps: int, name: str, seed: int = 0, resume: bool = False) -> MetricTrainer:
+        trainer = MetricTrainer(embedder(seed), pml_losses.DynamicSoftMarginLoss())
+        stream = BatchStream(tiny_set(), BatchSpec(3, 3), seed)
+        optimizer = Adam(trainer.parameters(), lr=0.05)
+        fit(trainer, stream, optimizer, steps, checkpoint=tmp_path / name, resume=resume, progress=False)
+        return trainer
+
+    whole = sitting(6, "whole.pt")
+    sitting(3, "cut.pt")
+    resumed = sitting(6, "cut.pt", seed=99, resume=True)
+    assert whole.loss.hist_.any()
+    assert torch.equal(resumed.loss.hist_, whole.loss.hist_)
+    assert all(torch.equal(*pair) for pair in zip(resumed.parameters(), whole.parameters(), strict=True))
+
+
 def test_memory_in_a_list_of_losses_is_kept_too() -> None:
     def make(seed: int) -> MetricTrainer:
         several = MultipleLosses(
