@@ -1,6 +1,9 @@
 """Siamese networks as in Koch et al. 2015: 105 x 105 pixels, their convolutional trunk, affine distortions, early stop.
 
-python -m experiments.omniglot_siamese_koch --data-root ../shared/data
+    python -m experiments.omniglot_siamese_koch --data-root ../shared/data
+
+Not measured yet: a step of 80 images takes seconds on two CPU cores, and the paper trained for up to 200 epochs of
+90,000 pairs. Koch et al. have 92.0 % at 20-way 1-shot within an alphabet.
 """
 
 from dataclasses import replace

@@ -1,10 +1,24 @@
 """Siamese networks on Omniglot's official split, 28 x 28: all 659 evaluation characters at once, and ten look-alikes.
 
-python -m experiments.omniglot_siamese_official --data-root ../shared/data
+    python -m experiments.omniglot_siamese_official --data-root ../shared/data
+
+Measured, seed 0, 95 % intervals, 5,000 steps in 16.3 minutes on one to two CPU cores:
+
+    all 659 characters at once, 5 shots  75.23 +- 0.18  (20 episodes of 9,885 queries; a published walk-through: 15)
+    the first ten characters, 5 shots    85.63 +- 0.04  (10,000 episodes; that walk-through: 70)
+    5-way 1-shot   97.69 +- 0.07         P@1          75.57 +- 0.73
+    5-way 5-shot   99.28 +- 0.03         R-precision  51.30 +- 0.39
+    20-way 1-shot  92.52 +- 0.07         MAP@R        40.97 +- 0.44
+    20-way 5-shot  97.52 +- 0.03         (10,000 episodes of all 659 characters; 13,180 images among themselves)
+
+The goal was 80 % of all characters and 90 % of the ten: not reached. Each training character counts as four classes,
+turned by 0 to 270 degrees. Without them (3,500 steps) it is 65.2 and 80.7 %; with a linear layer to 128 dimensions
+behind the trunk (2,500 steps) 62.9 and 79.5 %. Of the 75.2 % network, other heads by the same similarity have 77.1 %
+(nearest prototype) and 69.0 % (best pair) of all characters, and prototypes by squared Euclid 81.0 and 87.2 %.
 """
 
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 
 from experiments import omniglot_siamese
 from pml_fewshot import (
@@ -17,6 +31,12 @@ from pml_fewshot import (
     load_omniglot,
     main,
 )
+
+
+def rotated_for_training(root: Path) -> Splits:
+    """The official split; each training character turned by 0, 90, 180 and 270 degrees makes four classes."""
+    splits = load_omniglot(root, split="official", rotations=False)
+    return Splits(splits.train.rotated(), None, splits.test)
 
 
 def judge_characters(
@@ -38,9 +58,9 @@ def judge_characters(
 CONFIG = replace(
     omniglot_siamese.CONFIG,
     name="omniglot_siamese_official",
-    data=partial(load_omniglot, split="official", rotations=False),
+    data=rotated_for_training,
     train_on_validation=False,
-    steps=3_500,
+    steps=5_000,
     judge_more=judge_characters,
 )
 

@@ -6,6 +6,10 @@
 Interrupted, the same command goes on where it stopped. All share embedder, optimizer, batches (32 classes with 4 images
 each) and steps; the losses' own parameters learn ten times as fast as the embedder. Losses have their PML defaults but
 for sizes and what is given below, so the table ranks settings, not the best that each loss can do.
+
+Measured: 250 steps of 43 losses in 27.5 minutes on one CPU core with other work beside, seed 0; from 97.94 +- 0.09 %
+(SignalToNoiseRatioContrastiveLoss) to 46.93 +- 0.18 % (LargeMarginSoftmaxLoss) at 5-way 1-shot; the README has all. One
+fails and says why: DynamicSoftMarginLoss looks up its histogram beyond the last bin.
 """
 
 from collections.abc import Callable

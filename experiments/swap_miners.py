@@ -6,6 +6,9 @@
 Interrupted, the same command goes on where it stopped. As in swap_losses, all share embedder, optimizer, batches and
 steps, and miners have their PML defaults where nothing is given below. PML makes triplets of the pairs that pair miners
 return.
+
+Measured: 250 steps of each in 4.3 minutes on one CPU core, seed 0; PairMarginMiner 98.01 +- 0.08 % at 5-way 1-shot, no
+miner 97.44 +- 0.10, BatchHardMiner 95.88 +- 0.11; the README has all.
 """
 
 from dataclasses import replace
