@@ -7,9 +7,9 @@ Interrupted, the same command goes on where it stopped. All share embedder, opti
 each) and steps; the losses' own parameters learn ten times as fast as the embedder. Losses have their PML defaults but
 for sizes and what is given below, so the table ranks settings, not the best that each loss can do.
 
-Measured: 250 steps of 43 losses in 27.5 minutes on one CPU core with other work beside, seed 0; from 97.94 +- 0.09 %
-(SignalToNoiseRatioContrastiveLoss) to 46.93 +- 0.18 % (LargeMarginSoftmaxLoss) at 5-way 1-shot; the README has all. One
-fails and says why: DynamicSoftMarginLoss looks up its histogram beyond the last bin.
+Measured: 250 steps of 43 losses in 10.2 minutes on 2 CPU cores, seed 0; from 97.85 +- 0.09 % at 5-way 1-shot
+(SignalToNoiseRatioContrastiveLoss) to 46.92 +- 0.18 % (LargeMarginSoftmaxLoss); the README has all. One fails and says
+why: DynamicSoftMarginLoss counts beyond the last bin of its histogram.
 """
 
 from collections.abc import Callable
