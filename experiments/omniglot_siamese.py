@@ -39,7 +39,7 @@ CONFIG = ExperimentConfig(
     data=partial(load_omniglot, split="vinyals", rotations=True),
     trainer=partial(
         SiameseTrainer,
-        # embeddings that cannot be negative, after a ReLU or a sigmoid, keep the similarity from learning
+        # a ReLU at its end would flatten differences that the similarity should see
         embedder=partial(Embedder, trunk=partial(Conv4, in_channels=1, last_relu=False)),
         # all pairs of a batch: 71 that do not match for one that does, each weighted a third
         loss=partial(PairVerificationLoss, distance=WeightedL1Similarity, balanced=False, negative_weight=1 / 3),

@@ -12,10 +12,8 @@ class KochConv(nn.Module):
     Args:
         in_channels: 1 for grey, 3 for colour images.
         dim: width of the linear layer; 4,096 as in the paper.
-        batch_norm: batch norm after each convolution, which the paper of 2015 does not have yet; it trains in far fewer
-            steps.
-        sigmoid: end in a sigmoid, as in the paper. Off: in embeddings between 0 and 1 that begin near 1/2 differences
-            are small, and the learned similarity of them hardly gets going.
+        batch_norm: batch norm after each convolution, which the paper of 2015 does not have yet. On, as in Conv4.
+        sigmoid: end in a sigmoid, as in the paper. Off by default: SiameseTrainer says why.
 
     Shapes: (B, in_channels, 105, 105) -> (B, dim). An image costs 0.9 billion multiplications.
 

@@ -16,7 +16,7 @@ class MatchingLoss(EpisodicLoss):
 
     Args:
         distance: any PML distance; cosine when None, as in the paper. Squared Euclid
-            (`LpDistance(normalize_embeddings=False, power=2)`) trains faster where no scale is learned.
+            (`LpDistance(normalize_embeddings=False, power=2)`) is not bounded and needs no scale.
         scale: the similarity is multiplied by it before the softmax. 1 as in the paper, with which 5 classes' softmax
             over cosine gets no sharper than 0.65: give about 10 and learn_scale, as MatchingTrainer does.
         learn_scale: and the rest: see EpisodicLoss.

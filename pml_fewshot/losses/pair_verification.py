@@ -26,7 +26,7 @@ class PairVerificationLoss(GenericPairLoss):
         balanced: without a miner, draw as many non-matching pairs as there are matching ones (or the other way round),
             as in the paper; False takes all pairs of the batch.
         negative_weight: weight of a non-matching pair's loss beside a matching one's. All pairs of 60 classes with 6
-            images each are 71 non-matching ones for one that matches; 1/3 was better than 1 there.
+            images each are 71 non-matching ones for one that matches; omniglot_siamese weighs them a third.
         seed: of the drawing of pairs.
         reducer: PML reducer over all pairs; the mean when None. This and the rest are as in every PML loss.
         embedding_regularizer: PML regularizer of the embeddings; none when None.

@@ -24,8 +24,8 @@ class SiameseTrainer(EpisodicTrainer):
     chooses pairs among them.
 
     Args:
-        embedder: images to embeddings (or a factory of it). It must be able to end in negative numbers: with a ReLU or
-            a sigmoid after the last block the similarity hardly learned (`Conv4(last_relu=False)`).
+        embedder: images to embeddings (or a factory of it). Let it end in numbers of both signs, as
+            `Conv4(last_relu=False)` does: a ReLU or a sigmoid at its end flattens differences that |q - r| should see.
         loss: `PairVerificationLoss()` with `WeightedL1Similarity()` when None; or any PML loss of pairs or triplets
             whose distance is one (or any other).
         miner: PML miner (or factory) of pairs or triplets; none when None.
