@@ -26,6 +26,7 @@ from pml_fewshot.embedders.koch import KochConv
 from pml_fewshot.embedders.resnet12 import ResNet12
 from pml_fewshot.embedders.torchvision_trunk import TorchvisionTrunk
 from pml_fewshot.episodes import Episode, EpisodeIndex, EpisodeSampler, EpisodeSpec
+from pml_fewshot.evaluation.adaptation_curve import adaptation_curve
 from pml_fewshot.evaluation.benchmark import benchmark
 from pml_fewshot.evaluation.comparison import Comparison, compare
 from pml_fewshot.evaluation.episodic import EpisodicEvaluator, EpisodicResult, evaluate_grid
@@ -42,7 +43,8 @@ from pml_fewshot.evaluation.result_row import ResultRow
 from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.evaluation.retrieval_result import RetrievalResult
 from pml_fewshot.evaluation.table import ResultTable
-from pml_fewshot.experiment import ExperimentConfig, run
+from pml_fewshot.experiment import run
+from pml_fewshot.experiment_config import ExperimentConfig
 from pml_fewshot.losses.dense import DenseNTXentLoss, DenseTripletMarginLoss
 from pml_fewshot.losses.matching import MatchingLoss
 from pml_fewshot.losses.pair_verification import PairVerificationLoss
@@ -50,6 +52,7 @@ from pml_fewshot.losses.prototypical import PrototypicalLoss
 from pml_fewshot.recording import Recorder
 from pml_fewshot.sweeps import sweep, sweep_main
 from pml_fewshot.trainers.fit import History, TrainingDiverged, fit
+from pml_fewshot.trainers.maml import MAMLTrainer
 from pml_fewshot.trainers.matching import MatchingTrainer
 from pml_fewshot.trainers.metric import MetricTrainer
 from pml_fewshot.trainers.protonet import ProtoNetTrainer
@@ -80,6 +83,7 @@ __all__ = [
     "Gallery",
     "History",
     "KochConv",
+    "MAMLTrainer",
     "MatchingLoss",
     "MatchingTrainer",
     "MetricTrainer",
@@ -98,6 +102,7 @@ __all__ = [
     "TorchvisionTrunk",
     "TrainingDiverged",
     "WeightedL1Similarity",
+    "adaptation_curve",
     "benchmark",
     "compare",
     "cosine_classifier",

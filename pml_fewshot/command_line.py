@@ -11,7 +11,8 @@ from pml_fewshot.batches import BatchSpec
 from pml_fewshot.checks import require
 from pml_fewshot.episodes import EpisodeSpec
 from pml_fewshot.evaluation.table import ResultTable
-from pml_fewshot.experiment import Device, ExperimentConfig, run
+from pml_fewshot.experiment import run
+from pml_fewshot.experiment_config import Device, ExperimentConfig
 from pml_fewshot.trainers.fit import TrainingDiverged
 
 

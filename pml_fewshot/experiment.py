@@ -1,14 +1,13 @@
-"""ExperimentConfig: an experiment as data; run(config): from images to the result table."""
+"""run(config): an experiment from images to the result table."""
 
 import inspect
 import os
 import shutil
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,86 +17,19 @@ from pml_fewshot.allocator import keep_freed_memory
 from pml_fewshot.batches import BatchSpec
 from pml_fewshot.checkpoint import export_embedder
 from pml_fewshot.checks import check_at_least_one, require
-from pml_fewshot.data.batch_stream import BatchStream, SamplerFactory
-from pml_fewshot.data.episode_stream import Augmentation, EpisodeStream
+from pml_fewshot.data.batch_stream import BatchStream
+from pml_fewshot.data.episode_stream import EpisodeStream
 from pml_fewshot.data.fewshot_dataset import FewShotDataset, Splits, join
-from pml_fewshot.episodes import EpisodeSpec
 from pml_fewshot.evaluation.benchmark import benchmark
 from pml_fewshot.evaluation.episodic import EpisodicEvaluator
 from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.evaluation.table import ResultTable
+from pml_fewshot.experiment_config import Device, ExperimentConfig
 from pml_fewshot.parts import build
 from pml_fewshot.recording import Recorder
 from pml_fewshot.run_folder import describe, folder_to_resume, new_run_folder
 from pml_fewshot.trainers.fit import History, fit
 from pml_fewshot.trainers.loss_checks import check_batch
-
-Device = Literal["auto", "cpu", "cuda"]
-
-
-@dataclass(frozen=True)
-class ExperimentConfig:
-    """All that defines an experiment.
-
-    Parts are given as factories (`functools.partial` of real classes), for parts hold parameters and statistics, which
-    must come to be after the seed is set and must not be shared by two runs.
-    """
-
-    name: str
-    """folder of its runs, and its name in tables"""
-    data: Callable[..., Splits]
-    """loader; one whose `root` is not given yet gets the data root"""
-    trainer: Callable[[], nn.Module]
-    """ProtoNetTrainer and the like, with embedder, loss and miner"""
-    optimizer: Callable[..., Optimizer]
-    """called with the trainer's parameters"""
-    train_spec: EpisodeSpec | BatchSpec
-    """size of a training episode, or of an ordinary batch for MetricTrainer and SiameseTrainer"""
-    eval_specs: tuple[EpisodeSpec, ...]
-    """sizes of the episodes to judge by; validation uses the first"""
-    steps: int
-    """training steps"""
-    seed: int = 0
-    """of weights, training episodes, augmentation and test episodes"""
-    sampler: SamplerFactory | None = None
-    """PML sampler (factory) that chooses the items of batches in place of our own; see BatchStream"""
-    loss_lr: float | None = None
-    """learning rate of the loss's own parameters (proxies, class weights, margins); the optimizer's when None"""
-    scheduler: Callable[..., Any] | None = None
-    """called with the optimizer; one that still needs `T_max` (CosineAnnealingLR) is given the steps"""
-    augment: Augmentation | None = None
-    """`augment(images, generator)`, an object like RandomAffine(), distorts the training images"""
-    train_on_validation: bool = False
-    """join the validation classes to the training classes, as Snell et al. do for final figures: nothing is left to
-    validate on, and the last weights are kept"""
-    validate_every: int = 1000
-    """steps between two validations"""
-    patience: int | None = None
-    """validations without a new best after which training ends"""
-    loss_patience: int | None = None
-    """steps without a new lowest loss after which training ends; without validation the weights there are kept"""
-    clip_norm: float | None = None
-    """largest norm of the gradient"""
-    l2: float = 0.0
-    """penalty on the squares of the embedder's weights"""
-    l1: float = 0.0
-    """penalty on the magnitudes of the embedder's weights"""
-    bf16: bool = False
-    """autocast to bfloat16 on CUDA"""
-    num_episodes: int = 10_000
-    """test episodes of each spec"""
-    val_episodes: int = 1000
-    """validation episodes: enough to choose a checkpoint by"""
-    retrieval: Callable[[], RetrievalTester] | None = RetrievalTester
-    """k-NN figures over the test classes, ranked by the loss's distance; none when None"""
-    judge_more: Callable[..., ResultTable] | None = None
-    """`judge_more(trainer, splits, config)` gives more rows, from other classes or sizes of episodes"""
-    device: Device = "auto"
-    """auto: CUDA where there is one"""
-    data_root: Path | None = None
-    """folder of the data; `PML_FEWSHOT_DATA`, else `data/`, when None"""
-    run_dir: Path | None = None
-    """folder of this run; a new one below `runs/<name>/` when None"""
 
 
 def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
@@ -107,7 +39,8 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
     table gives it, and one that is not there begins.
 
     The run folder holds config.txt (the config, versions, git commit), logs.db and CSV files of the training, last.pt
-    (the state to go on from), embedder.safetensors, results.csv, results.md, results.tex and figures.csv.
+    (the state to go on from), embedder.safetensors (network.safetensors of MAML), results.csv, results.md, results.tex
+    and figures.csv.
 
     Raises:
         ValueError: bad options, or data that cannot give the episodes asked for, both before any training; a run to
@@ -179,8 +112,9 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
         + (f", {history.skipped} steps skipped: nothing to learn from in their batches" if history.skipped else "")
     )
     splits = splits.to(device)
-    if isinstance(getattr(trainer, "embedder", None), nn.Module):
-        export_embedder(folder / "embedder.safetensors", trainer.embedder)
+    for part in ("embedder", "network"):
+        if isinstance(getattr(trainer, part, None), nn.Module):
+            export_embedder(folder / f"{part}.safetensors", getattr(trainer, part))
     table = _judge(config, trainer, tester, splits.test, history)
     if config.judge_more is not None:
         table.rows += config.judge_more(trainer, splits, config).rows
@@ -191,6 +125,7 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
 
 def _check(config: ExperimentConfig) -> None:
     check_at_least_one("steps", config.steps)
+    check_at_least_one("tasks", config.tasks)
     check_at_least_one("validate_every", config.validate_every)
     require(len(config.eval_specs) > 0, "at least one spec in eval_specs", "none", "say by which episodes to judge")
     rate = config.loss_lr
@@ -235,12 +170,13 @@ def _scheduler(config: ExperimentConfig, optimizer: Optimizer) -> Any:
 
 
 def _stream(config: ExperimentConfig, train: FewShotDataset, trainer: nn.Module) -> EpisodeStream | BatchStream:
+    spec = str(config.train_spec)
     if isinstance(config.train_spec, BatchSpec):
+        require(config.tasks == 1, f"one task in a training batch for train_spec={spec}", str(config.tasks), "drop it")
         embedder = getattr(trainer, "embedder", None)
         return BatchStream(train, config.train_spec, config.seed, config.augment, config.sampler, embedder)
-    spec = str(config.train_spec)
     require(config.sampler is None, "train_spec=BatchSpec(...) with a sampler", spec, "or drop the sampler")
-    return EpisodeStream(train, config.train_spec, config.seed, config.augment)
+    return EpisodeStream(train, config.train_spec, config.seed, config.augment, config.tasks)
 
 
 def _parameters(trainer: nn.Module, loss_lr: float | None) -> list[dict[str, Any]]:

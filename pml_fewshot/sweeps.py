@@ -10,7 +10,8 @@ import tyro
 
 from pml_fewshot.checks import check_choice, require
 from pml_fewshot.evaluation.table import ResultTable
-from pml_fewshot.experiment import Device, ExperimentConfig, run
+from pml_fewshot.experiment import run
+from pml_fewshot.experiment_config import Device, ExperimentConfig
 
 
 def sweep(configs: Sequence[ExperimentConfig], folder: str | Path, only: Sequence[str] = ()) -> ResultTable:

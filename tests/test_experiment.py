@@ -47,10 +47,12 @@ from pml_fewshot.evaluation.benchmark import benchmark
 from pml_fewshot.evaluation.episodic import EpisodicEvaluator
 from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.evaluation.table import ResultRow, ResultTable
-from pml_fewshot.experiment import ExperimentConfig, run
+from pml_fewshot.experiment import run
+from pml_fewshot.experiment_config import ExperimentConfig
 from pml_fewshot.losses.prototypical import PrototypicalLoss
 from pml_fewshot.parts import build
 from pml_fewshot.trainers.fit import TrainingDiverged, fit
+from pml_fewshot.trainers.maml import MAMLTrainer
 from pml_fewshot.trainers.metric import MetricTrainer
 from pml_fewshot.trainers.protonet import ProtoNetTrainer
 from pml_fewshot.trainers.siamese import SiameseTrainer
@@ -579,7 +581,8 @@ def test_experiment_runs_for_two_steps(module: str, tmp_path: Path) -> None:
     own = [row for row in table.rows if row.method == config.name and row.figure == "accuracy"]
     assert len(own) == len(config.eval_specs)
     assert all(0 <= row.value <= 1 for row in table.rows)
-    assert (tmp_path / "run" / "embedder.safetensors").is_file()
+    part = "network" if isinstance(build(config.trainer), MAMLTrainer) else "embedder"
+    assert (tmp_path / "run" / f"{part}.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recording": TOOLS,
     "run_folder": {"data"} | TOOLS,
     "evaluation": PARTS,
-    "trainers": PARTS | {"evaluation", "recording", "checkpoint"},
+    "adaptation": TOOLS,
+    "trainers": PARTS | {"adaptation", "evaluation", "recording", "checkpoint"},
+    "experiment_config": PARTS | {"evaluation"},
 }
 MAY_IMPORT["experiment"] = MAY_IMPORT.keys() - {"experiment"}
 MAY_IMPORT["command_line"] = set(MAY_IMPORT)

@@ -18,7 +18,8 @@ from pml_fewshot.data.fewshot_dataset import FewShotDataset, Splits
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.episodes import EpisodeSpec
 from pml_fewshot.evaluation.table import ResultTable
-from pml_fewshot.experiment import ExperimentConfig, run
+from pml_fewshot.experiment import run
+from pml_fewshot.experiment_config import ExperimentConfig
 from pml_fewshot.sweeps import sweep, sweep_main
 from pml_fewshot.trainers import fit as fit_module
 from pml_fewshot.trainers.metric import MetricTrainer

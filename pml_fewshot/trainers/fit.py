@@ -212,9 +212,10 @@ def _look_at(
             f"the last good state is in {checkpoint}" if checkpoint and Path(checkpoint).exists() else "none was kept"
         )
         state.restore_best()
+        advice = getattr(trainer, "when_diverged", "")
         raise TrainingDiverged(
             f"expected a finite loss, got {what} at step {step} (learning rate {rate:g}); {kept}; lower the learning "
-            "rate, clip the gradient (clip_norm) or look for NaN in the data"
+            f"rate, {f'{advice}, ' if advice else ''}clip the gradient (clip_norm) or look for NaN in the data"
         )
     history.losses.append((history.steps, losses.mean().item()))
     values = {"loss": losses.mean().item(), "learning_rate": rate, "skipped": history.skipped}

@@ -1,0 +1,145 @@
+"""InnerLoop: a network and its gradient steps on the support sets of many tasks at once, the inner loop of MAML."""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pml_fewshot.adaptation.grouped_tasks import NotGroupable
+from pml_fewshot.adaptation.run_tasks import Weights, grouped, loop, vmap
+from pml_fewshot.checks import check_choice, require
+from pml_fewshot.modes import eval_mode
+
+LearnedRates = Literal["per_layer", "per_layer_per_step"]
+Parallel = Literal["auto", "loop", "vmap", "grouped"]
+
+
+class InnerLoop(nn.Module):
+    """Runs a network by the weights of T tasks, and adapts them to each task's support set.
+
+    What it holds stays as it is: the network is called functionally, by weights that are passed in.
+
+    Args:
+        network: module from images (B, *item) to outputs (B, D).
+        loss: of a support set, called as `loss(outputs (B, D), labels (B,))`.
+        inner_lr, inner_steps, learn_inner_lr, adapt, checkpoint_steps, parallel: as for MAMLTrainer.
+
+    Raises:
+        ValueError: nothing to adapt, or an unknown way to learn the rates or to run the tasks.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: nn.Module,
+        inner_lr: float,
+        inner_steps: int,
+        learn_inner_lr: LearnedRates | None = None,
+        adapt: Sequence[str] | None = None,
+        checkpoint_steps: bool = False,
+        parallel: Parallel = "auto",
+    ) -> None:
+        super().__init__()
+        require(inner_lr > 0, "inner_lr above 0", str(inner_lr), "give the learning rate of the inner loop")
+        check_choice("parallel", parallel, ("auto", "loop", "vmap", "grouped"))
+        if learn_inner_lr is not None:
+            check_choice("learn_inner_lr", learn_inner_lr, ("per_layer", "per_layer_per_step"))
+        self.network = network
+        self.loss = loss
+        self.checkpoint_steps = checkpoint_steps
+        self.parallel = parallel
+        names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+        self.adapted = names if adapt is None else [name for name in names if name.startswith(tuple(adapt))]
+        require(
+            len(self.adapted) > 0,
+            "parameters to adapt",
+            f"none that begins with {' or '.join(adapt)}" if adapt is not None else "frozen ones only",
+            f"those of the network are {', '.join(names)}" if names else "unfreeze some",
+        )
+        modules = [name.rpartition(".")[0] for name in self.adapted]
+        layers = list(dict.fromkeys(modules))  # in their order
+        self.layer_of = [layers.index(module) for module in modules]  # of each adapted parameter
+        self.inner_lr = inner_lr
+        self.learned_lr: nn.Parameter | None = None  # (steps, layers), or (1, layers) for all steps
+        if learn_inner_lr is not None:
+            rows = inner_steps if learn_inner_lr == "per_layer_per_step" else 1
+            self.learned_lr = nn.Parameter(torch.full((rows, len(layers)), float(inner_lr)))
+
+    def weights(self, tasks: int) -> Weights:
+        """The network's own weights, once for each task, without a copy: (T, *shape) each."""
+        return {name: p.expand(tasks, *p.shape) for name, p in self.network.named_parameters()}
+
+    def outputs(self, weights: Weights, images: Tensor, of_first: int | None = None, twice: bool = False) -> Tensor:
+        """Runs the network for T tasks.
+
+        Args:
+            weights: of the tasks.
+            images: (T, B, *item).
+            of_first: images of each task whose statistics batch norm uses for all of them; all when None.
+            twice: the outputs will be differentiated twice, which another layout of memory is faster for.
+
+        Returns:
+            (T, B, D).
+        """
+        if self.parallel == "auto":
+            self.parallel = self._fastest(weights, images)
+        # where no gradient is wanted a network may fold batch norm with its running statistics into other weights
+        with torch.enable_grad():
+            if self.parallel == "grouped":
+                return grouped(self.network, weights, images, of_first, channels_last=not twice)
+            return (vmap if self.parallel == "vmap" else loop)(self.network, weights, images, of_first)
+
+    def steps(
+        self, weights: Weights, images: Tensor, labels: Tensor, steps: int, second_order: bool
+    ) -> Iterator[Weights]:
+        """Yields the weights after each step: theta' = theta - rate * gradient of the support set's loss.
+
+        Args:
+            weights: of T tasks.
+            images: support sets (T, B, *item).
+            labels: (B,), alike for all tasks.
+            steps: how many.
+            second_order: keep the graph of the gradients, for derivatives with respect to the weights at the start go
+                through them. Without it they count as constants, which is the first-order approximation.
+
+        Source: Finn, Abbeel and Levine 2017, algorithm 1, lines 5 and 6.
+        """
+
+        def step(rates: Sequence[Tensor | float], *before: Tensor) -> tuple[Tensor, ...]:
+            outputs = self.outputs(
+                {**weights, **dict(zip(self.adapted, before, strict=True))}, images, twice=second_order
+            )
+            losses = [self.loss(of_task, labels) for of_task in outputs]
+            total = torch.stack(losses).sum()  # tasks share nothing, so its gradient holds that of each
+            gradients = torch.autograd.grad(total, before, create_graph=second_order)
+            return tuple(w - rate * g for w, rate, g in zip(before, rates, gradients, strict=True))
+
+        adapted = tuple(weights[name] for name in self.adapted)
+        for number in range(steps):
+            rates = self._rates(number)
+            if self.checkpoint_steps and second_order:
+                adapted = checkpoint(step, rates, *adapted, use_reentrant=False)
+            else:
+                adapted = step(rates, *adapted)
+            yield {**weights, **dict(zip(self.adapted, adapted, strict=True))}
+
+    def _rates(self, step: int) -> Sequence[Tensor | float]:
+        """The learning rate of each adapted parameter."""
+        if self.learned_lr is None:
+            return [self.inner_lr] * len(self.adapted)
+        of_layers = self.learned_lr[min(step, len(self.learned_lr) - 1)]
+        return [of_layers[layer] for layer in self.layer_of]
+
+    def _fastest(self, weights: Weights, images: Tensor) -> Parallel:
+        """How to run the tasks, by what was measured with Conv4; grouped convolutions where the network allows them."""
+        if images.is_cuda:
+            return "vmap"
+        one_of_each = {name: weight[:1].detach() for name, weight in weights.items()}
+        try:
+            with eval_mode(self.network), torch.enable_grad():  # no dropout, which would draw
+                grouped(self.network, one_of_each, images[:1])
+        except NotGroupable:
+            return "loop"
+        return "grouped"

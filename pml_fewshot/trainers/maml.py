@@ -1,0 +1,270 @@
+"""MAMLTrainer: initial weights from which a few gradient steps learn a new task (Finn et al. 2017)."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pml_fewshot.adaptation.inner_loop import InnerLoop, LearnedRates, Parallel
+from pml_fewshot.adaptation.precomputed_gradient import with_gradient
+from pml_fewshot.adaptation.run_tasks import Weights
+from pml_fewshot.checks import check_at_least_one, check_choice, require
+from pml_fewshot.data.fewshot_dataset import FewShotDataset
+from pml_fewshot.episodes import Episode
+from pml_fewshot.evaluation.heads import Head
+from pml_fewshot.modes import eval_mode
+from pml_fewshot.parts import build
+from pml_fewshot.trainers.episodic import distance_of
+
+CPU_CHUNK = 4  # tasks: the fastest of 1, 2, 4 and 8 with Conv4 and 80 images of 28 x 28 each
+
+BatchNorm = Literal["transductive", "inductive"]
+
+
+class MAMLTrainer(nn.Module):
+    """Trains a classifier's weights such that a few gradient steps on a support set make it classify the queries.
+
+    The network is called functionally (`torch.func`): no task patches, copies or changes it. What a task would change
+    in its buffers is thrown away, and batch norm uses the statistics of the batch at hand, never running ones.
+
+    Args:
+        network: module (or factory) from images (B, *item) to logits (B, W), such as
+            `partial(nn.Sequential, partial(Conv4, in_channels=1), partial(nn.Linear, 64, 5))`.
+        inner_lr: learning rate of the inner loop; the paper has 0.4 for Omniglot and 0.01 for miniImageNet.
+        inner_steps: gradient steps of the inner loop in training.
+        eval_inner_steps: those at test time; `inner_steps` when None.
+        first_order: leave out the second derivatives (the paper's section 5.2): less time and memory.
+        learn_inner_lr: train the inner learning rates with the rest, one "per_layer" or "per_layer_per_step" (MAML++).
+            A layer is a module with its weight and bias; steps beyond those of training use the last step's.
+        loss: of the queries, called as `loss(outputs, labels)`: nn.CrossEntropyLoss when None, or any PML loss that
+            takes embeddings and labels (or a factory).
+        batch_norm: "transductive" normalises a query by the statistics of all of the episode's queries, as the paper's
+            figures do, which are higher for it. "inductive" takes those of the support set, so that the other queries
+            do not matter. The support set is normalised by its own in both.
+        task_chunk: tasks run at a time, each chunk with its own backward pass, so that memory does not grow with the
+            tasks of a batch: when None 4 on a CPU and all on a GPU. 1 needs the least memory.
+        inner_loss: of the support set; `loss` when None.
+        step_weights: weight of the queries' loss after each inner step (MAML++'s multi-step loss); when None only
+            what comes after the last step counts.
+        checkpoint_steps: keep nothing of an inner step but its weights, and do it again for the backward pass.
+        adapt: what the inner loop changes, as beginnings of parameters' names; everything when None. The head alone,
+            `("1.",)` in the network above, is ANIL (Raghu et al. 2020).
+        reptile: move the weights towards the adapted ones in place of MAML's gradient (Nichol et al. 2018). The inner
+            loop then takes support and queries together, all of them in each step.
+        head: how queries are classified by adapted embeddings (`nearest_prototype` and others), for a network that
+            gives embeddings. None where it gives logits.
+        parallel: how a chunk of tasks is run: "grouped" convolutions, "vmap" or a "loop", all with the same gradients.
+            "auto" is vmap on a GPU; on a CPU grouped where the network's layers allow it, else the loop.
+
+    Frozen parameters are neither adapted nor trained.
+
+    Raises:
+        ValueError: an option out of range, options that exclude each other, nothing to adapt.
+
+    Source: Finn, Abbeel and Levine 2017, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks";
+    MAML++ is Antoniou, Edwards and Storkey 2019, "How to train your MAML".
+    """
+
+    def __init__(
+        self,
+        network: nn.Module | Callable[[], nn.Module],
+        inner_lr: float,
+        inner_steps: int = 1,
+        eval_inner_steps: int | None = None,
+        first_order: bool = False,
+        learn_inner_lr: LearnedRates | None = None,
+        loss: nn.Module | Callable[[], nn.Module] | None = None,
+        batch_norm: BatchNorm = "transductive",
+        task_chunk: int | None = None,
+        inner_loss: nn.Module | Callable[[], nn.Module] | None = None,
+        step_weights: Sequence[float] | None = None,
+        checkpoint_steps: bool = False,
+        adapt: Sequence[str] | None = None,
+        reptile: bool = False,
+        head: Head | None = None,
+        parallel: Parallel = "auto",
+    ) -> None:
+        super().__init__()
+        counts = {"inner_steps": inner_steps, "eval_inner_steps": eval_inner_steps, "task_chunk": task_chunk}
+        for name, count in counts.items():
+            if count is not None:
+                check_at_least_one(name, count)
+        check_choice("batch_norm", batch_norm, ("transductive", "inductive"))
+        require(
+            not reptile or not (learn_inner_lr or step_weights or first_order or checkpoint_steps),
+            "reptile alone",
+            "it with learn_inner_lr, step_weights, first_order or checkpoint_steps",
+            "leave out what belongs to MAML's gradient",
+        )
+        self.step_weights = [0.0] * (inner_steps - 1) + [1.0] if step_weights is None else list(step_weights)
+        require(
+            len(self.step_weights) == inner_steps and min(self.step_weights) >= 0 < sum(self.step_weights),
+            f"{inner_steps} step_weights of at least 0, one for each inner step, and not all of them 0",
+            str(step_weights),
+            "say how much the queries' loss counts after each step",
+        )
+        self.loss = nn.CrossEntropyLoss() if loss is None else build(loss)
+        own_loss = self.loss if inner_loss is None else build(inner_loss)
+        self.inner = InnerLoop(
+            build(network), own_loss, inner_lr, inner_steps, learn_inner_lr, adapt, checkpoint_steps, parallel
+        )
+        self.inner_steps = inner_steps
+        self.eval_inner_steps = eval_inner_steps or inner_steps
+        self.first_order = first_order
+        self.reptile = reptile
+        self.batch_norm = batch_norm
+        self.task_chunk = task_chunk
+        self.head = head
+        self.batch_accuracy: Tensor | None = None  # of the last batch, to be shown while training
+
+    @property
+    def network(self) -> nn.Module:
+        return self.inner.network
+
+    @property
+    def when_diverged(self) -> str:
+        """What else to do about a NaN, for the message of `fit`."""
+        return f"lower the inner learning rate ({self.inner.inner_lr:g})"
+
+    @property
+    def transductive(self) -> bool:
+        """Whether queries inform each other, as result tables say."""
+        has_batch_norm = any(isinstance(module, _BatchNorm) for module in self.network.modules())
+        return has_batch_norm and self.batch_norm == "transductive"
+
+    def with_batch_norm(self, batch_norm: BatchNorm) -> "MAMLTrainer":
+        """The same weights under one or the other protocol, so that both can be reported."""
+        check_choice("batch_norm", batch_norm, ("transductive", "inductive"))
+        other = copy.copy(self)
+        other.batch_norm = batch_norm
+        return other
+
+    def forward(self, batch: Episode) -> Tensor:
+        """Returns the mean loss over the tasks of a batch of episodes.
+
+        Its gradient is computed within, one chunk of tasks after the other, and handed on by `backward()`.
+        """
+        require(
+            isinstance(batch, Episode), "an Episode", f"a {type(batch).__name__}", "use train_spec=EpisodeSpec(...)"
+        )
+        tasks, chunk = len(batch.support), self._chunk(batch.support)
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        sums = [torch.zeros_like(parameter) for parameter in parameters]
+        total = batch.query.new_zeros(())
+        correct = []
+        for support, query in zip(batch.support.split(chunk), batch.query.split(chunk), strict=True):
+            with torch.enable_grad():
+                loss, gradients, accuracy = (self._reptile if self.reptile else self._maml)(support, query, parameters)
+            total += loss.detach()
+            correct.append(accuracy)
+            for summed, gradient in zip(sums, gradients, strict=True):
+                if gradient is not None:
+                    summed += gradient
+        self.batch_accuracy = torch.cat(correct).mean()
+        return with_gradient(total / tasks, parameters, [summed / tasks for summed in sums])
+
+    def _maml(
+        self, support: Tensor, query: Tensor, parameters: list[nn.Parameter]
+    ) -> tuple[Tensor, Sequence[Tensor | None], Tensor]:
+        """Summed loss of tasks, support (T, W, K, *item) and query (T, W, Q, *item), its gradients; accuracies (T,)."""
+        queries, labels = query.flatten(1, 2), _labels(query)
+        loss = query.new_zeros(())
+        start = self.inner.weights(len(support))
+        steps = self._steps(start, support, self.inner_steps, second_order=not self.first_order)
+        for step_weight, weights in zip(self.step_weights, steps, strict=True):
+            if step_weight > 0:
+                outputs = self._query_outputs(weights, support, queries)
+                loss = loss + step_weight * torch.stack([self.loss(of_task, labels) for of_task in outputs]).sum()
+        with torch.no_grad():
+            accuracy = self._accuracy(weights, support, outputs, labels)
+        return loss, torch.autograd.grad(loss, parameters, allow_unused=True), accuracy
+
+    def _reptile(
+        self, support: Tensor, query: Tensor, parameters: list[nn.Parameter]
+    ) -> tuple[Tensor, Sequence[Tensor | None], Tensor]:
+        """Likewise; what the inner loop took from the weights stands for the gradient (Nichol et al. 2018, eq. 2)."""
+        images = torch.cat([support, query], dim=2)
+        start = self.inner.weights(len(images))
+        *_, end = self._steps(start, images, self.inner_steps, second_order=False)
+        taken = {id(p): (start[name] - end[name]).detach().sum(dim=0) for name, p in self.network.named_parameters()}
+        with torch.no_grad():
+            labels = _labels(images)
+            outputs = self.inner.outputs(end, images.flatten(1, 2))
+            self._check_width(outputs, images.shape[1])
+            loss = torch.stack([self.loss(of_task, labels) for of_task in outputs]).sum()
+            accuracy = self._accuracy(end, images, outputs, labels)
+        return loss, [taken.get(id(parameter)) for parameter in parameters], accuracy
+
+    def bank(self, dataset: FewShotDataset) -> Tensor:
+        """A whole set's images (M, *item) as floats in [0, 1]: each episode adapts to its own."""
+        device = next(self.parameters()).device
+        return dataset.floats(torch.arange(len(dataset))).to(device)
+
+    def classify(self, support: Tensor, query: Tensor, inner_steps: int | None = None) -> Tensor:
+        """Adapts to support (E, W, K, *item) and scores queries (E, N, *item): logits (E, N, W).
+
+        Args:
+            support: images in [0, 1].
+            query: likewise.
+            inner_steps: `eval_inner_steps` when None; 0 for the weights as they are.
+        """
+        steps = self.eval_inner_steps if inner_steps is None else inner_steps
+        chunk = self._chunk(support)
+        with eval_mode(self):
+            logits = [
+                self._classify(of_tasks, queries, steps)
+                for of_tasks, queries in zip(support.split(chunk), query.split(chunk), strict=True)
+            ]
+        return torch.cat(logits)
+
+    def _classify(self, support: Tensor, query: Tensor, steps: int) -> Tensor:
+        start = {name: weight.detach() for name, weight in self.inner.weights(len(support)).items()}
+        for name in self.inner.adapted:
+            start[name].requires_grad_()
+        with torch.enable_grad():
+            *_, end = [start, *self._steps(start, support, steps, second_order=False)]
+        weights = {name: weight.detach() for name, weight in end.items()}
+        return self._logits(weights, support, self._query_outputs(weights, support, query))
+
+    def _steps(self, weights: Weights, support: Tensor, steps: int, second_order: bool) -> Iterator[Weights]:
+        return self.inner.steps(weights, support.flatten(1, 2), _labels(support), steps, second_order)
+
+    def _query_outputs(self, weights: Weights, support: Tensor, query: Tensor) -> Tensor:
+        """Outputs (T, N, D) for queries (T, N, *item) by the weights of T tasks with support (T, W, K, *item)."""
+        if self.transductive:
+            outputs = self.inner.outputs(weights, query)
+        else:
+            items = torch.cat([support.flatten(1, 2), query], dim=1)
+            shown = items.shape[1] - query.shape[1]
+            outputs = self.inner.outputs(weights, items, of_first=shown)[:, shown:]
+        self._check_width(outputs, support.shape[1])
+        return outputs
+
+    def _check_width(self, outputs: Tensor, ways: int) -> None:
+        require(
+            self.head is not None or outputs.shape[2:] == (ways,),
+            f"a network with {ways} outputs, one for each way",
+            f"outputs of shape {tuple(outputs.shape[2:])}",
+            "give its last layer as many as the episodes have ways, or name a head that classifies embeddings",
+        )
+
+    def _logits(self, weights: Weights, support: Tensor, outputs: Tensor) -> Tensor:
+        """Queries' outputs (T, N, D) as logits (T, N, W)."""
+        if self.head is None:
+            return outputs
+        embedded = self.inner.outputs(weights, support.flatten(1, 2)).unflatten(1, support.shape[1:3])
+        return self.head(embedded, outputs, distance_of(self.loss))
+
+    def _accuracy(self, weights: Weights, support: Tensor, outputs: Tensor, labels: Tensor) -> Tensor:
+        return (self._logits(weights, support, outputs).argmax(dim=2) == labels).float().mean(dim=1)
+
+    def _chunk(self, support: Tensor) -> int:
+        return self.task_chunk or (len(support) if support.is_cuda else CPU_CHUNK)
+
+
+def _labels(items: Tensor) -> Tensor:
+    """The class (B,) of each of a task's items (T, W, K, *item), flattened to (T, B, *item)."""
+    return torch.arange(items.shape[1], device=items.device).repeat_interleave(items.shape[2])

@@ -1,0 +1,303 @@
+"""MAMLTrainer: what it classifies by, its protocols, its variants, and what it says to bad input."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytorch_metric_learning.losses import SupConLoss
+from torch import Tensor, nn
+
+from pml_fewshot.batches import BatchSpec
+from pml_fewshot.data.batch_stream import BatchStream
+from pml_fewshot.data.episode_stream import EpisodeStream
+from pml_fewshot.data.fewshot_dataset import FewShotDataset
+from pml_fewshot.embedders.conv4 import Conv4
+from pml_fewshot.episodes import Episode, EpisodeSpec
+from pml_fewshot.evaluation.adaptation_curve import adaptation_curve
+from pml_fewshot.evaluation.episodic import EpisodicEvaluator
+from pml_fewshot.evaluation.heads import nearest_prototype
+from pml_fewshot.trainers.fit import TrainingDiverged, fit
+from pml_fewshot.trainers.maml import MAMLTrainer
+
+TASKS, WAYS, SHOTS, QUERIES, SIZE = 3, 2, 2, 3, 16
+SPEC = EpisodeSpec(WAYS, SHOTS, QUERIES)
+
+
+def convolutions(outputs: int = WAYS) -> nn.Module:
+    return nn.Sequential(Conv4(channels=4), nn.Linear(4, outputs))
+
+
+def perceptron(*between: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(SIZE * SIZE, 4), *between, nn.Linear(4, WAYS))
+
+
+def trainer(make=convolutions, seed: int = 0, **options) -> MAMLTrainer:
+    torch.manual_seed(seed)
+    return MAMLTrainer(make, **{"inner_lr": 0.3, **options})
+
+
+def episodes(tasks: int = TASKS) -> Episode:
+    images = torch.rand(tasks, WAYS, SHOTS + QUERIES, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
+    return Episode(images[:, :, :SHOTS], images[:, :, SHOTS:])
+
+
+def dataset(classes: int = 4, seed: int = 0) -> FewShotDataset:
+    """Each class is bright somewhere else, plus noise."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 90, (classes * 8, 1, SIZE, SIZE), generator=generator)
+    labels = torch.arange(classes).repeat_interleave(8)
+    for image, label in zip(images, labels.tolist(), strict=True):
+        image[0, 4 * (label % 4) : 4 * (label % 4) + 4, 4 * (label // 4) :] += 120
+    return FewShotDataset(images.to(torch.uint8), labels, [str(c) for c in range(classes)])
+
+
+def labels_of(items: Tensor) -> Tensor:
+    return torch.arange(items.shape[0]).repeat_interleave(items.shape[1])
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_classify_is_plain_training_of_a_copy_on_the_support_set(steps):
+    maml, batch = trainer(task_chunk=2), episodes()
+    queries = batch.query.flatten(1, 2)
+    logits = maml.classify(batch.support, queries, inner_steps=steps)
+    assert logits.shape == (TASKS, WAYS * QUERIES, WAYS)
+    for task, (support, query) in enumerate(zip(batch.support, queries, strict=True)):
+        network = copy.deepcopy(maml.network).train()
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.3)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            F.cross_entropy(network(support.flatten(0, 1)), labels_of(support)).backward()
+            optimizer.step()
+        torch.testing.assert_close(logits[task], network(query).detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_evaluation_leaves_the_network_untouched():
+    maml = trainer(eval_inner_steps=3).train()
+    before = copy.deepcopy(maml.state_dict())
+    result = EpisodicEvaluator(SPEC, 20).evaluate(maml, dataset())
+    assert len(result.per_episode) == 20
+    assert maml.training
+    for name, value in maml.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(p.grad is None and p.requires_grad for p in maml.parameters())
+
+
+def test_inductive_queries_do_not_matter_to_each_other_and_transductive_ones_do():
+    batch = episodes()
+    queries = batch.query.flatten(1, 2)
+    changed = queries.clone()
+    changed[:, 1:] = 1 - changed[:, 1:]
+    for batch_norm in ("inductive", "transductive"):
+        maml = trainer(batch_norm=batch_norm)
+        together = maml.classify(batch.support, queries)[:, 0]
+        others = maml.classify(batch.support, changed)[:, 0]
+        assert torch.allclose(together, others, atol=1e-5) == (batch_norm == "inductive")
+        assert maml.transductive == (batch_norm == "transductive")
+
+
+def test_inductive_normalises_by_the_support_set():
+    """With its own support images as queries the batch is what it is for plain batch statistics."""
+    support = episodes().support
+    images = support.flatten(1, 2)
+    inductive, transductive = (trainer(batch_norm=b).classify(support, images) for b in ("inductive", "transductive"))
+    torch.testing.assert_close(inductive, transductive, rtol=1e-4, atol=1e-5)
+
+
+def test_without_batch_norm_both_protocols_are_inductive():
+    assert not trainer(perceptron).transductive
+    assert not trainer(perceptron).with_batch_norm("inductive").transductive
+
+
+def test_with_batch_norm_shares_the_weights():
+    maml = trainer()
+    other = maml.with_batch_norm("inductive")
+    assert (maml.batch_norm, other.batch_norm) == ("transductive", "inductive")
+    assert all(a is b for a, b in zip(maml.parameters(), other.parameters(), strict=True))
+    with pytest.raises(ValueError, match="did you mean 'inductive'"):
+        maml.with_batch_norm("inductiv")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"inner_steps": 2, "learn_inner_lr": "per_layer_per_step", "step_weights": [0.3, 0.7]},
+        {"first_order": True},
+        {"reptile": True, "inner_steps": 3},
+        {"adapt": ["1."]},
+        {"head": nearest_prototype, "loss": SupConLoss, "network": partial(convolutions, 7), "inner_lr": 0.01},
+    ],
+    ids=str,
+)
+def test_training_learns(options):
+    torch.manual_seed(0)
+    maml = MAMLTrainer(**{"network": convolutions, "inner_lr": 0.3, **options})
+    data = dataset()
+    before = EpisodicEvaluator(SPEC, 100).evaluate(maml, data).mean
+    stream = EpisodeStream(data, SPEC, 0, tasks=4)
+    fit(maml, stream, torch.optim.Adam(maml.parameters(), 1e-2), 40, progress=False)
+    assert EpisodicEvaluator(SPEC, 100).evaluate(maml, data).mean > max(before, 0.9)
+    assert maml.batch_accuracy > 0.8
+
+
+def test_learned_rates_of_layers_and_steps_are_used_at_test_time():
+    maml, batch = trainer(inner_steps=2, learn_inner_lr="per_layer_per_step"), episodes()
+    queries = batch.query.flatten(1, 2)
+    assert maml.inner.learned_lr.shape == (2, 1 + 2 * 4)  # steps x (linear, and convolution and norm of four blocks)
+    usual = [maml.classify(batch.support, queries, steps) for steps in range(4)]
+    with torch.no_grad():
+        maml.inner.learned_lr[1] = 0
+    changed = [maml.classify(batch.support, queries, steps) for steps in range(4)]
+    torch.testing.assert_close(changed[1], usual[1])
+    torch.testing.assert_close(changed[3], usual[1])  # steps beyond those of training use the last one's rates
+    assert not torch.allclose(changed[2], usual[2])
+
+
+def test_adaptation_curve_ends_at_what_the_evaluator_says():
+    maml, data = trainer(eval_inner_steps=2), dataset()
+    curve = adaptation_curve(maml, data, SPEC, num_episodes=30)
+    assert [len(result.per_episode) for result in curve] == [30] * 3
+    assert len({result.episodes_hash for result in curve}) == 1
+    assert torch.equal(curve[2].per_episode, EpisodicEvaluator(SPEC, 30).evaluate(maml, data).per_episode)
+    assert not torch.equal(curve[0].per_episode, curve[2].per_episode)
+
+
+def test_anil_adapts_the_head_alone():
+    maml = trainer(adapt=["1."])
+    assert maml.inner.adapted == ["1.weight", "1.bias"]
+    start = maml.inner.weights(TASKS)
+    batch = episodes()
+    (adapted,) = maml.inner.steps(start, batch.support.flatten(1, 2), labels_of(batch.support[0]), 1, second_order=True)
+    assert all((adapted[name] is start[name]) == name.startswith("0.") for name in start)
+    maml(batch).backward()
+    assert all(p.grad.abs().sum() > 0 for p in maml.parameters())  # the body is trained by the outer loop
+
+
+def test_frozen_parameters_are_neither_adapted_nor_trained():
+    maml = trainer()
+    maml.network[0].requires_grad_(False)
+    maml = MAMLTrainer(maml.network, 0.3)
+    assert maml.inner.adapted == ["1.weight", "1.bias"]
+    maml(episodes()).backward()
+    assert all(p.grad is None for p in maml.network[0].parameters())
+    assert all(p.grad is not None for p in maml.network[1].parameters())
+
+
+class Tied(nn.Module):
+    """Two layers share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat = nn.Flatten()
+        self.first = nn.Linear(SIZE * SIZE, 4)
+        self.second = nn.Linear(4, 4)
+        self.third = nn.Linear(4, 4)
+        self.third.weight = self.second.weight
+        self.last = nn.Linear(4, WAYS)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(self.third(self.second(self.first(self.flat(images)).tanh()).tanh()))
+
+
+@pytest.mark.parametrize("parallel", ["loop", "vmap", "grouped"])
+def test_tied_weights_stay_tied(parallel):
+    maml, batch = trainer(Tied, parallel=parallel), episodes(1)
+    logits = maml.classify(batch.support, batch.query.flatten(1, 2), 2)
+    network = copy.deepcopy(maml.network)
+    assert network.third.weight is network.second.weight
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(network(batch.support[0].flatten(0, 1)), labels_of(batch.support[0])).backward()
+        optimizer.step()
+    torch.testing.assert_close(logits[0], network(batch.query[0].flatten(0, 1)).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_dropout_draws_from_torchs_generator_and_is_off_at_test_time(recompute):
+    maml, batch = trainer(partial(perceptron, nn.Dropout(0.5)), checkpoint_steps=recompute, inner_steps=2), episodes()
+    losses = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        losses.append(maml(batch).item())
+    assert losses[0] == losses[1] != losses[2]
+    queries = batch.query.flatten(1, 2)
+    assert torch.equal(maml.classify(batch.support, queries), maml.classify(batch.support, queries))
+
+
+class Counting(nn.Module):
+    """A buffer that changes with every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.linear = nn.Linear(SIZE * SIZE, WAYS)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        return self.linear(images.flatten(1)) / self.calls
+
+
+@pytest.mark.parametrize("parallel", ["loop", "vmap", "auto"])
+def test_changes_of_buffers_are_thrown_away(parallel):
+    maml = trainer(Counting, parallel=parallel)
+    first, second = maml(episodes()), maml(episodes())
+    assert first == second
+    assert maml.network.calls == 0
+
+
+def test_a_network_that_cannot_be_grouped_is_looped_over():
+    maml = trainer(partial(perceptron, nn.LayerNorm(4)))
+    maml(episodes())
+    assert maml.inner.parallel == "loop"
+
+
+def test_a_diverging_inner_loop_is_named():
+    maml = trainer(inner_lr=1e30, inner_steps=3)
+    stream = EpisodeStream(dataset(), SPEC, 0, tasks=2)
+    with pytest.raises(TrainingDiverged, match=r"inner learning rate \(1e\+30\)"):
+        fit(maml, stream, torch.optim.Adam(maml.parameters()), 5, progress=False)
+    with pytest.raises(ValueError, match="expected finite logits"):
+        EpisodicEvaluator(SPEC, 10).evaluate(maml, dataset())
+
+
+def test_a_head_of_the_wrong_width_says_what_to_do():
+    with pytest.raises(ValueError, match=r"expected a network with 2 outputs, one for each way, got .*5"):
+        trainer(partial(convolutions, 5))(episodes())
+    with pytest.raises(ValueError, match="expected a network with 2 outputs"):
+        trainer(partial(convolutions, 5), reptile=True)(episodes())
+    with pytest.raises(ValueError, match="expected a network with 2 outputs"):
+        EpisodicEvaluator(SPEC, 10).evaluate(trainer(partial(convolutions, 5)), dataset())
+
+
+def test_ordinary_batches_are_refused():
+    batch = next(BatchStream(dataset(), BatchSpec(2, 2), 0))
+    with pytest.raises(ValueError, match="expected an Episode, got a Batch; use train_spec=EpisodeSpec"):
+        trainer()(batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inner_lr": 0}, "expected inner_lr above 0, got 0"),
+        ({"inner_steps": 0}, "expected inner_steps to be an integer of at least 1, got 0"),
+        ({"eval_inner_steps": 0}, "eval_inner_steps"),
+        ({"task_chunk": -1}, "task_chunk"),
+        ({"batch_norm": "running"}, "expected batch_norm as one of"),
+        ({"parallel": "vmapped"}, "did you mean 'vmap'"),
+        ({"learn_inner_lr": "per_step"}, "did you mean 'per_layer"),
+        ({"step_weights": [1, 1]}, "expected 1 step_weights"),
+        ({"step_weights": [0]}, "expected 1 step_weights"),
+        ({"step_weights": [-1, 2], "inner_steps": 2}, "expected 2 step_weights"),
+        (
+            {"adapt": ["head"]},
+            "expected parameters to adapt, got none that begins with head; those of",
+        ),
+        ({"reptile": True, "first_order": True}, "expected reptile alone"),
+        ({"network": nn.Flatten}, "expected parameters to adapt"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        MAMLTrainer(**{"network": convolutions, "inner_lr": 0.1, **options})
