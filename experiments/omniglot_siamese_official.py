@@ -19,18 +19,24 @@ characters, and prototypes by squared Euclid 81.0 and 87.2 %.
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from experiments import omniglot_siamese
 from pml_fewshot import (
+    Conv4,
+    Embedder,
     EpisodeSpec,
     ExperimentConfig,
+    PairVerificationLoss,
     ResultTable,
     SiameseTrainer,
     Splits,
+    WeightedL1Similarity,
     benchmark,
     load_omniglot,
     main,
+    soft_nearest_neighbour,
 )
 
 
@@ -60,8 +66,20 @@ CONFIG = replace(
     omniglot_siamese.CONFIG,
     name="omniglot_siamese_official",
     data=rotated_for_training,
+    trainer=partial(
+        SiameseTrainer,
+        embedder=partial(Embedder, trunk=partial(Conv4, in_channels=1, last_relu=False)),
+        # a small MLP in place of the weighted sum, which has 75 % of all characters where this has 81
+        loss=partial(
+            PairVerificationLoss,
+            distance=partial(WeightedL1Similarity, hidden=64),
+            balanced=False,
+            negative_weight=1 / 3,
+        ),
+        head=soft_nearest_neighbour,
+    ),
     train_on_validation=False,
-    steps=5_000,
+    steps=6_000,
     judge_more=judge_characters,
 )
 

@@ -5,9 +5,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pml_fewshot.adaptation.grouped_tasks import NotGroupable
+from pml_fewshot.adaptation.recomputed import recomputed
 from pml_fewshot.adaptation.run_tasks import Weights, grouped, loop, vmap
 from pml_fewshot.checks import check_choice, require
 from pml_fewshot.modes import eval_mode
@@ -107,28 +107,31 @@ class InnerLoop(nn.Module):
         Source: Finn, Abbeel and Levine 2017, algorithm 1, lines 5 and 6.
         """
 
-        def step(rates: Sequence[Tensor | float], *before: Tensor) -> tuple[Tensor, ...]:
-            outputs = self.outputs(
-                {**weights, **dict(zip(self.adapted, before, strict=True))}, images, twice=second_order
-            )
+        names = list(weights)
+
+        def step(values: Sequence[Tensor], create_graph: bool) -> Sequence[Tensor]:
+            """From the weights and rates before to the adapted ones after."""
+            before = dict(zip(names, values[: len(names)], strict=True))
+            outputs = self.outputs(before, images, twice=create_graph)
             losses = [self.loss(of_task, labels) for of_task in outputs]
             total = torch.stack(losses).sum()  # tasks share nothing, so its gradient holds that of each
-            gradients = torch.autograd.grad(total, before, create_graph=second_order)
-            return tuple(w - rate * g for w, rate, g in zip(before, rates, gradients, strict=True))
+            wanted = [before[name] for name in self.adapted]
+            gradients = torch.autograd.grad(total, wanted, create_graph=create_graph)
+            return [w - rate * g for w, rate, g in zip(wanted, values[len(names) :], gradients, strict=True)]
 
-        adapted = tuple(weights[name] for name in self.adapted)
         for number in range(steps):
-            rates = self._rates(number)
+            values = [*weights.values(), *self._rates(number)]
             if self.checkpoint_steps and second_order:
-                adapted = checkpoint(step, rates, *adapted, use_reentrant=False)
+                adapted: Sequence[Tensor] = recomputed(step, values, list(self.loss.parameters()))
             else:
-                adapted = step(rates, *adapted)
-            yield {**weights, **dict(zip(self.adapted, adapted, strict=True))}
+                adapted = step(values, second_order)
+            weights = {**weights, **dict(zip(self.adapted, adapted, strict=True))}
+            yield weights
 
-    def _rates(self, step: int) -> Sequence[Tensor | float]:
+    def _rates(self, step: int) -> Sequence[Tensor]:
         """The learning rate of each adapted parameter."""
         if self.learned_lr is None:
-            return [self.inner_lr] * len(self.adapted)
+            return [torch.tensor(self.inner_lr, dtype=torch.float64)] * len(self.adapted)
         of_layers = self.learned_lr[min(step, len(self.learned_lr) - 1)]
         return [of_layers[layer] for layer in self.layer_of]
 
