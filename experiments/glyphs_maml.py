@@ -9,25 +9,16 @@ from torch import nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from experiments.omniglot_maml import judge_inductive
 from pml_fewshot import (
     Conv4,
     EpisodeSpec,
     ExperimentConfig,
     MAMLTrainer,
     RandomAffine,
-    ResultTable,
-    Splits,
-    benchmark,
     load_glyphs,
     main,
 )
-
-
-def judge_inductive(trainer: MAMLTrainer, splits: Splits, config: ExperimentConfig) -> ResultTable:
-    """The same weights on the same episodes, with batch norm by the support set's statistics alone."""
-    methods = {f"{config.name}, inductive": trainer.with_batch_norm("inductive")}
-    return benchmark(methods, splits.test, config.eval_specs, None, config.num_episodes, config.seed, timed=False)
-
 
 CONFIG = ExperimentConfig(
     name="glyphs_maml",
@@ -38,15 +29,16 @@ CONFIG = ExperimentConfig(
         inner_lr=0.4,
         inner_steps=1,
         eval_inner_steps=3,
+        learn_inner_lr="per_layer",
     ),
     optimizer=partial(Adam, lr=1e-3),
     scheduler=CosineAnnealingLR,
     augment=RandomAffine(),
     train_spec=EpisodeSpec(ways=5, shots=1, queries=5),
-    tasks=16,
+    tasks=4,
     eval_specs=(EpisodeSpec(5, 1, 15),),
-    steps=600,
-    validate_every=200,
+    steps=2_400,
+    validate_every=800,
     retrieval=None,
     judge_more=judge_inductive,
 )

@@ -1,5 +1,6 @@
 """The benchmarks against other libraries run from end to end, and their checks refuse figures that disagree."""
 
+import multiprocessing
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from pml_fewshot import EpisodeSpec, EpisodicResult
 pytest.importorskip("easyfsl", reason="easyfsl is not installed: pip install -c constraints.txt -e '.[bench]'")
 pytest.importorskip("threadpoolctl", reason="threadpoolctl is not installed (the extra bench)")
 
-from experiments.benchmarks import evaluation_speed
+from experiments.benchmarks import evaluation_speed, maml_step
 from experiments.benchmarks.side_by_side import Row, check_accuracy, check_equal
 
 
@@ -50,6 +51,30 @@ def test_evaluation_speed_prints_every_line(
     for said in ("easyfsl 1.5", "faiss-cpu", "data_source=None", "extrapolated from 20", "learn2learn 0.2", "threads"):
         assert said in printed.out
     assert "it/s" not in printed.err  # no progress bars
+
+
+def test_maml_step_prints_every_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(maml_step, "keep_freed_memory", lambda: False)
+    maml_step.main(rounds=1, threads=torch.get_num_threads(), tasks=2, queries=1, memory=False)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == 3 * 4
+    assert all(line.count("|") == 7 for line in rows)
+
+
+def test_memory_of_a_step_is_measured() -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the peak of memory is read from /proc, which is Linux's")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # this process has memory to reuse
+        grown = [pool.apply(maml_step.grown, (step, 2, 1, 5, "cpu")) for step in maml_step.MEASURED]
+    assert grown[0] > 5
+    assert max(grown) < 1000
+
+
+def test_a_peer_that_does_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = maml_step.learn2learn
+    monkeypatch.setattr(maml_step, "learn2learn", lambda *arguments: real(*arguments[:-1], True))  # first order
+    with pytest.raises(AssertionError, match="learn2learn"):
+        maml_step.check_gradients(maml_step.episodes(2, 1, 1, "cpu"), 1, first_order=False)
 
 
 def test_ratio_is_how_many_times_faster_ours_is() -> None:

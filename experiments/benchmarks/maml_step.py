@@ -35,6 +35,8 @@ from pml_fewshot.allocator import keep_freed_memory
 INNER_LR = 0.4
 SAME_GRADIENT = 1e-8  # relative, in float64: in float32 rounding alone makes them differ by 1e-3 and more
 
+MEASURED = ("learn2learn's algorithm", "task_chunk=1", "task_chunk=1, checkpoint_steps")  # whose memory
+
 Step = Callable[[], Tensor]  # one meta-step; returns the gradient as a vector
 
 
@@ -176,7 +178,9 @@ def peak_resident() -> float:
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**10
 
 
-def main(rounds: int = 7, threads: int = 2, tasks: int = 32, queries: int = 15, device: str = "cpu") -> None:
+def main(
+    rounds: int = 7, threads: int = 2, tasks: int = 32, queries: int = 15, device: str = "cpu", memory: bool = True
+) -> None:
     """Prints the tables.
 
     Args:
@@ -185,6 +189,7 @@ def main(rounds: int = 7, threads: int = 2, tasks: int = 32, queries: int = 15, 
         tasks: in a meta-step.
         queries: of each of the five classes.
         device: cpu or cuda.
+        memory: measure it too.
     """
     torch.set_num_threads(threads)
     print("\n".join(f"- {line}" for line in conditions(("torch", "higher"))))
@@ -200,12 +205,18 @@ def main(rounds: int = 7, threads: int = 2, tasks: int = 32, queries: int = 15, 
         check_gradients(episodes(2, 1, queries, device), inner_steps, first_order)
         steps = contenders(networks, episodes(tasks, 1, queries, device), inner_steps, first_order)
         compare(what, steps, rounds, wanted)
+    if memory:
+        print_memory(device)
+
+
+def print_memory(device: str) -> None:
+    """Prints the second table."""
     print(
         "\n| memory of a second-order step, MiB | 5 shots, 1 query, 5 steps | 10 steps | 1 shot, 15 queries, 5 steps |"
     )
     print("|---|---|---|---|")
     fresh = multiprocessing.get_context("spawn")
-    for step in ("learn2learn's algorithm", "task_chunk=1", "task_chunk=1, checkpoint_steps"):
+    for step in MEASURED:
         figures = []
         for inner_steps, shots, asked in ((5, 5, 1), (10, 5, 1), (5, 1, 15)):
             with fresh.Pool(1) as pool:

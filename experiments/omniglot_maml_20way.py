@@ -1,0 +1,36 @@
+"""MAML on Omniglot, 20-way 1-shot. Finn et al. 2017, table 1: 95.8 % (transductive batch norm).
+
+    python -m experiments.omniglot_maml_20way --data-root ../shared/data
+
+Twenty ways are a network of their own, for its last layer has as many outputs. It is judged on 1,000 episodes instead
+of 10,000: each adapts to 20 images in 5 steps and classifies 300, a tenth of a second on a CPU core.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+from torch import nn
+
+from experiments import omniglot_maml
+from pml_fewshot import Conv4, EpisodeSpec, MAMLTrainer, main
+
+CONFIG = replace(
+    omniglot_maml.CONFIG,
+    name="omniglot_maml_20way",
+    trainer=partial(
+        MAMLTrainer,
+        network=partial(nn.Sequential, partial(Conv4, in_channels=1), partial(nn.Linear, 64, 20)),
+        inner_lr=0.1,
+        inner_steps=3,
+        eval_inner_steps=5,
+        learn_inner_lr="per_layer",
+    ),
+    train_spec=EpisodeSpec(ways=20, shots=1, queries=3),
+    tasks=2,
+    eval_specs=(EpisodeSpec(20, 1, 15),),
+    num_episodes=1_000,
+    steps=8_000,
+)
+
+if __name__ == "__main__":
+    main(CONFIG)
