@@ -24,7 +24,7 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         folder.mkdir(parents=True)
         Image.new("RGB", (90, 100), (40 * number, 0, 0)).save(folder / "one.png")
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     code = "\n".join(blocks)
     assert "steps=300" in code
     namespace: dict[str, Any] = {}
