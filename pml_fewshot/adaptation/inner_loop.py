@@ -1,7 +1,9 @@
 """InnerLoop: a network and its gradient steps on the support sets of many tasks at once, the inner loop of MAML."""
 
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import FunctionType
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +13,17 @@ from pml_fewshot.adaptation.recomputed import recomputed
 from pml_fewshot.adaptation.run_tasks import Weights, grouped, loop, vmap
 from pml_fewshot.checks import check_choice, require
 from pml_fewshot.modes import eval_mode
+from pml_fewshot.parts import build
 
 LearnedRates = Literal["per_layer", "per_layer_per_step"]
+TaskLoss = Callable[[Tensor, Tensor], Tensor]  # outputs (B, D) and labels (B,) to a scalar: a function or a module
 Parallel = Literal["auto", "loop", "vmap", "grouped"]
+
+
+def built_loss(loss: TaskLoss | Callable[[], nn.Module]) -> TaskLoss:
+    """What a loss describes: functions stay as they are, with or without arguments of their own; classes are called."""
+    function = loss.func if isinstance(loss, partial) else loss
+    return cast(TaskLoss, loss if isinstance(function, FunctionType) else build(loss))
 
 
 class InnerLoop(nn.Module):
@@ -33,7 +43,7 @@ class InnerLoop(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        loss: nn.Module,
+        loss: TaskLoss,
         inner_lr: float,
         inner_steps: int,
         learn_inner_lr: LearnedRates | None = None,
@@ -71,25 +81,34 @@ class InnerLoop(nn.Module):
         """The network's own weights, once for each task, without a copy: (T, *shape) each."""
         return {name: p.expand(tasks, *p.shape) for name, p in self.network.named_parameters()}
 
-    def outputs(self, weights: Weights, images: Tensor, of_first: int | None = None, twice: bool = False) -> Tensor:
+    def outputs(
+        self, weights: Weights, images: Tensor, normalised_by: Tensor | None = None, twice: bool = False
+    ) -> Tensor:
         """Runs the network for T tasks.
 
         Args:
             weights: of the tasks.
             images: (T, B, *item).
-            of_first: images of each task whose statistics batch norm uses for all of them; all when None.
-            twice: the outputs will be differentiated twice, which another layout of memory is faster for.
+            normalised_by: other images of the same tasks, by whose statistics batch norm normalises; the images' own
+                when None.
+            twice: the outputs will be differentiated twice, for which another layout of memory is faster.
 
         Returns:
             (T, B, D).
         """
         if self.parallel == "auto":
             self.parallel = self._fastest(weights, images)
+        of_first = None
+        if normalised_by is not None:
+            of_first = normalised_by.shape[1]
+            images = torch.cat([normalised_by, images], dim=1)
         # where no gradient is wanted a network may fold batch norm with its running statistics into other weights
         with torch.enable_grad():
             if self.parallel == "grouped":
-                return grouped(self.network, weights, images, of_first, channels_last=not twice)
-            return (vmap if self.parallel == "vmap" else loop)(self.network, weights, images, of_first)
+                outputs = grouped(self.network, weights, images, of_first, channels_last=not twice)
+            else:
+                outputs = (vmap if self.parallel == "vmap" else loop)(self.network, weights, images, of_first)
+        return outputs[:, of_first:]
 
     def steps(
         self, weights: Weights, images: Tensor, labels: Tensor, steps: int, second_order: bool
@@ -108,6 +127,7 @@ class InnerLoop(nn.Module):
         """
 
         names = list(weights)
+        of_loss = list(self.loss.parameters()) if isinstance(self.loss, nn.Module) else []
 
         def step(values: Sequence[Tensor], create_graph: bool) -> Sequence[Tensor]:
             """From the weights and rates before to the adapted ones after."""
@@ -116,13 +136,14 @@ class InnerLoop(nn.Module):
             losses = [self.loss(of_task, labels) for of_task in outputs]
             total = torch.stack(losses).sum()  # tasks share nothing, so its gradient holds that of each
             wanted = [before[name] for name in self.adapted]
-            gradients = torch.autograd.grad(total, wanted, create_graph=create_graph)
+            # (zeros for a parameter that the network does not use)
+            gradients = torch.autograd.grad(total, wanted, create_graph=create_graph, materialize_grads=True)
             return [w - rate * g for w, rate, g in zip(wanted, values[len(names) :], gradients, strict=True)]
 
         for number in range(steps):
             values = [*weights.values(), *self._rates(number)]
             if self.checkpoint_steps and second_order:
-                adapted: Sequence[Tensor] = recomputed(step, values, list(self.loss.parameters()))
+                adapted: Sequence[Tensor] = recomputed(step, values, of_loss)
             else:
                 adapted = step(values, second_order)
             weights = {**weights, **dict(zip(self.adapted, adapted, strict=True))}

@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pml_fewshot.adaptation.inner_loop import InnerLoop, LearnedRates, Parallel
+from pml_fewshot.adaptation.inner_loop import InnerLoop, LearnedRates, Parallel, TaskLoss, built_loss
 from pml_fewshot.adaptation.precomputed_gradient import with_gradient
 from pml_fewshot.adaptation.run_tasks import Weights
 from pml_fewshot.checks import check_at_least_one, check_choice, require
@@ -22,6 +23,7 @@ from pml_fewshot.trainers.episodic import distance_of
 CPU_CHUNK = 8  # tasks: the fastest of 1 to 16 with Conv4 and 80 images of 28 x 28 each, 0.6 of the time of 1
 
 BatchNorm = Literal["transductive", "inductive"]
+Learned = tuple[Tensor, Sequence[Tensor | None], Tensor]  # loss, its gradients, accuracy of each task (T,)
 
 
 class MAMLTrainer(nn.Module):
@@ -39,8 +41,8 @@ class MAMLTrainer(nn.Module):
         first_order: leave out the second derivatives (the paper's section 5.2): less time and memory.
         learn_inner_lr: train the inner learning rates with the rest, one "per_layer" or "per_layer_per_step" (MAML++).
             A layer is a module with its weight and bias; steps beyond those of training use the last step's.
-        loss: of the queries, called as `loss(outputs, labels)`: nn.CrossEntropyLoss when None, or any PML loss that
-            takes embeddings and labels (or a factory).
+        loss: of the queries, called as `loss(outputs, labels)`: cross-entropy when None; a function, a module (or a
+            factory of one), or any PML loss that takes embeddings and labels.
         batch_norm: "transductive" normalises a query by the statistics of all of the episode's queries, as the paper's
             figures do, which are higher for it. "inductive" takes those of the support set, so that the other queries
             do not matter. The support set is normalised by its own in both.
@@ -76,10 +78,10 @@ class MAMLTrainer(nn.Module):
         eval_inner_steps: int | None = None,
         first_order: bool = False,
         learn_inner_lr: LearnedRates | None = None,
-        loss: nn.Module | Callable[[], nn.Module] | None = None,
+        loss: TaskLoss | Callable[[], nn.Module] | None = None,
         batch_norm: BatchNorm = "transductive",
         task_chunk: int | None = None,
-        inner_loss: nn.Module | Callable[[], nn.Module] | None = None,
+        inner_loss: TaskLoss | Callable[[], nn.Module] | None = None,
         step_weights: Sequence[float] | None = None,
         checkpoint_steps: bool = False,
         adapt: Sequence[str] | None = None,
@@ -88,10 +90,9 @@ class MAMLTrainer(nn.Module):
         parallel: Parallel = "auto",
     ) -> None:
         super().__init__()
-        counts = {"inner_steps": inner_steps, "eval_inner_steps": eval_inner_steps, "task_chunk": task_chunk}
-        for name, count in counts.items():
-            if count is not None:
-                check_at_least_one(name, count)
+        check_at_least_one("inner_steps", inner_steps)
+        check_at_least_one("eval_inner_steps", inner_steps if eval_inner_steps is None else eval_inner_steps)
+        check_at_least_one("task_chunk", 1 if task_chunk is None else task_chunk)
         check_choice("batch_norm", batch_norm, ("transductive", "inductive"))
         require(
             not reptile or not (learn_inner_lr or step_weights or first_order or checkpoint_steps),
@@ -106,8 +107,8 @@ class MAMLTrainer(nn.Module):
             str(step_weights),
             "say how much the queries' loss counts after each step",
         )
-        self.loss = nn.CrossEntropyLoss() if loss is None else build(loss)
-        own_loss = self.loss if inner_loss is None else build(inner_loss)
+        self.loss = built_loss(F.cross_entropy if loss is None else loss)
+        own_loss = self.loss if inner_loss is None else built_loss(inner_loss)
         self.inner = InnerLoop(
             build(network), own_loss, inner_lr, inner_steps, learn_inner_lr, adapt, checkpoint_steps, parallel
         )
@@ -147,9 +148,8 @@ class MAMLTrainer(nn.Module):
 
         Its gradient is computed within, one chunk of tasks after the other, and handed on by `backward()`.
         """
-        require(
-            isinstance(batch, Episode), "an Episode", f"a {type(batch).__name__}", "use train_spec=EpisodeSpec(...)"
-        )
+        kind = f"a {type(batch).__name__}"
+        require(isinstance(batch, Episode), "an Episode", kind, "use train_spec=EpisodeSpec(...)")
         tasks, chunk = len(batch.support), self._chunk(batch.support)
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         sums = [torch.zeros_like(parameter) for parameter in parameters]
@@ -166,26 +166,22 @@ class MAMLTrainer(nn.Module):
         self.batch_accuracy = torch.cat(correct).mean()
         return with_gradient(total / tasks, parameters, [summed / tasks for summed in sums])
 
-    def _maml(
-        self, support: Tensor, query: Tensor, parameters: list[nn.Parameter]
-    ) -> tuple[Tensor, Sequence[Tensor | None], Tensor]:
-        """Summed loss of tasks, support (T, W, K, *item) and query (T, W, Q, *item), its gradients; accuracies (T,)."""
+    def _maml(self, support: Tensor, query: Tensor, parameters: list[nn.Parameter]) -> Learned:
+        """The summed loss of T tasks, support (T, W, K, *item) and query (T, W, Q, *item)."""
         queries, labels = query.flatten(1, 2), _labels(query)
         loss = query.new_zeros(())
         start = self.inner.weights(len(support))
         steps = self._steps(start, support, self.inner_steps, second_order=not self.first_order)
         for step_weight, weights in zip(self.step_weights, steps, strict=True):
             if step_weight > 0:
-                outputs = self._query_outputs(weights, support, queries)
+                judged, outputs = weights, self._query_outputs(weights, support, queries)
                 loss = loss + step_weight * torch.stack([self.loss(of_task, labels) for of_task in outputs]).sum()
         with torch.no_grad():
-            accuracy = self._accuracy(weights, support, outputs, labels)
+            accuracy = self._accuracy(judged, support, outputs, labels)
         return loss, torch.autograd.grad(loss, parameters, allow_unused=True), accuracy
 
-    def _reptile(
-        self, support: Tensor, query: Tensor, parameters: list[nn.Parameter]
-    ) -> tuple[Tensor, Sequence[Tensor | None], Tensor]:
-        """Likewise; what the inner loop took from the weights stands for the gradient (Nichol et al. 2018, eq. 2)."""
+    def _reptile(self, support: Tensor, query: Tensor, parameters: list[nn.Parameter]) -> Learned:
+        """Likewise; what the inner loop takes from the weights stands for the gradient (Nichol et al. 2018, eq. 2)."""
         images = torch.cat([support, query], dim=2)
         start = self.inner.weights(len(images))
         *_, end = self._steps(start, images, self.inner_steps, second_order=False)
@@ -212,13 +208,9 @@ class MAMLTrainer(nn.Module):
             inner_steps: `eval_inner_steps` when None; 0 for the weights as they are.
         """
         steps = self.eval_inner_steps if inner_steps is None else inner_steps
-        chunk = self._chunk(support)
+        chunks = zip(support.split(self._chunk(support)), query.split(self._chunk(query)), strict=True)
         with eval_mode(self):
-            logits = [
-                self._classify(of_tasks, queries, steps)
-                for of_tasks, queries in zip(support.split(chunk), query.split(chunk), strict=True)
-            ]
-        return torch.cat(logits)
+            return torch.cat([self._classify(*chunk, steps) for chunk in chunks])
 
     def _classify(self, support: Tensor, query: Tensor, steps: int) -> Tensor:
         start = {name: weight.detach() for name, weight in self.inner.weights(len(support)).items()}
@@ -234,12 +226,8 @@ class MAMLTrainer(nn.Module):
 
     def _query_outputs(self, weights: Weights, support: Tensor, query: Tensor) -> Tensor:
         """Outputs (T, N, D) for queries (T, N, *item) by the weights of T tasks with support (T, W, K, *item)."""
-        if self.transductive:
-            outputs = self.inner.outputs(weights, query)
-        else:
-            items = torch.cat([support.flatten(1, 2), query], dim=1)
-            shown = items.shape[1] - query.shape[1]
-            outputs = self.inner.outputs(weights, items, of_first=shown)[:, shown:]
+        normalised_by = None if self.transductive else support.flatten(1, 2)
+        outputs = self.inner.outputs(weights, query, normalised_by)
         self._check_width(outputs, support.shape[1])
         return outputs
 
@@ -256,7 +244,8 @@ class MAMLTrainer(nn.Module):
         if self.head is None:
             return outputs
         embedded = self.inner.outputs(weights, support.flatten(1, 2)).unflatten(1, support.shape[1:3])
-        return self.head(embedded, outputs, distance_of(self.loss))
+        distance = distance_of(self.loss) if isinstance(self.loss, nn.Module) else None
+        return self.head(embedded, outputs, distance)
 
     def _accuracy(self, weights: Weights, support: Tensor, outputs: Tensor, labels: Tensor) -> Tensor:
         return (self._logits(weights, support, outputs).argmax(dim=2) == labels).float().mean(dim=1)

@@ -226,6 +226,38 @@ def test_dropout_draws_from_torchs_generator_and_is_off_at_test_time(recompute):
     assert torch.equal(maml.classify(batch.support, queries), maml.classify(batch.support, queries))
 
 
+class Forgetful(nn.Module):
+    """Has a layer that it does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(SIZE * SIZE, WAYS), nn.Linear(3, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.used(images.flatten(1))
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint_steps": True}, {"reptile": True}, {"first_order": True}], ids=str)
+def test_parameters_without_use_stay_as_they_are(options):
+    maml = trainer(Forgetful, inner_steps=2, **options)
+    maml(episodes()).backward()
+    assert all(p.grad.abs().sum() == 0 for p in maml.network.unused.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in maml.network.used.parameters())
+
+
+def test_the_loss_may_be_a_function_a_module_or_a_factory():
+    smoothed = partial(F.cross_entropy, label_smoothing=0.1)
+    module = partial(nn.CrossEntropyLoss, label_smoothing=0.1)
+    losses = [trainer(loss=loss)(episodes()).item() for loss in (smoothed, module, module())]
+    assert losses[0] == losses[1] == losses[2]
+    assert (
+        trainer()(episodes())
+        == trainer(loss=F.cross_entropy)(episodes())
+        == trainer(loss=nn.CrossEntropyLoss)(episodes())
+    )
+    assert trainer(loss=smoothed)(episodes()) != trainer()(episodes())
+
+
 class Counting(nn.Module):
     """A buffer that changes with every call."""
 
