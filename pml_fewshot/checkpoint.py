@@ -49,7 +49,9 @@ def export_embedder(path: str | Path, embedder: nn.Module) -> None:
     """Writes an embedder's weights and buffers as safetensors, which any tool can read."""
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.unfinished")
-    save_file({name: value.detach().cpu().contiguous() for name, value in embedder.state_dict().items()}, unfinished)
+    # (safetensors refuses tied weights, which share memory)
+    copies = {name: value.detach().cpu().contiguous().clone() for name, value in embedder.state_dict().items()}
+    save_file(copies, unfinished)
     with unfinished.open("rb") as file:
         _to_disk(file.fileno())
     unfinished.replace(path)

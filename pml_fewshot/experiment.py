@@ -181,7 +181,8 @@ def _stream(config: ExperimentConfig, train: FewShotDataset, trainer: nn.Module)
 
 def _parameters(trainer: nn.Module, loss_lr: float | None) -> list[dict[str, Any]]:
     """The trainer's parameters as an optimizer takes them, those of its loss in a group of their own where asked."""
-    own = {id(p) for p in trainer.loss.parameters()} if loss_lr is not None else set()  # type: ignore[union-attr]
+    loss = getattr(trainer, "loss", None)  # MAML's may be a function
+    own = {id(p) for p in loss.parameters()} if loss_lr is not None and isinstance(loss, nn.Module) else set()
     groups: list[dict[str, Any]] = [{"params": [p for p in trainer.parameters() if id(p) not in own]}]
     if own:
         groups.append({"params": [p for p in trainer.parameters() if id(p) in own], "lr": loss_lr})

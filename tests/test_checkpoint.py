@@ -229,3 +229,16 @@ def test_broken_embedder(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"expected a safetensors file at .*, got a broken one"):
             load_embedder(path, conv4())
+
+
+def test_tied_weights_are_exported_and_stay_tied(tmp_path: Path) -> None:
+    def tied() -> nn.Module:
+        network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        network[1].weight = network[0].weight
+        return network
+
+    first, second = tied(), tied()
+    export_embedder(tmp_path / "network.safetensors", first)
+    load_embedder(tmp_path / "network.safetensors", second)
+    assert torch.equal(second[1].weight, first[0].weight)
+    assert second[1].weight is second[0].weight

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pml_fewshot.checks import require
+
 
 class BatchStatistics(TorchFunctionMode):
     """Within this context batch norm uses mean and variance of its own input, and neither reads nor keeps running ones.
@@ -15,28 +17,29 @@ class BatchStatistics(TorchFunctionMode):
     A network that was adapted to a handful of images has no running statistics of its own.
 
     Args:
-        of_first: take mean and variance from the first so many items of the batch (the support set) and normalise all
-            by them; from all items when None.
-        by_hand: compute from mean and variance, operation by operation. Where one derivative is taken within
-            `torch.func.vmap` and another outside of it, `F.batch_norm` gives wrong second ones without a word (torch
-            2.13: 0.4 to 13 % off); these operations give right ones in every order. Outside of vmap `F.batch_norm` is
-            right too, and faster.
+        items: in the batch that the network is called with.
+        of_first: take mean and variance from the first so many of them (the support set) and normalise all by them;
+            from all when None.
+        by_hand: compute from mean and variance, operation by operation. `F.batch_norm` under `torch.func.vmap` gives
+            wrong second-order gradients without a word (torch 2.13: 0.4 to 13 % off) where one derivative is taken
+            within vmap and one outside of it. Both are taken outside here, which came out right on a CPU; these
+            operations are right in every order. Without vmap `F.batch_norm` is right and faster.
     """
 
-    def __init__(self, of_first: int | None = None, by_hand: bool = False) -> None:
+    def __init__(self, items: int, of_first: int | None = None, by_hand: bool = False) -> None:
         super().__init__()
+        self.items = items
         self.of_first = of_first
         self.by_hand = by_hand
+        self.was_used = False  # whether there is any batch norm
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.batch_norm:
             return self.batch_norm(*args, **(kwargs or {}))
-        if (
-            func is Tensor.contiguous
-        ):  # whoever calls the network chose the layout, and vmap knows no other than its own
-            return args[0]
+        if func is Tensor.contiguous and (len(args) > 1 or kwargs):
+            return args[0]  # whoever calls the network chose the layout of memory, and vmap knows no other than its own
         return func(*args, **(kwargs or {}))
 
     def batch_norm(
@@ -50,11 +53,21 @@ class BatchStatistics(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        """Stands for `F.batch_norm` of (B, C, ...)."""
+        """Stands for `F.batch_norm` of (B, C, ...), or of (B * P, C, ...) for P patches of each item."""
+        self.was_used = True
         if self.of_first is None and not self.by_hand:
             return F.batch_norm(input, None, None, weight, bias, training=True, eps=eps)
+        rows = None
+        if self.of_first is not None:
+            require(
+                len(input) % self.items == 0,
+                f"input of batch norm with as many rows for each of {self.items} items",
+                f"{len(input)} rows",
+                'use batch_norm="transductive", which needs not know whose they are',
+            )
+            rows = self.of_first * (len(input) // self.items)
         over = [0, *range(2, input.ndim)]
-        variance, mean = torch.var_mean(input[: self.of_first], dim=over, correction=0, keepdim=True)
+        variance, mean = torch.var_mean(input[:rows], dim=over, correction=0, keepdim=True)
         scale = (variance + eps).rsqrt()
         if weight is not None:
             scale = scale * weight.reshape(scale.shape)

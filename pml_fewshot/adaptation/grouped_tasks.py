@@ -24,17 +24,21 @@ class GroupedTasks(BatchStatistics):
     Args:
         tasks: T.
         weights: the stacked weights, (T, *shape) each, that the network is called with.
-        of_first: as for BatchStatistics.
+        buffers: its buffers, alike for all tasks.
+        items, of_first: as for BatchStatistics.
 
     Raises:
         NotGroupable: the network calls a function that is not listed here. One that mixes channels (softmax, layer
             norm) would mix tasks without a word, so all that is not known to be right is refused.
     """
 
-    def __init__(self, tasks: int, weights: Iterable[Tensor], of_first: int | None = None) -> None:
-        super().__init__(of_first)
+    def __init__(
+        self, tasks: int, weights: Iterable[Tensor], buffers: Iterable[Tensor], items: int, of_first: int | None = None
+    ) -> None:
+        super().__init__(items, of_first)
         self.tasks = tasks
         self.weights = {id(weight) for weight in weights}
+        self.buffers = {id(buffer) for buffer in buffers}
         self.own: dict[Any, Callable[..., Any]] = {
             F.batch_norm: self.batch_norm,
             torch.conv2d: self.conv2d,
@@ -53,19 +57,30 @@ class GroupedTasks(BatchStatistics):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
         if func in self.own:
-            return self.own[func](*args, **kwargs)
+            try:
+                return self.own[func](*args, **kwargs)
+            except (TypeError, IndexError) as error:  # called in a way that is not foreseen here
+                raise NotGroupable(f"this call of {name} is not known to work on tasks side by side") from error
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        counts_batches = func is Tensor.add_ and args[0].ndim == 0  # a batch norm's counter
-        known = func in CHANNEL_BY_CHANNEL or (func in SUMS and len({t.shape for t in tensors}) == 1)
-        if not counts_batches and (not known or any(id(tensor) in self.weights for tensor in tensors)):
-            raise NotGroupable(f"{getattr(func, '__name__', func)} is not known to work on tasks side by side")
+        counts_batches = func in (Tensor.add_, Tensor.__float__) and args[0].ndim == 0  # a batch norm's counter
+        known = (
+            func in CHANNEL_BY_CHANNEL
+            or (func in OF_IMAGES and all(tensor.ndim == 4 for tensor in tensors))
+            or (func in SUMS and len({tensor.shape for tensor in tensors}) == 1)
+        )
+        shared = any(id(tensor) in self.weights | self.buffers for tensor in tensors)
+        if not counts_batches and (not known or shared):
+            raise NotGroupable(f"{name} is not known to work on tasks side by side; use parallel='loop'")
         return super().__torch_function__(func, types, args, kwargs)
 
     def shape(self, tensor: Tensor) -> torch.Size:
         """The shape that the network would see if it ran for one task."""
         if id(tensor) in self.weights:
             return tensor.shape[1:]
+        if id(tensor) in self.buffers:
+            return tensor.shape
         return torch.Size([tensor.shape[0], tensor.shape[1] // self.tasks, *tensor.shape[2:]])
 
     def conv2d(
@@ -79,12 +94,14 @@ class GroupedTasks(BatchStatistics):
         groups: int = 1,
     ) -> Tensor:
         """(B, T * C, H, W) by weights (T, O, C / groups, h, w): (B, T * O, H', W')."""
+        if input.ndim != 4:
+            raise NotGroupable("conv2d is known to work on tasks side by side for (B, C, H, W) only")
         weight, bias = self.side_by_side(weight), None if bias is None else self.side_by_side(bias)
         return torch.conv2d(input, weight, bias, stride, padding, dilation, self.tasks * groups)
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """(B, T * D) by weights (T, O, D): (B, T * O)."""
-        if input.ndim != 2 or id(weight) not in self.weights:
+        if input.ndim != 2 or not {id(weight), id(weight if bias is None else bias)} <= self.weights:
             raise NotGroupable("linear is known to work on tasks side by side for (B, D) and weights of their own only")
         output = input.unflatten(1, (self.tasks, -1)).transpose(0, 1) @ weight.transpose(1, 2)  # (T, B, O)
         if bias is not None:
@@ -132,7 +149,7 @@ class GroupedTasks(BatchStatistics):
 CHANNEL_BY_CHANNEL = {
     *(F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_),
     *(F.leaky_relu, F.elu, F.gelu, F.silu, F.hardtanh, torch.tanh, Tensor.tanh, torch.sigmoid, Tensor.sigmoid),
-    *(F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.dropout, F.dropout2d),
-    *(Tensor.contiguous, Tensor.dim, Tensor.ndim.__get__),  # type: ignore[attr-defined]
+    *(F.dropout, Tensor.contiguous, Tensor.dim, Tensor.ndim.__get__),  # type: ignore[attr-defined]
 }
+OF_IMAGES = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.dropout2d}  # likewise for (B, T * C, H, W)
 SUMS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}  # of two activations

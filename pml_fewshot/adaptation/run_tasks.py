@@ -1,6 +1,7 @@
 """Three ways to run a network for many tasks, each with weights of its own: loop, vmap, grouped. One result."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch.func import functional_call
 
 from pml_fewshot.adaptation.batch_statistics import BatchStatistics
 from pml_fewshot.adaptation.grouped_tasks import GroupedTasks
+from pml_fewshot.modes import eval_mode
 
 Weights = Mapping[str, Tensor]  # a network's parameters by name, for T tasks: (T, *shape) each
 
@@ -22,7 +24,7 @@ def loop(network: nn.Module, weights: Weights, images: Tensor, of_first: int | N
     outputs = []
     for task, own_images in enumerate(images.unbind()):
         state = {**_buffers(network), **{name: weight[task] for name, weight in of_task.items()}}
-        with BatchStatistics(of_first):
+        with BatchStatistics(len(own_images), of_first):
             outputs.append(functional_call(network, state, (own_images,)))
     return torch.stack(outputs)
 
@@ -32,7 +34,7 @@ def vmap(network: nn.Module, weights: Weights, images: Tensor, of_first: int | N
 
     def run_one(own: dict[str, Tensor], own_images: Tensor) -> Tensor:
         state = {**_buffers(network), **own}
-        with BatchStatistics(of_first, by_hand=True):
+        with BatchStatistics(len(own_images), of_first, by_hand=True):
             return functional_call(network, state, (own_images,))
 
     return torch.func.vmap(run_one, randomness="different")(dict(weights), images)
@@ -52,10 +54,38 @@ def grouped(
     side_by_side = images.transpose(0, 1).flatten(1, 2)  # (B, T * C, H, W)
     if channels_last and side_by_side.ndim == 4:
         side_by_side = side_by_side.contiguous(memory_format=torch.channels_last)
-    state = {**_buffers(network), **weights}
-    with GroupedTasks(len(images), weights.values(), of_first):
-        output = functional_call(network, state, (side_by_side,))
+    buffers = _buffers(network)
+    with GroupedTasks(len(images), weights.values(), buffers.values(), images.shape[1], of_first):
+        output = functional_call(network, {**buffers, **weights}, (side_by_side,))
     return output.unflatten(1, (len(images), -1)).transpose(0, 1)
+
+
+def fastest(network: nn.Module, images: Tensor) -> Literal["loop", "vmap", "grouped"]:
+    """How to run tasks of images (B, *item) by what was measured: grouped on a CPU, vmap on a GPU, where they can.
+
+    Each is tried on two tasks; what fails there, or has other outputs than the loop, is not taken.
+    """
+    run = vmap if images.is_cuda else grouped
+    weights = {name: torch.stack([p, 1.1 * p + 0.01]).detach() for name, p in network.named_parameters()}
+    both = torch.stack([images, images.flip(0)])
+    try:
+        # in its own mode, for dropout and the like; what that draws leaves no trace
+        with torch.random.fork_rng([images.device] if images.is_cuda else []), torch.enable_grad():
+            run(network, weights, both)
+            with eval_mode(network):
+                outputs, expected = run(network, weights, both), loop(network, weights, both)
+    except RuntimeError:  # of vmap, or NotGroupable; what the loop cannot do either, it will say itself
+        return "loop"
+    alike = torch.allclose(outputs, expected, rtol=0, atol=1e-3 * expected.abs().max().item(), equal_nan=True)
+    return ("vmap" if images.is_cuda else "grouped") if alike else "loop"
+
+
+def uses_batch_norm(network: nn.Module, images: Tensor) -> bool:
+    """Whether the network calls `F.batch_norm` for images (B, *item), as all of torch's batch norms do."""
+    state = {**_buffers(network), **{name: p.detach() for name, p in network.named_parameters()}}
+    with eval_mode(network), torch.enable_grad(), BatchStatistics(len(images)) as statistics:
+        functional_call(network, state, (images,))
+    return statistics.was_used
 
 
 def _buffers(network: nn.Module) -> dict[str, Tensor]:

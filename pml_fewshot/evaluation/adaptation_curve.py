@@ -17,8 +17,8 @@ def adaptation_curve(
         trainer: a MAMLTrainer; its `eval_inner_steps` are the steps.
         dataset: classes to judge on.
         spec: size of the episodes.
-        num_episodes: 1,000 show the shape of the curve; each of S steps is judged from the start, so it takes
-            S / 2 times as long as one evaluation.
+        num_episodes: 1,000 show the shape of the curve. Each number of steps is judged from the start, so S of them
+            take about S + 1 times as long as one evaluation.
         seed: of the episodes.
     """
     bank = trainer.bank(dataset)

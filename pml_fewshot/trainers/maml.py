@@ -1,15 +1,16 @@
 """MAMLTrainer: initial weights from which a few gradient steps learn a new task (Finn et al. 2017)."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pytorch_metric_learning.losses import CrossBatchMemory, DynamicSoftMarginLoss
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pml_fewshot.adaptation.inner_loop import InnerLoop, LearnedRates, Parallel, TaskLoss, built_loss
+from pml_fewshot.adaptation.inner_loop import InnerLoop, LearnedRates, Parallel, TaskLoss, built_loss, labels_of
 from pml_fewshot.adaptation.precomputed_gradient import with_gradient
 from pml_fewshot.adaptation.run_tasks import Weights
 from pml_fewshot.checks import check_at_least_one, check_choice, require
@@ -21,6 +22,8 @@ from pml_fewshot.parts import build
 from pml_fewshot.trainers.episodic import distance_of
 
 CPU_CHUNK = 8  # tasks: the fastest of 1 to 16 with Conv4 and 80 images of 28 x 28 each, 0.6 of the time of 1
+
+CUDA_CHUNK = 64  # 64 tasks of 80 such images are 1 GiB in the first layer alone
 
 BatchNorm = Literal["transductive", "inductive"]
 Learned = tuple[Tensor, Sequence[Tensor | None], Tensor]  # loss, its gradients, accuracy of each task (T,)
@@ -45,10 +48,11 @@ class MAMLTrainer(nn.Module):
             factory of one), or any PML loss that takes embeddings and labels.
         batch_norm: "transductive" normalises a query by the statistics of all of the episode's queries, as the paper's
             figures do, which are higher for it. "inductive" takes those of the support set, so that the other queries
-            do not matter. The support set is normalised by its own in both.
+            do not matter. The support set is normalised by its own in both. (Statistics over a batch that a network
+            takes without `F.batch_norm` are not seen.)
         task_chunk: tasks run at a time, each chunk with its own backward pass, so that memory does not grow with the
-            tasks of a batch: when None 8 on a CPU and all on a GPU. 1 needs the least memory.
-        inner_loss: of the support set; `loss` when None.
+            tasks of a batch: when None 8 on a CPU and 64 on a GPU. 1 needs the least memory.
+        inner_loss: of the support set; `loss` when None. What parameters it has are trained by second order alone.
         step_weights: weight of the queries' loss after each inner step (MAML++'s multi-step loss); when None only
             what comes after the last step counts.
         checkpoint_steps: keep nothing of an inner step but its weights, and do it again for the backward pass.
@@ -59,7 +63,7 @@ class MAMLTrainer(nn.Module):
         head: how queries are classified by adapted embeddings (`nearest_prototype` and others), for a network that
             gives embeddings. None where it gives logits.
         parallel: how a chunk of tasks is run: "grouped" convolutions, "vmap" or a "loop", all with the same gradients.
-            "auto" is vmap on a GPU; on a CPU grouped where the network's layers allow it, else the loop.
+            "auto" is vmap on a GPU and grouped on a CPU where the network allows them, else the loop.
 
     Frozen parameters are neither adapted nor trained.
 
@@ -110,8 +114,19 @@ class MAMLTrainer(nn.Module):
         self.loss = built_loss(F.cross_entropy if loss is None else loss)
         own_loss = self.loss if inner_loss is None else built_loss(inner_loss)
         self.inner = InnerLoop(
-            build(network), own_loss, inner_lr, inner_steps, learn_inner_lr, adapt, checkpoint_steps, parallel
+            build(network),
+            own_loss,
+            head is None,
+            inner_lr,
+            inner_steps,
+            learn_inner_lr,
+            adapt,
+            checkpoint_steps,
+            parallel,
         )
+        for part in nn.ModuleList(each for each in (self.loss, own_loss) if isinstance(each, nn.Module)).modules():
+            remembers = isinstance(part, CrossBatchMemory | DynamicSoftMarginLoss)
+            require(not remembers, "a loss that remembers nothing of other tasks", type(part).__name__, "take another")
         self.inner_steps = inner_steps
         self.eval_inner_steps = eval_inner_steps or inner_steps
         self.first_order = first_order
@@ -133,8 +148,10 @@ class MAMLTrainer(nn.Module):
     @property
     def transductive(self) -> bool:
         """Whether queries inform each other, as result tables say."""
-        has_batch_norm = any(isinstance(module, _BatchNorm) for module in self.network.modules())
-        return has_batch_norm and self.batch_norm == "transductive"
+        seen = self.inner.has_batch_norm
+        if seen is None:
+            seen = any(isinstance(module, _BatchNorm) for module in self.network.modules())
+        return seen and self.batch_norm == "transductive"
 
     def with_batch_norm(self, batch_norm: BatchNorm) -> "MAMLTrainer":
         """The same weights under one or the other protocol, so that both can be reported."""
@@ -152,7 +169,7 @@ class MAMLTrainer(nn.Module):
         require(isinstance(batch, Episode), "an Episode", kind, "use train_spec=EpisodeSpec(...)")
         tasks, chunk = len(batch.support), self._chunk(batch.support)
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        sums = [torch.zeros_like(parameter) for parameter in parameters]
+        sums: list[Tensor] = []
         total = batch.query.new_zeros(())
         correct = []
         for support, query in zip(batch.support.split(chunk), batch.query.split(chunk), strict=True):
@@ -160,6 +177,7 @@ class MAMLTrainer(nn.Module):
                 loss, gradients, accuracy = (self._reptile if self.reptile else self._maml)(support, query, parameters)
             total += loss.detach()
             correct.append(accuracy)
+            sums = sums or [torch.zeros_like(parameter) for parameter in parameters]  # (lazy ones have a size by now)
             for summed, gradient in zip(sums, gradients, strict=True):
                 if gradient is not None:
                     summed += gradient
@@ -168,10 +186,10 @@ class MAMLTrainer(nn.Module):
 
     def _maml(self, support: Tensor, query: Tensor, parameters: list[nn.Parameter]) -> Learned:
         """The summed loss of T tasks, support (T, W, K, *item) and query (T, W, Q, *item)."""
-        queries, labels = query.flatten(1, 2), _labels(query)
+        queries, labels = query.flatten(1, 2), labels_of(query)
         loss = query.new_zeros(())
         start = self.inner.weights(len(support))
-        steps = self._steps(start, support, self.inner_steps, second_order=not self.first_order)
+        steps = self.inner.steps(start, support, self.inner_steps, second_order=not self.first_order)
         for step_weight, weights in zip(self.step_weights, steps, strict=True):
             if step_weight > 0:
                 judged, outputs = weights, self._query_outputs(weights, support, queries)
@@ -184,12 +202,12 @@ class MAMLTrainer(nn.Module):
         """Likewise; what the inner loop takes from the weights stands for the gradient (Nichol et al. 2018, eq. 2)."""
         images = torch.cat([support, query], dim=2)
         start = self.inner.weights(len(images))
-        *_, end = self._steps(start, images, self.inner_steps, second_order=False)
+        *_, adapted = self.inner.steps(start, images, self.inner_steps, second_order=False)
+        end = {name: weight.detach() for name, weight in adapted.items()}
         taken = {id(p): (start[name] - end[name]).detach().sum(dim=0) for name, p in self.network.named_parameters()}
         with torch.no_grad():
-            labels = _labels(images)
-            outputs = self.inner.outputs(end, images.flatten(1, 2))
-            self._check_width(outputs, images.shape[1])
+            labels = labels_of(images)
+            outputs = self.inner.outputs(end, images.flatten(1, 2), images.shape[1])
             loss = torch.stack([self.loss(of_task, labels) for of_task in outputs]).sum()
             accuracy = self._accuracy(end, images, outputs, labels)
         return loss, [taken.get(id(parameter)) for parameter in parameters], accuracy
@@ -217,33 +235,20 @@ class MAMLTrainer(nn.Module):
         for name in self.inner.adapted:
             start[name].requires_grad_()
         with torch.enable_grad():
-            *_, end = [start, *self._steps(start, support, steps, second_order=False)]
+            *_, end = [start, *self.inner.steps(start, support, steps, second_order=False)]
         weights = {name: weight.detach() for name, weight in end.items()}
         return self._logits(weights, support, self._query_outputs(weights, support, query))
 
-    def _steps(self, weights: Weights, support: Tensor, steps: int, second_order: bool) -> Iterator[Weights]:
-        return self.inner.steps(weights, support.flatten(1, 2), _labels(support), steps, second_order)
-
     def _query_outputs(self, weights: Weights, support: Tensor, query: Tensor) -> Tensor:
         """Outputs (T, N, D) for queries (T, N, *item) by the weights of T tasks with support (T, W, K, *item)."""
-        normalised_by = None if self.transductive else support.flatten(1, 2)
-        outputs = self.inner.outputs(weights, query, normalised_by)
-        self._check_width(outputs, support.shape[1])
-        return outputs
-
-    def _check_width(self, outputs: Tensor, ways: int) -> None:
-        require(
-            self.head is not None or outputs.shape[2:] == (ways,),
-            f"a network with {ways} outputs, one for each way",
-            f"outputs of shape {tuple(outputs.shape[2:])}",
-            "give its last layer as many as the episodes have ways, or name a head that classifies embeddings",
-        )
+        normalised_by = support.flatten(1, 2) if self.batch_norm == "inductive" else None
+        return self.inner.outputs(weights, query, support.shape[1], normalised_by)
 
     def _logits(self, weights: Weights, support: Tensor, outputs: Tensor) -> Tensor:
         """Queries' outputs (T, N, D) as logits (T, N, W)."""
         if self.head is None:
             return outputs
-        embedded = self.inner.outputs(weights, support.flatten(1, 2)).unflatten(1, support.shape[1:3])
+        embedded = self.inner.outputs(weights, support.flatten(1, 2), support.shape[1]).unflatten(1, support.shape[1:3])
         distance = distance_of(self.loss) if isinstance(self.loss, nn.Module) else None
         return self.head(embedded, outputs, distance)
 
@@ -251,9 +256,4 @@ class MAMLTrainer(nn.Module):
         return (self._logits(weights, support, outputs).argmax(dim=2) == labels).float().mean(dim=1)
 
     def _chunk(self, support: Tensor) -> int:
-        return self.task_chunk or (len(support) if support.is_cuda else CPU_CHUNK)
-
-
-def _labels(items: Tensor) -> Tensor:
-    """The class (B,) of each of a task's items (T, W, K, *item), flattened to (T, B, *item)."""
-    return torch.arange(items.shape[1], device=items.device).repeat_interleave(items.shape[2])
+        return self.task_chunk or (CUDA_CHUNK if support.is_cuda else CPU_CHUNK)

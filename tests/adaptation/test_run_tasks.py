@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from pml_fewshot.adaptation.batch_statistics import BatchStatistics
 from pml_fewshot.adaptation.grouped_tasks import NotGroupable
-from pml_fewshot.adaptation.run_tasks import grouped, loop, vmap
+from pml_fewshot.adaptation.run_tasks import fastest, grouped, loop, uses_batch_norm, vmap
 from pml_fewshot.embedders.conv4 import Conv4
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.embedders.resnet12 import ResNet12
@@ -117,7 +117,7 @@ def test_the_stock_batch_norm_under_vmap_would_be_wrong():
         """The loss after one inner step."""
 
         def loss(weights: dict[str, Tensor]) -> Tensor:
-            with BatchStatistics(by_hand=by_hand):
+            with BatchStatistics(4, by_hand=by_hand):
                 return F.cross_entropy(functional_call(network, weights, (own_images,)), labels)
 
         gradient = torch.func.grad(loss)(weights)
@@ -163,6 +163,25 @@ class Flat(nn.Module):
         ]()
 
 
+class OddCalls(nn.Module):
+    """Calls that are right for one task, and not foreseen for several."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.register_buffer("offset", torch.ones(4, TASKS, 14, 14))
+        self.conv = nn.Conv2d(1, 1, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv(images)
+        return {
+            "axis": lambda: x.mean(axis=(2, 3)),
+            "rows": lambda: F.max_pool2d(x.flatten(1).view(x.size(0), -1), 2),  # (B, D) is (C, H, W) without a C to it
+            "buffer": lambda: F.relu(self.offset),
+            "sum": lambda: x + self.offset,
+        }[self.how]()
+
+
 @pytest.mark.parametrize(
     "network",
     [
@@ -174,6 +193,10 @@ class Flat(nn.Module):
         nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4)),
         nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 4, 3)),
         nn.Linear(SIZE, 2),
+        OddCalls("axis"),
+        OddCalls("rows"),
+        OddCalls("buffer"),
+        OddCalls("sum"),
         nn.Embedding(3, 2),
     ],
 )
@@ -201,7 +224,7 @@ def test_batch_statistics_are_those_of_the_batch_or_of_its_first_items(affine, b
         nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
     items = torch.rand(6, 3, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for of_first in (None, 4):
-        with BatchStatistics(of_first, by_hand):
+        with BatchStatistics(6, of_first, by_hand):
             normalised = norm(items)
         for channel in range(3):
             seen = items[:of_first, channel]
@@ -209,6 +232,82 @@ def test_batch_statistics_are_those_of_the_batch_or_of_its_first_items(affine, b
             if affine:
                 expected = expected * norm.weight[channel] + norm.bias[channel]
             torch.testing.assert_close(normalised[:, channel], expected)
+
+
+def test_statistics_of_the_first_items_are_those_of_their_patches():
+    """Rows of a batch norm may be several for each item."""
+    norm = nn.BatchNorm1d(3).double()
+    patches = torch.rand(6, 5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)  # 6 items
+    with BatchStatistics(6, 4):
+        of_rows = norm(patches.flatten(0, 1)).unflatten(0, (6, 5))
+        expected = norm(patches.transpose(1, 2)).transpose(1, 2)
+        torch.testing.assert_close(of_rows, expected)
+        with pytest.raises(ValueError, match="as many rows for each of 6 items, got 7 rows"):
+            norm(torch.rand(7, 3, dtype=torch.float64))
+
+
+class Permuting(nn.Module):
+    """As some of torchvision's networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        channels_last = images.contiguous(memory_format=torch.channels_last)
+        return self.conv(channels_last).permute(0, 2, 3, 1).contiguous().view(len(images), -1)
+
+
+class Noisy(nn.Module):
+    """Draws in training, and does then what cannot be grouped."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1) + (torch.randn_like(images.flatten(1)) if self.training else 0)
+
+
+class Sneaky(nn.Module):
+    """Built of known calls, and yet another network side by side: it looks at how many channels there truly are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (self.conv(images).flatten(1)).relu() if images.stride(0) == SIZE * SIZE else images.flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (convolutions, "grouped"),
+        (perceptron, "grouped"),
+        (Permuting, "loop"),
+        (Noisy, "loop"),
+        (Sneaky, "loop"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Dropout(0.5)), "grouped"),
+        (lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, momentum=None), nn.Flatten()), "grouped"),
+    ],
+)
+def test_the_fastest_that_a_network_allows(make, expected):
+    torch.manual_seed(0)
+    network = make().double().train()
+    state = torch.get_rng_state()
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    assert fastest(network, images()[0]) == expected
+    assert torch.equal(torch.get_rng_state(), state)
+    assert network.training
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in network.named_buffers())
+    {"loop": loop, "grouped": grouped}[expected](network, weights_of(network), images())
+
+
+def test_batch_norm_is_seen_wherever_it_is_called():
+    class Functional(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return F.batch_norm(images, None, None, training=True).flatten(1)
+
+    assert uses_batch_norm(Functional(), images()[0])
+    assert uses_batch_norm(convolutions().double(), images()[0])
+    assert not uses_batch_norm(nn.Flatten(), images()[0])
 
 
 def test_dropout_differs_between_tasks():

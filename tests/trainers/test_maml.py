@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from pytorch_metric_learning.losses import SupConLoss
+from pytorch_metric_learning.losses import CrossBatchMemory, DynamicSoftMarginLoss, SupConLoss
 from torch import Tensor, nn
 
 from pml_fewshot.batches import BatchSpec
@@ -18,7 +18,7 @@ from pml_fewshot.episodes import Episode, EpisodeSpec
 from pml_fewshot.evaluation.adaptation_curve import adaptation_curve
 from pml_fewshot.evaluation.episodic import EpisodicEvaluator
 from pml_fewshot.evaluation.heads import nearest_prototype
-from pml_fewshot.trainers.fit import TrainingDiverged, fit
+from pml_fewshot.trainers.fit import TrainingDiverged, _weight_penalty, fit
 from pml_fewshot.trainers.maml import MAMLTrainer
 
 TASKS, WAYS, SHOTS, QUERIES, SIZE = 3, 2, 2, 3, 16
@@ -98,11 +98,14 @@ def test_inductive_queries_do_not_matter_to_each_other_and_transductive_ones_do(
 
 
 def test_inductive_normalises_by_the_support_set():
-    """With its own support images as queries the batch is what it is for plain batch statistics."""
-    support = episodes().support
-    images = support.flatten(1, 2)
-    inductive, transductive = (trainer(batch_norm=b).classify(support, images) for b in ("inductive", "transductive"))
-    torch.testing.assert_close(inductive, transductive, rtol=1e-4, atol=1e-5)
+    def normalising() -> nn.Module:
+        return nn.Sequential(nn.BatchNorm2d(1, affine=False), nn.Flatten(), nn.Linear(SIZE * SIZE, WAYS))
+
+    maml, batch = trainer(normalising, batch_norm="inductive"), episodes(1)
+    logits = maml.classify(batch.support, batch.query.flatten(1, 2), inner_steps=0)
+    support, query = batch.support[0].flatten(0, 1), batch.query[0].flatten(0, 1)
+    normalised = (query - support.mean()) / (support.var(correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(logits[0], maml.network[2](normalised.flatten(1)))
 
 
 def test_without_batch_norm_both_protocols_are_inductive():
@@ -168,16 +171,27 @@ def test_anil_adapts_the_head_alone():
     assert maml.inner.adapted == ["1.weight", "1.bias"]
     start = maml.inner.weights(TASKS)
     batch = episodes()
-    (adapted,) = maml.inner.steps(start, batch.support.flatten(1, 2), labels_of(batch.support[0]), 1, second_order=True)
+    (adapted,) = maml.inner.steps(start, batch.support, 1, second_order=True)
     assert all((adapted[name] is start[name]) == name.startswith("0.") for name in start)
     maml(batch).backward()
     assert all(p.grad.abs().sum() > 0 for p in maml.parameters())  # the body is trained by the outer loop
 
 
+def test_a_single_beginning_may_be_a_string():
+    assert trainer(adapt="1.").inner.adapted == ["1.weight", "1.bias"]
+
+
+def test_weight_penalties_are_of_the_network_alone():
+    maml = trainer(learn_inner_lr="per_layer_per_step")
+    weights = [p for p in maml.network.parameters() if p.ndim > 1]
+    penalty = _weight_penalty(maml, l2=1.0, l1=0.0)
+    torch.testing.assert_close(penalty, sum(w.square().sum() for w in weights))
+
+
 def test_frozen_parameters_are_neither_adapted_nor_trained():
-    maml = trainer()
-    maml.network[0].requires_grad_(False)
-    maml = MAMLTrainer(maml.network, 0.3)
+    maml = trainer(learn_inner_lr="per_layer")
+    maml(episodes())
+    maml.network[0].requires_grad_(False)  # after it was built, and used
     assert maml.inner.adapted == ["1.weight", "1.bias"]
     maml(episodes()).backward()
     assert all(p.grad is None for p in maml.network[0].parameters())
@@ -297,10 +311,12 @@ def test_a_diverging_inner_loop_is_named():
 def test_a_head_of_the_wrong_width_says_what_to_do():
     with pytest.raises(ValueError, match=r"expected a network with 2 outputs, one for each way, got .*5"):
         trainer(partial(convolutions, 5))(episodes())
-    with pytest.raises(ValueError, match="expected a network with 2 outputs"):
-        trainer(partial(convolutions, 5), reptile=True)(episodes())
-    with pytest.raises(ValueError, match="expected a network with 2 outputs"):
-        EpisodicEvaluator(SPEC, 10).evaluate(trainer(partial(convolutions, 5)), dataset())
+    for outputs in (1, 5):
+        for options in ({}, {"reptile": True}, {"parallel": "loop"}, {"batch_norm": "inductive"}):
+            with pytest.raises(ValueError, match="expected a network with 2 outputs"):
+                trainer(partial(convolutions, outputs), **options)(episodes())
+        with pytest.raises(ValueError, match="expected a network with 2 outputs"):
+            EpisodicEvaluator(SPEC, 10).evaluate(trainer(partial(convolutions, outputs)), dataset())
 
 
 def test_ordinary_batches_are_refused():
@@ -323,9 +339,11 @@ def test_ordinary_batches_are_refused():
         ({"step_weights": [0]}, "expected 1 step_weights"),
         ({"step_weights": [-1, 2], "inner_steps": 2}, "expected 2 step_weights"),
         (
-            {"adapt": ["head"]},
-            "expected parameters to adapt, got none that begins with head; those of",
+            {"adapt": ["1.", "head"]},
+            "expected parameters to adapt, got none whose name begins with 'head'",
         ),
+        ({"loss": partial(CrossBatchMemory, loss=SupConLoss(), embedding_size=2)}, "remembers nothing .* CrossBatch"),
+        ({"inner_loss": DynamicSoftMarginLoss}, "remembers nothing of other tasks, got DynamicSoftMarginLoss"),
         ({"reptile": True, "first_order": True}, "expected reptile alone"),
         ({"network": nn.Flatten}, "expected parameters to adapt"),
     ],

@@ -7,7 +7,8 @@ import higher
 import pytest
 import torch
 import torch.nn.functional as F
-from pytorch_metric_learning.losses import SupConLoss
+from pytorch_metric_learning.distances import LpDistance
+from pytorch_metric_learning.losses import ContrastiveLoss, SupConLoss, TripletMarginLoss
 from torch import Tensor, nn
 
 from pml_fewshot.embedders.conv4 import Conv4
@@ -98,6 +99,8 @@ def test_finite_differences(inner_steps, parallel):
         {"adapt": ["5."]},
         {"inner_loss": Tempered, "learn_inner_lr": "per_layer"},
         {"inner_loss": Tempered, "checkpoint_steps": True, "adapt": ["5."]},
+        {"inner_loss": TripletMarginLoss},  # its distance is torch.cdist
+        {"inner_loss": partial(ContrastiveLoss, distance=LpDistance(p=1)), "checkpoint_steps": True},
         {"inner_loss": SupConLoss, "loss": partial(nn.CrossEntropyLoss, label_smoothing=0.1)},
     ],
     ids=str,
@@ -175,13 +178,15 @@ def test_every_mode_has_the_same_gradient(batch_norm, first_order):
         assert close(gradient(maml, episodes(5)), expected, 1e-10), (parallel, chunk, recompute)
 
 
-def test_steps_done_again_drop_the_same_numbers():
+@pytest.mark.parametrize("parallel", ["loop", "grouped", "vmap"])
+def test_steps_done_again_drop_the_same_numbers(parallel):
     def dropping() -> nn.Module:
-        return nn.Sequential(nn.Flatten(), nn.Linear(SIZE * SIZE, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, WAYS))
+        blocks = [nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Tanh(), nn.Conv2d(4, 2, 3)]
+        return nn.Sequential(*blocks, nn.Flatten(), nn.Dropout(0.5), nn.Linear(50, WAYS))
 
     gradients = []
     for recompute in (False, True):
-        maml = trainer(dropping, inner_steps=3, checkpoint_steps=recompute, task_chunk=2)
+        maml = trainer(dropping, inner_steps=3, checkpoint_steps=recompute, task_chunk=2, parallel=parallel)
         torch.manual_seed(5)
         gradients.append(gradient(maml, episodes()))
         drawn_after = torch.rand(1)
