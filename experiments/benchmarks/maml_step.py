@@ -11,15 +11,12 @@ publishes: a task after the other, the network called with weights that are resu
 each task. Peers run the network as their users write it, convolution, batch norm, ReLU and pooling, and once more our
 Conv4, which pools before the ReLU.
 
-Memory is what a fresh process's resident set grows by in a step (on a GPU: the peak of allocated memory).
+Memory is the peak of what torch has allocated within a step, by its profiler (on a GPU by its allocator).
 """
 
-import multiprocessing
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 import higher
 import torch
@@ -27,6 +24,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.profiler import ProfilerActivity, profile
 
 from experiments.benchmarks.side_by_side import Row, conditions, median_seconds
 from pml_fewshot import Conv4, Episode, MAMLTrainer
@@ -34,8 +32,6 @@ from pml_fewshot.allocator import keep_freed_memory
 
 INNER_LR = 0.4
 SAME_GRADIENT = 1e-8  # relative, in float64: in float32 rounding alone makes them differ by 1e-3 and more
-
-MEASURED = ("learn2learn's algorithm", "task_chunk=1", "task_chunk=1, checkpoint_steps")  # whose memory
 
 Step = Callable[[], Tensor]  # one meta-step; returns the gradient as a vector
 
@@ -98,17 +94,18 @@ def by_higher(network: nn.Module, batch: Episode, inner_steps: int, first_order:
     return flat_gradient(network)
 
 
-def by_us(network: nn.Module, batch: Episode, inner_steps: int, first_order: bool, **options: Any) -> Tensor:
+def by_us(trainer: MAMLTrainer, batch: Episode) -> Tensor:
     """A meta-step by MAMLTrainer."""
-    network.zero_grad()
-    MAMLTrainer(network, INNER_LR, inner_steps, first_order=first_order, **options)(batch).backward()
-    return flat_gradient(network)
+    trainer.zero_grad()
+    trainer(batch).backward()
+    return flat_gradient(trainer.network)
 
 
 def contenders(networks: dict[str, nn.Module], batch: Episode, inner_steps: int, first_order: bool) -> dict[str, Step]:
     """All that take part, by name."""
     peers = {"learn2learn's algorithm": learn2learn, "higher": by_higher}
-    steps: dict[str, Step] = {"MAMLTrainer": partial(by_us, networks["Conv4"], batch, inner_steps, first_order)}
+    trainer = MAMLTrainer(networks["Conv4"], INNER_LR, inner_steps, first_order=first_order)
+    steps: dict[str, Step] = {"MAMLTrainer": partial(by_us, trainer, batch)}
     for (peer, step), (name, network) in product(peers.items(), networks.items()):
         steps[f"{peer}, {name}"] = partial(step, network, batch, inner_steps, first_order)
     return steps
@@ -159,37 +156,21 @@ def finished(step: Step) -> Tensor:
     return gradient
 
 
-def grown(step: str, inner_steps: int, shots: int, queries: int, device: str) -> float:
-    """MiB that one step of 4 tasks takes; to be called in a fresh process."""
-    batch, networks = episodes(4, shots, queries, device), both_networks(device)
-    run: dict[str, Step] = {
-        "learn2learn's algorithm": partial(learn2learn, networks["usual network"], batch, inner_steps, False),
-        "task_chunk=1": partial(by_us, networks["Conv4"], batch, inner_steps, False, task_chunk=1),
-        "task_chunk=1, checkpoint_steps": partial(
-            by_us, networks["Conv4"], batch, inner_steps, False, task_chunk=1, checkpoint_steps=True
-        ),
-    }
-    by_us(ours().to(device), episodes(1, 1, 1, device), 1, False)  # what libraries keep for good
+def peak_memory(step: Step, device: str) -> float:
+    """MiB of tensors that a step has at its peak, beyond those that were there before it."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run[step]()
+        step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (proc(5))
-    resident = peak_resident()
-    run[step]()
-    return peak_resident() - resident
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    changes = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return changes.cumsum(0).max().item() / 2**20
 
 
-def peak_resident() -> float:
-    """MiB of this process's largest resident set."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**10
-
-
-def main(
-    rounds: int = 7, threads: int = 2, tasks: int = 32, queries: int = 15, device: str = "cpu", memory: bool = True
-) -> None:
+def main(rounds: int = 7, threads: int = 2, tasks: int = 32, queries: int = 15, device: str = "cpu") -> None:
     """Prints the tables.
 
     Args:
@@ -198,7 +179,6 @@ def main(
         tasks: in a meta-step.
         queries: of each of the five classes.
         device: cpu or cuda.
-        memory: measure it too.
     """
     torch.set_num_threads(threads)
     print("\n".join(f"- {line}" for line in conditions(("torch", "higher"))))
@@ -214,23 +194,27 @@ def main(
         check_gradients(episodes(2, 1, queries, device), inner_steps, first_order)
         steps = contenders(networks, episodes(tasks, 1, queries, device), inner_steps, first_order)
         compare(what, steps, rounds, wanted if device == "cpu" else 5.0)
-    if memory:
-        print_memory(device)
+    print_memory(device)
 
 
 def print_memory(device: str) -> None:
     """Prints the second table."""
-    print(
-        "\n| memory of a second-order step, MiB | 5 shots, 1 query, 5 steps | 10 steps | 1 shot, 15 queries, 5 steps |"
-    )
+    print("\n| peak of a second-order step, MiB | 5 shots, 1 query, 5 steps | 10 steps | 1 shot, 15 queries, 5 steps |")
     print("|---|---|---|---|")
-    fresh = multiprocessing.get_context("spawn")
-    for step in MEASURED:
-        figures = []
-        for inner_steps, shots, asked in ((5, 5, 1), (10, 5, 1), (5, 1, 15)):
-            with fresh.Pool(1) as pool:
-                figures.append(pool.apply(grown, (step, inner_steps, shots, asked, device)))
-        print(f"| {step} | " + " | ".join(f"{figure:,.0f}" for figure in figures) + " |", flush=True)
+    peaks: dict[str, list[float]] = {}
+    for inner_steps, shots, queries in ((5, 5, 1), (10, 5, 1), (5, 1, 15)):
+        batch, networks = episodes(2, shots, queries, device), both_networks(device)
+        steps: dict[str, Step] = {
+            "learn2learn's algorithm": partial(learn2learn, networks["usual network"], batch, inner_steps, False)
+        }
+        for name, recompute in (("task_chunk=1", False), ("task_chunk=1, checkpoint_steps=True", True)):
+            trainer = MAMLTrainer(networks["Conv4"], INNER_LR, inner_steps, task_chunk=1, checkpoint_steps=recompute)
+            steps[name] = partial(by_us, trainer, batch)
+        for name, step in steps.items():
+            step()  # the first has more to do
+            peaks.setdefault(name, []).append(peak_memory(step, device))
+    for name, figures in peaks.items():
+        print(f"| {name} | " + " | ".join(f"{figure:,.0f}" for figure in figures) + " |", flush=True)
 
 
 if __name__ == "__main__":
