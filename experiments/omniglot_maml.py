@@ -1,6 +1,15 @@
 """MAML on Omniglot, 5-way 1-shot. Finn et al. 2017, table 1: 98.7 % (transductive batch norm).
 
-python -m experiments.omniglot_maml --data-root ../shared/data
+    python -m experiments.omniglot_maml --data-root ../shared/data
+
+Measured on 1,692 unseen classes, 10,000 episodes of 15 queries a class, 3 inner steps, seed 0, 95 % intervals: 98.41 +-
+0.05 transductive, 97.64 +- 0.07 inductive; 18,000 steps in 50.1 minutes on one CPU core, with other trainings and tests
+beside it.
+
+Unlike the paper the inner learning rates of the layers are trained too (MAML++), a batch is 4 tasks in place of 32, for
+more steps in the same time, with 5 queries a class, half of the images are distorted, and the learning rate falls along
+a cosine. On the built-in letters 16, 8 and 4 tasks a step, 4,800 in all, had 80.9 +- 1.2, 87.2 and 91.0 % (1,000
+episodes), and 92.5 % with 4 and learned rates for each step.
 """
 
 from functools import partial
@@ -26,7 +35,10 @@ from pml_fewshot import (
 def judge_inductive(trainer: MAMLTrainer, splits: Splits, config: ExperimentConfig) -> ResultTable:
     """The same weights on the same episodes, with batch norm by the support set's statistics."""
     methods = {f"{config.name}, inductive": trainer.with_batch_norm("inductive")}
-    return benchmark(methods, splits.test, config.eval_specs, None, config.num_episodes, config.seed, timed=False)
+    note = "trained on train and val classes" if config.train_on_validation else ""
+    return benchmark(
+        methods, splits.test, config.eval_specs, None, config.num_episodes, config.seed, timed=False, note=note
+    )
 
 
 CONFIG = ExperimentConfig(

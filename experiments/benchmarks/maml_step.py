@@ -165,7 +165,7 @@ def peak_memory(step: Step, device: str) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     changes = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
     return changes.cumsum(0).max().item() / 2**20
 
