@@ -1,10 +1,8 @@
 """Checkpoints: the state a training goes on from (last.pt) and the embedder alone (embedder.safetensors).
 
-Files are written under another name and renamed when whole, so a reader finds the old one or the new one. Reading
-never executes code: torch.load with weights_only=True, and safetensors.
+Reading never executes code: torch.load with weights_only=True, and safetensors.
 """
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from pml_fewshot.atomic import whole_file
+
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Writes tensors, numbers, texts, lists and dicts, atomically."""
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("wb") as file:
+    """Writes tensors, numbers, texts, lists and dicts; the file there before stays until this one is whole."""
+    with whole_file(path) as unfinished, unfinished.open("wb") as file:
         torch.save(state, file)
-        _to_disk(file.fileno())
-    unfinished.replace(path)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -47,14 +43,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def export_embedder(path: str | Path, embedder: nn.Module) -> None:
     """Writes an embedder's weights and buffers as safetensors, which any tool can read."""
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.unfinished")
     # (safetensors refuses tied weights, which share memory)
     copies = {name: value.detach().cpu().contiguous().clone() for name, value in embedder.state_dict().items()}
-    save_file(copies, unfinished)
-    with unfinished.open("rb") as file:
-        _to_disk(file.fileno())
-    unfinished.replace(path)
+    with whole_file(path) as unfinished:
+        save_file(copies, unfinished)
 
 
 def load_embedder(path: str | Path, embedder: nn.Module) -> None:
@@ -83,8 +75,3 @@ def load_embedder(path: str | Path, embedder: nn.Module) -> None:
                 "was trained with (config.txt in its run folder names them)"
             )
     embedder.load_state_dict(stored)
-
-
-def _to_disk(file_descriptor: int) -> None:
-    """A rename is only as lasting as the data behind it: without this a power cut could leave an empty file."""
-    os.fsync(file_descriptor)

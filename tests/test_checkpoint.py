@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from pml_fewshot import checkpoint
 from pml_fewshot.checkpoint import export_embedder, load_checkpoint, load_embedder, save_checkpoint
 from pml_fewshot.embedders.conv4 import Conv4
 from pml_fewshot.embedders.embedder import Embedder
@@ -62,7 +61,7 @@ def test_failing_save_leaves_the_old_file_whole(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "last.pt") == {"step": 1}
 
 
-@pytest.mark.parametrize("broken", ["save", "_to_disk"])
+@pytest.mark.parametrize("broken", ["save", "fsync"])
 def test_interrupted_save_leaves_the_old_file_whole(
     broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,7 +73,7 @@ def test_interrupted_save_leaves_the_old_file_whole(
             args[1].write(b"half of it")  # type: ignore[attr-defined]
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(*((torch, "save") if broken == "save" else (checkpoint, "_to_disk")), fails)
+    monkeypatch.setattr(*((torch, "save") if broken == "save" else (os, "fsync")), fails)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(tmp_path / "last.pt", {"step": 2})
     monkeypatch.undo()
@@ -187,7 +186,7 @@ def test_failing_export_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: p
     def fails(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_to_disk", fails)
+    monkeypatch.setattr(os, "fsync", fails)
     with pytest.raises(OSError, match="No space"):
         export_embedder(tmp_path / "embedder.safetensors", conv4(seed=1))
     second = conv4(seed=2)

@@ -14,9 +14,10 @@ EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
 
 # What each part of the package may import of the others. experiment -> {trainers, evaluation, recording, checkpoint}
 # -> {embedders, losses, distances, data} -> episodes -> checks; within a folder files may import each other.
-TOOLS = {"checks", "parts", "modes"}
+TOOLS = {"atomic", "checks", "parts", "modes"}
 PARTS = {"embedders", "losses", "distances", "data", "episodes", "batches", "drawing"} | TOOLS
 MAY_IMPORT: dict[str, set[str]] = {
+    "atomic": set(),
     "checks": set(),
     "parts": set(),
     "modes": set(),

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pml_fewshot.atomic import whole_file
 from pml_fewshot.checks import check_choice, require
 from pml_fewshot.embedders.bank import EmbeddingBank
 
@@ -23,14 +24,9 @@ def save_bank(path: str | Path, bank: EmbeddingBank) -> None:
     """Writes a bank as safetensors, all of it or nothing; `load_bank` and any other tool can read it."""
     path = Path(path)
     require(path.suffix == ".safetensors", "a path that ends with .safetensors", str(path), "rename it")
-    unfinished = path.with_name(f".{path.name}.unfinished")
     tensors = {"embeddings": bank.embeddings.cpu().contiguous(), "labels": bank.labels.cpu().contiguous()}
-    try:
+    with whole_file(path) as unfinished:
         save_file(tensors, unfinished, {"source": bank.source})
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
 
 
 def load_bank(

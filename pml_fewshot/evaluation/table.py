@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pml_fewshot.atomic import write_text
 from pml_fewshot.checks import require
 from pml_fewshot.evaluation.average import average, averaged_metric
 from pml_fewshot.evaluation.episodic import EpisodicResult
@@ -124,7 +125,7 @@ class ResultTable:
             "figures.csv": self.figures_csv(),
         }
         for name, text in written.items():
-            (Path(folder) / name).write_text(text, encoding="utf-8")
+            write_text(Path(folder) / name, text)
 
     def __str__(self) -> str:
         return self.markdown()
