@@ -5,6 +5,7 @@ from pml_fewshot.torchvision_import import ensure_torchvision
 ensure_torchvision()  # before anything that imports torchvision
 
 # ruff: noqa: E402
+from pml_fewshot.atomic import CannotWriteError
 from pml_fewshot.batches import Batch, BatchSpec
 from pml_fewshot.checkpoint import export_embedder, load_checkpoint, load_embedder, save_checkpoint
 from pml_fewshot.command_line import main
@@ -51,7 +52,9 @@ from pml_fewshot.losses.pair_verification import PairVerificationLoss
 from pml_fewshot.losses.prototypical import PrototypicalLoss
 from pml_fewshot.recording import Recorder
 from pml_fewshot.sweeps import sweep, sweep_main
-from pml_fewshot.trainers.fit import History, TrainingDiverged, fit
+from pml_fewshot.trainers.divergence import TrainingDiverged
+from pml_fewshot.trainers.fit import History, fit
+from pml_fewshot.trainers.interruption import TrainingInterrupted
 from pml_fewshot.trainers.maml import MAMLTrainer
 from pml_fewshot.trainers.matching import MatchingTrainer
 from pml_fewshot.trainers.metric import MetricTrainer
@@ -64,6 +67,7 @@ __all__ = [
     "Batch",
     "BatchSpec",
     "BatchStream",
+    "CannotWriteError",
     "Comparison",
     "Conv4",
     "DenseNTXentLoss",
@@ -101,6 +105,7 @@ __all__ = [
     "Splits",
     "TorchvisionTrunk",
     "TrainingDiverged",
+    "TrainingInterrupted",
     "WeightedL1Similarity",
     "adaptation_curve",
     "benchmark",

@@ -61,6 +61,11 @@ class Batch:
         require(self.images.ndim == 4, "images (B, C, H, W)", str(tuple(self.images.shape)), "stack them")
         check_labels(self.labels, len(self.images), "a batch's")
 
+    @property
+    def classes(self) -> Tensor:
+        """The classes of its items, to be named in messages."""
+        return self.labels
+
     def to(self, device: torch.device | str) -> "Batch":
         other = self.other_view.to(device, non_blocking=True) if self.other_view is not None else None
         return Batch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), other)

@@ -1,6 +1,5 @@
 """main(config): an experiment from the command line."""
 
-import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from pml_fewshot.batches import BatchSpec
 from pml_fewshot.checks import require
 from pml_fewshot.episodes import EpisodeSpec
 from pml_fewshot.evaluation.table import ResultTable
+from pml_fewshot.exit_codes import one_line_errors
 from pml_fewshot.experiment import run
 from pml_fewshot.experiment_config import Device, ExperimentConfig
-from pml_fewshot.trainers.fit import TrainingDiverged
 
 
 @dataclass(frozen=True)
@@ -64,14 +63,13 @@ class _BatchOptions(_Options):
 
 
 def main(config: ExperimentConfig) -> ResultTable:
-    """Runs the experiment with what the command line changes of it (`--help` lists the options)."""
-    try:
+    """Runs the experiment with what the command line changes of it (`--help` lists the options).
+
+    Exit codes: 0, 1 after an error, 75 when Ctrl-C or SIGTERM interrupted a run that --resume goes on with, 130 when
+    there was nothing yet to go on with.
+    """
+    with one_line_errors():
         return run(*_changed(config))
-    except (ValueError, OSError, TrainingDiverged) as error:
-        # Our own messages, "expected .., got ..; do ..", say all that is needed; others are worth their traceback.
-        if not str(error).startswith("expected "):
-            raise
-        sys.exit(f"error: {error}")
 
 
 def _changed(config: ExperimentConfig) -> tuple[ExperimentConfig, bool]:

@@ -44,10 +44,12 @@ class Episode:
     Args:
         support: (E, W, K, *item) floats, images in [0, 1].
         query: (E, W, Q, *item) likewise.
+        classes: (E, W) int64, the data set's labels of the classes, to be named in messages; None where unknown.
     """
 
     support: Tensor
     query: Tensor
+    classes: Tensor | None = None
 
     def __post_init__(self) -> None:
         s, q = self.support.shape, self.query.shape
@@ -59,7 +61,8 @@ class Episode:
         )
 
     def to(self, device: torch.device | str) -> "Episode":
-        return Episode(self.support.to(device, non_blocking=True), self.query.to(device, non_blocking=True))
+        classes = self.classes.to(device, non_blocking=True) if self.classes is not None else None
+        return Episode(self.support.to(device, non_blocking=True), self.query.to(device, non_blocking=True), classes)
 
 
 @dataclass(frozen=True)

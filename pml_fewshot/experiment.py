@@ -2,9 +2,8 @@
 
 import inspect
 import os
-import shutil
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,11 @@ from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment_config import Device, ExperimentConfig
 from pml_fewshot.parts import build
+from pml_fewshot.provenance import changes, check_data, read_provenance, write_provenance
 from pml_fewshot.recording import Recorder
-from pml_fewshot.run_folder import describe, folder_to_resume, new_run_folder
+from pml_fewshot.run_folder import choose_run_folder, sole_writer
 from pml_fewshot.trainers.fit import History, fit
+from pml_fewshot.trainers.interruption import TrainingInterrupted
 from pml_fewshot.trainers.loss_checks import check_batch
 
 
@@ -38,26 +39,26 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
     With `resume` a run in `config.run_dir` that was interrupted goes on from its last checkpoint, one that has its
     table gives it, and one that is not there begins.
 
-    The run folder holds config.txt (the config, versions, git commit), logs.db and CSV files of the training, last.pt
-    (the state to go on from), embedder.safetensors (network.safetensors of MAML), results.csv, results.md, results.tex
-    and figures.csv.
+    The run folder holds config.txt and config.json (the config, data, versions, git commit), logs.db and CSV files of
+    the training, last.pt (the state to go on from), embedder.safetensors (network.safetensors of MAML), results.csv,
+    results.md, results.tex and figures.csv.
 
     Raises:
         ValueError: bad options, or data that cannot give the episodes asked for, both before any training; a run to
             resume of another config.
         FileExistsError: the run folder holds another run.
+        BlockingIOError: another process writes the run folder.
         TrainingDiverged: NaN; what was recorded and the last good checkpoint stay in the run folder.
+        TrainingInterrupted: (a KeyboardInterrupt) by Ctrl-C or SIGTERM; to be resumed.
+        CannotWriteError: (an OSError) the disk is full or the folder read-only; what was there is whole, to be resumed.
     """
     _check(config)
-    device = _device(config.device)
-    if resume:
-        folder = folder_to_resume(config.run_dir, config)
-        if (folder / "figures.csv").exists():  # the last file of a table to be written
-            return ResultTable.read(folder)
-    else:
-        folder = new_run_folder(config.run_dir, config.name, config.seed)
+    device = device_of(config.device)
+    folder = choose_run_folder(config, resume)
+    if resume and (folder / "figures.csv").exists():  # the last file of a table to be written
+        return ResultTable.read(folder)
     kept = keep_freed_memory() if device.type == "cpu" else False
-    splits = _load(config)
+    splits = load_splits(config)
     train, val = splits.train, splits.val
     if config.train_on_validation and val is not None:
         train, val = join([train, val]), None
@@ -75,14 +76,17 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
     scheduler = _scheduler(config, optimizer)
     tester = build(config.retrieval)
 
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "config.txt").exists():  # it says what a resumed run began with
-        (folder / "config.txt").write_text(describe(config, train, splits, device), encoding="utf-8")
-    print(f"{config.name}: {train} on {device}, run folder {folder}")
     if kept:
         print("memory: glibc is told to keep freed blocks for reuse (mallopt), or training steps take twice the time")
-    try:
+    with sole_writer(folder, config, resume), _resumable(folder):
+        if (folder / "config.txt").exists():
+            about = read_provenance(folder)
+            check_data(splits, about, folder)
+            for change in changes(about, device):
+                print(f"note: {change}; the figures may differ in their last digits")
+        else:
+            write_provenance(folder, config, splits, device)
+        print(f"{config.name}: {train} on {device}, run folder {folder}")
         with closing(Recorder(folder)) as recorder:
             history = fit(
                 trainer,
@@ -100,27 +104,38 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
                 bf16=config.bf16,
                 recorder=recorder,
                 checkpoint=folder / "last.pt",
+                checkpoint_every=config.checkpoint_every,
                 resume=resume,
+                retries=config.retries,
             )
-    except Exception:
-        if is_new and not (folder / "last.pt").exists():  # not one step was made: leave nothing that looks like a run
-            shutil.rmtree(folder)
-        raise
-    print(
-        f"trained {history.steps} steps in {history.seconds / 60:.1f} minutes ({history.stopped}), "
-        f"weights of step {history.best_step}"
-        + (f", {history.skipped} steps skipped: nothing to learn from in their batches" if history.skipped else "")
-    )
-    splits = splits.to(device)
-    for part in ("embedder", "network"):
-        if isinstance(getattr(trainer, part, None), nn.Module):
-            export_embedder(folder / f"{part}.safetensors", getattr(trainer, part))
-    table = _judge(config, trainer, tester, splits.test, history)
-    if config.judge_more is not None:
-        table.rows += config.judge_more(trainer, splits, config).rows
-    table.write(folder)  # last: figures.csv says that the run is finished
-    print(f"\n{table}\nwritten to {folder / 'results.csv'} and results.md")
+        print(
+            f"trained {history.steps} steps in {history.seconds / 60:.1f} minutes ({history.stopped}), "
+            f"weights of step {history.best_step}"
+            + (f", {history.skipped} steps skipped: nothing to learn from in their batches" if history.skipped else "")
+        )
+        for name, part in exported(trainer).items():
+            export_embedder(folder / name, part)
+        table = judge(config, trainer, tester, splits.to(device), history)
+        table.write(folder)  # last: figures.csv says that the run is finished
+        print(f"\n{table}\nwritten to {folder / 'results.csv'} and results.md")
     return table
+
+
+def exported(trainer: nn.Module) -> dict[str, nn.Module]:
+    """The parts of a trainer that a run folder holds as files of their own, by file name."""
+    parts = {f"{name}.safetensors": getattr(trainer, name, None) for name in ("embedder", "network")}
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Says of an interruption how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if not (folder / "last.pt").exists():
+            raise
+        raise TrainingInterrupted(f"{str(stop) or 'interrupted'}; go on with --run-dir {folder} --resume") from stop
 
 
 def _check(config: ExperimentConfig) -> None:
@@ -133,15 +148,16 @@ def _check(config: ExperimentConfig) -> None:
     EpisodicEvaluator(config.eval_specs[0], config.num_episodes)
 
 
-def _judge(
-    config: ExperimentConfig, trainer: Any, tester: RetrievalTester | None, test: FewShotDataset, history: History
+def judge(
+    config: ExperimentConfig, trainer: Any, tester: RetrievalTester | None, splits: Splits, history: History
 ) -> ResultTable:
+    """The table of a trained trainer: all that the config says to judge it by, on the test classes and any others."""
     notes = ["trained on train and val classes"] if config.train_on_validation else []
     if history.skipped:
         notes.append(f"{history.skipped:,} of {history.steps:,} training steps skipped")
-    return benchmark(
+    table = benchmark(
         {config.name: trainer},
-        test,
+        splits.test,
         config.eval_specs,
         tester,
         config.num_episodes,
@@ -149,15 +165,20 @@ def _judge(
         timed=False,  # a run that is repeated gives the same files
         note="; ".join(notes),
     )
+    if config.judge_more is not None:
+        table.rows += config.judge_more(trainer, splits, config).rows
+    return table
 
 
-def _device(wanted: Device) -> torch.device:
+def device_of(wanted: Device) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" stands for on this machine."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError("expected a CUDA device for device='cuda', got none; use device='cpu' or 'auto'")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _load(config: ExperimentConfig) -> Splits:
+def load_splits(config: ExperimentConfig) -> Splits:
+    """The data of an experiment, looked for in its data root."""
     if not _needs(config.data, "root"):
         return config.data()
     return config.data(root=config.data_root or Path(os.environ.get("PML_FEWSHOT_DATA", "data")))

@@ -68,6 +68,10 @@ class ExperimentConfig:
     """penalty on the squares of the embedder's weights"""
     l1: float = 0.0
     """penalty on the magnitudes of the embedder's weights"""
+    checkpoint_every: int = 500
+    """steps between two checkpoints, what a killed process loses at most"""
+    retries: int = 0
+    """times that a diverged training goes back to its last checkpoint, with half the learning rate"""
     bf16: bool = False
     """autocast to bfloat16 on CUDA"""
     num_episodes: int = 10_000

@@ -2,12 +2,19 @@
 
 import importlib.util
 import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from record_keeper import RecordKeeper, RecordWriter
 
+from pml_fewshot.atomic import whole_file, writing
+
 # record-keeper makes an unquoted SQL table and a file of each group's name, so a plain word it must be
 _GROUP = re.compile(r"[a-z][a-z_]*")
+_FIRST_COLUMN = b"~iteration~"  # as record-keeper calls the step
 # every word that SQLite refuses as an unquoted name of a table
 _SQL_WORDS = re.compile(
     "add|all|alter|and|as|autoincrement|between|case|check|collate|commit|constraint|create|default|deferrable|delete|"
@@ -28,13 +35,9 @@ class Recorder:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        tensorboard = None
-        if importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            tensorboard = SummaryWriter(log_dir=str(Path(folder) / "tensorboard"))
-        self._tensorboard = tensorboard
-        self._keeper = RecordKeeper(tensorboard_writer=tensorboard, record_writer=RecordWriter(str(folder)))
+        self._folder = Path(folder)
+        self._keeper = RecordKeeper(record_writer=RecordWriter(str(folder)))
+        self._first_step = 0  # later ones of another sitting are hidden in TensorBoard
 
     def record(self, group: str, step: int, **values: float) -> None:
         """Notes values of one step; `save` puts them on disk.
@@ -48,16 +51,65 @@ class Recorder:
                 "name it train, validation or the like"
             )
         row = {"step": step, **{name: float(value) for name, value in values.items()}}
+        if self._keeper.tensorboard_writer is None:
+            self._keeper.tensorboard_writer = self._tensorboard()
         self._keeper.update_records(row, global_iteration=step, parent_name=group)
 
     def save(self) -> None:
-        """Writes what was recorded since the last time."""
-        self._keeper.save_records()
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
+        """Writes what was recorded since the last time.
+
+        Raises:
+            CannotWriteError: (an OSError) the disk is full, or the folder read-only.
+        """
+        with writing(self._folder):
+            self._keeper.save_records()
+            if self._keeper.tensorboard_writer is not None:
+                self._keeper.tensorboard_writer.flush()
+
+    def forget_after(self, step: int) -> None:
+        """Drops what was recorded of later steps, saved or not, also lines that a killed process left half-written."""
+        self._keeper.record_writer.records = self._keeper.record_writer.get_empty_nested_dict()
+        if self._keeper.tensorboard_writer is not None:
+            self._keeper.tensorboard_writer.close()
+            self._keeper.tensorboard_writer = None
+        self._first_step = step + 1
+        database = self._folder / "logs.db"
+        if database.exists():
+            with writing(database), closing(sqlite3.connect(database)) as connection, connection:
+                _delete_later_rows(connection, step)
+        for file in self._folder.glob("*.csv"):
+            lines = file.read_bytes().splitlines(keepends=True)
+            if lines and lines[0].startswith(_FIRST_COLUMN):  # a file of records, not one of results
+                with whole_file(file) as unfinished:
+                    unfinished.write_bytes(b"".join(_lines_until(lines, step)))
 
     def close(self) -> None:
         """Saves, and closes TensorBoard's file."""
         self.save()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        if self._keeper.tensorboard_writer is not None:
+            self._keeper.tensorboard_writer.close()
+
+    def _tensorboard(self) -> Any:
+        if importlib.util.find_spec("tensorboard") is None:
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(log_dir=str(self._folder / "tensorboard"), purge_step=self._first_step)
+
+
+def _delete_later_rows(connection: sqlite3.Connection, step: int) -> None:
+    tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")
+    for (table,) in tables.fetchall():
+        connection.execute(f"DELETE FROM {table} WHERE step > ?", (step,))
+        # rows are numbered on from the last that stays, as if there had been no others
+        connection.execute(
+            f"UPDATE sqlite_sequence SET seq = (SELECT coalesce(max(id), 0) FROM {table}) WHERE name = ?", (table,)
+        )
+
+
+def _lines_until(lines: list[bytes], step: int) -> Iterator[bytes]:
+    """The lines of a CSV file but those of later steps and a last one without its end; each begins with its step."""
+    for line in lines:
+        first = line.split(b",")[0]
+        if line.endswith(b"\n") and (first == _FIRST_COLUMN or int(first) <= step):
+            yield line

@@ -1,6 +1,5 @@
 """sweep: several experiments under one budget in one table; what was interrupted goes on where it stopped."""
 
-import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ import tyro
 
 from pml_fewshot.checks import check_choice, require
 from pml_fewshot.evaluation.table import ResultTable
+from pml_fewshot.exit_codes import one_line_errors
 from pml_fewshot.experiment import run
 from pml_fewshot.experiment_config import Device, ExperimentConfig
 
@@ -68,19 +68,16 @@ class _Options:
 def sweep_main(name: str, configs: Sequence[ExperimentConfig]) -> ResultTable:
     """Runs the sweep with what the command line changes of it (`--help` lists the options).
 
-    The same command again goes on where it was interrupted: its folder is named by its steps, episodes and seed.
+    The same command again goes on where it was interrupted: its folder is named by its steps, episodes and seed. Exit
+    codes are those of `main`.
     """
     first = configs[0]
     default = _Options(first.steps, first.seed, first.num_episodes, first.device)
     options = tyro.cli(_Options, default=default, description=f"Runs {len(configs)} experiments: {name}.")
-    try:
+    with one_line_errors():
         for wanted in options.only:
             check_choice("the name of an experiment", wanted, [config.name for config in configs])
         changes = {field: getattr(options, field) for field in ("steps", "seed", "num_episodes", "device", "data_root")}
         named = f"{options.steps}_steps_{options.num_episodes}_episodes_seed{options.seed}"
         folder = options.folder or Path("runs") / name / named
         return sweep([replace(config, **changes) for config in configs], folder, options.only)
-    except (ValueError, OSError) as error:
-        if not str(error).startswith("expected "):
-            raise
-        sys.exit(f"error: {error}")

@@ -51,7 +51,8 @@ from pml_fewshot.experiment import run
 from pml_fewshot.experiment_config import ExperimentConfig
 from pml_fewshot.losses.prototypical import PrototypicalLoss
 from pml_fewshot.parts import build
-from pml_fewshot.trainers.fit import TrainingDiverged, fit
+from pml_fewshot.trainers.divergence import TrainingDiverged
+from pml_fewshot.trainers.fit import fit
 from pml_fewshot.trainers.maml import MAMLTrainer
 from pml_fewshot.trainers.metric import MetricTrainer
 from pml_fewshot.trainers.protonet import ProtoNetTrainer
@@ -116,9 +117,9 @@ Quick = tuple[ExperimentConfig, Path, ResultTable]
 
 def test_run_folder_holds_all_that_is_promised(quick: Quick) -> None:
     files = {path.name for path in quick[1].iterdir()}
-    promised = {"config.txt", "logs.db", "train.csv", "last.pt", "embedder.safetensors"}
+    promised = {"config.txt", "config.json", "logs.db", "train.csv", "last.pt", "embedder.safetensors"}
     tables = {"results.csv", "results.md", "results.tex", "figures.csv"}
-    assert files - {"tensorboard"} == promised | tables | {"validation.csv"}
+    assert files - {"tensorboard", ".lock"} == promised | tables | {"validation.csv"}
 
 
 def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
@@ -176,7 +177,7 @@ def test_config_txt_says_what_the_run_stands_on(quick: Quick) -> None:
     for package in ("pml_fewshot", "torch", "torchvision", "pytorch-metric-learning", "faiss-cpu", "numpy"):
         assert re.search(rf"^{package} \d+\.\d+", text, re.MULTILINE), package
     assert re.search(r"^git commit ([0-9a-f]{40}(-dirty)?|unknown .*)$", text, re.MULTILINE)
-    assert re.search(r"^python 3\.\d+\.\d+ on .*, \d+ threads, cpu$", text, re.MULTILINE)
+    assert re.search(r"^python 3\.\d+\.\d+ on .*\nthreads \d+\ndevice cpu$", text, re.MULTILINE)
     assert "0x" not in text.replace("0x28", "")  # an address; "0x28" cannot stand in "1x28x28"
 
 

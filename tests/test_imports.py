@@ -32,7 +32,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distances": TOOLS,
     "checkpoint": TOOLS,
     "recording": TOOLS,
-    "run_folder": {"data"} | TOOLS,
+    "exit_codes": {"trainers"},
+    "stored_config": TOOLS,
+    "provenance": {"data", "stored_config"} | TOOLS,
+    "run_folder": {"provenance"} | TOOLS,
     "evaluation": PARTS,
     "adaptation": TOOLS,
     "trainers": PARTS | {"adaptation", "evaluation", "recording", "checkpoint"},
@@ -40,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 MAY_IMPORT["experiment"] = MAY_IMPORT.keys() - {"experiment"}
 MAY_IMPORT["command_line"] = set(MAY_IMPORT)
+MAY_IMPORT["reproduce"] = set(MAY_IMPORT) - {"command_line"}
 MAY_IMPORT["sweeps"] = set(MAY_IMPORT) - {"command_line"}
 MAY_IMPORT["__init__"] = set(MAY_IMPORT)
 

@@ -63,7 +63,7 @@ class EpisodeStream:
         images = self.dataset.floats(torch.cat([index.support, index.query], dim=2))  # (E, W, K+Q, C, H, W)
         if self.augment is not None:
             images = self.augment(images.flatten(0, 2), self.augmentation_generator).reshape(images.shape)
-        return Episode(images[:, :, :shots], images[:, :, shots:])
+        return Episode(images[:, :, :shots], images[:, :, shots:], self.dataset.labels[index.support[:, :, 0]])
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ from pml_fewshot.checks import check_at_least_one, require
 from pml_fewshot.evaluation.episodic import EpisodicResult
 from pml_fewshot.modes import eval_mode
 from pml_fewshot.recording import Recorder
+from pml_fewshot.trainers.divergence import diverged, what_diverged
+from pml_fewshot.trainers.interruption import StopRequest, TrainingInterrupted
+from pml_fewshot.trainers.plateau import cannot_fall_further
 from pml_fewshot.trainers.training_state import History, TrainingState
 
 SHOWN = ("loss", "accuracy")
 LOG_EVERY = 20  # steps between two looks at the losses: each look waits for the GPU
-
-
-class TrainingDiverged(ArithmeticError):
-    """The loss or a weight became NaN or infinite."""
+RATE_AFTER_RETRY = 0.5  # of the learning rate before
 
 
 def fit(
@@ -46,6 +46,7 @@ def fit(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 500,
     resume: bool = False,
+    retries: int = 0,
     progress: bool = True,
 ) -> History:
     """Trains `trainer` by `steps` steps; with a validation it ends with the best weights seen, else with the last.
@@ -73,13 +74,20 @@ def fit(
         checkpoint_every: steps between two checkpoints.
         resume: go on from `checkpoint` where that file exists. `batches` with a `state_dict` go on where they were, a
             list behind what was trained on; any other endless iterator must stand there already.
+        retries: times that a training whose loss became NaN or infinite goes back to `checkpoint`, with half the
+            learning rate each time; then, or with 0, that is an error.
         progress: show a bar with loss, accuracy and the time left.
 
+    Ctrl-C and SIGTERM end it after the step (and the validation) that is under way; a second one ends it at once.
+
     Raises:
-        TrainingDiverged: the loss or a weight became NaN or infinite; names the step. The checkpoint on disk is of a
-            step before it, and the trainer has the best weights validated, if any were.
-        ValueError: an option out of range, ReduceLROnPlateau or patience without validation, resume without checkpoint,
-            too few batches.
+        TrainingDiverged: the loss or a weight became NaN or infinite; names the step, the learning rate and the batch's
+            classes. The checkpoint on disk is of a step before it, and the trainer has the best weights validated, if
+            any were.
+        TrainingInterrupted: (a KeyboardInterrupt) by Ctrl-C or SIGTERM; `checkpoint` holds the last step.
+        CannotWriteError: (an OSError) the disk is full or the folder read-only; `checkpoint` is as it was.
+        ValueError: an option out of range, ReduceLROnPlateau or patience without validation, resume or retries without
+            checkpoint, too few batches.
         FileExistsError: `checkpoint` exists and is not to be resumed.
     """
     for name, count in (("steps", steps), ("validate_every", validate_every), ("checkpoint_every", checkpoint_every)):
@@ -97,8 +105,9 @@ def fit(
     for name, amount in (("l2", l2), ("l1", l1)):
         require(amount >= 0, f"{name} of at least 0", str(amount), "a negative penalty would grow the weights")
     require(clip_norm is None or clip_norm > 0, "clip_norm above 0", str(clip_norm), "use None not to clip")
+    require(retries >= 0, "retries of at least 0", str(retries), "0 makes a NaN an error at once")
     if checkpoint is None:
-        require(not resume, "a checkpoint to resume from", "none", "pass checkpoint=...")
+        require(not resume and not retries, "a checkpoint to go back to", "none", "pass checkpoint=...")
     elif Path(checkpoint).exists() and not resume:
         raise FileExistsError(
             f"expected no file at {checkpoint}, got the checkpoint of another training; pass resume=True to go on from "
@@ -116,16 +125,16 @@ def fit(
     if resume and checkpoint is not None and Path(checkpoint).exists():
         state.load_state_dict(load_checkpoint(checkpoint))
     history = state.history
+    if resume and recorder is not None:
+        recorder.forget_after(history.steps)  # a process that was killed may have recorded more than it saved
     started = time.perf_counter() - history.seconds
-    source = iter(batches)
-    if "batches" not in state.parts and not isinstance(batches, Iterator):
-        source = islice(source, history.steps, None)  # a list begins anew: leave out what was trained on
-    recent: list[tuple[int, Tensor]] = []  # steps and losses that have not been looked at
+    source = state.batches_to_come()
     bar = tqdm(total=steps, initial=history.steps, desc="training", unit="step", disable=not progress, mininterval=1)
     if not trainer.training:  # else modes stay as they are: batch norm may be frozen by hand
         trainer.train()
-    with bar:
-        while history.steps < steps and history.stopped == "all steps":
+    with bar, StopRequest() as stop:
+        stopping = False
+        while history.steps < steps and history.stopped == "all steps" and not stopping:
             batch = next(source, None)
             if batch is None:
                 raise ValueError(
@@ -134,32 +143,46 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             with autocast:
                 loss = trainer(batch.to(device))
+            rate_factor = RATE_AFTER_RETRY**history.retries
+            rate = float(optimizer.param_groups[0]["lr"]) * rate_factor
             if loss.requires_grad:
                 if l2 or l1:
                     loss = loss + _weight_penalty(trainer, l2, l1)
                 loss.backward()
                 if clip_norm is not None:
                     nn.utils.clip_grad_norm_(trainer.parameters(), clip_norm)
-                optimizer.step()
-                recent.append((history.steps + 1, loss.detach()))
+                with _scaled_rates(optimizer, rate_factor):
+                    optimizer.step()
+                state.recent.append((history.steps + 1, loss.detach(), getattr(batch, "classes", None)))
             else:
                 history.skipped += 1
-            rate = float(optimizer.param_groups[0]["lr"])
             if scheduler is not None and plateau is None:
                 scheduler.step()
             history.steps += 1
             bar.update()
 
+            stopping = stop.received is not None  # asked once a step, so that the step it ends with is saved
             last = history.steps == steps
             validation_due = validate is not None and (last or history.steps % validate_every == 0)
             checkpoint_due = last or history.steps == 1 or history.steps % checkpoint_every == 0 or validation_due
             look = checkpoint_due or history.steps % LOG_EVERY == 0
-            if look and recent:
-                values = _look_at(recent, trainer, rate, state, checkpoint)
+            if (look or stopping) and state.recent:
+                class_names = getattr(getattr(batches, "dataset", None), "class_names", ())
+                wrong = what_diverged(state.recent, trainer, rate, class_names)
+                if wrong and history.retries < retries and checkpoint is not None and Path(checkpoint).exists():
+                    _go_back(state, checkpoint, recorder)
+                    source = state.batches_to_come()
+                    bar.n = history.steps
+                    bar.write(f"{wrong}: back to step {history.steps} with half the learning rate")
+                    continue
+                if wrong:
+                    state.restore_best()
+                    raise diverged(wrong, trainer, checkpoint)
+            if look and state.recent:
+                values = _look_at(state, rate)
                 bar.set_postfix({name: f"{value:.4f}" for name, value in values.items() if name in SHOWN})
                 if recorder is not None:
                     recorder.record("train", history.steps, **values)
-                recent.clear()
                 state.note_loss(values["loss"])
                 if loss_patience is not None and validate is None:
                     state.keep_if_best(-values["loss"])
@@ -173,19 +196,45 @@ def fit(
                 state.keep_if_best(result.mean)
                 if recorder is not None:
                     recorder.record("validation", history.steps, accuracy=result.mean, ci95=result.ci95)
-                if plateau is not None and _cannot_fall_further(plateau, result.mean):
+                if plateau is not None and cannot_fall_further(plateau, result.mean):
                     history.stopped = "learning rate at its lowest"
                 elif patience is not None and state.validations_since_best() >= patience:
                     history.stopped = "no improvement"
-            if checkpoint is not None and checkpoint_due:
+            if checkpoint is not None and (checkpoint_due or stopping):
                 history.seconds = time.perf_counter() - started
-                save_checkpoint(checkpoint, state.state_dict())
                 if recorder is not None:
-                    recorder.save()
+                    recorder.save()  # first: what is recorded and not in the checkpoint is forgotten on resuming
+                save_checkpoint(checkpoint, state.state_dict())
     history.seconds = time.perf_counter() - started
     state.restore_best()
     trainer.eval()
+    if stop.received:
+        where = f", saved in {checkpoint}" if checkpoint is not None else ""
+        raise TrainingInterrupted(f"interrupted by {stop.received.name} after step {history.steps}{where}")
     return history
+
+
+def _go_back(state: TrainingState, checkpoint: str | Path, recorder: Recorder | None) -> None:
+    """Returns to the checkpoint and notes in it that this was done, so that a killed process counts it too."""
+    retries = state.history.retries + 1
+    state.load_state_dict(load_checkpoint(checkpoint))
+    state.history.retries = retries
+    if recorder is not None:
+        recorder.forget_after(state.history.steps)
+    save_checkpoint(checkpoint, state.state_dict())
+
+
+@contextmanager
+def _scaled_rates(optimizer: Optimizer, factor: float) -> Iterator[None]:
+    """Learning rates times a factor, for the step alone: a scheduler goes on from the rates that it knows."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * factor
+    try:
+        yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def _weight_penalty(trainer: nn.Module, l2: float, l1: float) -> Tensor:
@@ -195,42 +244,13 @@ def _weight_penalty(trainer: nn.Module, l2: float, l1: float) -> Tensor:
     return torch.stack([l2 * w.square().sum() + l1 * w.abs().sum() for w in weights]).sum()
 
 
-def _look_at(
-    recent: list[tuple[int, Tensor]],
-    trainer: nn.Module,
-    rate: float,
-    state: TrainingState,
-    checkpoint: str | Path | None,
-) -> dict[str, float]:
-    """Returns what to record of the steps since the last look, or raises TrainingDiverged when they went wrong."""
+def _look_at(state: TrainingState, rate: float) -> dict[str, float]:
+    """Returns what to record of the steps since the last look."""
     history = state.history
-    losses = torch.stack([loss for _, loss in recent]).double().cpu()
-    bad = (~losses.isfinite()).nonzero().flatten()
-    if len(bad) or not all(p.isfinite().all() for p in trainer.parameters()):
-        step = recent[int(bad[0])][0] if len(bad) else history.steps
-        what = f"a loss of {losses[bad[0]].item()}" if len(bad) else "a NaN or infinite weight"
-        kept = (
-            f"the last good state is in {checkpoint}" if checkpoint and Path(checkpoint).exists() else "none was kept"
-        )
-        state.restore_best()
-        advice = getattr(trainer, "when_diverged", "")
-        raise TrainingDiverged(
-            f"expected a finite loss, got {what} at step {step} (learning rate {rate:g}); {kept}; lower the learning "
-            f"rate, {f'{advice}, ' if advice else ''}clip the gradient (clip_norm) or look for NaN in the data"
-        )
-    history.losses.append((history.steps, losses.mean().item()))
-    values = {"loss": losses.mean().item(), "learning_rate": rate, "skipped": history.skipped}
-    if getattr(trainer, "batch_accuracy", None) is not None:
-        values["accuracy"] = float(trainer.batch_accuracy)  # type: ignore[arg-type]
+    mean = torch.stack([loss for _, loss, _ in state.recent]).double().mean().item()
+    state.recent.clear()
+    history.losses.append((history.steps, mean))
+    values = {"loss": mean, "learning_rate": rate, "skipped": history.skipped}
+    if getattr(state.trainer, "batch_accuracy", None) is not None:
+        values["accuracy"] = float(state.trainer.batch_accuracy)  # type: ignore[arg-type]
     return values
-
-
-def _cannot_fall_further(plateau: ReduceLROnPlateau, accuracy: float) -> bool:
-    """Steps the scheduler; True when it wanted to lower rates that were at their lowest already."""
-    rates = [(group["lr"], low) for group, low in zip(plateau.optimizer.param_groups, plateau.min_lrs, strict=True)]
-    # torch leaves a rate as it is when the change would be no larger than eps
-    lowest = all(rate - max(rate * plateau.factor, low) <= plateau.eps for rate, low in rates)
-    best, cooling = plateau.best, plateau.in_cooldown
-    plateau.step(accuracy if plateau.mode == "max" else 1 - accuracy)
-    # num_bad_epochs returns to 0 on a new best and on an attempt to lower the rate
-    return lowest and not cooling and plateau.num_bad_epochs == 0 and plateau.best == best

@@ -1,13 +1,17 @@
 """What a training has done so far (History) and all that it goes on from (TrainingState)."""
 
 import copy
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pml_fewshot.checks import require
+
+LAYOUT = 2  # of what state_dict holds: raise it when that changes
 
 
 @dataclass
@@ -21,6 +25,7 @@ class History:
         stopped: why it ended: "all steps", "no improvement", "loss no longer falling" or "learning rate at its
             lowest".
         steps: steps taken, over all sittings.
+        retries: times that it diverged and went back to a checkpoint, with half the learning rate from there on.
         skipped: steps among them whose batch held nothing to learn from (no pair for the miner or the loss); the
             weights stayed as they were.
         seconds: time in training and validation, over all sittings.
@@ -31,6 +36,7 @@ class History:
     best_step: int = 0
     stopped: str = "all steps"
     steps: int = 0
+    retries: int = 0
     skipped: int = 0
     seconds: float = 0.0
 
@@ -46,17 +52,29 @@ class Stateful(Protocol):
 class TrainingState:
     """The trainer, optimizer, scheduler and stream of a training, its history, and the best weights so far."""
 
-    def __init__(self, trainer: nn.Module, optimizer: Stateful, scheduler: Stateful | None, batches: object) -> None:
+    def __init__(
+        self, trainer: nn.Module, optimizer: Stateful, scheduler: Stateful | None, batches: Iterable[Any]
+    ) -> None:
         self.trainer = trainer
+        self.batches = batches
         self.parts: dict[str, Stateful] = {"trainer": trainer, "optimizer": optimizer}
         if scheduler is not None:
             self.parts["scheduler"] = scheduler
         if hasattr(batches, "state_dict") and hasattr(batches, "load_state_dict"):
-            self.parts["batches"] = batches
+            self.parts["batches"] = batches  # type: ignore[assignment]
         self.history = History()
         self.best: dict[str, Tensor] | None = None  # weights of the best validation, or of the lowest loss
         self.best_score = float("-inf")  # validation accuracy, or minus the loss
         self.lowest_loss, self.lowest_loss_step = float("inf"), 0
+        # step, loss and classes of the batches since the losses were last looked at: each look waits for the GPU
+        self.recent: list[tuple[int, Tensor, Tensor | None]] = []
+
+    def batches_to_come(self) -> Iterator[Any]:
+        """The batches that come after the steps taken."""
+        source = iter(self.batches)
+        if "batches" not in self.parts and not isinstance(self.batches, Iterator):
+            return islice(source, self.history.steps, None)  # a list begins anew: leave out what was trained on
+        return source
 
     def keep_if_best(self, score: float) -> None:
         """Keeps a copy of the weights when `score` is above all before."""
@@ -82,15 +100,19 @@ class TrainingState:
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "layout": LAYOUT,
             **{name: part.state_dict() for name, part in self.parts.items()},
             "best": self.best,
             "best_score": self.best_score,
             "lowest_loss": [self.lowest_loss, self.lowest_loss_step],
+            "recent": [list(each) for each in self.recent],
             "history": vars(self.history),
             "torch_generator": torch.get_rng_state(),  # dropout and PML's miners draw from it
+            "cuda_generators": torch.cuda.get_rng_state_all(),  # empty where there is no GPU
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_layout(state)
         missing = self.parts.keys() - state.keys()
         require(
             not missing, f"{', '.join(self.parts)} in the checkpoint", f"no {', '.join(missing)}", "resume what ran"
@@ -99,5 +121,30 @@ class TrainingState:
             part.load_state_dict(state[name])
         self.best, self.best_score = state["best"], state["best_score"]
         self.lowest_loss, self.lowest_loss_step = state["lowest_loss"]
-        self.history = History(**state["history"])
+        device = next(self.trainer.parameters()).device
+        self.recent = [
+            (step, loss.to(device), classes if classes is None else classes.to(device))
+            for step, loss, classes in state["recent"]
+        ]
+        vars(self.history).update(vars(History(**state["history"])))  # the same object: the loop holds it too
         torch.set_rng_state(state["torch_generator"])
+        if state["cuda_generators"] and torch.cuda.is_available():  # a GPU's run may go on on a CPU, and vice versa
+            present = state["cuda_generators"][: torch.cuda.device_count()]
+            torch.cuda.set_rng_state_all(present)
+
+
+def load_trained(trainer: nn.Module, state: dict[str, Any]) -> None:
+    """Gives a trainer the weights that a finished training's state ends with: the best validated, else the last."""
+    check_layout(state)
+    trainer.load_state_dict(state["trainer"] if state["best"] is None else state["best"])
+
+
+def check_layout(state: dict[str, Any]) -> None:
+    """Raises a ValueError unless this version wrote the state of a training."""
+    layout = state.get("layout") if isinstance(state, dict) else None
+    require(
+        layout == LAYOUT,
+        f"a training's state of layout {LAYOUT}",
+        f"layout {layout}" if layout else "another state, or one of pml_fewshot 0.4 or before",
+        "go on with the version that it was made with (config.txt names it), or begin anew",
+    )

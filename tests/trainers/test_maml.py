@@ -18,7 +18,8 @@ from pml_fewshot.episodes import Episode, EpisodeSpec
 from pml_fewshot.evaluation.adaptation_curve import adaptation_curve
 from pml_fewshot.evaluation.episodic import EpisodicEvaluator
 from pml_fewshot.evaluation.heads import nearest_prototype
-from pml_fewshot.trainers.fit import TrainingDiverged, _weight_penalty, fit
+from pml_fewshot.trainers.divergence import TrainingDiverged
+from pml_fewshot.trainers.fit import _weight_penalty, fit
 from pml_fewshot.trainers.maml import MAMLTrainer
 
 TASKS, WAYS, SHOTS, QUERIES, SIZE = 3, 2, 2, 3, 16

@@ -1,0 +1,132 @@
+"""Judging a finished run once more from what its folder holds: do the same figures come out?
+
+    python -m pml_fewshot.reproduce RUN_FOLDER --data-root DIR
+
+It builds the experiment from config.json, loads the weights, and evaluates them on the same episodes.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from pml_fewshot.checkpoint import load_checkpoint, load_embedder
+from pml_fewshot.checks import require
+from pml_fewshot.evaluation.result_row import ResultRow
+from pml_fewshot.evaluation.table import ResultTable
+from pml_fewshot.exit_codes import one_line_errors
+from pml_fewshot.experiment import device_of, exported, judge, load_splits
+from pml_fewshot.experiment_config import Device, ExperimentConfig
+from pml_fewshot.parts import build
+from pml_fewshot.provenance import changes, check_config, check_data, read_provenance
+from pml_fewshot.stored_config import from_data
+from pml_fewshot.trainers.training_state import History, load_trained
+
+TEXTS = {"results.csv": ResultTable.csv, "results.md": ResultTable.markdown, "results.tex": ResultTable.latex}
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What came of judging a run once more.
+
+    Args:
+        table: the figures as they come out now.
+        differences: a line for each stored figure, or file, that is not the same to the last digit; none is success.
+        changes: what is another version, commit, device or number of threads than in the run.
+    """
+
+    table: ResultTable
+    differences: list[str]
+    changes: list[str]
+
+    def __str__(self) -> str:
+        verdict = f"{len(self.table.rows)} figures: "
+        verdict += f"{len(self.differences)} differences" if self.differences else "every one is the same"
+        changed = [f"changed since: {change}" for change in self.changes]
+        return "\n".join([str(self.table), *changed, *self.differences, verdict])
+
+
+def reproduce(
+    folder: str | Path, data_root: str | Path | None = None, device: Device = "auto", trusted: Sequence[str] = ()
+) -> Reproduction:
+    """Builds the experiment of a run folder again, evaluates its stored weights and compares every figure.
+
+    Nothing in the folder is changed, and nothing in it can run code of its own: its config names classes and functions
+    of pml_fewshot, `experiments`, torch, torchvision and PML, and its weights are read as data.
+
+    Args:
+        folder: of a finished run.
+        data_root: where the data are now; where they were then when None.
+        device: auto: CUDA where there is one. Another one than the run's may change the last digits.
+        trusted: modules of your own that the config may name too.
+
+    Raises:
+        FileNotFoundError: the folder lacks config.json, last.pt, the embedder or figures.csv.
+        ValueError: one of them is broken or changed, names what is not trusted, or the data are others.
+    """
+    folder = Path(folder)
+    about = read_provenance(folder)
+    config = from_data(about["config"], trusted)
+    require(isinstance(config, ExperimentConfig), "an ExperimentConfig", type(config).__name__, "name a run folder")
+    config = replace(config, device=device, data_root=Path(data_root) if data_root else config.data_root)
+    check_config(config, folder)
+    stored = ResultTable.read(folder)
+    on = device_of(config.device)
+    splits = load_splits(config)
+    check_data(splits, about, folder)
+    torch.manual_seed(config.seed)
+    trainer = build(config.trainer).to(on)
+    state = load_checkpoint(folder / "last.pt")
+    load_trained(trainer, state)
+    for name, part in exported(trainer).items():
+        load_embedder(folder / name, part)
+    trainer.eval()
+    history = History(**state["history"])
+    table = judge(config, trainer, build(config.retrieval), splits.to(on), history)
+    differences = _differences(stored.rows, table.rows)
+    for name, text in TEXTS.items():
+        if not (folder / name).is_file():
+            differences.append(f"{name} is missing")
+        elif (folder / name).read_bytes() != text(table).encode():
+            differences.append(f"{name} is not what these figures give")
+    return Reproduction(table, differences, changes(about, on))
+
+
+def _differences(then: Sequence[ResultRow], now: Sequence[ResultRow]) -> list[str]:
+    found = [f"{len(then)} figures are stored, {len(now)} come out now"] if len(then) != len(now) else []
+    for before, after in zip(then, now, strict=False):
+        for field in fields(ResultRow):
+            old, new = getattr(before, field.name), getattr(after, field.name)
+            if old != new:
+                found.append(f"{after.method}, {after.figure} {after.ways or ''}: {field.name} {old} stored, {new} now")
+    return found
+
+
+def _command(
+    folder: Annotated[Path, tyro.conf.Positional],
+    data_root: Path | None = None,
+    device: Device = "auto",
+    trust: tuple[str, ...] = (),
+) -> int:
+    """Judges a finished run once more and says whether every figure comes out the same.
+
+    Exit codes: 0 all are the same, 1 not, or an error.
+
+    Args:
+        folder: the run folder
+        data_root: where the data are now; where they were then when not given
+        device: auto: CUDA where there is one
+        trust: modules of your own that the stored config may name
+    """
+    done = reproduce(folder, data_root, device, trust)
+    print(done)
+    return 1 if done.differences else 0
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        sys.exit(tyro.cli(_command))

@@ -1,0 +1,121 @@
+"""Runs an experiment, kills it with SIGKILL at random moments, goes on each time, and compares what it ends with.
+
+    python -m tests.killing FOLDER KILLS SEED NAME...
+
+A process is forked for each sitting: torch is imported once. Run as a program of its own, for a process with threads
+must not be forked.
+"""
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import sys
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (takes a second: imported before forking)
+
+from pml_fewshot.checkpoint import load_checkpoint
+from pml_fewshot.experiment import run
+from pml_fewshot.experiment_config import ExperimentConfig
+from tests.tiny_experiments import TINY_EXPERIMENTS
+
+
+def sit(config: ExperimentConfig, seconds: float | None) -> bool:
+    """Runs in a process of its own, killed after some seconds. Returns whether the run came to its end."""
+    child = os.fork()
+    if child == 0:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        errors = os.open(config.run_dir.with_suffix(".stderr"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)  # type: ignore[union-attr]
+        os.dup2(errors, 2)
+        code = 1
+        try:
+            run(config, resume=True)
+            code = 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)  # a child that has ended waits to be collected: no other process can be hit
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and seconds is not None:
+        return False
+    error = config.run_dir.with_suffix(".stderr").read_text()  # type: ignore[union-attr]
+    assert os.waitstatus_to_exitcode(status) == 0, f"the run failed ({status}):\n{error[-3000:]}"
+    return True
+
+
+def digest(state: Any) -> str:
+    """Of all that a checkpoint holds, bit for bit, but the seconds that it took."""
+    if isinstance(state, dict):
+        state = {key: value for key, value in state.items() if key != "seconds"}
+        return _hash(*(part for key in sorted(state, key=str) for part in (str(key), digest(state[key]))))
+    if isinstance(state, list | tuple):
+        return _hash(*map(digest, state))
+    if isinstance(state, Tensor):
+        return _hash(str(state.dtype), str(tuple(state.shape)), hashlib.sha256(state.contiguous().numpy()).hexdigest())
+    return _hash(repr(state))
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that a finished run leaves: state, weights, records, figures."""
+    with closing(sqlite3.connect(folder / "logs.db")) as connection:
+        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        rows = {table: connection.execute(f"SELECT * FROM {table}").fetchall() for table in tables}
+    files = sorted([*folder.glob("*.csv"), *folder.glob("*.safetensors"), *folder.glob("results.*")])
+    contents = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {"state": digest(load_checkpoint(folder / "last.pt")), **rows, **contents}
+
+
+def kill_and_compare(name: str, folder: Path, kills: int, seed: int) -> None:
+    folder.mkdir(parents=True)
+    config = TINY_EXPERIMENTS[name]
+    sit(replace(config, run_dir=folder / "warm"), None)
+    started = time.perf_counter()
+    sit(replace(config, run_dir=folder / "whole"), None)
+    seconds = time.perf_counter() - started
+    expected = outcome(folder / "whole")
+    moments = random.Random(seed)
+    killed = ends = 0
+    while killed < kills or ends == 0:
+        victim = folder / f"killed{ends}"
+        # the last sittings of a run that is to be judged are left to end
+        moment = moments.uniform(0, 0.9 * seconds) if killed < kills else None
+        if not sit(replace(config, run_dir=victim), moment):
+            killed += 1
+            if (victim / "last.pt").exists():
+                load_checkpoint(victim / "last.pt")  # whole at any moment
+            continue
+        got = outcome(victim)
+        different = [key for key in sorted(expected.keys() | got.keys()) if expected.get(key) != got.get(key)]
+        assert not different, f"{name} after {killed} kills: {different} differ from the run that was not killed"
+        shutil.rmtree(victim)
+        ends += 1
+    if (folder / f"killed{ends}").exists():
+        sit(replace(config, run_dir=folder / f"killed{ends}"), None)
+        assert outcome(folder / f"killed{ends}") == expected
+        ends += 1
+    print(f"{name}: {killed} kills, {ends} runs came to the same end")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for number, name in enumerate(sys.argv[4:]):
+        kill_and_compare(name, Path(sys.argv[1]) / name, int(sys.argv[2]), int(sys.argv[3]) + number)

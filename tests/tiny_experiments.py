@@ -1,0 +1,110 @@
+"""Experiments that take a fraction of a second, one for each trainer, with as much state as the trainer can have."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from pytorch_metric_learning.losses import CrossBatchMemory, MultiSimilarityLoss
+from pytorch_metric_learning.miners import MultiSimilarityMiner
+from pytorch_metric_learning.samplers import MPerClassSampler
+from torch import nn
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
+
+from pml_fewshot.batches import BatchSpec
+from pml_fewshot.data.augmentation import RandomAffine
+from pml_fewshot.data.fewshot_dataset import FewShotDataset, Splits
+from pml_fewshot.embedders.embedder import Embedder
+from pml_fewshot.embedders.full_context import FullContext
+from pml_fewshot.episodes import EpisodeSpec
+from pml_fewshot.experiment_config import ExperimentConfig
+from pml_fewshot.losses.prototypical import PrototypicalLoss
+from pml_fewshot.trainers.maml import MAMLTrainer
+from pml_fewshot.trainers.matching import MatchingTrainer
+from pml_fewshot.trainers.metric import MetricTrainer
+from pml_fewshot.trainers.protonet import ProtoNetTrainer
+from pml_fewshot.trainers.siamese import SiameseTrainer
+
+
+def tiny_set(prefix: str, classes: int, seed: int) -> FewShotDataset:
+    """Ten noisy copies of a pattern of 4 x 4 for each class."""
+    generator = torch.Generator().manual_seed(seed)
+    pattern = torch.randint(40, 216, (classes, 1, 1, 4, 4), generator=generator)
+    images = (pattern + torch.randint(-60, 61, (classes, 10, 1, 4, 4), generator=generator)).clamp(0, 255).byte()
+    labels = torch.arange(classes).repeat_interleave(10)
+    return FewShotDataset(images.flatten(0, 1), labels, [f"{prefix}{c}" for c in range(classes)], "made up")
+
+
+def tiny_splits() -> Splits:
+    return Splits(tiny_set("a", 8, 0), tiny_set("b", 5, 1), tiny_set("c", 6, 2))
+
+
+# batch norm keeps running statistics, dropout draws from torch's own generator
+TRUNK = partial(
+    nn.Sequential, partial(nn.Flatten), partial(nn.Linear, 16, 8), partial(nn.BatchNorm1d, 8), partial(nn.Dropout, 0.2)
+)
+EMBEDDER: Callable[[], Embedder] = partial(Embedder, trunk=TRUNK)
+
+
+def tiny(name: str, trainer: Callable[[], nn.Module], **options: object) -> ExperimentConfig:
+    settings: dict[str, object] = {
+        "data": tiny_splits,
+        "optimizer": partial(Adam, lr=0.01),
+        "train_spec": EpisodeSpec(5, 1, 3),
+        "eval_specs": (EpisodeSpec(5, 1, 5),),
+        "steps": 24,
+        "validate_every": 8,
+        "checkpoint_every": 3,
+        "num_episodes": 30,
+        "val_episodes": 10,
+        "device": "cpu",
+        "augment": RandomAffine(),
+    }
+    return ExperimentConfig(name=name, trainer=trainer, **{**settings, **options})  # type: ignore[arg-type]
+
+
+TINY_EXPERIMENTS = {
+    config.name: config
+    for config in (
+        tiny(
+            "protonet",
+            partial(ProtoNetTrainer, embedder=EMBEDDER, loss=partial(PrototypicalLoss, learn_scale=True)),
+            scheduler=CosineAnnealingLR,
+        ),
+        tiny(
+            "matching",
+            partial(MatchingTrainer, embedder=EMBEDDER, context=partial(FullContext, 8, 2)),
+            optimizer=partial(SGD, lr=0.01, momentum=0.9),
+            scheduler=partial(ReduceLROnPlateau, factor=0.5, patience=1, min_lr=1e-4),
+        ),
+        tiny("siamese", partial(SiameseTrainer, embedder=EMBEDDER), train_spec=BatchSpec(4, 3), patience=4),
+        tiny(
+            "metric",
+            partial(
+                MetricTrainer,
+                embedder=EMBEDDER,
+                loss=partial(
+                    CrossBatchMemory,
+                    MultiSimilarityLoss,
+                    embedding_size=8,
+                    memory_size=40,
+                    miner=partial(MultiSimilarityMiner, epsilon=0.5),
+                ),
+            ),
+            train_spec=BatchSpec(4, 3),
+            sampler=partial(MPerClassSampler, m=3),
+        ),
+        tiny(
+            "maml",
+            partial(
+                MAMLTrainer,
+                network=partial(nn.Sequential, partial(nn.Flatten), partial(nn.Linear, 16, 5)),
+                inner_lr=0.1,
+                inner_steps=2,
+                learn_inner_lr="per_layer",
+            ),
+            tasks=2,
+            retrieval=None,
+        ),
+    )
+}
