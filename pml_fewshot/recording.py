@@ -44,6 +44,7 @@ class Recorder:
 
         Raises:
             ValueError: the group's name is not a plain lower-case word or is a word of SQL.
+            CannotWriteError: (an OSError) TensorBoard could not write rows from before.
         """
         if not _GROUP.fullmatch(group) or _SQL_WORDS.fullmatch(group):
             raise ValueError(
@@ -51,9 +52,10 @@ class Recorder:
                 "name it train, validation or the like"
             )
         row = {"step": step, **{name: float(value) for name, value in values.items()}}
-        if self._keeper.tensorboard_writer is None:
-            self._keeper.tensorboard_writer = self._tensorboard()
-        self._keeper.update_records(row, global_iteration=step, parent_name=group)
+        with writing(self._folder):  # TensorBoard writes in a thread, whose errors come with the next row
+            if self._keeper.tensorboard_writer is None:
+                self._keeper.tensorboard_writer = self._tensorboard()
+            self._keeper.update_records(row, global_iteration=step, parent_name=group)
 
     def save(self) -> None:
         """Writes what was recorded since the last time.
@@ -108,8 +110,14 @@ def _delete_later_rows(connection: sqlite3.Connection, step: int) -> None:
 
 
 def _lines_until(lines: list[bytes], step: int) -> Iterator[bytes]:
-    """The lines of a CSV file but those of later steps and a last one without its end; each begins with its step."""
+    """The lines of a CSV file that are whole and of no later step, each header before the first of its rows."""
+    header = b""
     for line in lines:
         first = line.split(b",")[0]
-        if line.endswith(b"\n") and (first == _FIRST_COLUMN or int(first) <= step):
-            yield line
+        if not line.endswith(b"\n"):  # cut off while it was written
+            continue
+        if first == _FIRST_COLUMN:
+            header = line
+        elif int(first) <= step:
+            yield header + line
+            header = b""

@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
 from pml_fewshot.checkpoint import load_checkpoint, load_embedder
@@ -78,7 +77,6 @@ def reproduce(
     on = device_of(config.device)
     splits = load_splits(config)
     check_data(splits, about, folder)
-    torch.manual_seed(config.seed)
     trainer = build(config.trainer).to(on)
     state = load_checkpoint(folder / "last.pt")
     load_trained(trainer, state)

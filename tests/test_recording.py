@@ -2,13 +2,16 @@
 
 import csv
 import importlib.util
+import resource
 import sqlite3
+import threading
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pml_fewshot.atomic import CannotWriteError
 from pml_fewshot.recording import Recorder
 
 
@@ -133,3 +136,106 @@ def test_tensorboard_gets_the_values_where_it_is_installed(tmp_path: Path) -> No
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(20, 0.5)]
     assert [row["loss"] for row in table(tmp_path, "train")] == [0.5]
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    rows = {group: table(folder, group) for group in ("train", "validation")}
+    return {**rows, **{path.name: path.read_bytes() for path in folder.glob("*.csv")}}
+
+
+def record_some(recorder: Recorder, steps: range) -> None:
+    for step in steps:
+        recorder.record("train", step, loss=step / 2, **({"late": 1.0} if step >= 6 else {}))
+        if step % 2 == 0:
+            recorder.record("validation", step, accuracy=1 / step)
+        if step % 3 == 0:
+            recorder.save()
+    recorder.save()
+
+
+@pytest.mark.usefixtures("without_tensorboard")
+@pytest.mark.parametrize("kept", [0, 1, 4, 5, 7, 9])
+def test_forgotten_rows_leave_no_trace(kept: int, tmp_path: Path) -> None:
+    """A column that comes late is among them: record-keeper then writes a second header into the CSV file."""
+    whole = Recorder(tmp_path / "whole")
+    record_some(whole, range(1, kept + 1))
+    record_some(whole, range(kept + 1, 13))
+    first = Recorder(tmp_path / "cut")
+    record_some(first, range(1, kept + 1))
+    record_some(first, range(kept + 1, 10))  # killed after it had recorded these, saved those up to `kept`
+    second = Recorder(tmp_path / "cut")
+    second.forget_after(kept)
+    record_some(second, range(kept + 1, 13))
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("without_tensorboard")
+def test_unsaved_rows_are_forgotten_too(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    recorder.record("train", 1, loss=1)
+    recorder.save()
+    recorder.record("train", 2, loss=2)
+    recorder.forget_after(1)
+    recorder.close()
+    assert [row["step"] for row in table(tmp_path, "train")] == [1]
+
+
+@pytest.mark.usefixtures("without_tensorboard")
+def test_half_written_lines_go_away(tmp_path: Path) -> None:
+    """A process can be killed after any byte; whatever it had begun after its last checkpoint is dropped."""
+    recorder = Recorder(tmp_path)
+    record_some(recorder, range(1, 5))
+    whole = (tmp_path / "train.csv").read_bytes()
+    record_some(recorder, range(5, 9))
+    written = (tmp_path / "train.csv").read_bytes()
+    for length in range(len(whole), len(written) + 1):
+        (tmp_path / "train.csv").write_bytes(written[:length])
+        Recorder(tmp_path).forget_after(4)
+        assert (tmp_path / "train.csv").read_bytes() == whole, length
+    assert [row["step"] for row in table(tmp_path, "train")] == [1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("without_tensorboard")
+def test_files_of_results_beside_the_records_are_left_alone(tmp_path: Path) -> None:
+    for name in ("results.csv", "figures.csv"):
+        (tmp_path / name).write_text("method,figure\nmine,1")
+    Recorder(tmp_path).forget_after(0)
+    assert (tmp_path / "results.csv").read_text() == "method,figure\nmine,1"
+
+
+def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard")
+    first = Recorder(tmp_path)
+    for step in range(1, 8):
+        first.record("train", step, loss=step)
+    first.close()
+    second = Recorder(tmp_path)
+    second.forget_after(5)
+    for step in range(6, 10):
+        second.record("train", step, loss=10 * step)
+    second.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert shown == [*((step, step) for step in range(1, 6)), *((step, 10 * step) for step in range(6, 10))]
+
+
+def test_event_file_that_cannot_grow_is_an_error_of_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # TensorBoard's thread dies of it, and tells its hook
+    pytest.importorskip("tensorboard", reason="no tensorboard")
+    recorder = Recorder(tmp_path)
+    recorder.record("train", 0, loss=0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(CannotWriteError, match="File too large"):  # noqa: PT012
+            for step in range(1, 100_000):
+                recorder.record("train", step, loss=1)
+            recorder.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

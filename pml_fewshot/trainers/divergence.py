@@ -13,22 +13,23 @@ class TrainingDiverged(ArithmeticError):
     """The loss or a weight became NaN or infinite."""
 
 
-def what_diverged(
-    recent: Sequence[tuple[int, Tensor, Tensor | None]], trainer: nn.Module, rate: float, class_names: Sequence[str]
-) -> str:
+# step, loss, learning rate and classes of a batch that was trained on
+Trained = tuple[int, Tensor, float, Tensor | None]
+
+
+def what_diverged(recent: Sequence[Trained], trainer: nn.Module, class_names: Sequence[str]) -> str:
     """Says where a training went wrong, or "" where it did not.
 
     Args:
-        recent: step, loss and classes of the batches since the last look; the weights are those after the last one.
+        recent: the batches since the last look; the weights are those after the last one.
         trainer: whose weights are looked at.
-        rate: learning rate of the last step.
         class_names: of the labels that the classes are; empty where unknown.
     """
-    losses = torch.stack([loss for _, loss, _ in recent])
+    losses = torch.stack([loss for _, loss, *_ in recent])
     bad = (~losses.isfinite()).nonzero().flatten().tolist()
     if not bad and all(p.isfinite().all() for p in trainer.parameters()):
         return ""
-    step, loss, classes = recent[bad[0] if bad else -1]
+    step, loss, rate, classes = recent[bad[0] if bad else -1]
     what = f"a loss of {loss.item()} at" if bad else "a NaN or infinite weight after"
     shown = f" on a batch of {_listed(classes, class_names)}" if classes is not None else ""
     return f"{what} step {step} (learning rate {rate:g}){shown}"

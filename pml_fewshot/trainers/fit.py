@@ -153,7 +153,7 @@ def fit(
                     nn.utils.clip_grad_norm_(trainer.parameters(), clip_norm)
                 with _scaled_rates(optimizer, rate_factor):
                     optimizer.step()
-                state.recent.append((history.steps + 1, loss.detach(), getattr(batch, "classes", None)))
+                state.recent.append((history.steps + 1, loss.detach(), rate, getattr(batch, "classes", None)))
             else:
                 history.skipped += 1
             if scheduler is not None and plateau is None:
@@ -168,7 +168,7 @@ def fit(
             look = checkpoint_due or history.steps % LOG_EVERY == 0
             if (look or stopping) and state.recent:
                 class_names = getattr(getattr(batches, "dataset", None), "class_names", ())
-                wrong = what_diverged(state.recent, trainer, rate, class_names)
+                wrong = what_diverged(state.recent, trainer, class_names)
                 if wrong and history.retries < retries and checkpoint is not None and Path(checkpoint).exists():
                     _go_back(state, checkpoint, recorder)
                     source = state.batches_to_come()
@@ -247,7 +247,7 @@ def _weight_penalty(trainer: nn.Module, l2: float, l1: float) -> Tensor:
 def _look_at(state: TrainingState, rate: float) -> dict[str, float]:
     """Returns what to record of the steps since the last look."""
     history = state.history
-    mean = torch.stack([loss for _, loss, _ in state.recent]).double().mean().item()
+    mean = torch.stack([loss for _, loss, *_ in state.recent]).double().mean().item()
     state.recent.clear()
     history.losses.append((history.steps, mean))
     values = {"loss": mean, "learning_rate": rate, "skipped": history.skipped}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pml_fewshot.checks import require
+from pml_fewshot.trainers.divergence import Trained
 
 LAYOUT = 2  # of what state_dict holds: raise it when that changes
 
@@ -66,8 +67,7 @@ class TrainingState:
         self.best: dict[str, Tensor] | None = None  # weights of the best validation, or of the lowest loss
         self.best_score = float("-inf")  # validation accuracy, or minus the loss
         self.lowest_loss, self.lowest_loss_step = float("inf"), 0
-        # step, loss and classes of the batches since the losses were last looked at: each look waits for the GPU
-        self.recent: list[tuple[int, Tensor, Tensor | None]] = []
+        self.recent: list[Trained] = []  # since the losses were last looked at: each look waits for the GPU
 
     def batches_to_come(self) -> Iterator[Any]:
         """The batches that come after the steps taken."""
@@ -123,8 +123,8 @@ class TrainingState:
         self.lowest_loss, self.lowest_loss_step = state["lowest_loss"]
         device = next(self.trainer.parameters()).device
         self.recent = [
-            (step, loss.to(device), classes if classes is None else classes.to(device))
-            for step, loss, classes in state["recent"]
+            (step, loss.to(device), rate, classes if classes is None else classes.to(device))
+            for step, loss, rate, classes in state["recent"]
         ]
         vars(self.history).update(vars(History(**state["history"])))  # the same object: the loop holds it too
         torch.set_rng_state(state["torch_generator"])

@@ -1,0 +1,142 @@
+"""Configs as plain data: every experiment comes back as it was, and a stranger's file names nothing that could harm."""
+
+import importlib
+import json
+import pkgutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
+from torch import nn
+from torch.optim import Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+import experiments
+from pml_fewshot.data.augmentation import RandomAffine
+from pml_fewshot.data.glyphs import load_glyphs
+from pml_fewshot.embedders.conv4 import Conv4
+from pml_fewshot.episodes import EpisodeSpec
+from pml_fewshot.experiment_config import ExperimentConfig
+from pml_fewshot.losses.prototypical import PrototypicalLoss
+from pml_fewshot.stored_config import from_data, to_data
+from tests.tiny_experiments import TINY_EXPERIMENTS
+
+
+def shown(value: Any) -> Any:
+    """A value so that two of them can be compared: partials of the same are not equal."""
+    if isinstance(value, partial):
+        return "partial", value.func, shown(value.args), shown(value.keywords)
+    if isinstance(value, ExperimentConfig):
+        return {name: shown(each) for name, each in vars(value).items()}
+    if isinstance(value, list | tuple):
+        return type(value), [shown(each) for each in value]
+    return {name: shown(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+
+def configs() -> dict[str, ExperimentConfig]:
+    found: dict[str, ExperimentConfig] = {}
+    for module in pkgutil.iter_modules(experiments.__path__):
+        loaded = importlib.import_module(f"experiments.{module.name}")
+        mine = [each for each in vars(loaded).values() if isinstance(each, ExperimentConfig)]
+        for each in vars(loaded).values():
+            if isinstance(each, list | tuple):
+                mine += [one for one in each if isinstance(one, ExperimentConfig)]
+        found |= {f"{module.name}.{config.name}": config for config in mine}
+    return found
+
+
+CONFIGS = configs()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_experiment_comes_back_from_its_text(name: str) -> None:
+    text = json.dumps(to_data(CONFIGS[name]))
+    again = from_data(json.loads(text))
+    assert shown(again) == shown(CONFIGS[name])
+    assert repr(again) == repr(CONFIGS[name])
+
+
+def test_experiments_were_found() -> None:
+    assert {"quickstart.quickstart", "omniglot_maml_20way.omniglot_maml_20way"} <= CONFIGS.keys()
+    assert len(CONFIGS) > 40  # with those of the sweeps
+
+
+VALUES = [
+    *(None, True, 3, 0.1, float("inf"), "text", [1, [2]], (1, (2,)), {"a": (1,)}, Path("some/where")),
+    *(LpDistance, load_glyphs, partial(Adam, lr=1e-3), partial(nn.Sequential, partial(nn.Linear, 2, 3))),
+    *(EpisodeSpec(5, 1, 15), RandomAffine(degrees=3), CosineAnnealingLR, partial(Conv4, in_channels=1)),
+]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_values_come_back(value: Any) -> None:
+    assert shown(from_data(json.loads(json.dumps(to_data(value))))) == shown(value)
+
+
+def test_objects_and_functions_without_a_name_are_shown_and_not_built() -> None:
+    for value, place in ((CosineSimilarity(), "loss.distance"), (lambda: 1, "loss.distance")):
+        data = {"dict": {"loss": to_data(partial(PrototypicalLoss, distance=value))}}
+        with pytest.raises(ValueError, match=rf"at config\.{place}, got .*(CosineSimilarity|lambda).*as\s+factories"):
+            from_data(data)
+
+
+HOSTILE = [
+    "os:system",
+    "builtins:eval",
+    "subprocess:Popen",
+    "torch:load",
+    "torch.hub:load",
+    "torch.utils.cpp_extension:load",
+    "torch.nn.functional:boolean_dispatch",  # a function of torch, not a class
+    "torch.nn.modules.module:torch.load",
+    "pml_fewshot.data.omniglot:Path",  # imported there, not defined
+    "pml_fewshot.data.omniglot:_download",
+    "pml_fewshot.data.cache:shutil.rmtree",
+    "pml_fewshot.run_folder:sole_writer",
+    "pml_fewshot.recording:Recorder",
+    "pml_fewshot.checkpoint:save_checkpoint",
+    "experiments_of_a_stranger:CONFIG",
+    "experiments.omniglot_maml:CONFIG",
+    "experiments.nowhere:CONFIG",
+    "pml_fewshot.data.omniglot:load_omniglot.__globals__",
+    "pml_fewshot.data.omniglot:load_omniglot.__class__",
+    "pml_fewshot.data.omniglot",
+    "",
+    ":",
+    "pml_fewshot.data.omniglot:",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("kind", ["name", "partial", "object"])
+def test_hostile_names_are_refused(name: str, kind: str) -> None:
+    data = {"name": {"name": name}, "partial": {"partial": name, "args": ["touch here"], "keywords": {}}}
+    data["object"] = {"object": name, "fields": {}}
+    with pytest.raises(ValueError, match=r"^expected "):
+        from_data(data[kind])
+
+
+def test_a_module_of_ones_own_must_be_trusted() -> None:
+    data = to_data(TINY_EXPERIMENTS["protonet"])
+    with pytest.raises(ValueError, match=r"got tests\.tiny_experiments:tiny_splits; .*--trust"):
+        from_data(data)
+    assert shown(from_data(data, trusted=["tests"])) == shown(TINY_EXPERIMENTS["protonet"])
+    with pytest.raises(ValueError, match="tests"):
+        from_data(data, trusted=["tests.tiny"])  # a module's name, not its beginning
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *([], [1], {}, {"list": 3}, {"partial": "torch.nn:Linear"}, {"dict": {"a": []}}, {"tuple": {"a": 1}}),
+        {"object": "pml_fewshot.episodes:EpisodeSpec", "fields": {"ways": 5, "shot": 1}},
+        {"object": "pml_fewshot.embedders.conv4:Conv4", "fields": {"in_channels": 1}},
+        {"object": "pml_fewshot.episodes:EpisodeSpec", "fields": {"ways": -5, "shots": 1, "queries": 1}},
+    ],
+    ids=str,
+)
+def test_what_is_no_stored_config_is_refused(data: Any) -> None:
+    with pytest.raises(ValueError, match=r"^expected "):
+        from_data(data)
