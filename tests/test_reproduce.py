@@ -1,0 +1,170 @@
+"""reproduce: the same figures come out of a run folder, and whatever was changed in it is said."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+import torch
+
+from pml_fewshot.checkpoint import export_embedder, load_checkpoint, save_checkpoint
+from pml_fewshot.evaluation.table import ResultTable
+from pml_fewshot.experiment import run
+from pml_fewshot.parts import build
+from pml_fewshot.reproduce import reproduce
+from tests.tiny_experiments import TINY_EXPERIMENTS
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = {
+    **TINY_EXPERIMENTS,
+    "last_weights": replace(TINY_EXPERIMENTS["protonet"], name="last_weights", train_on_validation=True),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    for name, config in CONFIGS.items():
+        run(replace(config, run_dir=folder / name))
+    return folder
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_trainer_gives_the_same_figures_again(name: str, runs: Path) -> None:
+    torch.manual_seed(99)  # nothing may depend on what was drawn before
+    before = {path: path.read_bytes() for path in sorted((runs / name).rglob("*")) if path.is_file()}
+    done = reproduce(runs / name, trusted=["tests"])
+    assert (done.differences, done.changes) == ([], [])
+    assert done.table.rows == ResultTable.read(runs / name).rows
+    assert "every one is the same" in str(done)
+    assert {path: path.read_bytes() for path in sorted((runs / name).rglob("*")) if path.is_file()} == before
+
+
+@pytest.fixture
+def copied(runs: Path, tmp_path: Path) -> Path:
+    copytree(runs / "protonet", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def other_weights(folder: Path) -> None:
+    torch.manual_seed(5)
+    export_embedder(folder / "embedder.safetensors", build(TINY_EXPERIMENTS["protonet"].trainer).embedder)
+
+
+def other_figure(folder: Path) -> None:
+    with (folder / "figures.csv").open(newline="") as file:
+        names, first, *rest = csv.reader(file)
+    first[names.index("value")] = repr(float(first[names.index("value")]) + 1e-12)
+    with (folder / "figures.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([names, first, *rest])
+
+
+def line_less(folder: Path) -> None:
+    lines = (folder / "figures.csv").read_bytes().splitlines(keepends=True)
+    (folder / "figures.csv").write_bytes(b"".join(lines[:-1]))
+
+
+def other_result(folder: Path) -> None:
+    text = (folder / "results.csv").read_bytes()
+    (folder / "results.csv").write_bytes(text.replace(b"0.", b"1.", 1))
+
+
+def no_markdown(folder: Path) -> None:
+    (folder / "results.md").unlink()
+
+
+def other_latex(folder: Path) -> None:
+    (folder / "results.tex").write_bytes(b"\xff")
+
+
+CHANGED: list[tuple[Callable[[Path], None], str]] = [
+    (other_weights, r"protonet, accuracy 5: value 0\.\d+ stored, 0\.\d+ now"),
+    (other_figure, r"protonet, accuracy 5: value 0\.\d+ stored, 0\.\d+ now"),
+    (line_less, "3 figures are stored, 4 come out now"),
+    (other_result, r"results\.csv is not what these figures give"),
+    (no_markdown, r"results\.md is missing"),
+    (other_latex, r"results\.tex is not what these figures give"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), CHANGED, ids=lambda value: getattr(value, "__name__", ""))
+def test_what_was_changed_is_said(change: Callable[[Path], None], said: str, copied: Path) -> None:
+    change(copied)
+    done = reproduce(copied, trusted=["tests"])
+    assert re.search(said, "\n".join(done.differences))
+    assert "differences" in str(done)
+
+
+def of_another_layout(folder: Path) -> None:
+    save_checkpoint(folder / "last.pt", {**load_checkpoint(folder / "last.pt"), "layout": 1})
+
+
+def other_config(folder: Path) -> None:
+    about = json.loads((folder / "config.json").read_text())
+    about["config"]["fields"]["num_episodes"] = 31
+    (folder / "config.json").write_text(json.dumps(about))
+
+
+def other_checksum(folder: Path) -> None:
+    about = json.loads((folder / "config.json").read_text())
+    about["data"]["test"]["checksum"] = "0" * 16
+    (folder / "config.json").write_text(json.dumps(about))
+
+
+def half_a_config(folder: Path) -> None:
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text[: len(text) // 2])
+
+
+def deep_config(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 100_000)
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "embedder.safetensors").unlink()
+
+
+BROKEN: list[tuple[Callable[[Path], None], type[Exception], str]] = [
+    (of_another_layout, ValueError, "expected a training's state of layout 2, got layout 1"),
+    (other_config, ValueError, "expected the config of the run in .*, got another num_episodes"),
+    (other_checksum, ValueError, "expected the data of the run in .*, got other images, labels or classes in test"),
+    (half_a_config, ValueError, r"expected a whole config\.json in"),
+    (deep_config, ValueError, r"expected a whole config\.json in"),
+    (no_weights, FileNotFoundError, "expected an exported embedder at"),
+]
+
+
+@pytest.mark.parametrize(("harm", "error", "said"), BROKEN, ids=lambda value: getattr(value, "__name__", ""))
+def test_what_is_broken_is_one_error(
+    harm: Callable[[Path], None], error: type[Exception], said: str, copied: Path
+) -> None:
+    harm(copied)
+    with pytest.raises(error, match=f"^{said}"):
+        reproduce(copied, trusted=["tests"])
+
+
+def test_untrusted_modules_are_not_imported(runs: Path) -> None:
+    with pytest.raises(ValueError, match="--trust"):
+        reproduce(runs / "protonet")
+
+
+def test_command_line_says_it_by_its_exit_code(copied: Path) -> None:
+    def command(*more: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "pml_fewshot.reproduce", str(copied), *more]
+        threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, env=threads)
+
+    same = command("--trust", "tests")
+    assert same.returncode == 0, same.stderr
+    assert "4 figures: every one is the same" in same.stdout
+    other_result(copied)
+    different = command("--trust", "tests")
+    assert different.returncode == 1
+    assert "4 figures: 1 differences" in different.stdout
