@@ -49,11 +49,11 @@ EMBEDDER: Callable[[], Embedder] = partial(Embedder, trunk=TRUNK)
 def tiny(name: str, trainer: Callable[[], nn.Module], **options: object) -> ExperimentConfig:
     settings: dict[str, object] = {
         "data": tiny_splits,
-        "optimizer": partial(Adam, lr=0.01),
+        "optimizer": partial(Adam, lr=0.1),  # so high that validations go up and down
         "train_spec": EpisodeSpec(5, 1, 3),
         "eval_specs": (EpisodeSpec(5, 1, 5),),
         "steps": 24,
-        "validate_every": 8,
+        "validate_every": 4,
         "checkpoint_every": 3,
         "num_episodes": 30,
         "val_episodes": 10,
@@ -74,8 +74,8 @@ TINY_EXPERIMENTS = {
         tiny(
             "matching",
             partial(MatchingTrainer, embedder=EMBEDDER, context=partial(FullContext, 8, 2)),
-            optimizer=partial(SGD, lr=0.01, momentum=0.9),
-            scheduler=partial(ReduceLROnPlateau, factor=0.5, patience=1, min_lr=1e-4),
+            optimizer=partial(SGD, lr=0.5, momentum=0.9),
+            scheduler=partial(ReduceLROnPlateau, factor=0.5, patience=0, min_lr=1e-4),
         ),
         tiny("siamese", partial(SiameseTrainer, embedder=EMBEDDER), train_spec=BatchSpec(4, 3), patience=4),
         tiny(

@@ -83,10 +83,13 @@ class Embedder(nn.Module):
         try:
             with eval_mode(self):
                 starts = range(0, len(dataset), batch_size)
-                parts = [
-                    self(dataset.images[start : start + batch_size].to(target).to(torch.float32).div_(255))
-                    for start in tqdm(starts, desc="embedding", unit="batch", delay=3, mininterval=1)
-                ]
+                bank: Tensor | None = None  # one tensor: a list of parts would take twice its size when joined
+                for start in tqdm(starts, desc="embedding", unit="batch", delay=3, mininterval=1):
+                    part = self(dataset.images[start : start + batch_size].to(target).to(torch.float32).div_(255))
+                    if bank is None:
+                        bank = part.new_empty(len(dataset), part.shape[1])
+                    bank[start : start + batch_size] = part
         finally:
             self.to(own_device)
-        return EmbeddingBank(torch.cat(parts), dataset.labels.to(target), dataset.fingerprint())
+        assert bank is not None  # a data set has images
+        return EmbeddingBank(bank, dataset.labels.to(target), dataset.fingerprint())
