@@ -2,6 +2,10 @@
 
     python -m experiments.omniglot_maml_20way --data-root ../shared/data
 
+Measured on 1,692 unseen classes, 1,000 episodes of 15 queries a class, 5 inner steps, seed 0, 95 % intervals: 93.67 +-
+0.18 transductive, 93.18 +- 0.19 inductive; 8,000 steps of 2 tasks in 57.7 minutes on one CPU core, with other work
+beside it. The paper's 60,000 steps of 16 tasks are sixty times as many tasks.
+
 Twenty ways are a network of their own, for its last layer has as many outputs. It is judged on 1,000 episodes instead
 of 10,000: each adapts to 20 images in 5 steps and classifies 300, a tenth of a second on a CPU core.
 """

@@ -87,7 +87,6 @@ def outcome(folder: Path) -> dict[str, Any]:
 def kill_and_compare(name: str, folder: Path, kills: int, seed: int) -> None:
     folder.mkdir(parents=True)
     config = TINY_EXPERIMENTS[name]
-    sit(replace(config, run_dir=folder / "warm"), None)
     started = time.perf_counter()
     sit(replace(config, run_dir=folder / "whole"), None)
     seconds = time.perf_counter() - started

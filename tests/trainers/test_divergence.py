@@ -22,6 +22,7 @@ from tests.tiny_experiments import TINY_EXPERIMENTS
 TINY = replace(
     TINY_EXPERIMENTS["protonet"],
     steps=16,
+    validate_every=8,
     checkpoint_every=6,
     optimizer=partial(SGD, lr=0.1),
 )
