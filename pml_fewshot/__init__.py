@@ -61,7 +61,7 @@ from pml_fewshot.trainers.metric import MetricTrainer
 from pml_fewshot.trainers.protonet import ProtoNetTrainer
 from pml_fewshot.trainers.siamese import SiameseTrainer
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 __all__ = [
     "Batch",
