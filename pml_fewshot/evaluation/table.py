@@ -43,7 +43,7 @@ class ResultTable:
             FileNotFoundError: there is no figures.csv.
             ValueError: it is no table of figures.
         """
-        return cls(read_figures_csv((Path(folder) / "figures.csv").read_text(encoding="utf-8")))
+        return cls(read_figures_csv((Path(folder) / "figures.csv").read_bytes()))
 
     def best_first(self) -> "ResultTable":
         """The same rows, methods in descending order of the figure that came first for each of them."""
