@@ -15,13 +15,14 @@ from pml_fewshot.checks import require
 from pml_fewshot.sizes import check_fits_memory, checksum
 
 CHECKSUM = "checksum"  # its name in the file's metadata
+WRITER = "written_by"  # says that there is a checksum, should its name be damaged
 HEADER = 2**24  # bytes of names and shapes: 100,000 tensors. safetensors itself would parse 100 MB
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes tensors and texts with their checksum, all of it or nothing; any tool can read them."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    texts = dict(metadata or {})
+    texts = dict(metadata or {}) | {WRITER: "pml_fewshot"}
     texts[CHECKSUM] = _checksum(plain, texts)
     with whole_file(path) as unfinished:
         save_file(plain, unfinished, texts)
@@ -52,7 +53,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             "or export it again"
         ) from error
     written = metadata.pop(CHECKSUM, None)
-    if written is not None:
+    if written is not None or WRITER in metadata:
         found = _checksum(tensors, metadata)
         require(
             written == found,
@@ -60,6 +61,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"a broken one ({found} instead of {written})",
             "write or export it again",
         )
+        metadata.pop(WRITER, None)
     return tensors, metadata
 
 

@@ -7,6 +7,7 @@ import io
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 DIRECTORY = 2**25  # bytes of the list of members: 300,000 names; read at once, a few seconds at most
@@ -43,6 +44,27 @@ def open_zip(place: Path) -> zipfile.ZipFile:
     except ZIP_ERRORS as error:
         raise broken_zip(place, str(error)) from error
     return archive
+
+
+def member_names(archive: zipfile.ZipFile, wanted: Callable[[str], bool]) -> list[str]:
+    """The names of the wanted members. Those of the others are held against the members' own headers.
+
+    A member that is read is held against its header then; one that is passed over because its name is damaged would
+    be missing in silence.
+
+    Raises:
+        ValueError: a name in the list of members is not that of the member.
+    """
+    names = []
+    for name in archive.namelist():
+        if wanted(name):
+            names.append(name)
+        else:
+            try:
+                archive.open(name).close()
+            except ZIP_ERRORS as error:
+                raise broken_zip(archive.filename, str(error)) from error
+    return names
 
 
 def read_member(archive: zipfile.ZipFile, name: str, most: int = IMAGE) -> bytearray:

@@ -12,7 +12,7 @@ from pml_fewshot.checks import require
 from pml_fewshot.data.fewshot_dataset import Splits
 from pml_fewshot.data.image_file import image_names, is_image_name
 from pml_fewshot.data.image_folder import SPLIT_FOLDERS, Classes, ImageFiles, read_splits, splits_by_folder
-from pml_fewshot.zip_archive import open_zip, read_member
+from pml_fewshot.zip_archive import member_names, open_zip, read_member
 
 CLASSES = {"train": 64, "val": 16, "test": 20}
 IMAGES = 600  # of each class
@@ -193,7 +193,7 @@ def _fitting_zips(place: Path) -> list[Path]:
 
 def _names_below_top(archive: zipfile.ZipFile) -> dict[str, str]:
     """The images' names without a top folder common to all -> their full names, sorted."""
-    full = [name for name in archive.namelist() if is_image_name(name)]
+    full = member_names(archive, is_image_name)
     tops = {name.split("/")[0] for name in full}
     drop = len(tops) == 1 and not tops & set(SPLIT_FOLDERS)
     return {name.split("/", 1)[-1] if drop else name: name for name in sorted(full)}

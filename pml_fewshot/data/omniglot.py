@@ -14,7 +14,7 @@ from pml_fewshot.checks import check_at_least_one, check_choice, require
 from pml_fewshot.data.cache import Source, cached_images, files_state
 from pml_fewshot.data.fewshot_dataset import FewShotDataset, Splits
 from pml_fewshot.data.image_file import PILLOW_ERRORS, check_png
-from pml_fewshot.zip_archive import open_zip, read_member
+from pml_fewshot.zip_archive import member_names, open_zip, read_member
 
 PARTS = {"images_background": 964, "images_evaluation": 659}  # characters in each part
 DRAWINGS = 20  # of each character
@@ -161,7 +161,7 @@ def _drawings_by_character(place: Path) -> dict[str, list[str]]:
     """`Alphabet/characterNN` -> the drawings' names, both sorted; reads a zip's directory or walks a folder."""
     if place.is_file():
         with open_zip(place) as archive:
-            names = [name for name in archive.namelist() if name.endswith(".png") and not name.startswith("__MACOSX")]
+            names = member_names(archive, lambda name: name.endswith(".png") and not name.startswith("__MACOSX"))
     else:
         names = [file.relative_to(place).as_posix() for file in place.rglob("*.png")]
     characters: dict[str, list[str]] = {}

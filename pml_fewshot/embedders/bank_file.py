@@ -15,7 +15,7 @@ from pml_fewshot.npy_file import map_npy, parse_npy
 from pml_fewshot.pytorch_file import read_pytorch
 from pml_fewshot.sizes import check_fits_memory
 from pml_fewshot.tensor_file import read_tensors, write_tensors
-from pml_fewshot.zip_archive import open_zip, read_member
+from pml_fewshot.zip_archive import member_names, open_zip, read_member
 
 Array = np.ndarray | Tensor
 
@@ -94,7 +94,8 @@ def _read(path: Path) -> tuple[dict[str, Array], str]:
     with open_zip(path) as archive:
         sizes = {member.filename: member.file_size for member in archive.infolist()}
         check_fits_memory(sum(sizes.values()), path)
-        arrays = {name: read_member(archive, name, size) for name, size in sizes.items() if name.endswith(".npy")}
+        names = member_names(archive, lambda name: name.endswith(".npy"))
+        arrays = {name: read_member(archive, name, sizes[name]) for name in names}
         return {name.removesuffix(".npy"): parse_npy(content, name) for name, content in arrays.items()}, ""
 
 

@@ -5,9 +5,9 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
-from pml_fewshot.checks import require
+from pml_fewshot.checks import check_choice, require
 from pml_fewshot.evaluation.result_row import ResultRow
 
 TITLES = {
@@ -146,6 +146,8 @@ def read_figures_csv(text: str | bytes) -> list[ResultRow]:
 def _parsed(text: str, kind: Any) -> Any:
     if kind in (int | None, float | None):
         return None if text == "" else get_args(kind)[0](text)
+    if get_origin(kind) is Literal:
+        check_choice("the cell", text, get_args(kind))
     return kind(text) if kind in (int, float) else text
 
 
