@@ -7,7 +7,6 @@ So the zip is verified first, then the pickle in it is looked through without ru
 
 import pickletools
 import struct
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from torch.nn.parameter import UninitializedParameter
 from pml_fewshot.sizes import check_fits_memory
 from pml_fewshot.zip_archive import open_zip, read_member
 
-PICKLE = 2**26  # bytes of the structure around the tensors; a ResNet-12's takes 20 KB
-PARTS = 10**7  # of the structure, counted each time it is referred to: 40 nested pairs could make 2**40
+PICKLE = 2**23  # bytes of the structure around the tensors; a ResNet-12's takes 20 KB
+OPERATIONS = 10**6  # of the pickle, some seconds: a ResNet-12's takes 3,000, a list of 300,000 texts 600,000
+PARTS = 2 * 10**7  # of the structure, counted each time it is referred to: 40 nested pairs could make 2**40
 CALLS = {
     *("collections OrderedDict", "collections Counter", "builtins set", "builtins complex", "torch Size"),
     *("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3", "torch._utils _rebuild_parameter"),
@@ -74,11 +74,14 @@ def _look_through(pickled: bytes) -> None:
     The pickle's stack is followed without running it. Each value is the count of its parts, those of values referred to
     again counted again: what it would cost to hash, print or copy it.
     """
+    total = 0
     mark: list[int] = []
     stack: list[list[int]] = []
     memo: dict[object, list[int]] = {}
-    for code, argument, _ in pickletools.genops(pickled):
+    for number, (code, argument, _) in enumerate(pickletools.genops(pickled)):
         name = code.name
+        if number > OPERATIONS:
+            raise ValueError(f"more than {OPERATIONS:,} steps of pickle; keep numbers and labels in tensors")
         if name == "GLOBAL":
             module, _, called = str(argument).partition(" ")
             plain = module in ("torch", "torch.storage") and (called.startswith(NAMES) or called.endswith("Storage"))
@@ -102,7 +105,7 @@ def _look_through(pickled: bytes) -> None:
             while stack[start] is not mark:
                 start -= 1
             taken, stack[start:] = sum(part[0] for part in stack[start + 1 :]), []
-            _add(stack, taken, new=name in ("TUPLE", "LIST", "DICT", "FROZENSET"))
+            total += _add(stack, taken, new=name in ("TUPLE", "LIST", "DICT", "FROZENSET"))
         else:
             # (an operation that only changes what lies below, as APPEND or BUILD, gives back what it took last)
             count = len(code.stack_before)
@@ -112,15 +115,16 @@ def _look_through(pickled: bytes) -> None:
             taken = sum(part[0] for part in stack[len(stack) - count + below :])
             stack[len(stack) - count + below :] = []
             if below or code.stack_after:
-                _add(stack, taken, new=not below)
+                total += _add(stack, taken, new=not below)
+        if total > PARTS:
+            raise ValueError(f"a structure of more than {PARTS:,} parts")
 
 
-def _add(stack: list[list[int]], parts: int, new: bool) -> None:
+def _add(stack: list[list[int]], parts: int, new: bool) -> int:
     if new:
         stack.append([1])
     stack[-1][0] += parts
-    if stack[-1][0] > PARTS:
-        raise ValueError(f"a structure of more than {PARTS:,} parts")
+    return parts
 
 
 def _check_tensors(loaded: object) -> None:
@@ -138,5 +142,5 @@ def _check_tensors(loaded: object) -> None:
                 raise ValueError(f"a tensor of shape {tuple(value.shape)}, more than the values in the file")
         elif isinstance(value, dict):
             waiting += [*value.keys(), *value.values()]
-        elif isinstance(value, Collection) and not isinstance(value, str | bytes):
-            waiting += list(value)
+        elif isinstance(value, list | tuple | set):
+            waiting += value
