@@ -18,7 +18,7 @@ from pml_fewshot.sizes import check_fits_memory
 from pml_fewshot.zip_archive import open_zip, read_member
 
 PICKLE = 2**23  # bytes of the structure around the tensors; a ResNet-12's takes 20 KB
-OPERATIONS = 10**6  # of the pickle, some seconds: a ResNet-12's takes 3,000, a list of 300,000 texts 600,000
+OPERATIONS = 5 * 10**5  # of the pickle, two seconds: a ResNet-12's takes 3,000, a list of 200,000 texts 400,000
 PARTS = 2 * 10**7  # of the structure, counted each time it is referred to: 40 nested pairs could make 2**40
 CALLS = {
     *("collections OrderedDict", "collections Counter", "builtins set", "builtins complex", "torch Size"),
