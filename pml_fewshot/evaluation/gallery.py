@@ -16,7 +16,7 @@ from torch import Tensor
 from pml_fewshot.checks import check_at_least_one, check_finite, check_labels, require
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.evaluation.blas import warn_of_slow_blas
-from pml_fewshot.evaluation.index_file import MOST_WORK, check_known, index_checksum, read_index
+from pml_fewshot.evaluation.index_file import check_known, check_work, index_checksum, read_index
 from pml_fewshot.evaluation.ranking import FAISS_METRICS, Ranking
 from pml_fewshot.parts import build
 from pml_fewshot.tensor_file import read_tensors, write_tensors
@@ -118,7 +118,7 @@ class Gallery:
         if folder.exists():
             raise FileExistsError(f"expected a new folder for the gallery, got {folder}, which exists; name another")
         check_known(self.faiss_index)
-        _check_work(self.parameters, len(self))
+        check_work(self.parameters, len(self))
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = folder.with_name(f".unfinished-{folder.name}-{os.getpid()}")
         unfinished.mkdir()
@@ -162,7 +162,7 @@ class Gallery:
             if written is not None:  # None: of a version that recorded neither this nor dims
                 require(written == found, f"an index with checksum {written}", found, "build the gallery anew")
             gallery.description, gallery.parameters = str(about["description"]), str(about["parameters"])
-            _check_work(gallery.parameters, len(gallery.labels))
+            check_work(gallery.parameters, len(gallery.labels))
             gallery.ranking = Ranking(about["kind"], about["normalize"] is True)
             gallery.faiss_index = read_index(folder / "index.faiss", about.get("dims"), len(gallery.labels))
             metric = gallery.faiss_index.metric_type
@@ -186,15 +186,6 @@ class Gallery:
 
     def _rows(self, embeddings: Tensor, chosen: slice | Tensor) -> np.ndarray:
         return self.ranking.prepare(embeddings[chosen]).cpu().contiguous().numpy()
-
-
-def _check_work(parameters: str, count: int) -> None:
-    """A search takes memory by these: a file is not to ask for any amount."""
-    most = max(MOST_WORK, count)
-    for text in parameters.split(","):
-        value = text.partition("=")[2]
-        right = not text or 0 < float(value) <= most
-        require(right, f"parameters of at most {most} for {count} references", text, "build the gallery with less")
 
 
 def _set_parameters(index: faiss.Index, parameters: str) -> None:

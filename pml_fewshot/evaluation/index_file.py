@@ -52,6 +52,14 @@ def check_known(index: faiss.Index) -> None:
     _check(index, index.d, index.ntotal, index.metric_type)
 
 
+def check_work(parameters: str, count: int) -> None:
+    """Raises a ValueError for parameters by which a search would take any amount of memory."""
+    most = max(MOST_WORK, count)
+    for text in parameters.split(","):
+        right = not text or 0 < float(text.partition("=")[2]) <= most
+        require(right, f"parameters of at most {most} for {count} references", text, "build the gallery with less")
+
+
 @contextmanager
 def _limits(size: int) -> Iterator[None]:
     before = faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()
