@@ -41,6 +41,9 @@ def read_pytorch(path: Path) -> Any:
         if archive.comment or not _ends_as_torch_reads_it(path, archive.start_dir):
             raise ValueError("bytes before or after the zip, of which torch may read another one")
         names = archive.namelist()
+        # torch reads a member that is marked as a folder (DOS's bit 4) as nothing, and hands out memory as it was
+        if any(member.external_attr & 0x10 or member.is_dir() for member in archive.infolist()):
+            raise ValueError("a folder, which torch.save does not write")
         check_fits_memory(sum(member.file_size for member in archive.infolist()), path)
         pickles = [name for name in names if name.endswith("/data.pkl")]
         if len(pickles) != 1 or any(not name.startswith(pickles[0][: -len("data.pkl")]) for name in names):

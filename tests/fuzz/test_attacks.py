@@ -292,6 +292,20 @@ def test_a_wrong_checksum_in_a_checkpoint_is_seen(tmp_path: Path):
         load_checkpoint(tmp_path / "last.pt")
 
 
+def test_tensors_marked_as_folders_are_refused(tmp_path: Path):
+    """torch would give uninitialised memory for them."""
+    save_checkpoint(tmp_path / "last.pt", {"a": torch.arange(4.0)})
+    with zipfile.ZipFile(tmp_path / "last.pt") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "last.pt", "w") as archive:
+        for name, content in members.items():
+            member = zipfile.ZipInfo(name)
+            member.external_attr = 0x10 if name.endswith("data/0") else 0
+            archive.writestr(member, content)
+    with pytest.raises(ValueError, match="a folder, which torch.save does not write"):
+        load_checkpoint(tmp_path / "last.pt")
+
+
 def test_a_zip_with_a_second_one_behind_it_is_refused(tmp_path: Path):
     """Two readers could find two lists of members in it."""
     for name in ("a.pt", "b.pt"):
