@@ -302,7 +302,7 @@ def test_tensors_marked_as_folders_are_refused(tmp_path: Path):
             member = zipfile.ZipInfo(name)
             member.external_attr = 0x10 if name.endswith("data/0") else 0
             archive.writestr(member, content)
-    with pytest.raises(ValueError, match="a folder, which torch.save does not write"):
+    with pytest.raises(ValueError, match=r"a folder, which torch\.save does not write"):
         load_checkpoint(tmp_path / "last.pt")
 
 
