@@ -1,19 +1,18 @@
 """Checkpoints: the state a training goes on from (last.pt) and the embedder alone (embedder.safetensors).
 
-Reading never executes code: torch.load with weights_only=True, and safetensors.
+Reading never executes code: torch.load with weights_only=True behind the checks of pytorch_file, and safetensors.
 """
 
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
 
 from pml_fewshot.atomic import whole_file
+from pml_fewshot.checks import require
+from pml_fewshot.pytorch_file import read_pytorch
+from pml_fewshot.tensor_file import read_tensors, write_tensors
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
@@ -23,30 +22,33 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads what save_checkpoint wrote, onto the CPU.
+    """Reads what save_checkpoint wrote, onto the CPU; every checksum in the file is verified.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is broken, or holds objects other than data (which are not loaded).
+        ValueError: the file is broken, too large for memory, or holds objects other than data (which are not loaded).
     """
+    path = Path(path)
+    if not path.is_file() and not path.is_dir():  # (nor a named pipe, which would wait for ever)
+        raise FileNotFoundError(f"expected a checkpoint at {path}, got no such file; look into the run folder")
     try:
-        with torch.serialization.safe_globals([UninitializedParameter]):  # a learned distance that has seen nothing yet
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        state = read_pytorch(path)
+        if not isinstance(state, dict):
+            raise ValueError(f"a {type(state).__name__} instead of a dict")
+    except PermissionError:
         raise
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, OSError) as error:
+    except Exception as error:  # of a broken file the readers raise whatever their code comes upon
         raise ValueError(
             f"expected a checkpoint at {path}, got a file that is broken or holds more than data "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); use another checkpoint"
         ) from error
+    return state
 
 
 def export_embedder(path: str | Path, embedder: nn.Module) -> None:
-    """Writes an embedder's weights and buffers as safetensors, which any tool can read."""
+    """Writes an embedder's weights and buffers as safetensors, which any tool can read, with a checksum."""
     # (safetensors refuses tied weights, which share memory)
-    copies = {name: value.detach().cpu().contiguous().clone() for name, value in embedder.state_dict().items()}
-    with whole_file(path) as unfinished:
-        save_file(copies, unfinished)
+    write_tensors(path, {name: value.detach().cpu().clone() for name, value in embedder.state_dict().items()})
 
 
 def load_embedder(path: str | Path, embedder: nn.Module) -> None:
@@ -54,24 +56,38 @@ def load_embedder(path: str | Path, embedder: nn.Module) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is broken, or a weight is missing, unknown or of another shape (which is named).
+        ValueError: the file is broken or has another checksum than was written, or a weight is missing, unknown, of
+            another shape or type, or not finite (which is named).
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"expected an exported embedder at {path}, got no such file; look into the run folder")
-    try:
-        stored = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"expected a safetensors file at {path}, got a broken one ({error}); export it again"
-        ) from error
+    stored, _ = read_tensors(path)
     own = embedder.state_dict()
     for name in sorted(own.keys() | stored.keys()):
-        expected = tuple(own[name].shape) if name in own else "nothing"
-        got = tuple(stored[name].shape) if name in stored else "nothing"
-        if expected != got:
-            raise ValueError(
-                f"expected {expected} for {name}, got {got} in {path}; build the embedder with the trunk and widths it "
-                "was trained with (config.txt in its run folder names them)"
+        for of in (_shape, _dtype):
+            expected = of(own[name]) if name in own else "nothing"
+            got = of(stored[name]) if name in stored else "nothing"
+            require(
+                expected == got,
+                f"{expected} for {name}",
+                f"{got} in {path}",
+                "build the embedder with the trunk and widths it was trained with (config.txt in its run folder "
+                "names them)",
             )
+    for name, value in stored.items():
+        require(
+            bool(torch.isfinite(value).all()),
+            f"finite weights in {path}",
+            f"NaN or infinity in {name}",
+            "use the weights of a training that did not diverge",
+        )
     embedder.load_state_dict(stored)
+
+
+def _shape(value: torch.Tensor) -> str:
+    return str(tuple(value.shape))
+
+
+def _dtype(value: torch.Tensor) -> str:
+    return str(value.dtype)

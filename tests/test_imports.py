@@ -14,13 +14,19 @@ EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
 
 # What each part of the package may import of the others. experiment -> {trainers, evaluation, recording, checkpoint}
 # -> {embedders, losses, distances, data} -> episodes -> checks; within a folder files may import each other.
-TOOLS = {"atomic", "checks", "parts", "modes"}
+FILE_FORMATS = {"zip_archive", "npy_file", "tensor_file", "pytorch_file"}
+TOOLS = {"atomic", "checks", "parts", "modes", "sizes"} | FILE_FORMATS
 PARTS = {"embedders", "losses", "distances", "data", "episodes", "batches", "drawing"} | TOOLS
 MAY_IMPORT: dict[str, set[str]] = {
     "atomic": set(),
     "checks": set(),
     "parts": set(),
     "modes": set(),
+    "sizes": {"checks"},
+    "zip_archive": set(),
+    "npy_file": {"checks"},
+    "tensor_file": {"atomic", "checks", "sizes"},
+    "pytorch_file": {"sizes", "zip_archive"},
     "allocator": set(),
     "torchvision_import": set(),
     "drawing": {"checks"},

@@ -3,14 +3,15 @@
 An entry is a folder `<name>-<source>-<state>` with images.npy, labels.npy and about.json. `<source>` stands for where
 the images come from and how they are prepared, `<state>` for the source files' names, sizes and times, so a changed
 source has another entry, is built anew, and the old entry is removed. An entry is written under another name and
-renamed when it is whole: a reader never sees half of one.
+renamed when it is whole: a reader never sees half of one. Only one process builds an entry, the others wait for it.
+
+about.json holds checksums of all three, which are verified each time an entry is read.
 """
 
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.lib.format import open_memmap
 from torch import Tensor
 from tqdm import tqdm
 
-LAYOUT = 1  # part of every key: raise it when what an entry holds changes
+from pml_fewshot.checks import require
+from pml_fewshot.npy_file import map_npy
+from pml_fewshot.sizes import checksum
+
+LAYOUT = 2  # part of every key: raise it when what an entry holds changes
+ABOUT = 2**28  # bytes of about.json: a million names of classes take 50 MB
 
 
 @dataclass(frozen=True)
@@ -78,31 +85,39 @@ def cached_images(
         state: the source's present state, see `files_state`; another value replaces the entry.
         read: gives the source's images; called only when the cache does not hold them.
         cache_dir: folder of all entries, `default_cache_dir()` when None.
+
+    The checksums are verified by reading the whole entry once, 0.2 seconds a GB where the system holds it in its own
+    cache, else the disk's time. It is read through in blocks, so a set may be larger than memory.
+
+    Raises:
+        ValueError: the entry is damaged. It is not built anew unasked: that a disk loses data is to be known.
     """
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     prefix = f"{name}-{_short_hash((LAYOUT, *source))}-"
     entry = folder / f"{prefix}{_short_hash((state,))}"
     if not entry.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
-        try:
-            _write(read(), unfinished, name)
-            unfinished.chmod(0o755)  # a shared cache is for all to read
-            _publish(unfinished, entry)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)  # only there when something failed or another was first
-        for old in folder.glob(f"{prefix}*"):
-            if old != entry:
-                shutil.rmtree(old)
+        with FileLock(folder / f".{prefix}lock", mode=0o666):  # given back by the system when a process is killed
+            if not entry.exists():  # else another process has built it while this one waited
+                _build(entry, prefix, read, name)
+            outdated = [f"{name}-{_short_hash((layout, *source))}-" for layout in range(1, LAYOUT)]
+            for old in (path for start in (prefix, *outdated) for path in folder.glob(f"{start}*")):
+                if old != entry:
+                    shutil.rmtree(old)
     return _load(entry)
 
 
-def _publish(unfinished: Path, entry: Path) -> None:
+def _build(entry: Path, prefix: str, read: Callable[[], Source], name: str) -> None:
+    unfinished = entry.with_name(f".unfinished-{prefix}")
+    if unfinished.exists():  # of a process that was killed
+        shutil.rmtree(unfinished)
+    unfinished.mkdir()
     try:
+        _write(read(), unfinished, name)
         unfinished.rename(entry)
-    except OSError:
-        if not entry.exists():  # else another process has built the same entry meanwhile: use that one
-            raise
+    except BaseException:
+        shutil.rmtree(unfinished)
+        raise
 
 
 def _write(source: Source, folder: Path, name: str) -> None:
@@ -115,26 +130,53 @@ def _write(source: Source, folder: Path, name: str) -> None:
         images[len(labels)] = image
         labels.append(label)
     images.flush()
+    labels_array = np.asarray(labels, dtype=np.int64)
+    np.save(folder / "labels.npy", labels_array)
+    facts = source.about()
+    checksums = _checksums(images, labels_array, facts)
     del images
-    np.save(folder / "labels.npy", np.asarray(labels, dtype=np.int64))
-    (folder / "about.json").write_text(json.dumps(source.about(), ensure_ascii=False), encoding="utf-8")
+    about = json.dumps({"facts": facts, "checksums": checksums}, ensure_ascii=False)
+    (folder / "about.json").write_text(about, encoding="utf-8")
     for file in folder.iterdir():
         with file.open("rb") as written:
             os.fsync(written.fileno())  # a rename is only as lasting as the data behind it
 
 
+def _checksums(images: np.ndarray, labels: np.ndarray, facts: object) -> dict[str, str]:
+    words = json.dumps(facts, ensure_ascii=True, sort_keys=True).encode()
+    shape = f"{images.dtype} {images.shape}".encode()
+    return {
+        "images": checksum([shape, images.data]),
+        "labels": checksum([labels.data]),
+        "facts": checksum([words]),
+    }
+
+
 def _load(entry: Path) -> CachedImages:
     try:
         # mode "c": torch wants writable memory; writes would stay in this process and never reach the file
-        images = torch.from_numpy(np.load(entry / "images.npy", mmap_mode="c", allow_pickle=False))
-        labels = torch.from_numpy(np.load(entry / "labels.npy", allow_pickle=False))
+        images, labels = map_npy(entry / "images.npy", mode="c"), map_npy(entry / "labels.npy", mode="c")
+        size = (entry / "about.json").stat().st_size
+        require(size <= ABOUT, f"an about.json of at most {ABOUT:,} bytes", f"{size:,}", "build it anew")
         about = json.loads((entry / "about.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, EOFError) as error:
+        facts = about["facts"]
+        found = _checksums(images, labels, facts)
+        require(about["checksums"] == found, "the checksums as written", "others", "it is damaged")
+        require(isinstance(facts, dict), "facts by their names", type(facts).__name__, "it is damaged")
+        _check_form(images, labels)
+    except (OSError, ValueError, EOFError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(
             f"expected a whole cache entry in {entry}, got one that cannot be read ({error}); delete that folder and "
             "run again"
         ) from error
-    return CachedImages(images[: len(labels)], labels, about)
+    return CachedImages(torch.from_numpy(images)[: len(labels)], torch.from_numpy(labels), facts)
+
+
+def _check_form(images: np.ndarray, labels: np.ndarray) -> None:
+    right = images.dtype == np.uint8 and images.ndim == 4 and images.flags.c_contiguous
+    require(right, "images (M, C, H, W) of bytes", f"{images.dtype} {images.shape}", "it is damaged")
+    right = labels.dtype == np.int64 and labels.ndim == 1 and len(labels) <= len(images)
+    require(right, f"at most {len(images)} int64 labels", f"{labels.dtype} {labels.shape}", "it is damaged")
 
 
 def _short_hash(parts: Iterable[object]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -14,6 +15,9 @@ from PIL import Image, ImageOps
 from pml_fewshot.checks import check_at_least_one, require
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of these suffixes; Pillow's EPS starts a program
+LARGEST = 2**28  # bytes of a file that is read
 
 THREADS = 4  # Pillow decodes outside of Python's lock, so large files keep several cores busy; 84 x 84 ones hardly do
 CHUNK = 256  # 5 MB of images at 84 x 84
@@ -35,8 +39,13 @@ def is_image_name(name: str) -> bool:
 
 
 def image_names(folder: Path) -> list[str]:
-    """Returns the image files anywhere below a folder, as sorted relative names with "/"; linked folders count too."""
+    """Returns the image files anywhere below a folder, as sorted relative names with "/"; linked folders count too.
+
+    Raises:
+        ValueError: a folder is reached by two ways, over a link: its images would count twice, or without end.
+    """
     names = []
+    reached: dict[tuple[int, int], str] = {}
 
     def fail(error: OSError) -> None:
         raise error
@@ -44,6 +53,14 @@ def image_names(folder: Path) -> list[str]:
     for parent, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         folders[:] = [name for name in folders if not _is_hidden(name)]
         below = Path(parent).relative_to(folder)
+        stat = Path(parent).stat()
+        first = reached.setdefault((stat.st_dev, stat.st_ino), parent)
+        require(
+            first == parent,
+            f"every folder of images below {folder} to be reached by one way",
+            f"{first} again as {parent}",
+            "remove the link",
+        )
         names += [(below / name).as_posix() for name in files if is_image_name(name)]
     return sorted(names)
 
@@ -58,7 +75,7 @@ def check_form(image_size: int, channels: int) -> None:
     require(channels in (1, 3), "channels 3 (RGB) or 1 (grey)", repr(channels), "choose one of them")
 
 
-def read_image(content: bytes | Path, image_size: int, channels: int, name: str) -> np.ndarray:
+def read_image(content: bytes | bytearray | Path, image_size: int, channels: int, name: str) -> np.ndarray:
     """Reads one image, upright, its centre square scaled to image_size x image_size.
 
     Every mode becomes 8 bits: palettes are looked up, CMYK converted, 16-bit grey divided by 257 (65,535 becomes 255;
@@ -79,17 +96,22 @@ def read_image(content: bytes | Path, image_size: int, channels: int, name: str)
 
     Raises:
         BrokenImageError: (a ValueError) the content is broken, cut off, no image, has more pixels than Pillow's
-            `Image.MAX_IMAGE_PIXELS` (a decompression bomb), or has grey values of no known range.
+            `Image.MAX_IMAGE_PIXELS` (a decompression bomb), has grey values of no known range, or is no regular file
+            or one of more than 256 MiB. Of a PNG all checksums are verified; other formats have none, so damage in
+            them can pass as another picture.
         ValueError: image_size < 1, or channels neither 1 nor 3.
     """
     check_form(image_size, channels)
-    if isinstance(content, Path):
-        content = content.read_bytes()
     try:
-        with Image.open(BytesIO(content)) as opened:
+        if isinstance(content, Path):
+            content = _content(content)
+        check_png(content)
+        with Image.open(BytesIO(content), formats=FORMATS) as opened:
             _check_pixels(opened)
             image = _eight_bits(ImageOps.exif_transpose(opened), channels)
         pixels = np.asarray(_square(image, image_size))
+    except (FileNotFoundError, PermissionError):
+        raise
     except PILLOW_ERRORS as error:
         raise BrokenImageError(
             f"expected a readable image at {name}, got {error or type(error).__name__}; replace the file or take it out"
@@ -99,7 +121,7 @@ def read_image(content: bytes | Path, image_size: int, channels: int, name: str)
 
 def read_images(
     names: Sequence[str],
-    content: Callable[[str], bytes | Path],
+    content: Callable[[str], bytes | bytearray | Path],
     image_size: int,
     channels: int,
     place: str,
@@ -124,6 +146,32 @@ def read_images(
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(names), CHUNK):
             yield from pool.map(read, names[start : start + CHUNK])
+
+
+def _content(file: Path) -> bytes:
+    stat = file.stat()
+    regular = S_ISREG(stat.st_mode)  # a named pipe would wait, a device would never end
+    require(regular and stat.st_size <= LARGEST, f"a file of at most {LARGEST:,} bytes", "another", "make it smaller")
+    return file.read_bytes()
+
+
+def check_png(content: bytes | bytearray) -> None:
+    """Raises a ValueError for a PNG with a wrong checksum or cut off: Pillow does not verify those of the pixels.
+
+    What is no PNG passes.
+    """
+    view = memoryview(content)
+    if bytes(view[:8]) != b"\x89PNG\r\n\x1a\n":
+        return
+    start, kind = 8, b""
+    while kind != b"IEND":
+        require(len(view) >= start + 12, "a PNG up to its end", "one that is cut off", "fetch it again")
+        length, kind = struct.unpack_from(">I4s", view, start)
+        end = start + 8 + length
+        require(len(view) >= end + 4, "a PNG up to its end", "one that is cut off", "fetch it again")
+        right = zlib.crc32(view[start + 4 : end]) == struct.unpack_from(">I", view, end)[0]
+        require(right, "a PNG with its checksums right", f"a wrong one of its part {kind!r}", "fetch it again")
+        start = end + 4
 
 
 def _check_pixels(image: Image.Image) -> None:

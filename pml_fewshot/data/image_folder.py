@@ -31,7 +31,7 @@ class ImageFiles:
 
     place: Path
     splits: dict[str, Classes]
-    content: Callable[[str], bytes | Path]
+    content: Callable[[str], bytes | bytearray | Path]
     files: Sequence[Path]
 
 
@@ -72,7 +72,7 @@ def load_image_folder(
     Raises:
         FileNotFoundError: root is no folder.
         ValueError: no images, images outside of class folders, too few classes for the splits, a class in two splits,
-            or a broken image (with skip_broken: a class of broken images only).
+            a broken image (with skip_broken: a class of broken images only), or a folder reached twice over a link.
     """
     root = Path(root).resolve()
     if not root.is_dir():

@@ -1,18 +1,28 @@
 """miniImageNet (Vinyals et al. 2016) in the split of Ravi and Larochelle 2017: 64 / 16 / 20 classes of 600 images."""
 
 import csv
+import hashlib
+import io
+import re
 import zipfile
-import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from pml_fewshot.checks import require
 from pml_fewshot.data.fewshot_dataset import Splits
 from pml_fewshot.data.image_file import image_names, is_image_name
 from pml_fewshot.data.image_folder import SPLIT_FOLDERS, Classes, ImageFiles, read_splits, splits_by_folder
-from pml_fewshot.data.zip_archive import broken_zip, open_zip
+from pml_fewshot.zip_archive import member_names, open_zip, read_member
 
 CLASSES = {"train": 64, "val": 16, "test": 20}
 IMAGES = 600  # of each class
+LISTING = 2**26  # bytes of a list; Ravi and Larochelle's train.csv has 1.3 MB
+
+# Which classes those of Ravi and Larochelle are, as a digest of their sorted WordNet ids, one a line
+RAVI_LAROCHELLE = {"train": "e4359033c57ddd69", "val": "3d0231d10e3306dc", "test": "3035a236f674b287"}
+
+WORDNET_ID = re.compile(r"n\d{8}", re.ASCII)
+FILE_OF_CLASS = re.compile(r"(n\d{8})\d{8}\.jpe?g", re.ASCII)  # the usual file names start with their class
 
 SUBFOLDERS = ("", "miniimagenet", "mini_imagenet", "mini-imagenet", "miniImageNet", "miniimagenet_150")
 
@@ -44,7 +54,8 @@ def load_mini_imagenet(
 
     Raises:
         FileNotFoundError: none of the layouts is there, or a list names a missing file.
-        ValueError: a broken zip, list or image, several zips that fit, or another number of classes.
+        ValueError: a broken zip, list or image, several zips that fit, another number of classes, or (where all are
+            named by WordNet ids) other classes for a split than Ravi and Larochelle's.
     """
     root = Path(root).resolve()
     if root.is_file():
@@ -88,6 +99,20 @@ def _checked(splits: dict[str, Classes] | None, place: Path) -> dict[str, Classe
         _counts(got) or "none",
         "fetch the missing ones, or read another set with load_image_folder",
     )
+    by_id = any(WORDNET_ID.fullmatch(name) for classes in splits.values() for name in classes)
+    for split, classes in splits.items() if by_id else ():  # under other names nobody can tell
+        digest = hashlib.blake2b("\n".join(sorted(classes)).encode(), digest_size=8).hexdigest()
+        require(
+            digest == RAVI_LAROCHELLE[split],
+            f"Ravi and Larochelle's {CLASSES[split]} classes for {split} in {place}",
+            f"others ({', '.join(sorted(classes)[:3])}, ...)",
+            "fetch the set or its lists again, or read another set with load_image_folder",
+        )
+        for name, files in classes.items():
+            for file in files:
+                named = FILE_OF_CLASS.fullmatch(file.split("/")[-1])
+                right = named is None or named[1] == name
+                require(right, f"the class that {file} is named after", f"{name} in {place}", "fetch the set again")
     return splits
 
 
@@ -102,36 +127,47 @@ def _listed_images(place: Path) -> ImageFiles:
     for split in CLASSES:
         listing = place / f"{split}.csv"
         classes: Classes = {}
-        with listing.open(encoding="utf-8-sig", newline="") as lines:
-            rows = csv.DictReader(lines)
-            columns = rows.fieldnames or ()
-            require({"filename", "label"} <= set(columns), f"columns filename,label in {listing}", columns, "add them")
-            for row in rows:
-                file, label = row["filename"], row["label"]
-                where = f"line {rows.line_num} of {listing}"
-                require(bool(file) and bool(label), f"a filename and a label in {where}", row, "complete the line")
-                if file not in present:
-                    raise FileNotFoundError(
-                        f"expected the image {file} of {where} in {place / 'images'}, got no such file; fetch it, or "
-                        "take the line out"
-                    )
-                require(file not in taken, "each image in one line of the lists", f"{file} again in {where}", "drop it")
-                taken.add(file)
-                classes.setdefault(label, []).append(f"images/{file}")
+        for where, file, label in _lines(listing):
+            if file not in present:
+                raise FileNotFoundError(
+                    f"expected the image {file} of {where} in {place / 'images'}, got no such file; fetch it, or "
+                    "take the line out"
+                )
+            require(file not in taken, "each image in one line of the lists", f"{file} again in {where}", "drop it")
+            taken.add(file)
+            classes.setdefault(label, []).append(f"images/{file}")
         splits[split] = {label: sorted(names) for label, names in sorted(classes.items())}
     files = [place / name for classes in splits.values() for names in classes.values() for name in names]
     listings = [place / f"{split}.csv" for split in CLASSES]
     return ImageFiles(place, _checked(splits, place), place.joinpath, [*files, *listings])
 
 
+def _lines(listing: Path) -> Iterator[tuple[str, str, str]]:
+    """Where each line of a list stands, and its filename and label."""
+    if not listing.is_file():
+        raise FileNotFoundError(f"expected the list {listing}, got none; fetch it")
+    size = listing.stat().st_size
+    require(size <= LISTING, f"a list of at most {LISTING:,} bytes at {listing}", f"{size:,}", "fetch it again")
+    try:
+        rows = csv.DictReader(io.StringIO(listing.read_text(encoding="utf-8-sig"), newline=""), strict=True)
+        columns = rows.fieldnames or ()
+        require({"filename", "label"} <= set(columns), f"columns filename,label in {listing}", columns, "add them")
+        for row in rows:
+            where = f"line {rows.line_num} of {listing}"
+            whole = row["filename"] and row["label"] and None not in row
+            require(bool(whole), f"a filename and a label in {where}", row, "complete the line")
+            yield where, row["filename"], row["label"]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"expected a list of images at {listing}, got a broken one ({error}); fetch it again"
+        ) from error
+
+
 def _load_zip(place: Path, image_size: int, memory_map: bool, cache_dir: str | Path | None) -> Splits:
     with open_zip(place) as archive:
 
-        def content(name: str) -> bytes:
-            try:
-                return archive.read(full_names[name])
-            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted
-                raise broken_zip(place, f"{error} at {name}") from error
+        def content(name: str) -> bytearray:
+            return read_member(archive, full_names[name])
 
         full_names = _names_below_top(archive)
         splits = _checked(splits_by_folder(list(full_names), place), place)
@@ -157,7 +193,7 @@ def _fitting_zips(place: Path) -> list[Path]:
 
 def _names_below_top(archive: zipfile.ZipFile) -> dict[str, str]:
     """The images' names without a top folder common to all -> their full names, sorted."""
-    full = [name for name in archive.namelist() if is_image_name(name)]
+    full = member_names(archive, is_image_name)
     tops = {name.split("/")[0] for name in full}
     drop = len(tops) == 1 and not tops & set(SPLIT_FOLDERS)
     return {name.split("/", 1)[-1] if drop else name: name for name in sorted(full)}

@@ -2,7 +2,6 @@
 
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -14,10 +13,13 @@ from PIL import Image
 from pml_fewshot.checks import check_at_least_one, check_choice, require
 from pml_fewshot.data.cache import Source, cached_images, files_state
 from pml_fewshot.data.fewshot_dataset import FewShotDataset, Splits
-from pml_fewshot.data.zip_archive import open_zip
+from pml_fewshot.data.image_file import PILLOW_ERRORS, check_png
+from pml_fewshot.zip_archive import member_names, open_zip, read_member
 
 PARTS = {"images_background": 964, "images_evaluation": 659}  # characters in each part
 DRAWINGS = 20  # of each character
+DRAWN = (105, 105)  # pixels of a drawing
+LARGEST = 2**20  # bytes of a drawing's file; they have some hundred
 
 OFFICIAL_URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 OFFICIAL_MD5 = {
@@ -159,7 +161,7 @@ def _drawings_by_character(place: Path) -> dict[str, list[str]]:
     """`Alphabet/characterNN` -> the drawings' names, both sorted; reads a zip's directory or walks a folder."""
     if place.is_file():
         with open_zip(place) as archive:
-            names = [name for name in archive.namelist() if name.endswith(".png") and not name.startswith("__MACOSX")]
+            names = member_names(archive, lambda name: name.endswith(".png") and not name.startswith("__MACOSX"))
     else:
         names = [file.relative_to(place).as_posix() for file in place.rglob("*.png")]
     characters: dict[str, list[str]] = {}
@@ -170,12 +172,19 @@ def _drawings_by_character(place: Path) -> dict[str, list[str]]:
 
 def _drawing(archive: zipfile.ZipFile | None, place: Path, name: str, image_size: int) -> np.ndarray:
     try:
-        content = archive.read(name) if archive is not None else (place / name).read_bytes()
-        # 105 -> 28 is a factor of 3.75: area averaging keeps thin strokes, nearest neighbour would break them
-        drawing = Image.open(BytesIO(content)).convert("L").resize((image_size, image_size), Image.Resampling.BOX)
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, OSError, EOFError, SyntaxError) as error:
-        # of the zip: BadZipFile, zlib.error, RuntimeError (flags that say encrypted); of the PNG: the others
+        content = read_member(archive, name, LARGEST) if archive is not None else _content(place / name)
+        check_png(content)
+        with Image.open(BytesIO(content), formats=("PNG",)) as opened:
+            require(opened.size == DRAWN, f"{DRAWN[0]} x {DRAWN[1]} pixels", f"{opened.size}", "fetch it again")
+            # 105 -> 28 is a factor of 3.75: area averaging keeps thin strokes, nearest neighbour would break them
+            drawing = opened.convert("L").resize((image_size, image_size), Image.Resampling.BOX)
+    except (*PILLOW_ERRORS, RuntimeError) as error:
         raise ValueError(
             f"expected a drawing at {name} in {place}, got something unreadable ({error}); fetch the file again"
         ) from error
     return 255 - np.asarray(drawing, dtype=np.uint8)[None]
+
+
+def _content(file: Path) -> bytes:
+    require(file.is_file() and file.stat().st_size <= LARGEST, "a small file", "another", "unpack it again")
+    return file.read_bytes()

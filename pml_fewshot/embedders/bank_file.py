@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from pml_fewshot.atomic import whole_file
 from pml_fewshot.checks import check_choice, require
 from pml_fewshot.embedders.bank import EmbeddingBank
+from pml_fewshot.npy_file import map_npy, parse_npy
+from pml_fewshot.pytorch_file import read_pytorch
+from pml_fewshot.sizes import check_fits_memory
+from pml_fewshot.tensor_file import read_tensors, write_tensors
+from pml_fewshot.zip_archive import member_names, open_zip, read_member
 
 Array = np.ndarray | Tensor
 
@@ -24,9 +26,8 @@ def save_bank(path: str | Path, bank: EmbeddingBank) -> None:
     """Writes a bank as safetensors, all of it or nothing; `load_bank` and any other tool can read it."""
     path = Path(path)
     require(path.suffix == ".safetensors", "a path that ends with .safetensors", str(path), "rename it")
-    tensors = {"embeddings": bank.embeddings.cpu().contiguous(), "labels": bank.labels.cpu().contiguous()}
-    with whole_file(path) as unfinished:
-        save_file(tensors, unfinished, {"source": bank.source})
+    tensors = {"embeddings": bank.embeddings, "labels": bank.labels}
+    write_tensors(path, tensors, {"source": bank.source})
 
 
 def load_bank(
@@ -84,15 +85,18 @@ def _arrays(path: Path) -> tuple[dict[str, Array], str]:
 
 def _read(path: Path) -> tuple[dict[str, Array], str]:
     if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, (file.metadata() or {}).get("source", "")  # noqa: SIM118
+        tensors, metadata = read_tensors(path)
+        return dict(tensors), metadata.get("source", "")
     if path.suffix in (".pt", ".pth"):
-        return _named(torch.load(path, map_location="cpu", weights_only=True)), ""
+        return _named(read_pytorch(path)), ""
     if path.suffix == ".npy":  # "r": Linux refuses a writable map, also a private one, that is larger than memory
-        return {path.stem: np.lib.format.open_memmap(path, mode="r")}, ""
-    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-        members = {key: file[key] for key in file.files}  # each is read once, here
-        return {key: array for key, array in members.items() if isinstance(array, np.ndarray)}, ""
+        return {path.stem: map_npy(path, mode="r")}, ""
+    with open_zip(path) as archive:
+        sizes = {member.filename: member.file_size for member in archive.infolist()}
+        check_fits_memory(sum(sizes.values()), path)
+        names = member_names(archive, lambda name: name.endswith(".npy"))
+        arrays = {name: read_member(archive, name, sizes[name]) for name in names}
+        return {name.removesuffix(".npy"): parse_npy(content, name) for name, content in arrays.items()}, ""
 
 
 def _named(loaded: object) -> dict[str, Array]:
@@ -107,6 +111,9 @@ def _named(loaded: object) -> dict[str, Array]:
 
 
 def _array(value: Any) -> Array:
+    """A tensor as it is; a list only when it is flat, for lists within lists can hold a few numbers 2**40 times."""
+    if isinstance(value, list) and not all(isinstance(item, int | float | str) for item in value):
+        raise ValueError("a list of other than numbers and texts")
     return value if isinstance(value, Tensor) else np.asarray(value)
 
 
@@ -135,13 +142,18 @@ def _listing(arrays: Mapping[str, Array]) -> str:
 
 
 def _is_float(array: Array) -> bool:
-    return array.is_floating_point() if isinstance(array, Tensor) else array.dtype.kind == "f"
+    """Whether these are floats of 16 to 64 bits."""
+    if isinstance(array, Tensor):
+        return array.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return array.dtype.kind == "f" and array.dtype.itemsize <= 8
 
 
 def _floats(array: Array, path: Path) -> Tensor:
     """Embeddings as a tensor, which shares the memory of a map."""
-    if not _is_float(array) or array.dtype.itemsize > 8:
+    if not _is_float(array):
         raise TypeError(f"expected embeddings as floats of 16 to 64 bits in {path}, got {array.dtype}; convert them")
+    # (without columns a file of no bytes can claim 10**18 rows)
+    require(0 not in array.shape[1:], f"columns in the embeddings of {path}", f"{tuple(array.shape)}", "write them")
     if isinstance(array, Tensor):
         return array
     with warnings.catch_warnings():  # nothing here writes to embeddings, and `load_bank` says that nobody may

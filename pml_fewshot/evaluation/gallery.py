@@ -11,15 +11,15 @@ import faiss
 import numpy as np
 import torch
 from pytorch_metric_learning.distances import BaseDistance
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from pml_fewshot.checks import check_at_least_one, check_finite, require
+from pml_fewshot.checks import check_at_least_one, check_finite, check_labels, require
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.evaluation.blas import warn_of_slow_blas
+from pml_fewshot.evaluation.index_file import check_known, check_work, index_checksum, read_index
 from pml_fewshot.evaluation.ranking import FAISS_METRICS, Ranking
 from pml_fewshot.parts import build
+from pml_fewshot.tensor_file import read_tensors, write_tensors
 
 LEAST_FOR_CODES = 16 * 39  # references to train the 16 centres of a 4-bit code on
 BLOCK = 2**16  # rows added at a time: 32 MiB at 128 dimensions
@@ -108,22 +108,31 @@ class Gallery:
         return torch.from_numpy(self.faiss_index.search(self._rows(query, slice(None)), k)[1])
 
     def save(self, folder: str | Path) -> None:
-        """Writes the gallery to a new folder: index.faiss and labels.safetensors; all of it or nothing."""
+        """Writes the gallery to a new folder: index.faiss and labels.safetensors; all of it or nothing.
+
+        Raises:
+            FileExistsError: the folder exists.
+            ValueError: an index of parts that `load` does not read, or with parameters that it refuses.
+        """
         folder = Path(folder)
         if folder.exists():
             raise FileExistsError(f"expected a new folder for the gallery, got {folder}, which exists; name another")
+        check_known(self.faiss_index)
+        check_work(self.parameters, len(self))
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = folder.with_name(f".unfinished-{folder.name}-{os.getpid()}")
         unfinished.mkdir()
         try:
             faiss.write_index(self.faiss_index, str(unfinished / "index.faiss"))
             about = {
+                "index": index_checksum(unfinished / "index.faiss"),
+                "dims": self.faiss_index.d,
                 "description": self.description,
                 "parameters": self.parameters,
                 "kind": self.ranking.kind,
                 "normalize": self.ranking.normalize,
             }
-            save_file({"labels": self.labels}, unfinished / "labels.safetensors", {"gallery": json.dumps(about)})
+            write_tensors(unfinished / "labels.safetensors", {"labels": self.labels}, {"gallery": json.dumps(about)})
             unfinished.rename(folder)
         except BaseException:
             shutil.rmtree(unfinished)
@@ -135,7 +144,7 @@ class Gallery:
 
         Raises:
             FileNotFoundError: no gallery there.
-            ValueError: the files are broken, or index and labels do not belong together.
+            ValueError: the files are broken, index and labels do not belong together, or a search would read beyond.
         """
         folder = Path(folder)
         for name in ("index.faiss", "labels.safetensors"):
@@ -145,20 +154,25 @@ class Gallery:
                 )
         gallery = cls.__new__(cls)
         try:
-            with safe_open(folder / "labels.safetensors", framework="pt") as file:
-                about = json.loads(file.metadata()["gallery"])
-                gallery.labels = file.get_tensor("labels")
-            gallery.description, gallery.parameters = about["description"], about["parameters"]
-            gallery.ranking = Ranking(about["kind"], about["normalize"])
-            gallery.faiss_index = faiss.read_index(str(folder / "index.faiss"))
+            tensors, texts = read_tensors(folder / "labels.safetensors")
+            about = json.loads(texts["gallery"])
+            gallery.labels = tensors["labels"]
+            check_labels(gallery.labels, len(gallery.labels), "the gallery's")
+            written, found = about.get("index"), index_checksum(folder / "index.faiss")
+            if written is not None:  # None: of a version that recorded neither this nor dims
+                require(written == found, f"an index with checksum {written}", found, "build the gallery anew")
+            gallery.description, gallery.parameters = str(about["description"]), str(about["parameters"])
+            check_work(gallery.parameters, len(gallery.labels))
+            gallery.ranking = Ranking(about["kind"], about["normalize"] is True)
+            gallery.faiss_index = read_index(folder / "index.faiss", about.get("dims"), len(gallery.labels))
+            metric = gallery.faiss_index.metric_type
+            require(metric == FAISS_METRICS[about["kind"]], f"an index for {about['kind']}", metric, "build it anew")
             _set_parameters(gallery.faiss_index, gallery.parameters)
-        except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
+        except (RuntimeError, LookupError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"expected a gallery in {folder}, got files that are broken or of something else "
                 f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); build it anew"
             ) from error
-        count = gallery.faiss_index.ntotal
-        require(count == len(gallery.labels), f"{count} labels", f"{len(gallery.labels)}", "build the gallery anew")
         return gallery
 
     def _check_width(self, embeddings: Tensor, what: str) -> None:

@@ -10,7 +10,7 @@ from pml_fewshot.evaluation.average import average, averaged_metric
 from pml_fewshot.evaluation.episodic import EpisodicResult
 from pml_fewshot.evaluation.result_row import ResultRow
 from pml_fewshot.evaluation.retrieval_result import RetrievalResult
-from pml_fewshot.evaluation.table_text import figures_csv, latex, markdown, methods_csv, read_figures_csv
+from pml_fewshot.evaluation.table_text import LARGEST, figures_csv, latex, markdown, methods_csv, read_figures_csv
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class ResultTable:
             FileNotFoundError: there is no figures.csv.
             ValueError: it is no table of figures.
         """
-        return cls(read_figures_csv((Path(folder) / "figures.csv").read_text(encoding="utf-8")))
+        with (Path(folder) / "figures.csv").open("rb") as file:
+            return cls(read_figures_csv(file.read(LARGEST + 1)))
 
     def best_first(self) -> "ResultTable":
         """The same rows, methods in descending order of the figure that came first for each of them."""

@@ -5,9 +5,9 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
-from pml_fewshot.checks import require
+from pml_fewshot.checks import check_choice, require
 from pml_fewshot.evaluation.result_row import ResultRow
 
 TITLES = {
@@ -17,6 +17,9 @@ TITLES = {
     "mean_average_precision": "MAP",
     "mean_reciprocal_rank": "MRR",
 }
+
+
+LARGEST = 2**26  # bytes of a figures.csv: 200,000 figures
 
 
 @dataclass
@@ -116,21 +119,35 @@ def figures_csv(rows: Sequence[ResultRow]) -> str:
     return _csv([f.name for f in fields(ResultRow)], (asdict(row) for row in rows))
 
 
-def read_figures_csv(text: str) -> list[ResultRow]:
-    """The rows that figures_csv wrote.
+def read_figures_csv(text: str | bytes) -> list[ResultRow]:
+    """The rows that figures_csv wrote; bytes are read as UTF-8.
 
     Raises:
-        ValueError: other columns, or a value of another type.
+        ValueError: other columns, a line of another length, a value of another type, or more than LARGEST bytes.
     """
-    reader = csv.DictReader(io.StringIO(text))
     names = [f.name for f in fields(ResultRow)]
-    require(reader.fieldnames == names, f"the columns {names}", str(reader.fieldnames), "read a figures.csv")
-    return [ResultRow(**{f.name: _parsed(row[f.name], f.type) for f in fields(ResultRow)}) for row in reader]
+    try:
+        require(len(text) <= LARGEST, f"at most {LARGEST:,} bytes", f"{len(text):,}", "read a figures.csv")
+        lines = io.StringIO(text if isinstance(text, str) else text.decode("utf-8"), newline="")
+        reader = csv.DictReader(lines, strict=True)
+        require(reader.fieldnames == names, f"the columns {names}", str(reader.fieldnames), "read a figures.csv")
+        rows = []
+        for row in reader:
+            whole = None not in row and None not in row.values()
+            require(whole, f"{len(names)} cells in line {reader.line_num}", "another number", "read a figures.csv")
+            rows.append(ResultRow(**{f.name: _parsed(row[f.name], f.type) for f in fields(ResultRow)}))
+    except (csv.Error, ValueError) as error:
+        if str(error).startswith("expected "):
+            raise
+        raise ValueError(f"expected a table of figures, got a broken one ({error}); write it again") from error
+    return rows
 
 
 def _parsed(text: str, kind: Any) -> Any:
     if kind in (int | None, float | None):
         return None if text == "" else get_args(kind)[0](text)
+    if get_origin(kind) is Literal:
+        check_choice("the cell", text, get_args(kind))
     return kind(text) if kind in (int, float) else text
 
 

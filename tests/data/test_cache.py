@@ -1,6 +1,10 @@
 """The loaders' cache: hits, misses, replaced and failed entries."""
 
+import json
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from pml_fewshot.data import cache
 from pml_fewshot.data.cache import Source, cached_images, default_cache_dir, files_state
 
 
@@ -34,8 +39,10 @@ class Made:
             yield image, label
 
 
-def entries(cache: Path) -> list[str]:
-    return sorted(os.listdir(cache)) if cache.exists() else []  # noqa: PTH208, for hidden names too
+def entries(folder: Path) -> list[str]:
+    """Also hidden ones, but for the locks."""
+    names = os.listdir(folder) if folder.exists() else []  # noqa: PTH208
+    return sorted(name for name in names if not name.endswith("-lock"))
 
 
 def test_what_is_read_once_comes_back_the_same_without_reading(tmp_path: Path):
@@ -105,16 +112,47 @@ def test_a_read_that_fails_at_once_leaves_nothing_behind(tmp_path: Path):
     assert entries(tmp_path) == []
 
 
-def test_of_two_processes_that_build_the_same_entry_the_first_wins(tmp_path: Path):
-    first, second = Made(seed=0), Made(seed=1)
+BUILDER = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from pml_fewshot.data.cache import Source, cached_images
+cache, number, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+def items():
+    (cache / f"built-by-{number}").touch()
+    time.sleep(seconds)
+    yield np.full((1, 3, 4), number, np.uint8), 0
+cached = cached_images("set", (), "1", lambda: Source(items(), 1, (1, 3, 4), dict), cache)
+print(int(cached.images.max()))
+"""
 
-    def read_slowly() -> Source:
-        cached_images("set", (), "1", first, tmp_path)  # the other process is done meanwhile
-        return second()
 
-    cached = cached_images("set", (), "1", read_slowly, tmp_path)
-    np.testing.assert_array_equal(cached.images.numpy(), first.images)
-    assert len(entries(tmp_path)) == 1
+def builder(cache: Path, number: int, seconds: float) -> subprocess.Popen[str]:
+    cache.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", BUILDER, str(cache), str(number), str(seconds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(3000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    raise TimeoutError(path)
+
+
+def test_of_two_processes_that_want_the_same_entry_one_builds_it_and_a_killed_one_leaves_the_cache_usable(
+    tmp_path: Path,
+):
+    with builder(tmp_path, 1, 600) as killed:
+        wait_for(tmp_path / "built-by-1")
+        with builder(tmp_path, 2, 0.5) as second, builder(tmp_path, 3, 0.5) as third:
+            killed.kill()
+            seen = {process.communicate(timeout=60)[0].strip() for process in (second, third)}
+    builders = {path.name[-1] for path in tmp_path.glob("built-by-*")}
+    assert builders - {"1"} == seen  # one of the two, whose images both have
+    assert len(seen) == 1
+    assert [name for name in entries(tmp_path) if not name.startswith(("built-by", "set-"))] == []
 
 
 def test_writes_to_the_images_never_reach_the_file(tmp_path: Path):
@@ -146,6 +184,37 @@ def test_a_damaged_entry_is_named(tmp_path: Path, file: str, content: bytes | No
         damaged.write_bytes(content)
     with pytest.raises(ValueError, match=r"expected a whole cache entry in .*; delete that folder and run again"):
         cached_images("set", (), "1", Made(), tmp_path)
+
+
+@pytest.mark.parametrize("file", ["images.npy", "labels.npy", "about.json"])
+@pytest.mark.parametrize("place", [-1, -9])
+def test_one_changed_byte_is_seen(tmp_path: Path, file: str, place: int):
+    cached_images("set", (), "1", Made(), tmp_path)
+    (damaged,) = tmp_path.glob(f"*/{file}")
+    content = bytearray(damaged.read_bytes())
+    content[place] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(ValueError, match=r"expected a whole cache entry in .*; delete that folder and run again"):
+        cached_images("set", (), "1", Made(), tmp_path)
+
+
+def test_changed_facts_are_seen(tmp_path: Path):
+    cached_images("set", (), "1", Made(), tmp_path)
+    (about,) = tmp_path.glob("*/about.json")
+    held = json.loads(about.read_text())
+    held["facts"]["name"] = "another"
+    about.write_text(json.dumps(held))
+    with pytest.raises(ValueError, match="expected the checksums as written"):
+        cached_images("set", (), "1", Made(), tmp_path)
+
+
+def test_an_entry_of_an_older_layout_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cache, "LAYOUT", 1)
+    cached_images("set", ("a",), "1", Made(), tmp_path)
+    cached_images("set", ("b",), "1", Made(), tmp_path)
+    monkeypatch.setattr(cache, "LAYOUT", 2)
+    cached_images("set", ("a",), "1", Made(), tmp_path)
+    assert len(entries(tmp_path)) == 2
 
 
 def test_pickles_in_an_entry_are_not_loaded(tmp_path: Path):

@@ -1,5 +1,6 @@
 """read_image: every mode, against values computed by hand from the pixels written."""
 
+import os
 import struct
 import warnings
 from io import BytesIO
@@ -235,7 +236,9 @@ def test_wrong_sizes_and_channels_are_errors_of_the_call_and_not_of_the_file(siz
     assert not isinstance(error.value, BrokenImageError)
 
 
-def test_names_of_images_are_found_by_suffix_and_hidden_ones_passed_over(tmp_path: Path):
+def test_names_of_images_are_found_by_suffix_and_hidden_ones_passed_over(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+):
     for name in (
         "b/x.JPG",
         "a/deep/y.jpeg",
@@ -247,12 +250,47 @@ def test_names_of_images_are_found_by_suffix_and_hidden_ones_passed_over(tmp_pat
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    (tmp_path / "linked").symlink_to(tmp_path / "b")
+    (tmp_path / "linked").symlink_to(tmp_path_factory.mktemp("elsewhere"))
+    (tmp_path / "linked" / "x.JPG").touch()
     assert image_names(tmp_path) == ["a/deep/y.jpeg", "b/x.JPG", "linked/x.JPG", "top.webp"]
     assert is_image_name("a.TIFF")
     assert not is_image_name("a.npy")
     with pytest.raises(FileNotFoundError):
         image_names(tmp_path / "none")
+
+
+@pytest.mark.parametrize("target", [".", "a", "a/b"])
+def test_a_link_that_would_count_images_again_is_named(tmp_path: Path, target: str):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "x.png").touch()
+    (tmp_path / "a" / "again").symlink_to(tmp_path / target)
+    with pytest.raises(ValueError, match=r"expected every folder of images .* by one way, got .*; remove the link"):
+        image_names(tmp_path)
+
+
+def test_a_wrong_checksum_in_a_png_is_seen():
+    content = bytearray(PNG)
+    place = content.index(b"IDAT") + 1500  # in the pixels, where Pillow alone sees nothing
+    content[place] ^= 1
+    with pytest.raises(BrokenImageError, match=r"a wrong one of its part b'IDAT'"):
+        read_image(content, 30, 3, "f")
+
+
+def test_other_formats_than_the_known_ones_are_not_opened():
+    for kind in ("EPS", "ICNS", "PDF"):
+        content = saved(Image.fromarray(noise(32, 32, 3)), kind) if kind != "ICNS" else b"icns" + bytes(100)
+        with pytest.raises(BrokenImageError, match="cannot identify image file"):
+            read_image(content, 30, 3, "f")
+
+
+def test_only_regular_files_of_a_sane_size_are_read(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    with (tmp_path / "large.png").open("wb") as file:
+        file.truncate(2**40)
+    for name in ("pipe.png", "device.png", "large.png"):
+        with pytest.raises(BrokenImageError, match=r"expected a file of at most .* bytes"):
+            read_image(tmp_path / name, 30, 3, name)
 
 
 def test_many_images_keep_their_order_and_the_look_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch):

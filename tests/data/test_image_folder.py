@@ -50,7 +50,8 @@ def load(root: Path, cache: Path, **options: object) -> Splits:
 
 
 def entries(cache: Path) -> list[str]:
-    return sorted(os.listdir(cache)) if cache.exists() else []  # noqa: PTH208, for hidden names too
+    names = os.listdir(cache) if cache.exists() else []  # noqa: PTH208, for hidden names too, but for the locks
+    return sorted(name for name in names if not name.endswith("-lock"))
 
 
 def test_every_image_keeps_its_class_in_a_drawn_split(tmp_path: Path):

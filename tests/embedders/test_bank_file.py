@@ -17,6 +17,7 @@ from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pml_fewshot import tensor_file
 from pml_fewshot.embedders import bank_file
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.embedders.bank_file import load_bank, save_bank
@@ -103,7 +104,7 @@ def save_that_fails(path: Path, error: BaseException, monkeypatch: pytest.Monkey
         Path(filename).write_bytes(whole[: len(whole) // 2])
         raise error
 
-    monkeypatch.setattr(bank_file, "save_file", half)
+    monkeypatch.setattr(tensor_file, "save_file", half)
     with pytest.raises(type(error)):
         save_bank(path, EmbeddingBank(torch.ones(2, 3), torch.arange(2)))
 
@@ -134,13 +135,13 @@ def test_npy_is_memory_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = npy(tmp_path)
     before = path.read_bytes()
     maps: list[np.ndarray] = []
-    load = np.lib.format.open_memmap
+    load = bank_file.map_npy
 
     def noted(*args: Any, **options: Any) -> np.ndarray:
         maps.append(load(*args, **options))
         return maps[-1]
 
-    monkeypatch.setattr(np.lib.format, "open_memmap", noted)
+    monkeypatch.setattr(bank_file, "map_npy", noted)
     loaded = load_bank(path)
     assert is_the_bank(loaded)
     assert isinstance(maps[0], np.memmap)
