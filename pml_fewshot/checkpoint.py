@@ -3,11 +3,13 @@
 Reading never executes code: torch.load with weights_only=True behind the checks of pytorch_file, and safetensors.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from pml_fewshot.atomic import whole_file
 from pml_fewshot.checks import require
@@ -63,18 +65,7 @@ def load_embedder(path: str | Path, embedder: nn.Module) -> None:
     if not path.exists():
         raise FileNotFoundError(f"expected an exported embedder at {path}, got no such file; look into the run folder")
     stored, _ = read_tensors(path)
-    own = embedder.state_dict()
-    for name in sorted(own.keys() | stored.keys()):
-        for of in (_shape, _dtype):
-            expected = of(own[name]) if name in own else "nothing"
-            got = of(stored[name]) if name in stored else "nothing"
-            require(
-                expected == got,
-                f"{expected} for {name}",
-                f"{got} in {path}",
-                "build the embedder with the trunk and widths it was trained with (config.txt in its run folder "
-                "names them)",
-            )
+    check_weights(embedder.state_dict(), stored, str(path))
     for name, value in stored.items():
         require(
             bool(torch.isfinite(value).all()),
@@ -85,9 +76,31 @@ def load_embedder(path: str | Path, embedder: nn.Module) -> None:
     embedder.load_state_dict(stored)
 
 
-def _shape(value: torch.Tensor) -> str:
-    return str(tuple(value.shape))
+def check_weights(own: Mapping[str, Any], stored: Mapping[str, Any], where: str) -> None:
+    """Raises a ValueError naming the first weight or buffer that is missing, unknown, or of another shape or type.
+
+    Args:
+        own: state_dict of the module that is to have the weights.
+        stored: the weights, by the same names.
+        where: what holds them, for the message.
+    """
+    for name in sorted(own.keys() | stored.keys()):
+        if any(isinstance(weights.get(name), UninitializedParameter) for weights in (own, stored)):
+            continue  # a learned distance has its shape from the first embeddings that it sees
+        for of in (_shape, _dtype):
+            expected = of(own[name]) if name in own else "nothing"
+            got = of(stored[name]) if name in stored else "nothing"
+            require(
+                expected == got,
+                f"{expected} for {name}",
+                f"{got} in {where}",
+                "build it with the trunk and widths it was trained with (config.txt in its run folder names them)",
+            )
 
 
-def _dtype(value: torch.Tensor) -> str:
-    return str(value.dtype)
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _dtype(value: Any) -> str:
+    return str(getattr(value, "dtype", ""))

@@ -69,21 +69,32 @@ class Recorder:
                 self._keeper.tensorboard_writer.flush()
 
     def forget_after(self, step: int) -> None:
-        """Drops what was recorded of later steps, saved or not, also lines that a killed process left half-written."""
+        """Drops what was recorded of later steps, saved or not, also lines that a killed process left half-written.
+
+        Raises:
+            ValueError: the records on disk are broken.
+            CannotWriteError: (an OSError) the disk is full, or the folder read-only.
+        """
         self._keeper.record_writer.records = self._keeper.record_writer.get_empty_nested_dict()
         if self._keeper.tensorboard_writer is not None:
             self._keeper.tensorboard_writer.close()
             self._keeper.tensorboard_writer = None
         self._first_step = step + 1
         database = self._folder / "logs.db"
-        if database.exists():
-            with writing(database), closing(sqlite3.connect(database)) as connection, connection:
-                _delete_later_rows(connection, step)
-        for file in self._folder.glob("*.csv"):
-            lines = file.read_bytes().splitlines(keepends=True)
-            if lines and lines[0].startswith(_FIRST_COLUMN):  # a file of records, not one of results
-                with whole_file(file) as unfinished:
-                    unfinished.write_bytes(b"".join(_lines_until(lines, step)))
+        try:
+            if database.exists():
+                with writing(database), closing(sqlite3.connect(database)) as connection, connection:
+                    _delete_later_rows(connection, step)
+            for file in self._folder.glob("*.csv"):
+                lines = file.read_bytes().splitlines(keepends=True)
+                if lines and lines[0].startswith(_FIRST_COLUMN):  # a file of records, not one of results
+                    with whole_file(file) as unfinished:
+                        unfinished.write_bytes(b"".join(_lines_until(lines, step)))
+        except (sqlite3.Error, ValueError) as error:
+            raise ValueError(
+                f"expected whole records in {self._folder}, got broken ones ({error}); restore logs.db and the CSV "
+                "files from a copy, or take them away to go on without what was recorded"
+            ) from error
 
     def close(self) -> None:
         """Saves, and closes TensorBoard's file."""
@@ -100,12 +111,14 @@ class Recorder:
 
 
 def _delete_later_rows(connection: sqlite3.Connection, step: int) -> None:
-    tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")
-    for (table,) in tables.fetchall():
-        connection.execute(f"DELETE FROM {table} WHERE step > ?", (step,))
+    things = connection.execute("SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'").fetchall()
+    for kind, name in things:
+        if kind != "table" or not _GROUP.fullmatch(name):  # a stranger's trigger could keep SQLite busy for ever
+            raise ValueError(f"the {kind} {name!r}")
+        connection.execute(f"DELETE FROM {name} WHERE step > ?", (step,))
         # rows are numbered on from the last that stays, as if there had been no others
         connection.execute(
-            f"UPDATE sqlite_sequence SET seq = (SELECT coalesce(max(id), 0) FROM {table}) WHERE name = ?", (table,)
+            f"UPDATE sqlite_sequence SET seq = (SELECT coalesce(max(id), 0) FROM {name}) WHERE name = ?", (name,)
         )
 
 

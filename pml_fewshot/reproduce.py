@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -23,7 +23,7 @@ from pml_fewshot.experiment_config import Device, ExperimentConfig
 from pml_fewshot.parts import build
 from pml_fewshot.provenance import changes, check_config, check_data, read_provenance
 from pml_fewshot.stored_config import from_data
-from pml_fewshot.trainers.training_state import History, load_trained
+from pml_fewshot.trainers.training_state import History, history_of, load_trained
 
 TEXTS = {"results.csv": ResultTable.csv, "results.md": ResultTable.markdown, "results.tex": ResultTable.latex}
 
@@ -68,30 +68,46 @@ def reproduce(
         ValueError: one of them is broken or changed, names what is not trusted, or the data are others.
     """
     folder = Path(folder)
-    about = read_provenance(folder)
-    config = from_data(about["config"], trusted)
-    require(isinstance(config, ExperimentConfig), "an ExperimentConfig", type(config).__name__, "name a run folder")
-    config = replace(config, device=device, data_root=Path(data_root) if data_root else config.data_root)
-    check_config(config, folder)
-    stored = ResultTable.read(folder)
-    on = device_of(config.device)
+    stored = read_run(folder, device, trusted)
+    config = replace(stored.config, data_root=Path(data_root) if data_root else stored.config.data_root)
+    on = device_of(device)
     splits = load_splits(config)
-    check_data(splits, about, folder)
-    trainer = build(config.trainer).to(on)
-    state = load_checkpoint(folder / "last.pt")
-    load_trained(trainer, state)
-    for name, part in exported(trainer).items():
-        load_embedder(folder / name, part)
-    trainer.eval()
-    history = History(**state["history"])
-    table = judge(config, trainer, build(config.retrieval), splits.to(on), history)
-    differences = _differences(stored.rows, table.rows)
+    check_data(splits, stored.about, folder)
+    table = judge(config, stored.trainer, build(config.retrieval), splits.to(on), stored.history)
+    differences = _differences(stored.table.rows, table.rows)
     for name, text in TEXTS.items():
         if not (folder / name).is_file():
             differences.append(f"{name} is missing")
         elif (folder / name).read_bytes() != text(table).encode():
             differences.append(f"{name} is not what these figures give")
-    return Reproduction(table, differences, changes(about, on))
+    return Reproduction(table, differences, changes(stored.about, on))
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """What a run folder holds: its config, what else it stood on, its figures, its trainer with the final weights."""
+
+    config: ExperimentConfig
+    about: dict[str, Any]
+    table: ResultTable
+    trainer: Any
+    history: History
+
+
+def read_run(folder: Path, device: Device = "auto", trusted: Sequence[str] = ()) -> StoredRun:
+    """Reads a finished run; arguments and errors as in `reproduce`."""
+    about = read_provenance(folder)
+    config = from_data(about["config"], trusted)
+    require(isinstance(config, ExperimentConfig), "an ExperimentConfig", type(config).__name__, "name a run folder")
+    config = replace(config, device=device)
+    check_config(config, folder)
+    table = ResultTable.read(folder)
+    state = load_checkpoint(folder / "last.pt")
+    trainer = build(config.trainer).to(device_of(device))
+    load_trained(trainer, state)
+    for name, part in exported(trainer).items():
+        load_embedder(folder / name, part)
+    return StoredRun(config, about, table, trainer.eval(), history_of(state))
 
 
 def _differences(then: Sequence[ResultRow], now: Sequence[ResultRow]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pml_fewshot.checkpoint import check_weights
 from pml_fewshot.checks import require
 from pml_fewshot.trainers.divergence import Trained
 
@@ -106,7 +107,7 @@ class TrainingState:
             "best_score": self.best_score,
             "lowest_loss": [self.lowest_loss, self.lowest_loss_step],
             "recent": [list(each) for each in self.recent],
-            "history": vars(self.history),
+            "history": _history_data(self.history),
             "torch_generator": torch.get_rng_state(),  # dropout and PML's miners draw from it
             "cuda_generators": torch.cuda.get_rng_state_all(),  # empty where there is no GPU
         }
@@ -117,6 +118,7 @@ class TrainingState:
         require(
             not missing, f"{', '.join(self.parts)} in the checkpoint", f"no {', '.join(missing)}", "resume what ran"
         )
+        check_weights(self.trainer.state_dict(), state["trainer"], "the checkpoint")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.best, self.best_score = state["best"], state["best_score"]
@@ -126,7 +128,7 @@ class TrainingState:
             (step, loss.to(device), rate, classes if classes is None else classes.to(device))
             for step, loss, rate, classes in state["recent"]
         ]
-        vars(self.history).update(vars(History(**state["history"])))  # the same object: the loop holds it too
+        vars(self.history).update(vars(history_of(state)))  # the same object: the loop holds it too
         torch.set_rng_state(state["torch_generator"])
         if state["cuda_generators"] and torch.cuda.is_available():  # a GPU's run may go on on a CPU, and vice versa
             present = state["cuda_generators"][: torch.cuda.device_count()]
@@ -136,7 +138,27 @@ class TrainingState:
 def load_trained(trainer: nn.Module, state: dict[str, Any]) -> None:
     """Gives a trainer the weights that a finished training's state ends with: the best validated, else the last."""
     check_layout(state)
-    trainer.load_state_dict(state["trainer"] if state["best"] is None else state["best"])
+    weights = state["trainer"] if state["best"] is None else state["best"]
+    check_weights(trainer.state_dict(), weights, "the checkpoint")
+    trainer.load_state_dict(weights)
+
+
+def history_of(state: dict[str, Any]) -> History:
+    """The history in a training's state."""
+    check_layout(state)
+    losses, validations = (state["history"][name].tolist() for name in ("losses", "validations"))
+    rows = {
+        "losses": [(int(step), loss) for step, loss in losses],
+        "validations": [(int(step), mean, ci95) for step, mean, ci95 in validations],
+    }
+    return History(**{**state["history"], **rows})
+
+
+def _history_data(history: History) -> dict[str, Any]:
+    """As tensors: a checkpoint's reader does not take a structure of millions of numbers."""
+    losses = torch.tensor(history.losses, dtype=torch.float64).reshape(-1, 2)
+    validations = torch.tensor(history.validations, dtype=torch.float64).reshape(-1, 3)
+    return {**vars(history), "losses": losses, "validations": validations}
 
 
 def check_layout(state: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from pml_fewshot.experiment import run
 from pml_fewshot.trainers.divergence import TrainingDiverged
 from pml_fewshot.trainers.fit import fit
 from pml_fewshot.trainers.protonet import ProtoNetTrainer
+from pml_fewshot.trainers.training_state import history_of
 from tests.test_recording import csv_rows, table
 from tests.tiny_experiments import TINY_EXPERIMENTS
 
@@ -75,7 +76,7 @@ def test_after_going_back_the_same_batches_come_again(tmp_path: Path) -> None:
     run(replace(TINY, run_dir=tmp_path / "never"))
     back, never = (load_checkpoint(tmp_path / name / "last.pt") for name in ("back", "never"))
     assert all(torch.equal(back["trainer"][name], never["trainer"][name]) for name in never["trainer"])
-    assert back["history"]["losses"] == never["history"]["losses"]
+    assert history_of(back).losses == history_of(never).losses
 
 
 @pytest.mark.parametrize("_nan_at", [(10,)], indirect=True)
