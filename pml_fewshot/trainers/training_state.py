@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pml_fewshot.checkpoint import check_weights
 from pml_fewshot.checks import require
@@ -81,7 +82,13 @@ class TrainingState:
         """Keeps a copy of the weights when `score` is above all before."""
         if score > self.best_score:
             self.best_score = score
-            self.best = copy.deepcopy(self.trainer.state_dict())
+            now = self.trainer.state_dict()
+            if self.best is not None and _same_shapes(self.best, now):
+                # in their place: new tensors at new places, each time, would break up the memory that steps use
+                for name, value in self.best.items():
+                    value.copy_(now[name])
+            else:
+                self.best = copy.deepcopy(now)
             self.history.best_step = self.history.steps
 
     def note_loss(self, loss: float) -> None:
@@ -133,6 +140,13 @@ class TrainingState:
         if state["cuda_generators"] and torch.cuda.is_available():  # a GPU's run may go on on a CPU, and vice versa
             present = state["cuda_generators"][: torch.cuda.device_count()]
             torch.cuda.set_rng_state_all(present)
+
+
+def _same_shapes(weights: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    return weights.keys() == others.keys() and all(
+        not is_lazy(weight) and not is_lazy(others[name]) and weight.shape == others[name].shape
+        for name, weight in weights.items()
+    )
 
 
 def load_trained(trainer: nn.Module, state: dict[str, Any]) -> None:
