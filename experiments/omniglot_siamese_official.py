@@ -46,7 +46,7 @@ from pml_fewshot import (
 )
 
 
-def rotated_for_training(root: Path) -> Splits:
+def load_rotated_for_training(root: Path) -> Splits:
     """The official split; each training character turned by 0, 90, 180 and 270 degrees makes four classes."""
     splits = load_omniglot(root, split="official", rotations=False)
     return Splits(splits.train.rotated(), None, splits.test)
@@ -71,7 +71,7 @@ def judge_characters(
 CONFIG = replace(
     omniglot_siamese.CONFIG,
     name="omniglot_siamese_official",
-    data=rotated_for_training,
+    data=load_rotated_for_training,
     trainer=partial(
         SiameseTrainer,
         embedder=partial(Embedder, trunk=partial(Conv4, in_channels=1, last_relu=False)),

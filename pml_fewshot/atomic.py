@@ -3,7 +3,7 @@
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -30,12 +30,22 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     try:
         with writing(path):
             yield unfinished
-            with unfinished.open("rb") as written:
-                os.fsync(written.fileno())
+            to_disk(unfinished)
             unfinished.replace(path)
+            to_disk(path.parent)
     except BaseException:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only disk refuses this too, and the first refusal is the one to be told
+            unfinished.unlink(missing_ok=True)
         raise
+
+
+def to_disk(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's names, are on the disk, where they outlast a power cut."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -54,8 +64,8 @@ def writing(path: Path) -> Iterator[None]:
         if reason is None:
             raise
         raise CannotWriteError(
-            f"expected to write {path}, got {reason}; free space or make the folder writable. What was there before is "
-            "unharmed, and a run goes on from it with --resume"
+            f"expected to write {path}, got {reason}; free space or make the folder writable, and go on: what was "
+            "there before is unharmed"
         ) from error
 
 

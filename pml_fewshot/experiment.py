@@ -2,8 +2,8 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from pml_fewshot.parts import build
 from pml_fewshot.provenance import changes, check_data, read_provenance, write_provenance
 from pml_fewshot.recording import Recorder
 from pml_fewshot.run_folder import choose_run_folder, sole_writer
-from pml_fewshot.trainers.fit import History, fit
+from pml_fewshot.trainers.fit import RECORDED, History, fit
 from pml_fewshot.trainers.interruption import TrainingInterrupted
 from pml_fewshot.trainers.loss_checks import check_batch
 
@@ -57,6 +57,16 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
     folder = choose_run_folder(config, resume)
     if resume and (folder / "figures.csv").exists():  # the last file of a table to be written
         return ResultTable.read(folder)
+    try:
+        return _run(config, resume, folder, device)
+    except KeyboardInterrupt as stop:
+        if not (folder / "last.pt").exists():  # not one step was made
+            raise
+        what = stop.what if isinstance(stop, TrainingInterrupted) else "interrupted"
+        raise TrainingInterrupted(what, f"go on with --run-dir {folder} --resume") from stop
+
+
+def _run(config: ExperimentConfig, resume: bool, folder: Path, device: torch.device) -> ResultTable:
     kept = keep_freed_memory() if device.type == "cpu" else False
     splits = load_splits(config)
     train, val = splits.train, splits.val
@@ -78,7 +88,7 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
 
     if kept:
         print("memory: glibc is told to keep freed blocks for reuse (mallopt), or training steps take twice the time")
-    with sole_writer(folder, config, resume), _resumable(folder):
+    with sole_writer(folder, config, resume):
         if (folder / "config.txt").exists():
             about = read_provenance(folder)
             check_data(splits, about, folder)
@@ -88,6 +98,8 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
             write_provenance(folder, config, splits, device)
         print(f"{config.name}: {train} on {device}, run folder {folder}")
         with closing(Recorder(folder)) as recorder:
+            if not (folder / "last.pt").exists():  # what a process recorded that was killed before its first checkpoint
+                recorder.forget_after(0, RECORDED)
             history = fit(
                 trainer,
                 stream,
@@ -125,17 +137,6 @@ def exported(trainer: nn.Module) -> dict[str, nn.Module]:
     """The parts of a trainer that a run folder holds as files of their own, by file name."""
     parts = {f"{name}.safetensors": getattr(trainer, name, None) for name in ("embedder", "network")}
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
-
-
-@contextmanager
-def _resumable(folder: Path) -> Iterator[None]:
-    """Says of an interruption how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        if not (folder / "last.pt").exists():
-            raise
-        raise TrainingInterrupted(f"{str(stop) or 'interrupted'}; go on with --run-dir {folder} --resume") from stop
 
 
 def _check(config: ExperimentConfig) -> None:

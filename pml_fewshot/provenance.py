@@ -15,9 +15,10 @@ import torch
 from pml_fewshot.atomic import write_text
 from pml_fewshot.checks import require
 from pml_fewshot.data.fewshot_dataset import Splits
+from pml_fewshot.sizes import checksum
 from pml_fewshot.stored_config import to_data
 
-WHERE = ("run_dir = ", "data_root = ", "device = ")  # where a run happens, not what it does
+WHERE = ("run_dir", "data_root", "device")  # where a run happens, not what it does
 PACKAGES = ("pml_fewshot", "torch", "torchvision", "pytorch-metric-learning", "faiss-cpu", "numpy", "record-keeper")
 LARGEST = 2**24  # bytes of config.json; a config of ours has some thousands
 
@@ -37,11 +38,20 @@ def write_provenance(folder: Path, config: Any, splits: Splits, device: torch.de
     """Writes config.json, for programs, and config.txt, for people: a line a field of the config, then the rest."""
     data = _data(splits)
     about = {"config": to_data(config), "data": data, "machine": machine(device)}
-    write_text(folder / "config.json", json.dumps(about, indent=1))
+    write_text(folder / "config.json", provenance_text(about))
     lines = [*_fields(config), ""]
     lines += [f"{role} = {each['shown']}, checksum {each['checksum'] or 'none'}" for role, each in data.items()]
     lines += ["", *(f"{name} {value}" for name, value in about["machine"].items())]
     write_text(folder / "config.txt", "\n".join(lines) + "\n")  # last: it says that a run has begun here
+
+
+def provenance_text(about: Mapping[str, Any]) -> str:
+    """The text of config.json: what is given, and its checksum."""
+    return json.dumps({**about, "checksum": _checksum(about)}, indent=1)
+
+
+def _checksum(about: Mapping[str, Any]) -> str:
+    return checksum([json.dumps(about, sort_keys=True).encode()])
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -53,7 +63,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"expected {path}, got no such file; name the folder of a run")
+        raise FileNotFoundError(f"expected {path}, got no such file; name the folder of a run of version 0.5 or later")
     require(
         path.stat().st_size <= LARGEST, f"{path} of at most {LARGEST} bytes", path.stat().st_size, "it is no config"
     )
@@ -61,7 +71,14 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         about = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"expected a whole config.json in {folder}, got {error}; restore it from a copy") from error
-    whole = isinstance(about, dict) and all(isinstance(about.get(key), dict) for key in ("config", "data", "machine"))
+    written = about.pop("checksum", None) if isinstance(about, dict) else None
+    require(
+        isinstance(about, dict) and written == _checksum(about),
+        f"a whole config.json in {folder}",
+        "one with another checksum than was written",
+        "restore it from a copy",
+    )
+    whole = all(isinstance(about.get(key), dict) for key in ("config", "data", "machine"))
     texts = whole and all(isinstance(value, str) for value in about["machine"].values())
     sets = about["data"].values() if whole else ()
     sums = all(isinstance(each, dict) and isinstance(each.get("checksum"), str) for each in sets)
@@ -69,14 +86,17 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return about
 
 
-def check_config(config: Any, folder: Path) -> None:
-    """Raises a ValueError that names the fields in which a config is not that of the run in `folder`."""
-    try:
-        then = "\n" + (folder / "config.txt").read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"expected the text config.txt in {folder}, got {error}; restore it from a copy") from error
-    now = [field for field in _fields(config) if not field.startswith(WHERE)]
-    changed = [field.split(" = ")[0] for field in now if f"\n{field}\n" not in then]
+def check_config(config: Any, about: Mapping[str, Any], folder: Path) -> None:
+    """Raises a ValueError that names the fields in which a config is not that of the run in `folder`.
+
+    Args:
+        config: to be compared.
+        about: what `read_provenance` gave.
+        folder: of the run, for the message.
+    """
+    then, now = about["config"].get("fields"), to_data(config)["fields"]
+    require(isinstance(then, dict), f"the fields of a config in {folder}", type(then).__name__, "restore config.json")
+    changed = [name for name in now if name not in WHERE and (name not in then or now[name] != then[name])]
     require(
         not changed,
         f"the config of the run in {folder} to go on with",

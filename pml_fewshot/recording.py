@@ -3,14 +3,14 @@
 import importlib.util
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from record_keeper import RecordKeeper, RecordWriter
 
-from pml_fewshot.atomic import whole_file, writing
+from pml_fewshot.atomic import to_disk, whole_file, writing
 
 # record-keeper makes an unquoted SQL table and a file of each group's name, so a plain word it must be
 _GROUP = re.compile(r"[a-z][a-z_]*")
@@ -37,6 +37,7 @@ class Recorder:
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
         self._keeper = RecordKeeper(record_writer=RecordWriter(str(folder)))
+        self._groups: set[str] = set()  # that were recorded in this sitting
         self._first_step = 0  # later ones of another sitting are hidden in TensorBoard
 
     def record(self, group: str, step: int, **values: float) -> None:
@@ -51,6 +52,7 @@ class Recorder:
                 f"expected a group of lower-case letters and underscores that is no word of SQL, got {group!r}; "
                 "name it train, validation or the like"
             )
+        self._groups.add(group)
         row = {"step": step, **{name: float(value) for name, value in values.items()}}
         with writing(self._folder):  # TensorBoard writes in a thread, whose errors come with the next row
             if self._keeper.tensorboard_writer is None:
@@ -65,11 +67,15 @@ class Recorder:
         """
         with writing(self._folder):
             self._keeper.save_records()
+            for group in self._groups & {file.stem for file in self._folder.glob("*.csv")}:
+                to_disk(self._folder / f"{group}.csv")  # as SQLite does by itself
             if self._keeper.tensorboard_writer is not None:
                 self._keeper.tensorboard_writer.flush()
 
-    def forget_after(self, step: int) -> None:
-        """Drops what was recorded of later steps, saved or not, also lines that a killed process left half-written.
+    def forget_after(self, step: int, groups: Sequence[str]) -> None:
+        """Drops what was recorded in some groups of later steps, and lines that a killed process left half-written.
+
+        What is not yet saved is dropped from all groups. TensorBoard's curves of all groups go on from there too.
 
         Raises:
             ValueError: the records on disk are broken.
@@ -84,10 +90,10 @@ class Recorder:
         try:
             if database.exists():
                 with writing(database), closing(sqlite3.connect(database)) as connection, connection:
-                    _delete_later_rows(connection, step)
-            for file in self._folder.glob("*.csv"):
-                lines = file.read_bytes().splitlines(keepends=True)
-                if lines and lines[0].startswith(_FIRST_COLUMN):  # a file of records, not one of results
+                    _delete_later_rows(connection, step, groups)
+            for file in (self._folder / f"{group}.csv" for group in groups):
+                if file.is_file():
+                    lines = file.read_bytes().splitlines(keepends=True)
                     with whole_file(file) as unfinished:
                         unfinished.write_bytes(b"".join(_lines_until(lines, step)))
         except (sqlite3.Error, ValueError) as error:
@@ -110,16 +116,16 @@ class Recorder:
         return SummaryWriter(log_dir=str(self._folder / "tensorboard"), purge_step=self._first_step)
 
 
-def _delete_later_rows(connection: sqlite3.Connection, step: int) -> None:
-    things = connection.execute("SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'").fetchall()
-    for kind, name in things:
-        if kind != "table" or not _GROUP.fullmatch(name):  # a stranger's trigger could keep SQLite busy for ever
+def _delete_later_rows(connection: sqlite3.Connection, step: int, groups: Sequence[str]) -> None:
+    for kind, name in connection.execute("SELECT type, name FROM sqlite_master").fetchall():
+        if kind in ("trigger", "view"):  # a stranger's could keep SQLite busy for ever
             raise ValueError(f"the {kind} {name!r}")
-        connection.execute(f"DELETE FROM {name} WHERE step > ?", (step,))
-        # rows are numbered on from the last that stays, as if there had been no others
-        connection.execute(
-            f"UPDATE sqlite_sequence SET seq = (SELECT coalesce(max(id), 0) FROM {name}) WHERE name = ?", (name,)
-        )
+        if kind == "table" and name in groups:
+            connection.execute(f"DELETE FROM {name} WHERE step > ?", (step,))
+            # rows are numbered on from the last that stays, as if there had been no others
+            connection.execute(
+                f"UPDATE sqlite_sequence SET seq = (SELECT coalesce(max(id), 0) FROM {name}) WHERE name = ?", (name,)
+            )
 
 
 def _lines_until(lines: list[bytes], step: int) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 
 from pml_fewshot.checkpoint import load_checkpoint, load_embedder
@@ -21,7 +22,7 @@ from pml_fewshot.exit_codes import one_line_errors
 from pml_fewshot.experiment import device_of, exported, judge, load_splits
 from pml_fewshot.experiment_config import Device, ExperimentConfig
 from pml_fewshot.parts import build
-from pml_fewshot.provenance import changes, check_config, check_data, read_provenance
+from pml_fewshot.provenance import changes, check_data, read_provenance
 from pml_fewshot.stored_config import from_data
 from pml_fewshot.trainers.training_state import History, history_of, load_trained
 
@@ -54,8 +55,9 @@ def reproduce(
 ) -> Reproduction:
     """Builds the experiment of a run folder again, evaluates its stored weights and compares every figure.
 
-    Nothing in the folder is changed, and nothing in it can run code of its own: its config names classes and functions
-    of pml_fewshot, `experiments`, torch, torchvision and PML, and its weights are read as data.
+    Nothing in the folder is changed, and nothing in it can run code of its own: what its config may name is limited
+    (`from_data`), and its weights are read as data. Sizes of networks and numbers of episodes are the folder's own; and
+    as with any Python, do not work in a stranger's folder, where modules are looked for first.
 
     Args:
         folder: of a finished run.
@@ -74,7 +76,7 @@ def reproduce(
     splits = load_splits(config)
     check_data(splits, stored.about, folder)
     table = judge(config, stored.trainer, build(config.retrieval), splits.to(on), stored.history)
-    differences = _differences(stored.table.rows, table.rows)
+    differences = stored.differences + _differences(stored.table.rows, table.rows)
     for name, text in TEXTS.items():
         if not (folder / name).is_file():
             differences.append(f"{name} is missing")
@@ -85,29 +87,43 @@ def reproduce(
 
 @dataclass(frozen=True)
 class StoredRun:
-    """What a run folder holds: its config, what else it stood on, its figures, its trainer with the final weights."""
+    """What a run folder holds: config, what else the run stood on, figures, and the trainer with the exported weights.
+
+    `differences` says where last.pt has other weights than the exported file.
+    """
 
     config: ExperimentConfig
     about: dict[str, Any]
     table: ResultTable
     trainer: Any
     history: History
+    differences: list[str]
 
 
 def read_run(folder: Path, device: Device = "auto", trusted: Sequence[str] = ()) -> StoredRun:
     """Reads a finished run; arguments and errors as in `reproduce`."""
     about = read_provenance(folder)
-    config = from_data(about["config"], trusted)
+    if not (folder / "figures.csv").is_file():
+        raise FileNotFoundError(
+            f"expected a finished run in {folder}, got one without figures.csv; go on with --resume"
+        )
+    try:
+        config = from_data(about["config"], trusted)
+    except RecursionError as error:
+        raise ValueError(f"expected a config in {folder}, got one that nests too deep; restore config.json") from error
     require(isinstance(config, ExperimentConfig), "an ExperimentConfig", type(config).__name__, "name a run folder")
     config = replace(config, device=device)
-    check_config(config, folder)
     table = ResultTable.read(folder)
     state = load_checkpoint(folder / "last.pt")
     trainer = build(config.trainer).to(device_of(device))
     load_trained(trainer, state)
+    differences = []
     for name, part in exported(trainer).items():
+        weights = {key: value.clone() for key, value in part.state_dict().items()}
         load_embedder(folder / name, part)
-    return StoredRun(config, about, table, trainer.eval(), history_of(state))
+        if any(not torch.equal(weights[key], value) for key, value in part.state_dict().items()):
+            differences.append(f"{name} has other weights than last.pt")
+    return StoredRun(config, about, table, trainer.eval(), history_of(state), differences)
 
 
 def _differences(then: Sequence[ResultRow], now: Sequence[ResultRow]) -> list[str]:

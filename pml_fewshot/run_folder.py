@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from pml_fewshot.atomic import writing
 from pml_fewshot.checks import require
-from pml_fewshot.provenance import check_config
+from pml_fewshot.provenance import check_config, read_provenance
 
 
 def choose_run_folder(config: Any, resume: bool) -> Path:
@@ -81,4 +81,4 @@ def _check_contents(folder: Path, config: Any, resume: bool) -> None:
         "name another folder",
     )
     if about.exists():
-        check_config(config, folder)
+        check_config(config, read_provenance(folder), folder)

@@ -5,23 +5,39 @@ Factories are stored by name and arguments, so `partial(Conv4, in_channels=1)` i
 """
 
 import importlib
+import importlib.util
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Sampler
+
 from pml_fewshot.checks import require
 
-# Where names are looked up. Of torch's and PML's only classes are taken, of ours no function that writes files.
-CLASSES_OF = ("torch.nn.", "torch.optim.", "pytorch_metric_learning.")
-CLASSES_AND_FUNCTIONS_OF = (
-    *("pml_fewshot.data.", "pml_fewshot.distances.", "pml_fewshot.embedders.", "pml_fewshot.evaluation."),
-    *("pml_fewshot.losses.", "pml_fewshot.trainers.", "pml_fewshot.episodes", "pml_fewshot.batches"),
-    *("pml_fewshot.experiment_config", "torchvision.models.", "experiments."),
-)
+# Of other packages only classes of these kinds are built: they compute, and touch no file.
+KINDS = (nn.Module, Optimizer, LRScheduler, Sampler)
+PACKAGES = ("torch.nn.", "torch.optim.", "pytorch_metric_learning.", "torchvision.models.", "pml_fewshot.")
+# Classes of data, and what else of ours a config names.
+DATA = {
+    *("pml_fewshot.episodes:EpisodeSpec", "pml_fewshot.batches:BatchSpec"),
+    *("pml_fewshot.experiment_config:ExperimentConfig", "pml_fewshot.data.augmentation:RandomAffine"),
+}
+LOADERS = {
+    *("pml_fewshot.data.omniglot:load_omniglot", "pml_fewshot.data.mini_imagenet:load_mini_imagenet"),
+    *("pml_fewshot.data.image_folder:load_image_folder", "pml_fewshot.data.glyphs:load_glyphs"),
+}
+NAMED = {"pml_fewshot.evaluation.retrieval:RetrievalTester", *LOADERS, *DATA}
+HEADS = ("pml_fewshot.evaluation.heads", "pml_fewshot.evaluation.linear_heads")  # functions of tensors
+# What a loader may be told but not by a stranger: where to write.
+WRITES = ("download", "cache_dir")
 
 
 def to_data(value: Any) -> Any:
@@ -42,16 +58,20 @@ def to_data(value: Any) -> Any:
     if is_dataclass(value) and _name(type(value)):
         given = {field.name: to_data(getattr(value, field.name)) for field in fields(value) if field.init}
         return {"object": _name(type(value)), "fields": given}
-    return {"only_shown": repr(value)}
+    return {"only_shown": re.sub(r" at 0x[0-9a-f]+", "", repr(value))}  # an address says nothing
 
 
 def from_data(data: Any, trusted: Sequence[str] = (), place: str = "config") -> Any:
-    """Returns what `to_data` was given. Nothing is called but the classes of data (EpisodeSpec, RandomAffine).
+    """Returns what `to_data` was given, without `download` and `cache_dir` of loaders.
+
+    Nothing is called but the classes of data (EpisodeSpec, RandomAffine). What the factories may call when they are
+    built is limited too: modules, optimizers, schedulers and samplers of torch, torchvision and PML, builders of
+    torchvision's models, our own loaders, heads and testers, and of `experiments` modules and functions judge_* and
+    load_*.
 
     Args:
         data: what `to_data` returned.
-        trusted: modules of your own whose classes and functions may be named, beside those of pml_fewshot,
-            `experiments`, torch, torchvision's models and PML.
+        trusted: modules of your own, all of whose classes and functions may be named too.
         place: where in the config this stands, for messages.
 
     Raises:
@@ -74,15 +94,24 @@ def from_data(data: Any, trusted: Sequence[str] = (), place: str = "config") -> 
         case {"path": str(path)}:
             return Path(path)
         case {"partial": str(name), "args": list(args), "keywords": dict(keywords)}:
+            called = _named(name, trusted, place)
+            if name in LOADERS:
+                require(not args, f"the loader's arguments by name at {place}", args, "restore the file from a copy")
+                keywords = {key: each for key, each in keywords.items() if key not in WRITES}
             given = {key: inner(each, key) for key, each in keywords.items()}
-            return partial(_named(name, trusted, place), *(inner(each, n) for n, each in enumerate(args)), **given)
+            return partial(called, *(inner(each, number) for number, each in enumerate(args)), **given)
         case {"name": str(name)}:
             return _named(name, trusted, place)
         case {"object": str(name), "fields": dict(values)}:
             kind = _named(name, trusted, place)
-            known = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
-            require(values.keys() <= known, f"the fields of {name} at {place}", sorted(values), "use its own version")
-            return kind(**{key: inner(each, key) for key, each in values.items()})
+            data_class = isinstance(kind, type) and is_dataclass(kind) and (name in DATA or _trusts(name, trusted))
+            require(data_class, f"a class of data at {place}", name, "restore the file from a copy")
+            try:
+                return kind(**{key: inner(each, key) for key, each in values.items()})
+            except TypeError as error:  # a field too many or too few
+                raise ValueError(
+                    f"expected the fields of {name} at {place}, got {error}; use its own version"
+                ) from error
         case {"only_shown": str(shown)}:
             raise ValueError(
                 f"expected parts that can be built anew at {place}, got {shown}, of which only this is stored; give "
@@ -93,40 +122,68 @@ def from_data(data: Any, trusted: Sequence[str] = (), place: str = "config") -> 
     )
 
 
-def _name(named: Callable[..., Any]) -> str:
-    """module:qualified name, under which it can be found; empty for lambdas and functions within functions."""
-    module, name = getattr(named, "__module__", None), getattr(named, "__qualname__", "")
+def _name(named: object) -> str:
+    """module:name of a class or function at the top of a module; empty for all others, as lambdas and methods."""
+    if not isinstance(named, type | FunctionType) or not named.__qualname__.isidentifier():
+        return ""
+    module = named.__module__
     if module == "__main__":  # python -m experiments.mine
         spec = getattr(sys.modules["__main__"], "__spec__", None)
-        module = spec.name if spec is not None else None
-    return f"{module}:{name}" if module and name and "<" not in name else ""
+        module = spec.name if spec is not None else ""
+    return f"{module}:{named.__qualname__}" if module else ""
 
 
-def _named(name: str, trusted: Sequence[str], place: str) -> Callable[..., Any]:
-    """The class or function of a name that `_name` gave."""
-    module, _, qualified = name.partition(":")
-    dotted = f"{module}."
-    ours = dotted.startswith((*CLASSES_AND_FUNCTIONS_OF, *(f"{each}." for each in trusted)))
+def _trusts(name: str, trusted: Sequence[str]) -> bool:
+    return name.partition(":")[0].startswith(tuple(f"{each}." for each in trusted)) or name.split(":")[0] in trusted
+
+
+def _named(name: str, trusted: Sequence[str], place: str) -> Any:
+    """The class or function of a name that `_name` gave, if it may be called by whom nobody knows."""
+    module, _, own = name.partition(":")
+    theirs = _trusts(name, trusted)
+    known = name in NAMED or module in HEADS or module.startswith((*PACKAGES, "experiments."))
     require(
-        ours or dotted.startswith(CLASSES_OF),
-        f"a name from pml_fewshot, experiments, torch, torchvision or PML at {place}",
-        name,
+        (theirs or known) and own.isidentifier() and not own.startswith("_") and "._" not in module,
+        f"a part of pml_fewshot, experiments, torch, torchvision or PML at {place}",
+        name or "nothing",
         "name its module as trusted (--trust) if you know what it does",
     )
     try:
-        found: Any = importlib.import_module(module)
-        for part in qualified.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+        if module.startswith("experiments.") and not theirs:
+            _check_beside_us(place)
+        found: Any = vars(importlib.import_module(module))[own]
+    except (ImportError, KeyError) as error:
         raise ValueError(
             f"expected {name} at {place}, got {error}; install or check out what the run was made with"
         ) from error
-    own = isinstance(found, type | FunctionType) and (found.__module__, found.__qualname__) == (module, qualified)
-    public = not any(part.startswith("_") for part in qualified.split("."))
+    defined = isinstance(found, type | FunctionType) and found.__module__ == module
     require(
-        own and public and (ours or isinstance(found, type)),
-        f"a public class {'or function ' if ours else ''}that {module} defines at {place}",
-        qualified,
-        "the file was changed",
+        defined and (theirs or _may_be_called(found, name)), f"a part of an experiment at {place}", name, "trust it"
     )
     return found
+
+
+def _may_be_called(found: Any, name: str) -> bool:
+    module, _, own = name.partition(":")
+    if name in NAMED or (isinstance(found, type) and issubclass(found, KINDS)):
+        return True
+    if isinstance(found, FunctionType):
+        if module.startswith("torchvision.models."):
+            from torchvision.models import list_models
+
+            return own in list_models()
+        return module in HEADS or (module.startswith("experiments.") and own.startswith(("judge_", "load_")))
+    return False
+
+
+def _check_beside_us(place: str) -> None:
+    """Python looks for modules in the working folder first, which may be a stranger's."""
+    found = importlib.util.find_spec("experiments")
+    folders = [Path(each).resolve() for each in (found.submodule_search_locations or ())] if found else []
+    ours = Path(__file__).resolve().parent.parent / "experiments"
+    require(
+        folders == [ours],
+        f"the package experiments at {ours}, for what is named at {place}",
+        ", ".join(map(str, folders)) or "none",
+        "work in the checkout, or trust the other (--trust experiments)",
+    )

@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
+from filelock import FileLock
 
 from pml_fewshot.checks import check_choice, require
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.exit_codes import one_line_errors
 from pml_fewshot.experiment import run
 from pml_fewshot.experiment_config import Device, ExperimentConfig
+from pml_fewshot.trainers.interruption import TrainingInterrupted
 
 
 def sweep(configs: Sequence[ExperimentConfig], folder: str | Path, only: Sequence[str] = ()) -> ResultTable:
@@ -29,20 +31,36 @@ def sweep(configs: Sequence[ExperimentConfig], folder: str | Path, only: Sequenc
     names = [config.name for config in configs]
     require(len(set(names)) == len(names), "names that are all different", str(names), "rename the experiments")
     folder = Path(folder)
+    to_run = [c for c in configs if not only or c.name in only or (folder / c.name / "figures.csv").exists()]
+    failures: dict[str, str] = {}
+    elsewhere: list[str] = []
     table = ResultTable()
-    configs = [c for c in configs if not only or c.name in only or (folder / c.name / "figures.csv").exists()]
-    for number, config in enumerate(configs, start=1):
-        print(f"\n[{number} of {len(configs)}] {config.name}", flush=True)
+    for number, config in enumerate(to_run, start=1):
+        print(f"\n[{number} of {len(to_run)}] {config.name}", flush=True)
         try:
-            table.rows += run(replace(config, run_dir=folder / config.name), resume=True).rows
+            run(replace(config, run_dir=folder / config.name), resume=True)
+        except KeyboardInterrupt as stop:
+            what = stop.what if isinstance(stop, TrainingInterrupted) else "interrupted"
+            raise TrainingInterrupted(what, "the same command again goes on") from stop
+        except BlockingIOError:
+            elsewhere.append(config.name)
         except Exception as error:  # whatever it is: hours of other experiments must not be lost by one
             traceback.print_exc()
-            table.failures[config.name] = f"{type(error).__name__}: {error}"
-        table = table.best_first()
+            failures[config.name] = f"{type(error).__name__}: {error}"
         folder.mkdir(parents=True, exist_ok=True)
-        table.write(folder)
+        with FileLock(folder / ".lock"):  # another process may run other experiments of this sweep
+            table = _finished([c.name for c in configs], folder, failures, elsewhere)
+            table.write(folder)
     print(f"\n{table}\nwritten to {folder / 'results.md'}")
     return table
+
+
+def _finished(names: Sequence[str], folder: Path, failures: dict[str, str], elsewhere: Sequence[str]) -> ResultTable:
+    """The figures of all that is finished, by whichever process, the best first; and what has none, and why."""
+    finished = [name for name in names if (folder / name / "figures.csv").exists() and name not in failures]
+    running = {name: "another process is at it" for name in elsewhere if name not in finished}
+    rows = [row for name in finished for row in ResultTable.read(folder / name).rows]
+    return ResultTable(rows, {**failures, **running}).best_first()
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Tensors in safetensors files that carry a checksum of their own; files of other tools have none and are read too."""
 
+import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,18 +15,24 @@ from pml_fewshot.atomic import whole_file
 from pml_fewshot.checks import require
 from pml_fewshot.sizes import check_fits_memory, checksum
 
-CHECKSUM = "checksum"  # its name in the file's metadata
-WRITER = "written_by"  # says that there is a checksum, should its name be damaged
+# The one entry of our files' metadata, a JSON of the texts and the checksum: safetensors writes several entries in an
+# order of its own each time, and the same weights are to give the same bytes.
+ENTRY = "pml_fewshot"
+CHECKSUM = "checksum"  # its name among the texts
 HEADER = 2**24  # bytes of names and shapes: 100,000 tensors. safetensors itself would parse 100 MB
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes tensors and texts with their checksum, all of it or nothing; any tool can read them."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    texts = dict(metadata or {}) | {WRITER: "pml_fewshot"}
-    texts[CHECKSUM] = _checksum(plain, texts)
+    texts = dict(metadata or {})
     with whole_file(path) as unfinished:
-        save_file(plain, unfinished, texts)
+        save_file(plain, unfinished, {ENTRY: sealed(plain, texts)})
+
+
+def sealed(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
+    """The entry in the metadata: texts, and the checksum of them and the tensors."""
+    return json.dumps({**texts, CHECKSUM: _checksum(tensors, texts)}, sort_keys=True)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -52,17 +59,25 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"expected a safetensors file at {path}, got a broken one ({str(error) or type(error).__name__}); write "
             "or export it again"
         ) from error
-    written = metadata.pop(CHECKSUM, None)
-    if written is not None or WRITER in metadata:
-        found = _checksum(tensors, metadata)
+    if ENTRY in metadata or any(CHECKSUM in text for text in metadata.values()):  # (the entry's name may be damaged)
+        texts = _texts(metadata.get(ENTRY, ""))
+        written, found = texts.pop(CHECKSUM, None), _checksum(tensors, texts)
         require(
             written == found,
             f"a safetensors file at {path} with the checksum that was written",
             f"a broken one ({found} instead of {written})",
             "write or export it again",
         )
-        metadata.pop(WRITER, None)
+        return tensors, texts
     return tensors, metadata
+
+
+def _texts(entry: str) -> dict[str, str]:
+    try:
+        texts = json.loads(entry)
+    except (ValueError, RecursionError):
+        return {}  # its checksum is missed then
+    return {name: text for name, text in texts.items() if isinstance(text, str)} if isinstance(texts, dict) else {}
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

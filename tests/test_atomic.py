@@ -1,5 +1,6 @@
 """Files written as a whole: a refusal of the system leaves what was there, and is one clear error."""
 
+import errno
 import os
 import resource
 import sqlite3
@@ -93,3 +94,17 @@ def test_leftover_of_a_killed_process_is_written_over(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "whole")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "whole"
+
+
+def test_the_first_refusal_is_told_where_the_clean_up_is_refused_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that has become read-only refuses everything."""
+
+    def refuse(path: Path, *args: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(CannotWriteError, match=r"^expected to write .*file, got .*Read-only file system"):
+        write_text(tmp_path / "file", "text")

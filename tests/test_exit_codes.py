@@ -15,8 +15,9 @@ from pml_fewshot.episodes import Episode
 from pml_fewshot.evaluation.episodic import EpisodicEvaluator
 from pml_fewshot.exit_codes import INTERRUPTED, RESUMABLE, one_line_errors
 from pml_fewshot.sweeps import sweep_main
+from tests import tiny_experiments
 from tests.killing import outcome
-from tests.tiny_experiments import TINY_EXPERIMENTS, tiny_splits
+from tests.tiny_experiments import TINY_EXPERIMENTS, tiny_set, tiny_splits
 
 TINY = TINY_EXPERIMENTS["protonet"]
 
@@ -90,6 +91,20 @@ def test_interrupted_before_it_began_there_is_nothing_to_resume(
     assert ended(monkeypatch, replace(TINY, data=load), "--run-dir", str(tmp_path / "run")) == INTERRUPTED == 130
     assert "interrupted before" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_interrupted_while_it_loads_its_data_again_it_can_still_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(TINY, run_dir=tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["experiment"])
+    main(config)
+    (tmp_path / "run" / "figures.csv").unlink()
+    send = send_once(signal.SIGTERM)
+    monkeypatch.setattr(tiny_experiments, "tiny_set", lambda *args: send() or tiny_set(*args))  # type: ignore[func-returns-value]
+    arguments = ("--run-dir", str(tmp_path / "run"), "--resume")
+    assert ended(monkeypatch, config, *arguments) == RESUMABLE
+    assert main(config).rows
 
 
 def test_interrupted_sweep_stops_as_a_whole_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

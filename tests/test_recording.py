@@ -6,13 +6,19 @@ import resource
 import sqlite3
 import threading
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.optim import SGD
 
 from pml_fewshot.atomic import CannotWriteError
+from pml_fewshot.data.episode_stream import EpisodeStream
+from pml_fewshot.episodes import EpisodeSpec
 from pml_fewshot.recording import Recorder
+from pml_fewshot.trainers.fit import fit
+from tests.tiny_experiments import TINY_EXPERIMENTS, tiny_splits
 
 
 @pytest.fixture
@@ -167,7 +173,7 @@ def test_forgotten_rows_leave_no_trace(kept: int, tmp_path: Path) -> None:
     record_some(first, range(1, kept + 1))
     record_some(first, range(kept + 1, 10))  # killed after it had recorded these, saved those up to `kept`
     second = Recorder(tmp_path / "cut")
-    second.forget_after(kept)
+    second.forget_after(kept, ("train", "validation"))
     record_some(second, range(kept + 1, 13))
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
@@ -178,9 +184,25 @@ def test_unsaved_rows_are_forgotten_too(tmp_path: Path) -> None:
     recorder.record("train", 1, loss=1)
     recorder.save()
     recorder.record("train", 2, loss=2)
-    recorder.forget_after(1)
+    recorder.forget_after(1, ("train", "validation"))
     recorder.close()
     assert [row["step"] for row in table(tmp_path, "train")] == [1]
+
+
+@pytest.mark.usefixtures("without_tensorboard")
+def test_other_groups_and_a_training_that_only_begins_are_left_alone(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    recorder.record("train", 60, loss=1)
+    recorder.record("judged", 100, accuracy=1)
+    recorder.save()
+    trainer = TINY_EXPERIMENTS["protonet"].trainer()
+    stream = EpisodeStream(tiny_splits().train, EpisodeSpec(5, 1, 3), 0)
+    fitted = partial(fit, trainer, stream, SGD(trainer.parameters(), lr=0.1), recorder=recorder, progress=False)
+    fitted(steps=2, checkpoint=tmp_path / "last.pt", resume=True)  # there is nothing yet to go on with
+    assert [row["step"] for row in table(tmp_path, "train")] == [60, 1, 2]
+    fitted(steps=3, checkpoint=tmp_path / "last.pt", resume=True)
+    assert [row["step"] for row in table(tmp_path, "train")] == [1, 2, 3]
+    assert [row["step"] for row in table(tmp_path, "judged")] == [100]
 
 
 @pytest.mark.usefixtures("without_tensorboard")
@@ -193,7 +215,7 @@ def test_half_written_lines_go_away(tmp_path: Path) -> None:
     written = (tmp_path / "train.csv").read_bytes()
     for length in range(len(whole), len(written) + 1):
         (tmp_path / "train.csv").write_bytes(written[:length])
-        Recorder(tmp_path).forget_after(4)
+        Recorder(tmp_path).forget_after(4, ("train", "validation"))
         assert (tmp_path / "train.csv").read_bytes() == whole, length
     assert [row["step"] for row in table(tmp_path, "train")] == [1, 2, 3, 4]
 
@@ -202,7 +224,7 @@ def test_half_written_lines_go_away(tmp_path: Path) -> None:
 def test_files_of_results_beside_the_records_are_left_alone(tmp_path: Path) -> None:
     for name in ("results.csv", "figures.csv"):
         (tmp_path / name).write_text("method,figure\nmine,1")
-    Recorder(tmp_path).forget_after(0)
+    Recorder(tmp_path).forget_after(0, ("train", "validation"))
     assert (tmp_path / "results.csv").read_text() == "method,figure\nmine,1"
 
 
@@ -213,7 +235,7 @@ def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
         first.record("train", step, loss=step)
     first.close()
     second = Recorder(tmp_path)
-    second.forget_after(5)
+    second.forget_after(5, ("train", "validation"))
     for step in range(6, 10):
         second.record("train", step, loss=10 * step)
     second.close()

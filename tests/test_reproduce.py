@@ -18,6 +18,7 @@ from pml_fewshot.checkpoint import export_embedder, load_checkpoint, save_checkp
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment import run
 from pml_fewshot.parts import build
+from pml_fewshot.provenance import provenance_text
 from pml_fewshot.reproduce import reproduce
 from tests.tiny_experiments import TINY_EXPERIMENTS
 
@@ -58,6 +59,16 @@ def other_weights(folder: Path) -> None:
     export_embedder(folder / "embedder.safetensors", build(TINY_EXPERIMENTS["protonet"].trainer).embedder)
 
 
+def other_weights_in_the_checkpoint(folder: Path) -> None:
+    state = load_checkpoint(folder / "last.pt")
+    state["best"]["embedder.trunk.1.bias"] += 1
+    save_checkpoint(folder / "last.pt", state)
+
+
+def other_episodes(folder: Path) -> None:
+    change_about(folder, "config", "fields", "num_episodes", value=31)
+
+
 def other_figure(folder: Path) -> None:
     with (folder / "figures.csv").open(newline="") as file:
         names, first, *rest = csv.reader(file)
@@ -86,6 +97,8 @@ def other_latex(folder: Path) -> None:
 
 CHANGED: list[tuple[Callable[[Path], None], str]] = [
     (other_weights, r"protonet, accuracy 5: value 0\.\d+ stored, 0\.\d+ now"),
+    (other_weights_in_the_checkpoint, r"embedder\.safetensors has other weights than last\.pt"),
+    (other_episodes, "protonet, accuracy 5: count 30 stored, 31 now"),
     (other_figure, r"protonet, accuracy 5: value 0\.\d+ stored, 0\.\d+ now"),
     (line_less, "3 figures are stored, 4 come out now"),
     (other_result, r"results\.csv is not what these figures give"),
@@ -106,16 +119,50 @@ def of_another_layout(folder: Path) -> None:
     save_checkpoint(folder / "last.pt", {**load_checkpoint(folder / "last.pt"), "layout": 1})
 
 
-def other_config(folder: Path) -> None:
+def change_about(folder: Path, *keys: str, value: object) -> None:
+    """Changes config.json and makes its checksum right again."""
     about = json.loads((folder / "config.json").read_text())
-    about["config"]["fields"]["num_episodes"] = 31
-    (folder / "config.json").write_text(json.dumps(about))
+    del about["checksum"]
+    place = about
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    (folder / "config.json").write_text(provenance_text(about))
 
 
 def other_checksum(folder: Path) -> None:
-    about = json.loads((folder / "config.json").read_text())
-    about["data"]["test"]["checksum"] = "0" * 16
-    (folder / "config.json").write_text(json.dumps(about))
+    change_about(folder, "data", "test", "checksum", value="0" * 16)
+
+
+def damaged_config(folder: Path) -> None:
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"num_episodes": 30', '"num_episodes": 31'))
+
+
+def nested_config(folder: Path) -> None:
+    value: object = None
+    for _ in range(300):
+        value = {"list": [value]}
+    change_about(folder, "config", "fields", "sampler", value=value)
+
+
+def class_too_many(folder: Path) -> None:
+    spec = {"object": "pml_fewshot.episodes:EpisodeSpec", "fields": {"ways": 5}}
+    change_about(folder, "config", "fields", "train_spec", value=spec)
+
+
+def unfinished(folder: Path) -> None:
+    (folder / "figures.csv").unlink()
+
+
+def no_checkpoint(folder: Path) -> None:
+    (folder / "last.pt").unlink()
+
+
+def of_another_width(folder: Path) -> None:
+    state = load_checkpoint(folder / "last.pt")
+    state["best"] = {name: value[:3] if value.ndim else value for name, value in state["best"].items()}
+    save_checkpoint(folder / "last.pt", state)
 
 
 def half_a_config(folder: Path) -> None:
@@ -133,7 +180,15 @@ def no_weights(folder: Path) -> None:
 
 BROKEN: list[tuple[Callable[[Path], None], type[Exception], str]] = [
     (of_another_layout, ValueError, "expected a training's state of layout 2, got layout 1"),
-    (other_config, ValueError, "expected the config of the run in .*, got another num_episodes"),
+    (damaged_config, ValueError, r"expected a whole config\.json in .*, got one with another checksum"),
+    (
+        class_too_many,
+        ValueError,
+        r"expected the fields of .*:EpisodeSpec at config\.train_spec, got",
+    ),
+    (unfinished, FileNotFoundError, r"expected a finished run in .*, got one without figures\.csv"),
+    (no_checkpoint, FileNotFoundError, r"expected a checkpoint at .*last\.pt"),
+    (of_another_width, ValueError, r"expected \(8,\) for embedder\.trunk\.1\.bias, got \(3,\) in the checkpoint"),
     (other_checksum, ValueError, "expected the data of the run in .*, got other images, labels or classes in test"),
     (half_a_config, ValueError, r"expected a whole config\.json in"),
     (deep_config, ValueError, r"expected a whole config\.json in"),
@@ -155,16 +210,49 @@ def test_untrusted_modules_are_not_imported(runs: Path) -> None:
         reproduce(runs / "protonet")
 
 
-def test_command_line_says_it_by_its_exit_code(copied: Path) -> None:
-    def command(*more: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "pml_fewshot.reproduce", str(copied), *more]
-        threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, env=threads)
+MINE = """
+from dataclasses import replace
+from functools import partial
+from torch import nn
+from pml_fewshot import Embedder, ProtoNetTrainer, main
+from tests.tiny_experiments import TINY_EXPERIMENTS
 
-    same = command("--trust", "tests")
+class Trunk(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 8)
+
+    def forward(self, images):
+        return self.linear(images.flatten(1))
+
+CONFIG = replace(
+    TINY_EXPERIMENTS["protonet"],
+    name="mine",
+    trainer=partial(ProtoNetTrainer, embedder=partial(Embedder, trunk=Trunk)),
+)
+if __name__ == "__main__":
+    main(CONFIG)
+"""
+
+
+def test_experiment_of_ones_own_by_the_command_line(tmp_path: Path) -> None:
+    """A class of the file that is run has the name __main__ there, and the file's own when it is imported."""
+    (tmp_path / "mine.py").write_text(MINE)
+    folder = tmp_path / "run"
+
+    def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+        paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+        line = [sys.executable, "-m", *arguments]
+        return subprocess.run(
+            line, cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, **paths}
+        )
+
+    assert python("mine", "--run-dir", str(folder)).returncode == 0
+    again = ("pml_fewshot.reproduce", str(folder), "--trust", "tests", "mine")
+    same = python(*again)
     assert same.returncode == 0, same.stderr
     assert "4 figures: every one is the same" in same.stdout
-    other_result(copied)
-    different = command("--trust", "tests")
+    other_result(folder)
+    different = python(*again)
     assert different.returncode == 1
     assert "4 figures: 1 differences" in different.stdout

@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 
 from pml_fewshot.atomic import CannotWriteError
+from pml_fewshot.data.fewshot_dataset import FewShotDataset
 from pml_fewshot.experiment import run
 from pml_fewshot.run_folder import choose_run_folder, sole_writer
+from tests import tiny_experiments
 from tests.killing import outcome
-from tests.tiny_experiments import TINY_EXPERIMENTS, tiny_set, tiny_splits
+from tests.test_reproduce import change_about
+from tests.tiny_experiments import TINY_EXPERIMENTS, tiny_set
 
 ROOT = Path(__file__).parent.parent
 TINY = TINY_EXPERIMENTS["protonet"]
@@ -131,39 +134,32 @@ def test_folder_that_becomes_read_only_is_one_error_and_the_run_goes_on_later(tm
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
-def test_other_data_than_the_run_began_with_are_refused(tmp_path: Path) -> None:
+def test_other_data_than_the_run_began_with_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(TINY, run_dir=tmp_path / "run", steps=4)
     run(config)
     (tmp_path / "run" / "figures.csv").unlink()  # as if it had been killed while it was judged
-    splits = tiny_splits()
-    splits.test.images[3, 0, 1, 2] += 1  # one pixel
-    with pytest.raises(ValueError, match=r"expected the data of the run in .*, got other images, .* in test"):
-        run(replace(config, data=Same(splits)), resume=True)
-    splits = tiny_splits()
-    with pytest.raises(ValueError, match=r"in train, val;"):
-        run(replace(config, data=Same(type(splits)(tiny_set("a", 8, 5), None, splits.test))), resume=True)
+
+    def one_pixel_off(prefix: str, classes: int, seed: int) -> FewShotDataset:
+        dataset = tiny_set(prefix, classes, seed)
+        if prefix in changed:
+            dataset.images[3, 0, 1, 2] ^= 1
+        return dataset
+
+    monkeypatch.setattr(tiny_experiments, "tiny_set", one_pixel_off)
+    changed: set[str] = set()
+    for prefixes, named in (("c", "test"), ("ab", "train, val")):
+        changed |= set(prefixes)
+        with pytest.raises(ValueError, match=rf"expected the data of the run in .*, got other images, .* in {named};"):
+            run(config, resume=True)
+        changed.clear()
     assert run(config, resume=True).rows
-
-
-class Same:
-    """A loader that gives what it holds, and whose repr is that of the loader it stands for."""
-
-    def __init__(self, splits: object) -> None:
-        self.splits = splits
-
-    def __call__(self) -> object:
-        return self.splits
-
-    def __repr__(self) -> str:
-        return repr(tiny_splits)
 
 
 def test_a_changed_machine_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = replace(TINY, run_dir=tmp_path / "run", steps=2)
     run(config)
-    about = tmp_path / "run" / "config.json"
-    about.write_text(about.read_text().replace('"threads": "', '"threads": "9'))
+    change_about(tmp_path / "run", "machine", "threads", value="99")
     (tmp_path / "run" / "figures.csv").unlink()
     shutil.rmtree(tmp_path / "run" / "tensorboard", ignore_errors=True)
     run(config, resume=True)
-    assert "note: threads: 9" in capsys.readouterr().out
+    assert "note: threads: 99 then" in capsys.readouterr().out

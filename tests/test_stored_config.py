@@ -3,6 +3,7 @@
 import importlib
 import json
 import pkgutil
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 import experiments
 from pml_fewshot.data.augmentation import RandomAffine
 from pml_fewshot.data.glyphs import load_glyphs
+from pml_fewshot.data.omniglot import load_omniglot
 from pml_fewshot.embedders.conv4 import Conv4
+from pml_fewshot.embedders.torchvision_trunk import TorchvisionTrunk
 from pml_fewshot.episodes import EpisodeSpec
 from pml_fewshot.experiment_config import ExperimentConfig
 from pml_fewshot.losses.prototypical import PrototypicalLoss
@@ -102,6 +105,20 @@ HOSTILE = [
     "experiments.nowhere:CONFIG",
     "pml_fewshot.data.omniglot:load_omniglot.__globals__",
     "pml_fewshot.data.omniglot:load_omniglot.__class__",
+    "torchvision.models._api:WeightsEnum.get_state_dict",
+    "torchvision.models._api:WeightsEnum",
+    "torchvision.models._api:Weights",
+    "torchvision.models._utils:IntermediateLayerGetter.forward",
+    "torchvision.models.resnet:_resnet",
+    "pml_fewshot.evaluation.table:ResultTable.write",
+    "pml_fewshot.evaluation.table:ResultTable",
+    "pml_fewshot.embedders.bank_file:save_bank",
+    "pml_fewshot.trainers.fit:fit",
+    "pml_fewshot.data.cache:cached_images",
+    "pml_fewshot.data.zip_archive:open_zip",
+    "pml_fewshot.evaluation.gallery:Gallery.save",
+    "experiments.benchmarks.main_path:main",
+    "experiments.omniglot_maml:main",
     "pml_fewshot.data.omniglot",
     "",
     ":",
@@ -116,6 +133,46 @@ def test_hostile_names_are_refused(name: str, kind: str) -> None:
     data["object"] = {"object": name, "fields": {}}
     with pytest.raises(ValueError, match=r"^expected "):
         from_data(data[kind])
+
+
+@pytest.mark.parametrize("name", ["pml_fewshot.data.glyphs:load_glyphs", "torch.nn.modules.linear:Identity"])
+def test_only_classes_of_data_are_called_at_once(name: str) -> None:
+    with pytest.raises(ValueError, match="expected a class of data"):
+        from_data({"object": name, "fields": {}})
+
+
+def test_loaders_are_not_told_where_to_write() -> None:
+    loader = partial(load_omniglot, root=Path("here"), split="official", download=True, cache_dir="/anywhere")
+    again = from_data(to_data(loader))
+    assert again.keywords == {"root": Path("here"), "split": "official"}
+    with pytest.raises(ValueError, match="arguments by name"):
+        from_data(to_data(partial(load_omniglot, Path("here"), 28, "official", False, True)))
+
+
+def test_methods_have_no_name() -> None:
+    for method in (PrototypicalLoss().forward, RandomAffine.__call__, Path.cwd):
+        assert "only_shown" in to_data(method)
+        assert "only_shown" in to_data(partial(method))
+
+
+def test_experiments_of_another_place_must_be_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "__init__.py").write_text("")
+    (tmp_path / "experiments" / "evil.py").write_text("raise SystemExit('was run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    saved = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "experiments"}
+    try:
+        with pytest.raises(ValueError, match=r"expected the package experiments at .*, got .*, .*"):
+            from_data({"name": "experiments.evil:judge_all"})
+    finally:
+        sys.modules.update(saved)
+
+
+def test_models_of_torchvision_are_built_by_name() -> None:
+    from torchvision.models import resnet18
+
+    trunk = partial(TorchvisionTrunk, model=partial(resnet18, weights=None))
+    assert shown(from_data(to_data(trunk))) == shown(trunk)
 
 
 def test_a_module_of_ones_own_must_be_trusted() -> None:

@@ -20,6 +20,7 @@ from pml_fewshot.episodes import EpisodeSpec
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment import run
 from pml_fewshot.experiment_config import ExperimentConfig
+from pml_fewshot.run_folder import sole_writer
 from pml_fewshot.sweeps import sweep, sweep_main
 from pml_fewshot.trainers import fit as fit_module
 from pml_fewshot.trainers.metric import MetricTrainer
@@ -172,3 +173,15 @@ def test_only_some_are_run_and_what_is_finished_stays_in_the_table(tmp_path: Pat
     assert again.failures == {}
     alone = sweep([BAD, *GOOD], tmp_path / "new", only=["contrastive"])
     assert set(accuracies(alone)) == {"contrastive"}
+
+
+def test_what_another_process_is_at_is_left_to_it(tmp_path: Path) -> None:
+    with sole_writer(tmp_path / "ntxent", replace(GOOD[1], run_dir=tmp_path / "ntxent"), True):
+        table = sweep(GOOD, tmp_path)
+    assert accuracies(table).keys() == {"contrastive"}
+    assert table.failures == {"ntxent": "another process is at it"}
+    # the other process ends while this one is at its own: both are in the table that this one writes
+    run(replace(GOOD[1], run_dir=tmp_path / "ntxent"), resume=True)
+    again = sweep(GOOD, tmp_path, only=["contrastive"])
+    assert accuracies(again).keys() == {"contrastive", "ntxent"}
+    assert not again.failures

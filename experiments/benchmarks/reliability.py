@@ -9,6 +9,7 @@ records and checkpoints are its own. Nothing else should run on the machine.
 import statistics
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def memory_over_steps(steps: int = LOOKED_AT[1]) -> None:
     stream = WatchedStream(splits.train, config.train_spec, 0, config.augment)
     stream.resident = {}
     validator = EpisodicEvaluator(config.eval_specs[0], 1000, 0)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, closing(Recorder(folder)) as recorder:
         fit(
             trainer,
             stream,
@@ -108,7 +109,7 @@ def memory_over_steps(steps: int = LOOKED_AT[1]) -> None:
             scheduler=CosineAnnealingLR(optimizer, steps + 1),
             validate=lambda: validator.evaluate(trainer, splits.val),
             validate_every=config.validate_every,
-            recorder=Recorder(folder),
+            recorder=recorder,
             checkpoint=Path(folder) / "last.pt",
         )
     for step, resident in stream.resident.items():

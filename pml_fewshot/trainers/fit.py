@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
@@ -21,10 +21,12 @@ from pml_fewshot.trainers.divergence import diverged, what_diverged
 from pml_fewshot.trainers.interruption import StopRequest, TrainingInterrupted
 from pml_fewshot.trainers.plateau import cannot_fall_further
 from pml_fewshot.trainers.training_state import History, TrainingState
+from pml_fewshot.trainers.weight_penalty import weight_penalty
 
 SHOWN = ("loss", "accuracy")
 LOG_EVERY = 20  # steps between two looks at the losses: each look waits for the GPU
 RATE_AFTER_RETRY = 0.5  # of the learning rate before
+RECORDED = ("train", "validation")  # groups of records
 
 
 def fit(
@@ -68,14 +70,16 @@ def fit(
         l2: adds l2 * (sum of squares) of the embedder's weights to the loss. Biases and norms are left out.
         l1: adds l1 * (sum of magnitudes) of them.
         bf16: autocast to bfloat16 on CUDA; nothing changes on a CPU, where it does not pay.
-        recorder: gets losses, rates, accuracies and validations.
+        recorder: gets losses, rates, accuracies and validations, as "train" and "validation". When a training goes on
+            from a checkpoint, or back to it, their rows of later steps are taken away first.
         checkpoint: file of the state to go on from, written after the first step, every `checkpoint_every` steps, after
             each validation and at the end.
         checkpoint_every: steps between two checkpoints.
         resume: go on from `checkpoint` where that file exists. `batches` with a `state_dict` go on where they were, a
             list behind what was trained on; any other endless iterator must stand there already.
         retries: times that a training whose loss became NaN or infinite goes back to `checkpoint`, with half the
-            learning rate each time; then, or with 0, that is an error.
+            learning rate each time; then, or with 0, that is an error. Batches with a `state_dict`, and lists, go back
+            too; a generator goes on with what comes next.
         progress: show a bar with loss, accuracy and the time left.
 
     Ctrl-C and SIGTERM end it after the step (and the validation) that is under way; a second one ends it at once.
@@ -122,11 +126,11 @@ def fit(
     device = next(trainer.parameters()).device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type == "cuda")
     state = TrainingState(trainer, optimizer, scheduler, batches)
+    history = state.history
     if resume and checkpoint is not None and Path(checkpoint).exists():
         state.load_state_dict(load_checkpoint(checkpoint))
-    history = state.history
-    if resume and recorder is not None:
-        recorder.forget_after(history.steps)  # a process that was killed may have recorded more than it saved
+        if recorder is not None:  # a process that was killed may have recorded more than it saved
+            recorder.forget_after(history.steps, RECORDED)
     started = time.perf_counter() - history.seconds
     source = state.batches_to_come()
     bar = tqdm(total=steps, initial=history.steps, desc="training", unit="step", disable=not progress, mininterval=1)
@@ -147,13 +151,13 @@ def fit(
             rate = float(optimizer.param_groups[0]["lr"]) * rate_factor
             if loss.requires_grad:
                 if l2 or l1:
-                    loss = loss + _weight_penalty(trainer, l2, l1)
+                    loss = loss + weight_penalty(trainer, l2, l1)
                 loss.backward()
                 if clip_norm is not None:
                     nn.utils.clip_grad_norm_(trainer.parameters(), clip_norm)
                 with _scaled_rates(optimizer, rate_factor):
                     optimizer.step()
-                state.recent.append((history.steps + 1, loss.detach(), rate, getattr(batch, "classes", None)))
+                state.note_step(loss, rate, batch)
             else:
                 history.skipped += 1
             if scheduler is not None and plateau is None:
@@ -200,10 +204,15 @@ def fit(
                     history.stopped = "learning rate at its lowest"
                 elif patience is not None and state.validations_since_best() >= patience:
                     history.stopped = "no improvement"
+                stopping = stop.received is not None
             if checkpoint is not None and (checkpoint_due or stopping):
                 history.seconds = time.perf_counter() - started
                 if recorder is not None:
                     recorder.save()  # first: what is recorded and not in the checkpoint is forgotten on resuming
+                if retries and not checkpoint_due:  # going back is to the step that it would have been to
+                    state.go_back_to = state.go_back_to or load_checkpoint(checkpoint)
+                else:
+                    state.go_back_to = None
                 save_checkpoint(checkpoint, state.state_dict())
     history.seconds = time.perf_counter() - started
     state.restore_best()
@@ -217,10 +226,10 @@ def fit(
 def _go_back(state: TrainingState, checkpoint: str | Path, recorder: Recorder | None) -> None:
     """Returns to the checkpoint and notes in it that this was done, so that a killed process counts it too."""
     retries = state.history.retries + 1
-    state.load_state_dict(load_checkpoint(checkpoint))
+    state.load_state_dict(state.go_back_to or load_checkpoint(checkpoint))
     state.history.retries = retries
     if recorder is not None:
-        recorder.forget_after(state.history.steps)
+        recorder.forget_after(state.history.steps, RECORDED)
     save_checkpoint(checkpoint, state.state_dict())
 
 
@@ -235,13 +244,6 @@ def _scaled_rates(optimizer: Optimizer, factor: float) -> Iterator[None]:
     finally:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-
-
-def _weight_penalty(trainer: nn.Module, l2: float, l1: float) -> Tensor:
-    """l2 * sum of squares + l1 * sum of magnitudes of the filters and matrices of the embedder (MAML's network)."""
-    part = getattr(trainer, "embedder", getattr(trainer, "network", trainer))
-    weights = [p for p in part.parameters() if p.ndim > 1]
-    return torch.stack([l2 * w.square().sum() + l1 * w.abs().sum() for w in weights]).sum()
 
 
 def _look_at(state: TrainingState, rate: float) -> dict[str, float]:

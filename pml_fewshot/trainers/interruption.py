@@ -1,5 +1,6 @@
 """Stopping a training from outside, by Ctrl-C or SIGTERM, at the end of a step."""
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -7,7 +8,16 @@ from typing import Any
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM ended the training; where it has a checkpoint, that holds its last step."""
+    """Ctrl-C or SIGTERM ended the training; where it has a checkpoint, that holds its last step.
+
+    Args:
+        what: what happened, and where it was saved.
+        go_on: how to go on, where that is known.
+    """
+
+    def __init__(self, what: str, go_on: str = "") -> None:
+        super().__init__("; ".join(text for text in (what, go_on) if text))
+        self.what = what
 
 
 class StopRequest:
@@ -19,6 +29,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._process = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -34,8 +45,13 @@ class StopRequest:
         self._give_back()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
         self._give_back()
+        if os.getpid() != self._process:  # a forked child, as of a pool, is to end as it would without us
+            signal.raise_signal(number)
+            return
+        self.received = signal.Signals(number)
+        # (print could meet the progress bar in the middle of its own writing)
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
     def _give_back(self) -> None:
         while self._before:

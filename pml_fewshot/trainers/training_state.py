@@ -69,6 +69,8 @@ class TrainingState:
         self.best: dict[str, Tensor] | None = None  # weights of the best validation, or of the lowest loss
         self.best_score = float("-inf")  # validation accuracy, or minus the loss
         self.lowest_loss, self.lowest_loss_step = float("inf"), 0
+        # state of the last checkpoint that was due, when the one on disk is of an interruption after it
+        self.go_back_to: dict[str, Any] | None = None
         self.recent: list[Trained] = []  # since the losses were last looked at: each look waits for the GPU
 
     def batches_to_come(self) -> Iterator[Any]:
@@ -77,6 +79,11 @@ class TrainingState:
         if "batches" not in self.parts and not isinstance(self.batches, Iterator):
             return islice(source, self.history.steps, None)  # a list begins anew: leave out what was trained on
         return source
+
+    def note_step(self, loss: Tensor, rate: float, batch: object) -> None:
+        """Notes a step that was learned from, before it is counted; `batch.classes` is kept for messages."""
+        classes = getattr(batch, "classes", None)
+        self.recent.append((self.history.steps + 1, loss.detach(), rate, classes if torch.is_tensor(classes) else None))
 
     def keep_if_best(self, score: float) -> None:
         """Keeps a copy of the weights when `score` is above all before."""
@@ -113,6 +120,7 @@ class TrainingState:
             "best": self.best,
             "best_score": self.best_score,
             "lowest_loss": [self.lowest_loss, self.lowest_loss_step],
+            "go_back_to": self.go_back_to,
             "recent": [list(each) for each in self.recent],
             "history": _history_data(self.history),
             "torch_generator": torch.get_rng_state(),  # dropout and PML's miners draw from it
@@ -129,6 +137,7 @@ class TrainingState:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.best, self.best_score = state["best"], state["best_score"]
+        self.go_back_to = state["go_back_to"]
         self.lowest_loss, self.lowest_loss_step = state["lowest_loss"]
         device = next(self.trainer.parameters()).device
         self.recent = [

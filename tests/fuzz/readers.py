@@ -205,9 +205,9 @@ def mend_safetensors(folder: Path) -> None:
         try:
             with safe_open(file, framework="pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-                texts = opened.metadata() or {}
+                texts = json.loads((opened.metadata() or {}).get(tensor_file.ENTRY, "{}"))
             texts.pop(tensor_file.CHECKSUM, None)
-            save_file(tensors, file, texts | {tensor_file.CHECKSUM: tensor_file._checksum(tensors, texts)})
+            save_file(tensors, file, {tensor_file.ENTRY: tensor_file.sealed(tensors, texts)})
         except Exception:
             continue  # too broken to be mended
 
@@ -341,7 +341,7 @@ def read_records(folder: Path) -> Any:
     for file in folder.iterdir():
         if file.is_file():
             copyfile(file, copied / file.name)
-    Recorder(copied).forget_after(4)
+    Recorder(copied).forget_after(4, ("train", "validation"))
     with closing(sqlite3.connect(copied / "logs.db")) as connection:
         rows = [connection.execute(f"SELECT step FROM {name}").fetchall() for name in ("train", "validation")]
     assert all(step <= 4 for table in rows for (step,) in table if isinstance(step, int | float))

@@ -1,6 +1,7 @@
 """Going back after a NaN: to the last checkpoint, with half the rate, a bounded number of times, without a trace."""
 
 import math
+import signal
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -11,12 +12,14 @@ import torch
 from torch.optim import SGD
 
 from pml_fewshot.checkpoint import load_checkpoint
+from pml_fewshot.data.episode_stream import EpisodeStream
 from pml_fewshot.episodes import Episode
 from pml_fewshot.experiment import run
 from pml_fewshot.trainers.divergence import TrainingDiverged
 from pml_fewshot.trainers.fit import fit
 from pml_fewshot.trainers.protonet import ProtoNetTrainer
 from pml_fewshot.trainers.training_state import history_of
+from tests.killing import outcome
 from tests.test_recording import csv_rows, table
 from tests.tiny_experiments import TINY_EXPERIMENTS
 
@@ -116,3 +119,35 @@ def test_retries_want_a_checkpoint() -> None:
         fit(trainer, [], SGD(trainer.parameters(), lr=0.01), 1, retries=1)
     with pytest.raises(ValueError, match="retries of at least 0"):
         fit(trainer, [], SGD(trainer.parameters(), lr=0.01), 1, retries=-1)
+
+
+def test_an_interruption_does_not_change_where_a_training_goes_back_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interruption is saved at step 10, and the NaN of step 11 leads back to step 8 all the same."""
+    forward, draw = ProtoNetTrainer.forward, EpisodeStream.__next__
+    steps: list[int] = []  # drawn, of which the first time that step 11 comes is NaN
+
+    def nan_at_eleven(trainer: ProtoNetTrainer, batch: Episode) -> torch.Tensor:
+        wrong = steps[-1] == 11 and steps.count(11) == 1
+        return forward(trainer, batch) * (float("nan") if wrong else 1.0)
+
+    def draw_and_send(stream: EpisodeStream) -> Episode:
+        steps.append(stream._position + 1)
+        if interrupted and len(steps) == 10:
+            signal.raise_signal(signal.SIGINT)
+        return draw(stream)
+
+    monkeypatch.setattr(ProtoNetTrainer, "forward", nan_at_eleven)
+    monkeypatch.setattr(EpisodeStream, "__next__", draw_and_send)
+    outcomes = []
+    for interrupted in (False, True):
+        steps.clear()
+        config = replace(TINY, run_dir=tmp_path / str(interrupted), retries=1)
+        if interrupted:
+            with pytest.raises(KeyboardInterrupt):
+                run(config)
+        run(config, resume=True)
+        outcomes.append(outcome(config.run_dir))
+    assert steps[9:14] == [10, 11, 12, 9, 10]
+    assert outcomes[0] == outcomes[1]

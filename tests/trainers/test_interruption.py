@@ -1,21 +1,25 @@
 """Ctrl-C and SIGTERM: the step is finished and saved, and going on ends in the same bits; a second one acts at once."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.optim import SGD
 
 from pml_fewshot.checkpoint import load_checkpoint
 from pml_fewshot.data.episode_stream import EpisodeStream
 from pml_fewshot.episodes import Episode
 from pml_fewshot.experiment import run
+from pml_fewshot.trainers.fit import fit
 from pml_fewshot.trainers.interruption import StopRequest, TrainingInterrupted
 from tests.killing import outcome
-from tests.tiny_experiments import TINY_EXPERIMENTS
+from tests.tiny_experiments import TINY_EXPERIMENTS, tiny_splits
 
 TINY = TINY_EXPERIMENTS["protonet"]
 
@@ -112,3 +116,43 @@ def test_a_nan_before_the_signal_is_not_saved(tmp_path: Path, monkeypatch: pytes
     state = load_checkpoint(tmp_path / "run" / "last.pt")
     assert state["history"]["steps"] == 3
     assert all(value.isfinite().all() for value in state["trainer"].values())
+
+
+def test_a_forked_child_ends_as_it_would_without_us() -> None:
+    with StopRequest() as stop:
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(30)  # instead of for ever, should the signal be swallowed
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGTERM
+    assert stop.received is None
+
+
+@pytest.mark.parametrize("_signal_at", [(signal.SIGTERM, 8)], indirect=True)
+@pytest.mark.usefixtures("_signal_at")
+def test_classes_that_are_no_tensor_are_left_out_of_checkpoints(tmp_path: Path) -> None:
+    class Named:
+        classes = ("cat",)
+
+        def __init__(self, episode: Episode) -> None:
+            self.episode = episode
+
+        def to(self, device: torch.device) -> Episode:
+            return self.episode.to(device)
+
+    trainer = TINY.trainer()
+    stream = EpisodeStream(tiny_splits().train, TINY.train_spec, 0)  # type: ignore[arg-type]
+    fitted = partial(
+        fit,
+        trainer,
+        (Named(each) for each in stream),
+        SGD(trainer.parameters(), lr=0.1),
+        12,
+        checkpoint=tmp_path / "l.pt",
+    )
+    with pytest.raises(TrainingInterrupted):
+        fitted(progress=False)
+    fitted(progress=False, resume=True)

@@ -19,8 +19,9 @@ from pml_fewshot.evaluation.adaptation_curve import adaptation_curve
 from pml_fewshot.evaluation.episodic import EpisodicEvaluator
 from pml_fewshot.evaluation.heads import nearest_prototype
 from pml_fewshot.trainers.divergence import TrainingDiverged
-from pml_fewshot.trainers.fit import _weight_penalty, fit
+from pml_fewshot.trainers.fit import fit
 from pml_fewshot.trainers.maml import MAMLTrainer
+from pml_fewshot.trainers.weight_penalty import weight_penalty
 
 TASKS, WAYS, SHOTS, QUERIES, SIZE = 3, 2, 2, 3, 16
 SPEC = EpisodeSpec(WAYS, SHOTS, QUERIES)
@@ -185,7 +186,7 @@ def test_a_single_beginning_may_be_a_string():
 def test_weight_penalties_are_of_the_network_alone():
     maml = trainer(learn_inner_lr="per_layer_per_step")
     weights = [p for p in maml.network.parameters() if p.ndim > 1]
-    penalty = _weight_penalty(maml, l2=1.0, l1=0.0)
+    penalty = weight_penalty(maml, l2=1.0, l1=0.0)
     torch.testing.assert_close(penalty, sum(w.square().sum() for w in weights))
 
 
