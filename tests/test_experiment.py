@@ -57,6 +57,7 @@ from pml_fewshot.trainers.maml import MAMLTrainer
 from pml_fewshot.trainers.metric import MetricTrainer
 from pml_fewshot.trainers.protonet import ProtoNetTrainer
 from pml_fewshot.trainers.siamese import SiameseTrainer
+from tests.test_reproduce import change_about
 
 ROOT = Path(__file__).parent.parent
 
@@ -958,10 +959,8 @@ def test_interrupted_batches_go_on_from_the_command_line(
     # the first half of the training, as if it had been interrupted behind its sixth step
     with pytest.raises(KeyboardInterrupt):
         run(replace(config, run_dir=tmp_path / "cut", steps=6, judge_more=cut))
-    text = (tmp_path / "cut" / "config.txt").read_text()
-    text = re.sub("^steps = 6$", "steps = 12", text, flags=re.MULTILINE)
-    text = re.sub("^judge_more = .*$", "judge_more = None", text, flags=re.MULTILINE)
-    (tmp_path / "cut" / "config.txt").write_text(text)
+    change_about(tmp_path / "cut", "config", "fields", "steps", value=12)
+    change_about(tmp_path / "cut", "config", "fields", "judge_more", value=None)
     table = batch_line(monkeypatch, "--run-dir", str(tmp_path / "cut"), "--resume", config=config)
     assert table.csv() == expected.csv()
     assert same_state(weights_after(tmp_path / "cut"), weights_after(tmp_path / "whole"))
