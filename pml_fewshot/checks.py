@@ -30,7 +30,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"expected {name} as one of {', '.join(map(repr, choices))}, got {value!r}; {do}")
 
 
-def check_finite(values: Tensor, what: str) -> None:
+def check_finite(values: Tensor, what: str, do: str = "") -> None:
     """Raises a ValueError that counts the rows of `values` holding NaN or infinity and names the first."""
     if not values.is_floating_point():
         return
@@ -45,7 +45,7 @@ def check_finite(values: Tensor, what: str) -> None:
     if bad:  # none: the sum of finite values has overflowed
         raise ValueError(
             f"expected finite {what}, got NaN or infinity in {len(bad)} of {len(values)} rows, first in row {bad[0]}; "
-            "look at what produced them (a diverged training, a division by zero)"
+            + (do or "look at what produced them (a diverged training, a division by zero)")
         )
 
 

@@ -31,6 +31,7 @@ from pml_fewshot.run_folder import choose_run_folder, sole_writer
 from pml_fewshot.trainers.fit import RECORDED, History, fit
 from pml_fewshot.trainers.interruption import TrainingInterrupted
 from pml_fewshot.trainers.loss_checks import check_batch
+from pml_fewshot.trainers.maml import MAMLTrainer
 
 
 def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
@@ -79,6 +80,9 @@ def _run(config: ExperimentConfig, resume: bool, folder: Path, device: torch.dev
         validator.check(val)
     torch.manual_seed(config.seed)  # initial weights, dropout and PML's miners draw from torch's own generator
     trainer = build(config.trainer).to(device)
+    if isinstance(trainer, MAMLTrainer):  # its network is made for so many ways; the other trainers take any
+        for spec in config.eval_specs:
+            trainer.check(spec.ways, splits.test.item_shape)
     if isinstance(config.train_spec, BatchSpec) and isinstance(getattr(trainer, "loss", None), nn.Module):
         check_batch(trainer.loss, train.labels[train.labels.argmax()].expand(config.train_spec.size))
     stream = _stream(config, train.to(device), trainer)

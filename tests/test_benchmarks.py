@@ -59,6 +59,11 @@ def test_maml_step_prints_every_line(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert len(rows) == 3 * 4 + 2 + 3
     assert all(line.count("|") == 7 for line in rows[:12])
     assert all(line.count("|") == 5 for line in rows[12:])
+    theirs, one_task, recomputed = ([float(cell) for cell in line.split("|")[2:-1]] for line in rows[-3:])
+    assert all(own <= 1.2 * peer for own, peer in zip(one_task, theirs, strict=True))
+    # where queries weigh little; of 75 queries a task their own pass is most of it
+    assert all(less <= 0.5 * more for less, more in zip(recomputed[:2], one_task[:2], strict=True))
+    assert recomputed[2] < one_task[2]
 
 
 def test_the_peak_of_memory_is_that_of_the_tensors_alive() -> None:

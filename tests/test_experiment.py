@@ -390,6 +390,13 @@ def test_bad_options_raise_before_any_training_and_make_no_folder(
     assert not (tmp_path / "run").exists(), "the next try with this --run-dir would be refused"
 
 
+def test_a_network_too_narrow_for_a_spec_raises_before_any_training(tmp_path: Path) -> None:
+    narrow = partial(MAMLTrainer, network=partial(nn.Sequential, TRUNK, partial(nn.Linear, 8, 3)), inner_lr=0.1)
+    with pytest.raises(ValueError, match="expected a network with 5 outputs, one for each way"):
+        run(replace(TINY, run_dir=tmp_path / "run", trainer=narrow, train_spec=EpisodeSpec(3, 1, 2), retrieval=None))
+    assert not (tmp_path / "run").exists()
+
+
 def test_too_many_turns_raise(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at most 4 turns"):
         run(replace(TINY, run_dir=tmp_path / "run", trainer=TOO_MANY_TURNS))

@@ -38,8 +38,8 @@ class BatchStatistics(TorchFunctionMode):
     ) -> Any:
         if func is F.batch_norm:
             return self.batch_norm(*args, **(kwargs or {}))
-        if func is Tensor.contiguous and (len(args) > 1 or kwargs):
-            return args[0]  # whoever calls the network chose the layout of memory, and vmap knows no other than its own
+        if self.by_hand and func is Tensor.contiguous and torch.channels_last in (*args[1:], *(kwargs or {}).values()):
+            return args[0]  # vmap knows no such layout of memory
         return func(*args, **(kwargs or {}))
 
     def batch_norm(

@@ -51,6 +51,7 @@ class GroupedTasks(BatchStatistics):
             Tensor.reshape: self.view,
             Tensor.mean: self.mean,
             torch.mean: self.mean,
+            Tensor.contiguous: self.contiguous,
         }
 
     def __torch_function__(
@@ -134,6 +135,9 @@ class GroupedTasks(BatchStatistics):
             raise NotGroupable("only flatten(1) is known to work on tasks side by side")
         return input.flatten(1)
 
+    def contiguous(self, input: Tensor, memory_format: torch.memory_format | None = None) -> Tensor:
+        return input  # whoever calls the network chose the layout of memory
+
     def view(self, input: Tensor, *shape: Any) -> Tensor:
         if shape not in ((len(input), -1), ((len(input), -1),)):
             raise NotGroupable("only view(B, -1) is known to work on tasks side by side")
@@ -149,7 +153,7 @@ class GroupedTasks(BatchStatistics):
 CHANNEL_BY_CHANNEL = {
     *(F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_),
     *(F.leaky_relu, F.elu, F.gelu, F.silu, F.hardtanh, torch.tanh, Tensor.tanh, torch.sigmoid, Tensor.sigmoid),
-    *(F.dropout, Tensor.contiguous, Tensor.dim, Tensor.ndim.__get__),  # type: ignore[attr-defined]
+    *(F.dropout, Tensor.dim, Tensor.ndim.__get__),  # type: ignore[attr-defined]
 }
 OF_IMAGES = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.dropout2d}  # likewise for (B, T * C, H, W)
 SUMS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}  # of two activations

@@ -1,33 +1,21 @@
 """InnerLoop: a network and its gradient steps on the support sets of many tasks at once, the inner loop of MAML."""
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from types import FunctionType
-from typing import Literal, cast
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pml_fewshot.adaptation.recomputed import recomputed
 from pml_fewshot.adaptation.run_tasks import Weights, fastest, grouped, loop, uses_batch_norm, vmap
 from pml_fewshot.adaptation.second_derivatives import SecondDerivatives
+from pml_fewshot.adaptation.task_loss import TaskLoss, labels_of, task_losses
 from pml_fewshot.checks import check_choice, require
-from pml_fewshot.parts import build
 
 LearnedRates = Literal["per_layer", "per_layer_per_step"]
 Parallel = Literal["auto", "loop", "vmap", "grouped"]
-TaskLoss = Callable[[Tensor, Tensor], Tensor]  # outputs (B, D) and labels (B,) to a scalar: a function or a module
-
-
-def built_loss(loss: TaskLoss | Callable[[], nn.Module]) -> TaskLoss:
-    """What a loss describes: functions stay as they are, with or without arguments of their own; classes are called."""
-    function = loss.func if isinstance(loss, partial) else loss
-    return cast(TaskLoss, loss if isinstance(function, FunctionType) else build(loss))
-
-
-def labels_of(items: Tensor) -> Tensor:
-    """The class (B,) of each of a task's items (T, W, K, *item), flattened to (T, B, *item)."""
-    return torch.arange(items.shape[1], device=items.device).repeat_interleave(items.shape[2])
 
 
 class InnerLoop(nn.Module):
@@ -58,7 +46,8 @@ class InnerLoop(nn.Module):
         parallel: Parallel = "auto",
     ) -> None:
         super().__init__()
-        require(inner_lr > 0, "inner_lr above 0", str(inner_lr), "give the learning rate of the inner loop")
+        usable = 0 < inner_lr < float("inf")
+        require(usable, "a finite inner_lr above 0", str(inner_lr), "give the learning rate of the inner loop")
         check_choice("parallel", parallel, ("auto", "loop", "vmap", "grouped"))
         if learn_inner_lr is not None:
             check_choice("learn_inner_lr", learn_inner_lr, ("per_layer", "per_layer_per_step"))
@@ -69,6 +58,7 @@ class InnerLoop(nn.Module):
         self.checkpoint_steps = checkpoint_steps
         self.parallel = parallel
         self.has_batch_norm: bool | None = None  # not known before the first run
+        self.was_seen_to_adapt = False
         self.adapt = ("",) if adapt is None else (adapt,) if isinstance(adapt, str) else tuple(adapt)
         names = [name for name, _ in network.named_parameters()]
         for beginning in self.adapt:
@@ -78,7 +68,7 @@ class InnerLoop(nn.Module):
                 f"none whose name begins with {beginning!r}" if beginning else "a network without any",
                 f"the network's are {', '.join(names)}" if names else "give a network with weights",
             )
-        require(len(self.adapted) > 0, "parameters to adapt", "frozen ones only", "unfreeze some")
+        self._check_adapted()
         layers = list(dict.fromkeys(name.rpartition(".")[0] for name in names if name.startswith(self.adapt)))
         self.layers = {layer: number for number, layer in enumerate(layers)}
         self.learned_lr: nn.Parameter | None = None  # (steps, layers), or (1, layers) for all steps
@@ -91,6 +81,17 @@ class InnerLoop(nn.Module):
         """Names of the parameters that a step changes: those asked for, without the frozen ones."""
         named = self.network.named_parameters()
         return [name for name, parameter in named if parameter.requires_grad and name.startswith(self.adapt)]
+
+    @property
+    def normalises(self) -> bool:
+        """Whether the network has batch norm, as far as can be told before it has run."""
+        if self.has_batch_norm is None:
+            return any(isinstance(module, _BatchNorm) for module in self.network.modules())
+        return self.has_batch_norm
+
+    def _check_adapted(self) -> None:
+        got = "frozen ones only" if self.adapt else "none named in adapt"
+        require(len(self.adapted) > 0, "parameters to adapt", got, "unfreeze some" if self.adapt else "name some")
 
     def weights(self, tasks: int) -> Weights:
         """The network's own weights, once for each task, without a copy: (T, *shape) each."""
@@ -142,6 +143,8 @@ class InnerLoop(nn.Module):
     def steps(self, weights: Weights, support: Tensor, steps: int, second_order: bool) -> Iterator[Weights]:
         """Yields the weights after each step: theta' = theta - rate * gradient of the support set's loss.
 
+        Under `torch.no_grad()` nothing links them to those before, which are then free to go.
+
         Args:
             weights: of T tasks.
             support: (T, W, K, *item).
@@ -149,8 +152,13 @@ class InnerLoop(nn.Module):
             second_order: keep the graph of the gradients, for derivatives with respect to the weights at the start go
                 through them. Without it they count as constants, which is the first-order approximation.
 
+        Raises:
+            ValueError: all parameters are frozen by now, or the first step of all, from one image of each class,
+                changes nothing.
+
         Source: Finn, Abbeel and Levine 2017, algorithm 1, lines 5 and 6.
         """
+        self._check_adapted()
         images, labels, ways = support.flatten(1, 2), labels_of(support), support.shape[1]
         names, adapted = list(weights), self.adapted
         of_loss = list(self.loss.parameters()) if isinstance(self.loss, nn.Module) else []
@@ -158,13 +166,15 @@ class InnerLoop(nn.Module):
         def step(values: Sequence[Tensor], create_graph: bool) -> Sequence[Tensor]:
             """From all weights, and the rates of the adapted ones, to the adapted ones after the step."""
             before = dict(zip(names, values[: len(names)], strict=True))
-            outputs = self.outputs(before, images, ways, twice=second_order)
-            with SecondDerivatives():
-                losses = [self.loss(of_task, labels) for of_task in outputs]
-            total = torch.stack(losses).sum()  # tasks share nothing, so its gradient holds that of each
+            if not torch.is_grad_enabled():
+                before |= {name: before[name].detach().requires_grad_() for name in adapted}
             wanted = [before[name] for name in adapted]
-            # (zeros for a parameter that the network does not use)
-            gradients = torch.autograd.grad(total, wanted, create_graph=create_graph, materialize_grads=True)
+            with torch.enable_grad(), SecondDerivatives() if second_order else nullcontext():
+                outputs = self.outputs(before, images, ways, twice=second_order)
+                # tasks share nothing, so the gradient of the sum holds that of each
+                total = task_losses(self.loss, outputs, labels).sum()
+                # (zeros for a parameter that the network does not use)
+                gradients = torch.autograd.grad(total, wanted, create_graph=create_graph, materialize_grads=True)
             return [w - rate * g for w, rate, g in zip(wanted, values[len(names) :], gradients, strict=True)]
 
         for number in range(steps):
@@ -173,8 +183,28 @@ class InnerLoop(nn.Module):
                 after: Sequence[Tensor] = recomputed(step, values, of_loss)
             else:
                 after = step(values, second_order)
+            if not self.was_seen_to_adapt and support.shape[2] == 1:  # once, for a GPU is waited for
+                self._check_change([weights[name] for name in adapted], after)
             weights = {**weights, **dict(zip(adapted, after, strict=True))}
             yield weights
+
+    def adapt_to(self, support: Tensor, steps: int) -> Weights:
+        """The weights after so many first-order steps on support (T, W, K, *item), from the network's own."""
+        with torch.no_grad():
+            weights = self.weights(len(support))
+            for after in self.steps(weights, support, steps, second_order=False):
+                weights = after
+        return weights
+
+    def _check_change(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+        named = getattr(self.loss, "__name__", type(self.loss).__name__)
+        require(
+            any(not torch.equal(old, new) for old, new in zip(before, after, strict=True)),
+            "an inner loss that learns from one image of each class",
+            f"{named}, whose gradient is 0 without positive pairs",
+            "use cross-entropy or a loss with class weights as inner_loss, or more shots",
+        )
+        self.was_seen_to_adapt = True
 
     def _rates(self, step: int, adapted: Sequence[str]) -> Sequence[Tensor]:
         """The learning rate of each adapted parameter."""

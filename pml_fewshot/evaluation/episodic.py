@@ -155,7 +155,7 @@ class EpisodicEvaluator:
             if confusion:
                 predicted.append(ways)
         per_episode = torch.cat(accuracies).cpu()
-        check_finite(per_episode, "logits of each episode")
+        check_finite(per_episode, "logits of each episode", getattr(trainer, "when_diverged", ""))
         classes, matrix = None, None
         if confusion:
             classes, matrix = _confusion(labels, drawn.support[:, :, 0], torch.cat(predicted).cpu(), true_way.cpu())

@@ -6,13 +6,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pytorch_metric_learning.losses import CrossBatchMemory, DynamicSoftMarginLoss
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from pml_fewshot.adaptation.inner_loop import InnerLoop, LearnedRates, Parallel, TaskLoss, built_loss, labels_of
+from pml_fewshot.adaptation.inner_loop import InnerLoop, LearnedRates, Parallel
 from pml_fewshot.adaptation.precomputed_gradient import with_gradient
-from pml_fewshot.adaptation.run_tasks import Weights
+from pml_fewshot.adaptation.run_tasks import Weights, fitting_tasks
+from pml_fewshot.adaptation.task_loss import TaskLoss, built_loss, labels_of, task_losses
 from pml_fewshot.checks import check_at_least_one, check_choice, require
 from pml_fewshot.data.fewshot_dataset import FewShotDataset
 from pml_fewshot.episodes import Episode
@@ -20,10 +19,6 @@ from pml_fewshot.evaluation.heads import Head
 from pml_fewshot.modes import eval_mode
 from pml_fewshot.parts import build
 from pml_fewshot.trainers.episodic import distance_of
-
-CPU_CHUNK = 8  # tasks: the fastest of 1 to 16 with Conv4 and 80 images of 28 x 28 each, 0.6 of the time of 1
-
-CUDA_CHUNK = 64  # 64 tasks of 80 such images are 1 GiB in the first layer alone
 
 BatchNorm = Literal["transductive", "inductive"]
 Learned = tuple[Tensor, Sequence[Tensor | None], Tensor]  # loss, its gradients, accuracy of each task (T,)
@@ -51,7 +46,8 @@ class MAMLTrainer(nn.Module):
             do not matter. The support set is normalised by its own in both. (Statistics over a batch that a network
             takes without `F.batch_norm` are not seen.)
         task_chunk: tasks run at a time, each chunk with its own backward pass, so that memory does not grow with the
-            tasks of a batch: when None 8 on a CPU and 64 on a GPU. 1 needs the least memory.
+            tasks of a batch: when None up to 8 on a CPU and 64 on a GPU, fewer of large images. 1 needs the least
+            memory.
         inner_loss: of the support set; `loss` when None. What parameters it has are trained by second order alone.
         step_weights: weight of the queries' loss after each inner step (MAML++'s multi-step loss); when None only
             what comes after the last step counts.
@@ -65,7 +61,8 @@ class MAMLTrainer(nn.Module):
         parallel: how a chunk of tasks is run: "grouped" convolutions, "vmap" or a "loop", all with the same gradients.
             "auto" is vmap on a GPU and grouped on a CPU where the network allows them, else the loop.
 
-    Frozen parameters are neither adapted nor trained.
+    Frozen parameters are neither adapted nor trained. Dropout draws from torch's global generator, so its draws differ
+    between chunks of other sizes and ways to run tasks; it is off in `classify`.
 
     Raises:
         ValueError: an option out of range, options that exclude each other, nothing to adapt.
@@ -99,10 +96,10 @@ class MAMLTrainer(nn.Module):
         check_at_least_one("task_chunk", 1 if task_chunk is None else task_chunk)
         check_choice("batch_norm", batch_norm, ("transductive", "inductive"))
         require(
-            not reptile or not (learn_inner_lr or step_weights or first_order or checkpoint_steps),
+            not reptile or not (learn_inner_lr or step_weights or first_order or checkpoint_steps or adapt),
             "reptile alone",
-            "it with learn_inner_lr, step_weights, first_order or checkpoint_steps",
-            "leave out what belongs to MAML's gradient",
+            "it with learn_inner_lr, step_weights, first_order, checkpoint_steps or adapt",
+            "leave out what belongs to MAML's gradient: Reptile trains what its inner loop changes",
         )
         self.step_weights = [0.0] * (inner_steps - 1) + [1.0] if step_weights is None else list(step_weights)
         require(
@@ -124,9 +121,6 @@ class MAMLTrainer(nn.Module):
             checkpoint_steps,
             parallel,
         )
-        for part in nn.ModuleList(each for each in (self.loss, own_loss) if isinstance(each, nn.Module)).modules():
-            remembers = isinstance(part, CrossBatchMemory | DynamicSoftMarginLoss)
-            require(not remembers, "a loss that remembers nothing of other tasks", type(part).__name__, "take another")
         self.inner_steps = inner_steps
         self.eval_inner_steps = eval_inner_steps or inner_steps
         self.first_order = first_order
@@ -148,10 +142,7 @@ class MAMLTrainer(nn.Module):
     @property
     def transductive(self) -> bool:
         """Whether queries inform each other, as result tables say."""
-        seen = self.inner.has_batch_norm
-        if seen is None:
-            seen = any(isinstance(module, _BatchNorm) for module in self.network.modules())
-        return seen and self.batch_norm == "transductive"
+        return self.inner.normalises and self.batch_norm == "transductive"
 
     def with_batch_norm(self, batch_norm: BatchNorm) -> "MAMLTrainer":
         """The same weights under one or the other protocol, so that both can be reported."""
@@ -167,7 +158,7 @@ class MAMLTrainer(nn.Module):
         """
         kind = f"a {type(batch).__name__}"
         require(isinstance(batch, Episode), "an Episode", kind, "use train_spec=EpisodeSpec(...)")
-        tasks, chunk = len(batch.support), self._chunk(batch.support)
+        tasks, chunk = len(batch.support), self._chunk(batch.support, batch.query)
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         sums: list[Tensor] = []
         total = batch.query.new_zeros(())
@@ -193,7 +184,7 @@ class MAMLTrainer(nn.Module):
         for step_weight, weights in zip(self.step_weights, steps, strict=True):
             if step_weight > 0:
                 judged, outputs = weights, self._query_outputs(weights, support, queries)
-                loss = loss + step_weight * torch.stack([self.loss(of_task, labels) for of_task in outputs]).sum()
+                loss = loss + step_weight * task_losses(self.loss, outputs, labels).sum()
         with torch.no_grad():
             accuracy = self._accuracy(judged, support, outputs, labels)
         return loss, torch.autograd.grad(loss, parameters, allow_unused=True), accuracy
@@ -201,14 +192,13 @@ class MAMLTrainer(nn.Module):
     def _reptile(self, support: Tensor, query: Tensor, parameters: list[nn.Parameter]) -> Learned:
         """Likewise; what the inner loop takes from the weights stands for the gradient (Nichol et al. 2018, eq. 2)."""
         images = torch.cat([support, query], dim=2)
-        start = self.inner.weights(len(images))
-        *_, adapted = self.inner.steps(start, images, self.inner_steps, second_order=False)
-        end = {name: weight.detach() for name, weight in adapted.items()}
-        taken = {id(p): (start[name] - end[name]).detach().sum(dim=0) for name, p in self.network.named_parameters()}
         with torch.no_grad():
+            start = self.inner.weights(len(images))
+            end = self.inner.adapt_to(images, self.inner_steps)
+            taken = {id(p): (start[name] - end[name]).sum(dim=0) for name, p in self.network.named_parameters()}
             labels = labels_of(images)
             outputs = self.inner.outputs(end, images.flatten(1, 2), images.shape[1])
-            loss = torch.stack([self.loss(of_task, labels) for of_task in outputs]).sum()
+            loss = task_losses(self.loss, outputs, labels).sum()
             accuracy = self._accuracy(end, images, outputs, labels)
         return loss, [taken.get(id(parameter)) for parameter in parameters], accuracy
 
@@ -226,17 +216,22 @@ class MAMLTrainer(nn.Module):
             inner_steps: `eval_inner_steps` when None; 0 for the weights as they are.
         """
         steps = self.eval_inner_steps if inner_steps is None else inner_steps
-        chunks = zip(support.split(self._chunk(support)), query.split(self._chunk(query)), strict=True)
-        with eval_mode(self):
-            return torch.cat([self._classify(*chunk, steps) for chunk in chunks])
+        require(steps >= 0, "inner_steps of at least 0", str(steps), "0 classifies by the weights as they are")
+        inference = torch.is_inference_mode_enabled()
+        require(not inference, "no torch.inference_mode(), for gradients are taken here", "it", "use torch.no_grad()")
+        chunk = self._chunk(support, query)
+        with eval_mode(self), torch.no_grad():
+            chunks = zip(support.split(chunk), query.split(chunk), strict=True)
+            return torch.cat([self._classify(*of_chunk, steps) for of_chunk in chunks])
+
+    def check(self, ways: int, item_shape: Sequence[int]) -> None:
+        """Raises the ValueError that `classify` would, when the network does not fit episodes of so many ways."""
+        images = torch.rand(1, ways, 1, *item_shape, generator=torch.Generator().manual_seed(0))
+        images = images.to(next(self.parameters()))
+        self.classify(images, images.squeeze(2), inner_steps=0)
 
     def _classify(self, support: Tensor, query: Tensor, steps: int) -> Tensor:
-        start = {name: weight.detach() for name, weight in self.inner.weights(len(support)).items()}
-        for name in self.inner.adapted:
-            start[name].requires_grad_()
-        with torch.enable_grad():
-            *_, end = [start, *self.inner.steps(start, support, steps, second_order=False)]
-        weights = {name: weight.detach() for name, weight in end.items()}
+        weights = self.inner.adapt_to(support, steps)
         return self._logits(weights, support, self._query_outputs(weights, support, query))
 
     def _query_outputs(self, weights: Weights, support: Tensor, query: Tensor) -> Tensor:
@@ -255,5 +250,5 @@ class MAMLTrainer(nn.Module):
     def _accuracy(self, weights: Weights, support: Tensor, outputs: Tensor, labels: Tensor) -> Tensor:
         return (self._logits(weights, support, outputs).argmax(dim=2) == labels).float().mean(dim=1)
 
-    def _chunk(self, support: Tensor) -> int:
-        return self.task_chunk or (CUDA_CHUNK if support.is_cuda else CPU_CHUNK)
+    def _chunk(self, support: Tensor, query: Tensor) -> int:
+        return self.task_chunk or fitting_tasks(support, query)

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from pml_fewshot.adaptation.batch_statistics import BatchStatistics
 from pml_fewshot.adaptation.grouped_tasks import NotGroupable
-from pml_fewshot.adaptation.run_tasks import fastest, grouped, loop, uses_batch_norm, vmap
+from pml_fewshot.adaptation.run_tasks import fastest, fitting_tasks, grouped, loop, uses_batch_norm, vmap
 from pml_fewshot.embedders.conv4 import Conv4
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.embedders.resnet12 import ResNet12
@@ -298,6 +298,15 @@ def test_the_fastest_that_a_network_allows(make, expected):
     assert network.training
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in network.named_buffers())
     {"loop": loop, "grouped": grouped}[expected](network, weights_of(network), images())
+
+
+@pytest.mark.parametrize(
+    ("shape", "queries", "tasks"),
+    [((1, 28, 28), 15, 4), ((1, 28, 28), 1, 8), ((3, 84, 84), 5, 1), ((3, 224, 224), 15, 1), ((64,), 15, 8)],
+)
+def test_fewer_tasks_of_large_images_are_run_at_a_time(shape, queries, tasks):
+    support, query = torch.empty(20, 5, 1, *shape), torch.empty(20, 5, queries, *shape)
+    assert fitting_tasks(support, query) == fitting_tasks(support, query.flatten(1, 2)) == tasks
 
 
 def test_batch_norm_is_seen_wherever_it_is_called():

@@ -6,9 +6,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.losses import CrossBatchMemory, DynamicSoftMarginLoss, SupConLoss
 from torch import Tensor, nn
 
+from experiments.benchmarks.maml_step import peak_memory
 from pml_fewshot.batches import BatchSpec
 from pml_fewshot.data.batch_stream import BatchStream
 from pml_fewshot.data.episode_stream import EpisodeStream
@@ -306,7 +308,7 @@ def test_a_diverging_inner_loop_is_named():
     stream = EpisodeStream(dataset(), SPEC, 0, tasks=2)
     with pytest.raises(TrainingDiverged, match=r"inner learning rate \(1e\+30\)"):
         fit(maml, stream, torch.optim.Adam(maml.parameters()), 5, progress=False)
-    with pytest.raises(ValueError, match="expected finite logits"):
+    with pytest.raises(ValueError, match=r"expected finite logits .* lower the inner learning rate \(1e\+30\)"):
         EpisodicEvaluator(SPEC, 10).evaluate(maml, dataset())
 
 
@@ -321,6 +323,142 @@ def test_a_head_of_the_wrong_width_says_what_to_do():
             EpisodicEvaluator(SPEC, 10).evaluate(trainer(partial(convolutions, outputs)), dataset())
 
 
+def test_a_network_is_checked_against_a_spec_without_a_trace():
+    maml = trainer(partial(perceptron, nn.Dropout(0.5)))
+    drawn = torch.get_rng_state()
+    maml.check(WAYS, (1, SIZE, SIZE))
+    with pytest.raises(ValueError, match="expected a network with 3 outputs"):
+        maml.check(3, (1, SIZE, SIZE))
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+@pytest.mark.parametrize("options", [{}, {"reptile": True}], ids=str)
+def test_a_network_that_was_frozen_after_it_was_built_says_what_to_do(options):
+    maml, batch = trainer(**options), episodes()
+    maml.network.requires_grad_(False)
+    for use in (lambda: maml(batch), lambda: maml.classify(batch.support, batch.query.flatten(1, 2))):
+        with pytest.raises(ValueError, match="expected parameters to adapt, got frozen ones only; unfreeze some"):
+            use()
+
+
+@pytest.mark.parametrize("where", ["loss", "inner_loss"])
+def test_losses_of_each_item_are_refused(where):
+    maml = trainer(**{"loss": nn.CrossEntropyLoss, where: partial(nn.CrossEntropyLoss, reduction="none")})
+    with pytest.raises(ValueError, match=r"expected a loss that is one number .* use reduction=\"mean\""):
+        maml(episodes())
+
+
+def one_shot() -> Episode:
+    batch = episodes()
+    return Episode(batch.support[:, :, :1], batch.query)
+
+
+def test_an_inner_loss_that_learns_nothing_from_one_shot_is_refused():
+    maml = trainer(partial(convolutions, 7), loss=SupConLoss, head=nearest_prototype)
+    with pytest.raises(ValueError, match="learns from one image of each class, got SupConLoss"):
+        maml(one_shot())
+    with pytest.raises(ValueError, match="learns from one image of each class, got SupConLoss"):
+        maml.classify(one_shot().support, one_shot().query.flatten(1, 2))
+    maml(episodes())  # two shots have a positive pair
+    trainer()(one_shot())
+
+
+def test_classify_needs_gradients_and_a_number_of_steps():
+    maml, batch = trainer(), episodes()
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"use torch\.no_grad"):
+        maml.classify(batch.support, batch.query.flatten(1, 2))
+    with pytest.raises(ValueError, match="expected inner_steps of at least 0, got -1"):
+        maml.classify(batch.support, batch.query.flatten(1, 2), inner_steps=-1)
+
+
+@pytest.mark.parametrize("options", [{}, {"learn_inner_lr": "per_layer"}], ids=str)
+def test_more_steps_of_classify_take_no_more_memory(options):
+    maml, batch = trainer(**options), episodes()
+    queries = batch.query.flatten(1, 2)
+    few, many = (
+        peak_memory(lambda steps=steps: maml.classify(batch.support, queries, steps), "cpu") for steps in (2, 20)
+    )
+    assert many < 1.1 * few
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_norm": "inductive"}, {"first_order": True, "inner_steps": 2}], ids=str)
+def test_accuracy_of_a_batch_is_that_of_classify(options):
+    maml, batch = trainer(task_chunk=2, **options), episodes(8)
+    maml(batch)
+    chosen = maml.classify(batch.support, batch.query.flatten(1, 2)).argmax(dim=2)
+    assert maml.batch_accuracy.item() == pytest.approx((chosen == labels_of(batch.query[0])).float().mean().item())
+    assert 0 < maml.batch_accuracy < 1
+
+
+def test_the_head_has_the_distance_of_the_loss():
+    loss = SupConLoss(distance=LpDistance(p=1, normalize_embeddings=False))
+    maml, batch = trainer(partial(convolutions, 7), loss=loss, head=nearest_prototype, inner_lr=0.01), episodes()
+    queries = batch.query.flatten(1, 2)
+    logits = maml.classify(batch.support, queries, inner_steps=0)
+    network = maml.network.train()
+    for task in range(TASKS):
+        prototypes = network(batch.support[task].flatten(0, 1)).unflatten(0, (WAYS, SHOTS)).mean(dim=1)
+        expected = -torch.cdist(network(queries[task]), prototypes, p=1)
+        torch.testing.assert_close(logits[task], expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_autocast_trains_and_keeps_the_fastest_way():
+    maml = trainer()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = maml(episodes())
+    loss.backward()
+    assert maml.inner.parallel == "grouped"
+    exact = trainer()(episodes())
+    assert loss.item() == pytest.approx(exact.item(), rel=0.05)
+
+
+class Rearranged(nn.Module):
+    """Does what needs the layout of memory that it asks for."""
+
+    def __init__(self, layout: torch.memory_format) -> None:
+        super().__init__()
+        self.convolution, self.layout = nn.Conv2d(1, 2, 3), layout
+        self.linear = nn.Linear(2 * (SIZE - 2) ** 2, WAYS)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.convolution(images)
+        if self.layout == torch.channels_last:
+            features = features.contiguous(memory_format=self.layout).permute(0, 2, 3, 1)
+        else:
+            features = features.permute(0, 2, 3, 1).contiguous(memory_format=self.layout)
+        return self.linear(features.view(len(images), -1))
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_a_network_gets_the_layout_of_memory_that_it_asks_for(layout):
+    maml, batch = trainer(partial(Rearranged, layout)), episodes(1)
+    maml(batch).backward()
+    logits = maml.classify(batch.support, batch.query.flatten(1, 2), inner_steps=0)
+    torch.testing.assert_close(logits[0], maml.network(batch.query[0].flatten(0, 1)).detach())
+
+
+class MovingAverage(nn.Module):
+    """A buffer that changes with the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(SIZE * SIZE))
+        self.linear = nn.Linear(SIZE * SIZE, WAYS)
+
+    def forward(self, images: Tensor) -> Tensor:
+        flat = images.flatten(1)
+        self.average.mul_(0.9).add_(0.1 * flat.detach().mean(dim=0))
+        return self.linear(flat - self.average)
+
+
+def test_what_vmap_cannot_run_says_so_and_is_looped_over_by_itself():
+    with pytest.raises(RuntimeError, match=r"expected a network that torch.func.vmap can run, .* parallel='loop'"):
+        trainer(MovingAverage, parallel="vmap")(episodes())
+    maml = trainer(MovingAverage)
+    assert maml(episodes()) == trainer(MovingAverage, parallel="loop")(episodes())
+    assert maml.network.average.abs().sum() == 0
+
+
 def test_ordinary_batches_are_refused():
     batch = next(BatchStream(dataset(), BatchSpec(2, 2), 0))
     with pytest.raises(ValueError, match="expected an Episode, got a Batch; use train_spec=EpisodeSpec"):
@@ -330,7 +468,10 @@ def test_ordinary_batches_are_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"inner_lr": 0}, "expected inner_lr above 0, got 0"),
+        ({"inner_lr": 0}, "expected a finite inner_lr above 0, got 0"),
+        ({"inner_lr": float("inf")}, "expected a finite inner_lr above 0, got inf"),
+        ({"adapt": []}, "expected parameters to adapt, got none named in adapt"),
+        ({"reptile": True, "adapt": ["1."]}, "expected reptile alone"),
         ({"inner_steps": 0}, "expected inner_steps to be an integer of at least 1, got 0"),
         ({"eval_inner_steps": 0}, "eval_inner_steps"),
         ({"task_chunk": -1}, "task_chunk"),

@@ -36,6 +36,8 @@ def test_gradients_and_logits_of_a_cpu(options, parallel):
         maml = MAMLTrainer(network, 0.25, parallel=parallel, **options).double().to(device)
         batch = Episode(images[:, :, :1], images[:, :, 1:]).to(device)
         maml(batch).backward()
+        if parallel == "auto":
+            assert maml.inner.parallel == {"cpu": "grouped", "cuda": "vmap"}[device]
         gradient = torch.cat([p.grad.flatten() for p in maml.parameters() if p.requires_grad]).cpu()
         results[device] = gradient, maml.classify(batch.support, batch.query.flatten(1, 2)).cpu()
     for there, here in zip(results["cuda"], results["cpu"], strict=True):

@@ -110,6 +110,33 @@ def test_finite_differences_of_every_variant(options):
     assert close(gradient(maml, episodes()), finite_differences(maml, episodes()), 1e-6)
 
 
+class Attention(nn.Module):
+    """Rows of an image look at each other; and the distance to learned points is taken by `torch.cdist`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(SIZE // 4, num_heads=2, batch_first=True)
+        self.points = nn.Parameter(torch.rand(WAYS, SIZE // 4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = F.avg_pool2d(images, 4).squeeze(1)
+        return -torch.cdist(self.attention(rows, rows, rows)[0].mean(dim=1), self.points)
+
+
+def test_finite_differences_of_attention_and_distances():
+    maml = trainer(Attention, inner_steps=2)
+    assert close(gradient(maml, episodes()), finite_differences(maml, episodes()), 1e-6)
+    assert maml.inner.parallel == "loop"
+
+
+def test_a_loss_that_is_scaled_has_a_gradient_that_is_scaled():
+    maml = trainer(smooth)
+    once = gradient(maml, episodes())
+    maml.zero_grad()
+    (3 * maml(episodes())).backward()
+    assert close(torch.cat([p.grad.flatten() for p in maml.parameters()]), 3 * once, 1e-12)
+
+
 def test_first_order_is_not_the_derivative():
     """Else the tests above would not notice a gradient that left out the second derivatives."""
     maml = trainer(smooth, inner_steps=3, first_order=True)
