@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
+SAID = ("I/O error", "disk is full", "readonly", "unable to open", "locked")
+
 
 class CannotWriteError(OSError):
     """The system refused to write a file: the disk is full or broken, the folder read-only."""
@@ -29,6 +31,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         with writing(path):
+            unfinished.unlink(missing_ok=True)  # a link there would lead elsewhere
             yield unfinished
             to_disk(unfinished)
             unfinished.replace(path)
@@ -64,8 +67,8 @@ def writing(path: Path) -> Iterator[None]:
         if reason is None:
             raise
         raise CannotWriteError(
-            f"expected to write {path}, got {reason}; free space or make the folder writable, and go on: what was "
-            "there before is unharmed"
+            f"expected to write {path}, got {reason}; free space, make the folder writable or close what holds "
+            "the file, and go on (a run with --resume): what was there before is unharmed"
         ) from error
 
 
@@ -77,7 +80,7 @@ def _refusal(error: BaseException) -> str | None:
     cause: BaseException | None = error
     while cause is not None:
         words = type(cause).__module__.startswith("sqlite3") or isinstance(cause, SafetensorError)
-        refused = any(said in str(cause) for said in ("I/O error", "disk is full", "readonly", "unable to open"))
+        refused = any(said in str(cause) for said in SAID)
         if (isinstance(cause, OSError) and cause.errno in REFUSALS) or (words and refused):
             return str(cause)
         cause = cause.__cause__ or cause.__context__

@@ -25,7 +25,7 @@ from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment_config import Device, ExperimentConfig
 from pml_fewshot.parts import build
-from pml_fewshot.provenance import changes, check_data, read_provenance, write_provenance
+from pml_fewshot.provenance import changes, check_data, note_sitting, read_provenance, write_provenance
 from pml_fewshot.recording import Recorder
 from pml_fewshot.run_folder import choose_run_folder, sole_writer
 from pml_fewshot.trainers.fit import RECORDED, History, fit
@@ -96,8 +96,11 @@ def _run(config: ExperimentConfig, resume: bool, folder: Path, device: torch.dev
         if (folder / "config.txt").exists():
             about = read_provenance(folder)
             check_data(splits, about, folder)
-            for change in changes(about, device):
+            changed = changes(about, device)
+            for change in changed:
                 print(f"note: {change}; the figures may differ in their last digits")
+            if changed:
+                note_sitting(folder, about, device)
         else:
             write_provenance(folder, config, splits, device)
         print(f"{config.name}: {train} on {device}, run folder {folder}")

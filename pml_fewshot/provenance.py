@@ -45,6 +45,15 @@ def write_provenance(folder: Path, config: Any, splits: Splits, device: torch.de
     write_text(folder / "config.txt", "\n".join(lines) + "\n")  # last: it says that a run has begun here
 
 
+def note_sitting(folder: Path, about: Mapping[str, Any], device: torch.device) -> None:
+    """Adds to config.json and config.txt on what a run goes on from here."""
+    sitting = machine(device)
+    write_text(folder / "config.json", provenance_text({**about, "sittings": [*about["sittings"], sitting]}))
+    lines = ["", "went on with:", *(f"{name} {value}" for name, value in sitting.items())]
+    before = (folder / "config.txt").read_text(encoding="utf-8")
+    write_text(folder / "config.txt", before + "\n".join(lines) + "\n")
+
+
 def provenance_text(about: Mapping[str, Any]) -> str:
     """The text of config.json: what is given, and its checksum."""
     return json.dumps({**about, "checksum": _checksum(about)}, indent=1)
@@ -55,7 +64,7 @@ def _checksum(about: Mapping[str, Any]) -> str:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """Reads config.json: "config" (for `from_data`), "data" and "machine".
+    """Reads config.json: "config" (for `from_data`), "data", "machine", and "sittings", as `machine`, that differed.
 
     Raises:
         FileNotFoundError: there is none.
@@ -79,7 +88,9 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         "restore it from a copy",
     )
     whole = all(isinstance(about.get(key), dict) for key in ("config", "data", "machine"))
-    texts = whole and all(isinstance(value, str) for value in about["machine"].values())
+    about = {"sittings": [], **about}
+    machines = [about["machine"], *about["sittings"]] if whole and isinstance(about["sittings"], list) else [None]
+    texts = all(isinstance(each, dict) and all(isinstance(v, str) for v in each.values()) for each in machines)
     sets = about["data"].values() if whole else ()
     sums = all(isinstance(each, dict) and isinstance(each.get("checksum"), str) for each in sets)
     require(texts and sums, f"config, data and machine in {path}", "others", "restore it from a copy")
@@ -119,8 +130,8 @@ def check_data(splits: Splits, about: Mapping[str, Any], folder: Path) -> None:
 
 
 def changes(about: Mapping[str, Any], device: torch.device) -> list[str]:
-    """What is another version, commit, device or number of threads than when the run in question began."""
-    then = about["machine"]
+    """What is another version, commit, device or number of threads than when the run in question last went on."""
+    then = [about["machine"], *about["sittings"]][-1]
     return [
         f"{name}: {then.get(name)} then, {now} now" for name, now in machine(device).items() if then.get(name) != now
     ]

@@ -3,7 +3,7 @@
 import importlib.util
 import re
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,8 @@ class Recorder:
                     _delete_later_rows(connection, step, groups)
             for file in (self._folder / f"{group}.csv" for group in groups):
                 if file.is_file():
-                    lines = file.read_bytes().splitlines(keepends=True)
-                    with whole_file(file) as unfinished:
-                        unfinished.write_bytes(b"".join(_lines_until(lines, step)))
+                    with file.open("rb") as lines, whole_file(file) as unfinished, unfinished.open("wb") as kept:
+                        kept.writelines(_lines_until(lines, step))
         except (sqlite3.Error, ValueError) as error:
             raise ValueError(
                 f"expected whole records in {self._folder}, got broken ones ({error}); restore logs.db and the CSV "
@@ -128,7 +127,7 @@ def _delete_later_rows(connection: sqlite3.Connection, step: int, groups: Sequen
             )
 
 
-def _lines_until(lines: list[bytes], step: int) -> Iterator[bytes]:
+def _lines_until(lines: Iterable[bytes], step: int) -> Iterator[bytes]:
     """The lines of a CSV file that are whole and of no later step, each header before the first of its rows."""
     header = b""
     for line in lines:

@@ -32,14 +32,15 @@ def choose_run_folder(config: Any, resume: bool) -> Path:
 def sole_writer(folder: Path, config: Any, resume: bool) -> Iterator[None]:
     """Makes the folder and keeps all other processes from writing it.
 
-    The lock is the operating system's: a process that is dead holds none, however it died. A new folder goes away
-    again when an error comes before the first step.
+    The lock is the operating system's: a process that is dead holds none, however it died. When an error comes before
+    the first step, what was made goes away again, a new folder too.
 
     Raises:
         BlockingIOError: another process is writing the folder.
         CannotWriteError: (an OSError) it cannot be made.
     """
     made = not folder.exists()
+    before = set() if made or not folder.is_dir() else set(folder.iterdir())
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0)
@@ -54,14 +55,20 @@ def sole_writer(folder: Path, config: Any, resume: bool) -> Iterator[None]:
         _check_contents(folder, config, resume)  # again: another process may have been here before the lock was ours
         yield
     except BaseException:
-        if made and not (folder / "last.pt").exists():  # not one step was made: leave nothing that looks like a run
-            shutil.rmtree(folder)
+        if not (folder / "last.pt").exists():  # not one step was made: leave nothing that looks like a run
+            for new in set(folder.iterdir()) - before - {folder / ".lock"}:
+                shutil.rmtree(new) if new.is_dir() else new.unlink()
+            if made:
+                shutil.rmtree(folder)
         raise
     finally:
         lock.release()
 
 
 def _check_contents(folder: Path, config: Any, resume: bool) -> None:
+    # what is written through a link lies outside of the folder, where nobody expects it
+    link = next((file for file in folder.rglob("*") if file.is_symlink()), None) if folder.is_dir() else None
+    require(link is None, f"a run folder without links at {folder}", str(link), "replace it by what it leads to")
     about = folder / "config.txt"
     # hidden files are the lock and what a killed process had not finished; config.json is written before config.txt
     foreign = folder.exists() and (

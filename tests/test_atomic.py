@@ -108,3 +108,12 @@ def test_the_first_refusal_is_told_where_the_clean_up_is_refused_too(
     monkeypatch.setattr(Path, "write_text", refuse)
     with pytest.raises(CannotWriteError, match=r"^expected to write .*file, got .*Read-only file system"):
         write_text(tmp_path / "file", "text")
+
+
+def test_a_link_at_the_unfinished_file_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "thesis").write_text("mine")
+    (tmp_path / ".table.csv.unfinished").symlink_to(tmp_path / "thesis")
+    write_text(tmp_path / "table.csv", "numbers")
+    assert (tmp_path / "thesis").read_text() == "mine"
+    assert (tmp_path / "table.csv").read_text() == "numbers"
+    assert not (tmp_path / "table.csv").is_symlink()

@@ -54,16 +54,15 @@ def test_evaluation_speed_prints_every_line(
 
 def test_maml_step_prints_every_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(maml_step, "keep_freed_memory", lambda: False)
+    monkeypatch.setattr(maml_step, "SETTINGS", maml_step.SETTINGS[:2])  # five inner steps take a minute
+    monkeypatch.setattr(maml_step, "MEMORY_SETTINGS", maml_step.MEMORY_SETTINGS[:1])
     maml_step.main(rounds=1, threads=torch.get_num_threads(), tasks=2, queries=1)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
-    assert len(rows) == 3 * 4 + 2 + 3
-    assert all(line.count("|") == 7 for line in rows[:12])
-    assert all(line.count("|") == 5 for line in rows[12:])
-    theirs, one_task, recomputed = ([float(cell) for cell in line.split("|")[2:-1]] for line in rows[-3:])
-    assert all(own <= 1.2 * peer for own, peer in zip(one_task, theirs, strict=True))
-    # where queries weigh little; of 75 queries a task their own pass is most of it
-    assert all(less <= 0.5 * more for less, more in zip(recomputed[:2], one_task[:2], strict=True))
-    assert recomputed[2] < one_task[2]
+    assert len(rows) == 2 * 4 + 2 + 3
+    assert all(line.count("|") == 7 for line in rows[:8])
+    theirs, one_task, recomputed = (float(line.split("|")[2]) for line in rows[-3:])  # what is promised of memory
+    assert one_task <= 1.2 * theirs
+    assert recomputed <= 0.5 * one_task
 
 
 def test_the_peak_of_memory_is_that_of_the_tensors_alive() -> None:

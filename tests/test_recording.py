@@ -261,3 +261,15 @@ def test_event_file_that_cannot_grow_is_an_error_of_a_full_disk(
             recorder.save()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("without_tensorboard")
+def test_a_database_that_another_program_holds_is_one_clear_error(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    recorder.record("train", 1, loss=0.5)
+    recorder.save()
+    recorder.record("train", 2, loss=0.4)
+    with closing(sqlite3.connect(tmp_path / "logs.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(CannotWriteError, match=r"database is locked; .* close what holds the file"):
+            recorder.save()

@@ -9,14 +9,19 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from torch.optim import SGD
 
 from pml_fewshot.atomic import CannotWriteError
 from pml_fewshot.data.fewshot_dataset import FewShotDataset
 from pml_fewshot.experiment import run
+from pml_fewshot.provenance import changes, machine, read_provenance
 from pml_fewshot.run_folder import choose_run_folder, sole_writer
+from pml_fewshot.trainers.divergence import TrainingDiverged
 from tests import tiny_experiments
 from tests.killing import outcome
 from tests.test_reproduce import change_about
@@ -163,3 +168,40 @@ def test_a_changed_machine_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
     shutil.rmtree(tmp_path / "run" / "tensorboard", ignore_errors=True)
     run(config, resume=True)
     assert "note: threads: 99 then" in capsys.readouterr().out
+    about = read_provenance(tmp_path / "run")
+    assert about["machine"]["threads"] == "99"
+    assert about["sittings"] == [machine(torch.device("cpu"))]  # what the figures come from
+    assert "went on with:" in (tmp_path / "run" / "config.txt").read_text()
+    assert changes(about, torch.device("cpu")) == []
+    (tmp_path / "run" / "figures.csv").unlink()
+    run(config, resume=True)
+    assert "note:" not in capsys.readouterr().out
+    assert read_provenance(tmp_path / "run") == about
+
+
+@pytest.mark.parametrize("name", [".last.pt.unfinished", "last.pt", "logs.db", "tensorboard", "train.csv", "tables/x"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_link_in_the_folder_is_refused_and_what_it_leads_to_is_unharmed(
+    name: str, resume: bool, tmp_path: Path
+) -> None:
+    config = replace(TINY, run_dir=tmp_path / "run", steps=2)
+    if resume:
+        run(config)
+        (tmp_path / "run" / "figures.csv").unlink()
+        shutil.rmtree(tmp_path / "run" / "tensorboard", ignore_errors=True)
+    link, elsewhere = tmp_path / "run" / name, tmp_path / "thesis"
+    elsewhere.write_text("mine")
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(elsewhere)
+    with pytest.raises(ValueError, match=r"expected a run folder without links at .*run, got .*" + name):
+        run(config, resume)
+    assert elsewhere.read_text() == "mine"
+
+
+def test_a_folder_that_was_there_is_left_as_it_was_when_an_error_comes_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(TrainingDiverged):
+        run(replace(TINY, run_dir=tmp_path / "run", optimizer=partial(SGD, lr=1e38), checkpoint_every=1))
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock"}
+    assert run(replace(TINY, run_dir=tmp_path / "run", steps=2)).rows

@@ -33,6 +33,9 @@ from pml_fewshot.allocator import keep_freed_memory
 INNER_LR = 0.4
 SAME_GRADIENT = 1e-8  # relative, in float64: in float32 rounding alone makes them differ by 1e-3 and more
 
+SETTINGS = ((1, False, 1.4), (1, True, 1.6), (5, False, 1.4))  # inner steps, first order, times as fast as wanted
+MEMORY_SETTINGS = ((5, 5, 1), (10, 5, 1), (5, 1, 15))  # inner steps, shots, queries
+
 Step = Callable[[], Tensor]  # one meta-step; returns the gradient as a vector
 
 
@@ -189,7 +192,7 @@ def main(rounds: int = 7, threads: int = 2, tasks: int = 32, queries: int = 15, 
     print(f"- freed memory is {'kept' if kept else 'given back'} for all contenders alike\n")
     print("| meta-step | MAMLTrainer | peer | peer's | times as fast | wanted |\n|---|---|---|---|---|---|")
     networks = both_networks(device)
-    for inner_steps, first_order, wanted in ((1, False, 1.4), (1, True, 1.6), (5, False, 1.4)):
+    for inner_steps, first_order, wanted in SETTINGS:
         what = f"{'first' if first_order else 'second'} order, {inner_steps} inner step{'s' * (inner_steps > 1)}"
         check_gradients(episodes(2, 1, queries, device), inner_steps, first_order)
         steps = contenders(networks, episodes(tasks, 1, queries, device), inner_steps, first_order)
@@ -199,10 +202,10 @@ def main(rounds: int = 7, threads: int = 2, tasks: int = 32, queries: int = 15, 
 
 def print_memory(device: str) -> None:
     """Prints the second table."""
-    print("\n| peak of a second-order step, MiB | 5 shots, 1 query, 5 steps | 10 steps | 1 shot, 15 queries, 5 steps |")
-    print("|---|---|---|---|")
+    columns = [f"{steps} steps, {shots} shots, {queries} queries" for steps, shots, queries in MEMORY_SETTINGS]
+    print(f"\n| peak of a second-order step, MiB | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}")
     peaks: dict[str, list[float]] = {}
-    for inner_steps, shots, queries in ((5, 5, 1), (10, 5, 1), (5, 1, 15)):
+    for inner_steps, shots, queries in MEMORY_SETTINGS:
         batch, networks = episodes(2, shots, queries, device), both_networks(device)
         steps: dict[str, Step] = {
             "learn2learn's algorithm": partial(learn2learn, networks["usual network"], batch, inner_steps, False)
