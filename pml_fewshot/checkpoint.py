@@ -48,9 +48,25 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def export_embedder(path: str | Path, embedder: nn.Module) -> None:
-    """Writes an embedder's weights and buffers as safetensors, which any tool can read, with a checksum."""
+    """Writes an embedder's weights and buffers as safetensors, which any tool can read, with a checksum.
+
+    Raises:
+        ValueError: its state holds more than tensors.
+    """
+    check_exportable(embedder)
     # (safetensors refuses tied weights, which share memory)
     write_tensors(path, {name: value.detach().cpu().clone() for name, value in embedder.state_dict().items()})
+
+
+def check_exportable(embedder: nn.Module) -> None:
+    """Raises a ValueError that names what is no tensor in an embedder's state, for safetensors hold nothing else."""
+    for name, value in embedder.state_dict().items():
+        require(
+            isinstance(value, torch.Tensor),
+            f"tensors alone in the state of {type(embedder).__name__}",
+            f"{name}, a {type(value).__name__}",
+            "make it a buffer, or leave it out of get_extra_state",
+        )
 
 
 def load_embedder(path: str | Path, embedder: nn.Module) -> None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from pml_fewshot.allocator import keep_freed_memory
 from pml_fewshot.batches import BatchSpec
-from pml_fewshot.checkpoint import export_embedder
+from pml_fewshot.checkpoint import check_exportable, export_embedder
 from pml_fewshot.checks import check_at_least_one, require
 from pml_fewshot.data.batch_stream import BatchStream
 from pml_fewshot.data.episode_stream import EpisodeStream
@@ -80,6 +80,8 @@ def _run(config: ExperimentConfig, resume: bool, folder: Path, device: torch.dev
         validator.check(val)
     torch.manual_seed(config.seed)  # initial weights, dropout and PML's miners draw from torch's own generator
     trainer = build(config.trainer).to(device)
+    for part in exported(trainer).values():
+        check_exportable(part)
     if isinstance(trainer, MAMLTrainer):  # its network is made for so many ways; the other trainers take any
         for spec in config.eval_specs:
             trainer.check(spec.ways, splits.test.item_shape)

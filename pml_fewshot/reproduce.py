@@ -6,7 +6,8 @@ It builds the experiment from config.json, loads the weights, and evaluates them
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,7 +81,7 @@ def reproduce(
     for name, text in TEXTS.items():
         if not (folder / name).is_file():
             differences.append(f"{name} is missing")
-        elif (folder / name).read_bytes() != text(table).encode():
+        elif not _holds(folder / name, text(table).encode()):
             differences.append(f"{name} is not what these figures give")
     return Reproduction(table, differences, changes(stored.about, on))
 
@@ -107,23 +108,45 @@ def read_run(folder: Path, device: Device = "auto", trusted: Sequence[str] = ())
         raise FileNotFoundError(
             f"expected a finished run in {folder}, got one without figures.csv; go on with --resume"
         )
-    try:
+    with _clear_errors(folder):
         config = from_data(about["config"], trusted)
-    except RecursionError as error:
-        raise ValueError(f"expected a config in {folder}, got one that nests too deep; restore config.json") from error
     require(isinstance(config, ExperimentConfig), "an ExperimentConfig", type(config).__name__, "name a run folder")
     config = replace(config, device=device)
     table = ResultTable.read(folder)
     state = load_checkpoint(folder / "last.pt")
-    trainer = build(config.trainer).to(device_of(device))
-    load_trained(trainer, state)
     differences = []
-    for name, part in exported(trainer).items():
-        weights = {key: value.clone() for key, value in part.state_dict().items()}
-        load_embedder(folder / name, part)
-        if any(not torch.equal(weights[key], value) for key, value in part.state_dict().items()):
-            differences.append(f"{name} has other weights than last.pt")
-    return StoredRun(config, about, table, trainer.eval(), history_of(state), differences)
+    with _clear_errors(folder):
+        trainer = build(config.trainer).to(device_of(device))
+        load_trained(trainer, state)
+        for name, part in exported(trainer).items():
+            weights = {key: value.clone() for key, value in part.state_dict().items()}
+            load_embedder(folder / name, part)
+            if any(not torch.equal(weights[key], value) for key, value in part.state_dict().items()):
+                differences.append(f"{name} has other weights than last.pt")
+        return StoredRun(config, about, table, trainer.eval(), history_of(state), differences)
+
+
+@contextmanager
+def _clear_errors(folder: Path) -> Iterator[None]:
+    """Makes one ValueError of whatever parts raise that a config or checkpoint gives wrong arguments or states."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        said = str(error)
+        if isinstance(error, ValueError) and said.startswith("expected "):  # one of ours
+            raise
+        raise ValueError(
+            f"expected a run that can be built again in {folder}, got {type(error).__name__}: "
+            f"{said.splitlines()[0] if said else 'no more'}; restore config.json and last.pt, or use the versions of "
+            "the run"
+        ) from error
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Whether a file has just this content; one of another size, perhaps far too large, is not read."""
+    return path.stat().st_size == len(content) and path.read_bytes() == content
 
 
 def _differences(then: Sequence[ResultRow], now: Sequence[ResultRow]) -> list[str]:

@@ -6,6 +6,7 @@ Factories are stored by name and arguments, so `partial(Conv4, in_channels=1)` i
 
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Sampler
 
 from pml_fewshot.checks import require
+from pml_fewshot.sizes import checksum
 
 # Of other packages only classes of these kinds are built: they compute, and touch no file.
 KINDS = (nn.Module, Optimizer, LRScheduler, Sampler)
@@ -38,10 +40,19 @@ NAMED = {"pml_fewshot.evaluation.retrieval:RetrievalTester", *LOADERS, *DATA}
 HEADS = ("pml_fewshot.evaluation.heads", "pml_fewshot.evaluation.linear_heads")  # functions of tensors
 # What a loader may be told but not by a stranger: where to write.
 WRITES = ("download", "cache_dir")
+# Attributes that say nothing of what an object was told: torch's own, and what PML's parts note while they are used.
+NOTED = {
+    *(*vars(nn.Module()), "_record_these", "_record_these_stats", "queue_idx", "has_been_filled", "divisor"),
+    *("num_pairs", "num_pos_pairs", "num_neg_pairs", "num_triplets"),
+}
+LONGEST = 200  # characters of an attribute that is stored as it is
 
 
 def to_data(value: Any) -> Any:
-    """Returns numbers, texts, lists and dicts that `from_data` makes the value from; of objects only their repr."""
+    """Returns numbers, texts, lists and dicts that `from_data` makes the value from.
+
+    Objects cannot be made again: of them the repr, and their plain attributes, so that two configs can be compared.
+    """
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
@@ -58,7 +69,8 @@ def to_data(value: Any) -> Any:
     if is_dataclass(value) and _name(type(value)):
         given = {field.name: to_data(getattr(value, field.name)) for field in fields(value) if field.init}
         return {"object": _name(type(value)), "fields": given}
-    return {"only_shown": re.sub(r" at 0x[0-9a-f]+", "", repr(value))}  # an address says nothing
+    shown = re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # an address says nothing
+    return {"only_shown": shown, "attributes": _attributes(value)}
 
 
 def from_data(data: Any, trusted: Sequence[str] = (), place: str = "config") -> Any:
@@ -98,10 +110,13 @@ def from_data(data: Any, trusted: Sequence[str] = (), place: str = "config") -> 
             if name in LOADERS:
                 require(not args, f"the loader's arguments by name at {place}", args, "restore the file from a copy")
                 keywords = {key: each for key, each in keywords.items() if key not in WRITES}
+            _check_downloads_nothing(called, args, keywords, trusted, place)
             given = {key: inner(each, key) for key, each in keywords.items()}
             return partial(called, *(inner(each, number) for number, each in enumerate(args)), **given)
         case {"name": str(name)}:
-            return _named(name, trusted, place)
+            called = _named(name, trusted, place)
+            _check_downloads_nothing(called, [], {}, trusted, place)
+            return called
         case {"object": str(name), "fields": dict(values)}:
             kind = _named(name, trusted, place)
             data_class = isinstance(kind, type) and is_dataclass(kind) and (name in DATA or _trusts(name, trusted))
@@ -120,6 +135,30 @@ def from_data(data: Any, trusted: Sequence[str] = (), place: str = "config") -> 
     raise ValueError(
         f"expected a stored config at {place}, got {str(data)[:100]!r}; it was changed or is of another kind"
     )
+
+
+def _attributes(value: object) -> dict[str, Any]:
+    """What an object, and a module's submodules, were told: PML's parts leave their numbers out of their repr.
+
+    Without parameters and buffers: on resuming they come from the checkpoint, and begin otherwise in each process.
+    """
+    if isinstance(value, partial):  # of something without a name
+        return {"args": to_data(value.args), "keywords": to_data(value.keywords)}
+    found: dict[str, Any] = {}
+    for path, part in value.named_modules() if isinstance(value, nn.Module) else [("", value)]:
+        noted = {*NOTED, *getattr(part, "_record_these_stats", ())}
+        for name, each in getattr(part, "__dict__", {}).items():
+            if name in noted or not (_is_plain(each) or isinstance(each, nn.Module)):
+                continue
+            long = _is_plain(each) and len(repr(each)) > LONGEST
+            found[f"{path}.{name}" if path else name] = checksum([repr(each).encode()]) if long else to_data(each)
+    return found
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _name(named: object) -> str:
@@ -174,6 +213,25 @@ def _may_be_called(found: Any, name: str) -> bool:
             return own in list_models()
         return module in HEADS or (module.startswith("experiments.") and own.startswith(("judge_", "load_")))
     return False
+
+
+def _check_downloads_nothing(
+    called: Any, args: list[Any], keywords: dict[str, Any], trusted: Sequence[str], place: str
+) -> None:
+    """Raises a ValueError when a builder of torchvision's models would fetch weights, asked or by a default."""
+    name = _name(called)
+    if not isinstance(called, FunctionType) or not name.startswith("torchvision.models.") or _trusts(name, trusted):
+        return
+    asked = [key for key, each in keywords.items() if key.startswith(("weights", "pretrained")) and each]
+    # segmentation and detection fetch their backbone's weights unless told not to
+    by_default = {"weights_backbone"} & (inspect.signature(called).parameters.keys() - keywords.keys())
+    fetched = [*asked, *by_default]
+    require(
+        not args and not fetched,
+        f"a model of torchvision without weights to download at {place}",
+        f"arguments {args}" if args else ", ".join(fetched),
+        "name torchvision.models as trusted (--trust) if they may be fetched",
+    )
 
 
 def _check_beside_us(place: str) -> None:

@@ -28,9 +28,18 @@ from pml_fewshot.experiment import run
 from pml_fewshot.experiment_config import ExperimentConfig
 from tests.tiny_experiments import TINY_EXPERIMENTS
 
+FAIR_SHARE = 0.3  # of the kills: at least so many must fall between the first step and the last
+FUTILE = 10  # times as many kills as asked for: then the share is not to be reached
 
-def sit(config: ExperimentConfig, seconds: float | None) -> bool:
-    """Runs in a process of its own, killed after some seconds. Returns whether the run came to its end."""
+
+def sit(config: ExperimentConfig, seconds: float | None, training: bool = False) -> bool:
+    """Runs in a process of its own. Returns whether the run came to its end.
+
+    It is killed after some seconds, counted from its start, or with `training` from the first checkpoint that it
+    writes: on a busy machine a process may need any time until it trains.
+    """
+    last = config.run_dir / "last.pt"  # type: ignore[operator]
+    before = _written(last)
     child = os.fork()
     if child == 0:
         quiet = os.open(os.devnull, os.O_WRONLY)
@@ -48,6 +57,8 @@ def sit(config: ExperimentConfig, seconds: float | None) -> bool:
         finally:
             os._exit(code)
     if seconds is not None:
+        while training and _written(last) == before and not _has_ended(child):
+            time.sleep(0.001)
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)  # a child that has ended waits to be collected: no other process can be hit
     _, status = os.waitpid(child, 0)
@@ -56,6 +67,25 @@ def sit(config: ExperimentConfig, seconds: float | None) -> bool:
     error = config.run_dir.with_suffix(".stderr").read_text()  # type: ignore[union-attr]
     assert os.waitstatus_to_exitcode(status) == 0, f"the run failed ({status}):\n{error[-3000:]}"
     return True
+
+
+def _written(path: Path) -> tuple[int, int] | None:
+    """Which file lies there: every checkpoint is a new one."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _has_ended(child: int) -> bool:
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def steps_in(folder: Path) -> int:
+    """Steps in the checkpoint of a run folder, which is whole at any moment; 0 before the first."""
+    last = folder / "last.pt"
+    return load_checkpoint(last)["history"]["steps"] if last.exists() else 0
 
 
 def digest(state: Any) -> str:
@@ -85,22 +115,33 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def kill_and_compare(name: str, folder: Path, kills: int, seed: int) -> None:
+    """Half of the kills fall anywhere in a run, half while it trains; it goes on until a fair share fell between steps.
+
+    A kill is counted as between steps when its sitting has saved steps that were not saved before, and not the last:
+    what comes after goes on from there.
+    """
     folder.mkdir(parents=True)
     config = TINY_EXPERIMENTS[name]
+    whole = folder / "whole"
     started = time.perf_counter()
-    sit(replace(config, run_dir=folder / "whole"), None)
+    sit(replace(config, run_dir=whole), None)
     seconds = time.perf_counter() - started
-    expected = outcome(folder / "whole")
+    # (config.txt is written just before the first step, last.pt just after the last)
+    seconds_training = (whole / "last.pt").stat().st_mtime - (whole / "config.txt").stat().st_mtime
+    expected = outcome(whole)
     moments = random.Random(seed)
-    killed = ends = 0
-    while killed < kills or ends == 0:
+    killed = between = ends = 0
+    while killed < kills or between < FAIR_SHARE * kills or ends == 0:
+        assert killed < FUTILE * kills, f"{name}: only {between} of {killed} kills fell between steps"
         victim = folder / f"killed{ends}"
-        # the last sittings of a run that is to be judged are left to end
-        moment = moments.uniform(0, 0.9 * seconds) if killed < kills else None
-        if not sit(replace(config, run_dir=victim), moment):
+        training = moments.random() < 0.5
+        moment: float | None = moments.uniform(0, 0.5 * seconds_training if training else 0.9 * seconds)
+        if killed >= kills and between >= FAIR_SHARE * kills:
+            moment = None  # the last sittings of a run that is to be judged are left to end
+        steps = steps_in(victim)
+        if not sit(replace(config, run_dir=victim), moment, training):
             killed += 1
-            if (victim / "last.pt").exists():
-                load_checkpoint(victim / "last.pt")  # whole at any moment
+            between += steps < steps_in(victim) < config.steps
             continue
         got = outcome(victim)
         different = [key for key in sorted(expected.keys() | got.keys()) if expected.get(key) != got.get(key)]
@@ -111,7 +152,7 @@ def kill_and_compare(name: str, folder: Path, kills: int, seed: int) -> None:
         sit(replace(config, run_dir=folder / f"killed{ends}"), None)
         assert outcome(folder / f"killed{ends}") == expected
         ends += 1
-    print(f"{name}: {killed} kills, {ends} runs came to the same end")
+    print(f"{name}: {killed} kills, {between} of them between steps, {ends} runs came to the same end")
 
 
 if __name__ == "__main__":

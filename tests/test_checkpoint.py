@@ -5,14 +5,25 @@ import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 
-from pml_fewshot.checkpoint import export_embedder, load_checkpoint, load_embedder, save_checkpoint
+from pml_fewshot.checkpoint import (
+    check_exportable,
+    export_embedder,
+    load_checkpoint,
+    load_embedder,
+    save_checkpoint,
+)
 from pml_fewshot.embedders.conv4 import Conv4
 from pml_fewshot.embedders.embedder import Embedder
+from pml_fewshot.trainers.fit import fit
+from pml_fewshot.trainers.training_state import TrainingState
 
 STATE = {
     "weights": {"a": torch.arange(6.0).reshape(2, 3), "count": torch.tensor(3)},
@@ -156,6 +167,117 @@ def test_pickled_module_is_refused(tmp_path: Path) -> None:
     torch.save({"trainer": nn.Linear(2, 2)}, tmp_path / "last.pt")
     with pytest.raises(ValueError, match="holds more than data"):
         load_checkpoint(tmp_path / "last.pt")
+
+
+# --- of fit -----------------------------------------------------------------------------------------------------------
+
+
+class Squares(nn.Module):
+    """Of a line through no points: the least trainer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.layer(batch).square().mean()
+
+
+def train(path: Path, steps: int, optimizer: partial[Optimizer], scheduler: partial[LRScheduler] | None = None) -> None:
+    torch.manual_seed(0)
+    trainer = Squares(nn.Linear(3, 1))
+    parts = optimizer(trainer.parameters())
+    batches = list(torch.rand(steps, 4, 3))
+    fit(
+        *(trainer, batches, parts, steps),
+        scheduler=scheduler(parts) if scheduler else None,
+        checkpoint=path,
+        resume=path.exists(),
+        progress=False,
+    )
+
+
+MOMENTUM = partial(SGD, lr=0.1, momentum=0.9)
+ADAM = partial(Adam, lr=0.1)
+STEPS, COSINE = partial(StepLR, step_size=2), partial(CosineAnnealingLR, T_max=4)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "said"),
+    [
+        ((ADAM,), (MOMENTUM,), "a Adam as optimizer, of which the checkpoint is, got SGD; resume with what it ran"),
+        ((ADAM,), (partial(AdamW, lr=0.1),), "a Adam as optimizer, of which the checkpoint is, got AdamW"),
+        ((ADAM, STEPS), (ADAM,), "a scheduler, as the checkpoint has one, got none; give the one"),
+        ((ADAM, STEPS), (ADAM, COSINE), "a StepLR as scheduler, of which the checkpoint is, got CosineAnnealingLR"),
+        ((ADAM,), (ADAM, STEPS), "trainer, optimizer, scheduler in the checkpoint, got no scheduler; resume what ran"),
+    ],
+)
+def test_a_training_goes_on_with_its_own_parts_alone(
+    then: tuple[Any, ...], now: tuple[Any, ...], said: str, tmp_path: Path
+) -> None:
+    train(tmp_path / "last.pt", 2, *then)
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(ValueError, match=f"^expected {said}"):
+        train(tmp_path / "last.pt", 4, *now)
+    assert (tmp_path / "last.pt").read_bytes() == before
+    train(tmp_path / "last.pt", 4, *then)
+    assert load_checkpoint(tmp_path / "last.pt")["history"]["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    "entry", ["kinds", "optimizer", "best", "lowest_loss", "recent", "history", "torch_generator", "cuda_generators"]
+)
+def test_what_a_checkpoint_lacks_is_named(entry: str, tmp_path: Path) -> None:
+    train(tmp_path / "last.pt", 2, ADAM)
+    state = load_checkpoint(tmp_path / "last.pt")
+    del state[entry]
+    save_checkpoint(tmp_path / "last.pt", state)
+    with pytest.raises(ValueError, match=rf"^expected .*trainer, .*, got no {entry}; "):
+        train(tmp_path / "last.pt", 4, ADAM)
+
+
+class Counted(nn.Linear):
+    """A layer whose state is more than tensors."""
+
+    calls = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(input)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.calls = state["calls"]
+
+
+def test_best_weights_with_states_that_are_no_tensors() -> None:
+    layer = Counted(3, 1)
+    trainer = Squares(layer)
+    state = TrainingState(trainer, Adam(trainer.parameters()), None, [])
+    for score in (0.25, 0.5, 0.75, 0.5):
+        trainer(torch.ones(2, 3))
+        layer.weight.data.fill_(score)
+        if score == 0.5:
+            kept = state.best["layer.weight"] if state.best else None
+        state.keep_if_best(score)
+    assert state.best is not None
+    assert state.best["layer.weight"] is kept  # in place, where both are tensors
+    state.restore_best()
+    assert layer.weight.unique().tolist() == [0.75]
+    assert layer.calls == 3
+
+
+def test_embedders_with_states_that_are_no_tensors_are_refused(tmp_path: Path) -> None:
+    embedder = Embedder(nn.Sequential(nn.Flatten(), Counted(3, 1)))
+    said = r"^expected tensors alone in the state of Embedder, got trunk\.1\._extra_state, a dict; make it a buffer"
+    with pytest.raises(ValueError, match=said):
+        export_embedder(tmp_path / "embedder.safetensors", embedder)
+    with pytest.raises(ValueError, match=said):
+        check_exportable(embedder)
+    assert not list(tmp_path.iterdir())
+    check_exportable(conv4())
 
 
 # --- the embedder alone -----------------------------------------------------------------------------------------------

@@ -115,6 +115,13 @@ def test_what_was_changed_is_said(change: Callable[[Path], None], said: str, cop
     assert "differences" in str(done)
 
 
+def test_a_result_of_another_size_is_not_read(copied: Path) -> None:
+    """Whatever its size: this one is larger than the machine's memory."""
+    with (copied / "results.md").open("r+b") as file:
+        file.truncate(2**42)
+    assert reproduce(copied, trusted=["tests"]).differences == ["results.md is not what these figures give"]
+
+
 def of_another_layout(folder: Path) -> None:
     save_checkpoint(folder / "last.pt", {**load_checkpoint(folder / "last.pt"), "layout": 1})
 
@@ -149,6 +156,43 @@ def nested_config(folder: Path) -> None:
 def class_too_many(folder: Path) -> None:
     spec = {"object": "pml_fewshot.episodes:EpisodeSpec", "fields": {"ways": 5}}
     change_about(folder, "config", "fields", "train_spec", value=spec)
+
+
+def other_arguments(folder: Path) -> None:
+    trunk = {"partial": "torch.nn.modules.linear:Linear", "args": ["sixteen"], "keywords": {"out_features": 8}}
+    trainer = {"partial": "pml_fewshot.trainers.protonet:ProtoNetTrainer", "args": [], "keywords": {"embedder": trunk}}
+    change_about(folder, "config", "fields", "trainer", value=trainer)
+
+
+def no_trainer(folder: Path) -> None:
+    change_about(folder, "config", "fields", "trainer", value=None)
+
+
+def too_many_weights(folder: Path) -> None:
+    trunk = {"partial": "torch.nn.modules.linear:Linear", "args": [2**40, 2**30], "keywords": {}}
+    change_about(folder, "config", "fields", "trainer", value=trunk)
+
+
+def no_best(folder: Path) -> None:
+    state = load_checkpoint(folder / "last.pt")
+    del state["best"]
+    save_checkpoint(folder / "last.pt", state)
+
+
+def foreign_history(folder: Path) -> None:
+    state = load_checkpoint(folder / "last.pt")
+    state["history"]["laps"] = 3
+    save_checkpoint(folder / "last.pt", state)
+
+
+def history_of_texts(folder: Path) -> None:
+    state = load_checkpoint(folder / "last.pt")
+    state["history"]["steps"] = "24"
+    save_checkpoint(folder / "last.pt", state)
+
+
+def best_of_another_kind(folder: Path) -> None:
+    save_checkpoint(folder / "last.pt", {**load_checkpoint(folder / "last.pt"), "best": [1, 2]})
 
 
 def unfinished(folder: Path) -> None:
@@ -186,6 +230,18 @@ BROKEN: list[tuple[Callable[[Path], None], type[Exception], str]] = [
         ValueError,
         r"expected the fields of .*:EpisodeSpec at config\.train_spec, got",
     ),
+    *(
+        (harm, ValueError, rf"expected a run that can be built again in .*run, got {error}: .*; restore config\.json")
+        for harm, error in (
+            (other_arguments, "TypeError"),
+            (no_trainer, "AttributeError"),
+            (too_many_weights, "RuntimeError"),
+            (best_of_another_kind, "AttributeError"),
+        )
+    ),
+    (no_best, ValueError, r"expected kinds, trainer, .* in a training's state, got no best; use another"),
+    (foreign_history, ValueError, "expected a history of losses, .*, got none or another laps; use another"),
+    (history_of_texts, ValueError, "expected a history of losses, .*, got none or another steps; use another"),
     (unfinished, FileNotFoundError, r"expected a finished run in .*, got one without figures\.csv"),
     (no_checkpoint, FileNotFoundError, r"expected a checkpoint at .*last\.pt"),
     (of_another_width, ValueError, r"expected \(8,\) for embedder\.trunk\.1\.bias, got \(3,\) in the checkpoint"),

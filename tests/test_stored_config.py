@@ -4,12 +4,16 @@ import importlib
 import json
 import pkgutil
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
+from pytorch_metric_learning.losses import ContrastiveLoss, CrossBatchMemory, MultiSimilarityLoss, ProxyAnchorLoss
+from pytorch_metric_learning.miners import MultiSimilarityMiner
 from torch import nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -21,9 +25,12 @@ from pml_fewshot.data.omniglot import load_omniglot
 from pml_fewshot.embedders.conv4 import Conv4
 from pml_fewshot.embedders.torchvision_trunk import TorchvisionTrunk
 from pml_fewshot.episodes import EpisodeSpec
+from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.experiment_config import ExperimentConfig
 from pml_fewshot.losses.prototypical import PrototypicalLoss
+from pml_fewshot.provenance import check_config
 from pml_fewshot.stored_config import from_data, to_data
+from pml_fewshot.trainers.metric import MetricTrainer
 from tests.tiny_experiments import TINY_EXPERIMENTS
 
 
@@ -83,6 +90,65 @@ def test_objects_and_functions_without_a_name_are_shown_and_not_built() -> None:
         data = {"dict": {"loss": to_data(partial(PrototypicalLoss, distance=value))}}
         with pytest.raises(ValueError, match=rf"at config\.{place}, got .*(CosineSimilarity|lambda).*as\s+factories"):
             from_data(data)
+
+
+def of_ones_own(**options: object) -> object:
+    return partial(lambda **given: given, **options)
+
+
+TOLD_OTHERWISE = [
+    (ContrastiveLoss(pos_margin=0.0), ContrastiveLoss(pos_margin=0.5), "pos_margin"),
+    (LpDistance(p=1), LpDistance(p=2), "p"),
+    (MultiSimilarityMiner(epsilon=0.1), MultiSimilarityMiner(epsilon=0.3), "epsilon"),
+    (ContrastiveLoss(distance=LpDistance(power=1)), ContrastiveLoss(distance=LpDistance(power=2)), "distance.power"),
+    (RetrievalTester(k=3), RetrievalTester(k=4), "k"),
+    (of_ones_own(distance=LpDistance(p=1)), of_ones_own(distance=LpDistance(p=2)), "keywords"),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "where"), TOLD_OTHERWISE, ids=lambda value: type(value).__name__)
+def test_objects_told_otherwise_are_other_data(one: object, other: object, where: str) -> None:
+    """PML's repr has no numbers: of ContrastiveLoss(pos_margin=0.5) it says ContrastiveLoss(...)."""
+    first, second = to_data(one), to_data(other)
+    assert first["only_shown"] == second["only_shown"] or where == "keywords"
+    assert {key for key in first["attributes"] if first["attributes"][key] != second["attributes"][key]} == {where}
+    assert json.loads(json.dumps(first)) == first
+    begun, resumed = (replace(TINY_EXPERIMENTS["metric"], trainer=partial(MetricTrainer, loss=e)) for e in (one, other))
+    stored = {"config": json.loads(json.dumps(to_data(begun)))}
+    check_config(begun, stored, Path("run"))
+    with pytest.raises(ValueError, match="to go on with, got another trainer; "):
+        check_config(resumed, stored, Path("run"))
+
+
+def test_long_attributes_are_stored_by_their_checksum() -> None:
+    loss = ContrastiveLoss()
+    loss.weights = [0.5] * 1000
+    before = to_data(loss)
+    loss.weights[-1] = 0.25
+    assert to_data(loss) != before
+    assert len(json.dumps(before)) < 3000
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        ContrastiveLoss(distance=LpDistance(collect_stats=True)),
+        CrossBatchMemory(MultiSimilarityLoss(), 8, 40),
+        ProxyAnchorLoss(4, 8),
+        MultiSimilarityMiner(),
+        MultiSimilarityMiner(collect_stats=True),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_what_training_changes_is_not_of_the_config(part: nn.Module) -> None:
+    """A process may train twice with one object, and the weights of a loss begin otherwise in each."""
+    embeddings = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+    part(embeddings, torch.arange(12) // 3)  # some modules are only made at the first call
+    before = to_data(part)
+    for parameter in part.parameters():
+        parameter.data.add_(1)
+    part(2 * embeddings[:9], torch.arange(9) // 3)
+    assert to_data(part.eval()) == before
 
 
 HOSTILE = [
@@ -169,10 +235,41 @@ def test_experiments_of_another_place_must_be_trusted(tmp_path: Path, monkeypatc
 
 
 def test_models_of_torchvision_are_built_by_name() -> None:
-    from torchvision.models import resnet18
+    from torchvision.models import googlenet, resnet18
+    from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
-    trunk = partial(TorchvisionTrunk, model=partial(resnet18, weights=None))
-    assert shown(from_data(to_data(trunk))) == shown(trunk)
+    models = (
+        *(resnet18, partial(resnet18, weights=None), partial(googlenet, init_weights=False)),
+        partial(fasterrcnn_resnet50_fpn, weights_backbone=None),
+    )
+    for model in models:
+        trunk = partial(TorchvisionTrunk, model=model)
+        assert shown(from_data(to_data(trunk))) == shown(trunk)
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "keywords", "asked"),
+    [
+        ("resnet18", (), {"weights": "DEFAULT"}, "weights"),
+        ("resnet18", (), {"pretrained": True}, "pretrained"),
+        ("resnet18", ("DEFAULT",), {}, "arguments"),
+        ("fasterrcnn_resnet50_fpn", (), {"weights_backbone": "DEFAULT"}, "weights_backbone"),
+        ("fasterrcnn_resnet50_fpn", (), {"weights": None}, "weights_backbone"),  # its default
+        ("fasterrcnn_resnet50_fpn", None, None, "weights_backbone"),
+    ],
+)
+def test_a_stranger_downloads_no_weights(
+    model: str, args: tuple[Any, ...] | None, keywords: dict[str, Any] | None, asked: str
+) -> None:
+    from torchvision.models import get_model_builder
+
+    builder = get_model_builder(model)
+    trunk = partial(TorchvisionTrunk, model=builder if args is None else partial(builder, *args, **(keywords or {})))
+    data = to_data(trunk)
+    said = rf"^expected a model of torchvision without weights to download at config\.model, got {asked}.*--trust"
+    with pytest.raises(ValueError, match=said):
+        from_data(data)
+    assert shown(from_data(data, trusted=["torchvision.models"])) == shown(trunk)
 
 
 def test_a_module_of_ones_own_must_be_trusted() -> None:

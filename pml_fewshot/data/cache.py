@@ -10,20 +10,23 @@ about.json holds checksums of all three, which are verified each time an entry i
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from filelock import FileLock
-from numpy.lib.format import open_memmap
+from numpy.lib.format import dtype_to_descr, write_array_header_1_0
 from torch import Tensor
 from tqdm import tqdm
 
+from pml_fewshot.atomic import REFUSALS, to_disk, writing
 from pml_fewshot.checks import require
 from pml_fewshot.npy_file import map_npy
 from pml_fewshot.sizes import checksum
@@ -91,55 +94,94 @@ def cached_images(
 
     Raises:
         ValueError: the entry is damaged. It is not built anew unasked: that a disk loses data is to be known.
+        CannotWriteError: the disk is full or the folder read-only; an older entry is as it was.
     """
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     prefix = f"{name}-{_short_hash((LAYOUT, *source))}-"
     entry = folder / f"{prefix}{_short_hash((state,))}"
     if not entry.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f".{prefix}lock", mode=0o666):  # given back by the system when a process is killed
+        unfinished = folder / f".unfinished-{prefix}"
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / f".{prefix}lock", mode=0o666)  # given back by the system when a process is killed
+            lock.acquire()
+        try:
             if not entry.exists():  # else another process has built it while this one waited
-                _build(entry, prefix, read, name)
+                _build(entry, unfinished, read, name)
             outdated = [f"{name}-{_short_hash((layout, *source))}-" for layout in range(1, LAYOUT)]
             for old in (path for start in (prefix, *outdated) for path in folder.glob(f"{start}*")):
                 if old != entry:
-                    shutil.rmtree(old)
+                    with writing(folder):
+                        old.rename(unfinished)  # killed half way, it is not to look like a damaged entry
+                        shutil.rmtree(unfinished)
+        finally:
+            lock.release()
     return _load(entry)
 
 
-def _build(entry: Path, prefix: str, read: Callable[[], Source], name: str) -> None:
-    unfinished = entry.with_name(f".unfinished-{prefix}")
-    if unfinished.exists():  # of a process that was killed
-        shutil.rmtree(unfinished)
-    unfinished.mkdir()
+def _build(entry: Path, unfinished: Path, read: Callable[[], Source], name: str) -> None:
+    with writing(entry):
+        if unfinished.exists():  # of a process that was killed
+            shutil.rmtree(unfinished)
+        unfinished.mkdir()
     try:
-        _write(read(), unfinished, name)
-        unfinished.rename(entry)
+        _write(read(), unfinished, entry, name)
+        with writing(entry):
+            unfinished.rename(entry)
+            to_disk(entry.parent)
     except BaseException:
-        shutil.rmtree(unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)  # the first error is the one to be told
         raise
 
 
-def _write(source: Source, folder: Path, name: str) -> None:
+def _write(source: Source, folder: Path, entry: Path, name: str) -> None:
+    """Writes the three files of `entry` to `folder`. What the source's own reading raises passes as it is."""
     labels: list[int] = []
-    images = open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=(source.count, *source.item_shape))
-    # delay: a set that is read within two seconds needs no bar
-    for image, label in tqdm(
-        source.items, total=source.count, desc=f"reading {name}", unit="image", delay=2, mininterval=1
-    ):
-        images[len(labels)] = image
-        labels.append(label)
-    images.flush()
-    labels_array = np.asarray(labels, dtype=np.int64)
-    np.save(folder / "labels.npy", labels_array)
+    with ExitStack() as opened:
+        with writing(entry):
+            file = opened.enter_context((folder / "images.npy").open("wb"))
+            _make_room(file, (source.count, *source.item_shape))
+        # delay: a set that is read within two seconds needs no bar
+        for image, label in tqdm(
+            source.items, total=source.count, desc=f"reading {name}", unit="image", delay=2, mininterval=1
+        ):
+            right = image.dtype == np.uint8 and image.shape == source.item_shape and len(labels) < source.count
+            require(
+                right,
+                f"{source.count} images {source.item_shape} of bytes",
+                f"{image.dtype} {image.shape}",
+                "give these",
+            )
+            with writing(entry):
+                file.write(image.tobytes())
+            labels.append(label)
+        with writing(entry):
+            file.close()
     facts = source.about()
-    checksums = _checksums(images, labels_array, facts)
-    del images
-    about = json.dumps({"facts": facts, "checksums": checksums}, ensure_ascii=False)
-    (folder / "about.json").write_text(about, encoding="utf-8")
-    for file in folder.iterdir():
-        with file.open("rb") as written:
-            os.fsync(written.fileno())  # a rename is only as lasting as the data behind it
+    with writing(entry):
+        labels_array = np.asarray(labels, dtype=np.int64)
+        np.save(folder / "labels.npy", labels_array)
+        checksums = _checksums(map_npy(folder / "images.npy"), labels_array, facts)
+        about = json.dumps({"facts": facts, "checksums": checksums}, ensure_ascii=False)
+        (folder / "about.json").write_text(about, encoding="utf-8")
+        for path in (*folder.iterdir(), folder):
+            to_disk(path)  # a rename is only as lasting as the data behind it
+
+
+def _make_room(file: BinaryIO, shape: tuple[int, ...]) -> None:
+    """Writes the head of a .npy of bytes and lengthens the file to hold all of them.
+
+    The space is asked for at once: that the disk is too small is known before hours of decoding and not after them.
+    Written through the file and never through a memory map: where the disk is full, that would end the interpreter.
+    """
+    write_array_header_1_0(file, {"descr": dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape})
+    size = file.tell() + math.prod(shape)
+    file.truncate(size)
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except (AttributeError, OSError) as error:  # not every system and file system can
+        if getattr(error, "errno", None) in REFUSALS:
+            raise
 
 
 def _checksums(images: np.ndarray, labels: np.ndarray, facts: object) -> dict[str, str]:

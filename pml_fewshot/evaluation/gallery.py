@@ -13,10 +13,11 @@ import torch
 from pytorch_metric_learning.distances import BaseDistance
 from torch import Tensor
 
+from pml_fewshot.atomic import to_disk, writing
 from pml_fewshot.checks import check_at_least_one, check_finite, check_labels, require
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.evaluation.blas import warn_of_slow_blas
-from pml_fewshot.evaluation.index_file import check_known, check_work, index_checksum, read_index
+from pml_fewshot.evaluation.index_file import check_known, check_work, index_checksum, read_index, write_index
 from pml_fewshot.evaluation.ranking import FAISS_METRICS, Ranking
 from pml_fewshot.parts import build
 from pml_fewshot.tensor_file import read_tensors, write_tensors
@@ -113,29 +114,33 @@ class Gallery:
         Raises:
             FileExistsError: the folder exists.
             ValueError: an index of parts that `load` does not read, or with parameters that it refuses.
+            CannotWriteError: the disk is full or the folder read-only.
         """
         folder = Path(folder)
         if folder.exists():
             raise FileExistsError(f"expected a new folder for the gallery, got {folder}, which exists; name another")
         check_known(self.faiss_index)
         check_work(self.parameters, len(self))
-        folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = folder.with_name(f".unfinished-{folder.name}-{os.getpid()}")
-        unfinished.mkdir()
         try:
-            faiss.write_index(self.faiss_index, str(unfinished / "index.faiss"))
-            about = {
-                "index": index_checksum(unfinished / "index.faiss"),
-                "dims": self.faiss_index.d,
-                "description": self.description,
-                "parameters": self.parameters,
-                "kind": self.ranking.kind,
-                "normalize": self.ranking.normalize,
-            }
-            write_tensors(unfinished / "labels.safetensors", {"labels": self.labels}, {"gallery": json.dumps(about)})
-            unfinished.rename(folder)
+            with writing(folder):
+                shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process that had the same number
+                unfinished.mkdir(parents=True)
+                write_index(self.faiss_index, unfinished / "index.faiss")
+                about = {
+                    "index": index_checksum(unfinished / "index.faiss"),
+                    "dims": self.faiss_index.d,
+                    "description": self.description,
+                    "parameters": self.parameters,
+                    "kind": self.ranking.kind,
+                    "normalize": self.ranking.normalize,
+                }
+                texts = {"gallery": json.dumps(about)}
+                write_tensors(unfinished / "labels.safetensors", {"labels": self.labels}, texts)
+                unfinished.rename(folder)
+                to_disk(folder.parent)
         except BaseException:
-            shutil.rmtree(unfinished)
+            shutil.rmtree(unfinished, ignore_errors=True)  # the first error is the one to be told
             raise
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Reading a faiss index from a file that may be broken or hostile.
+"""Writing a faiss index to a file, and reading it from one that may be broken or hostile.
 
 faiss checks much of what it reads, but neither the numbers of references in inverted lists, which a refined search
 looks up without asking, nor that the sizes of one part fit the next. So only indexes of known parts are read, each of
@@ -13,6 +13,7 @@ from typing import Any
 import faiss
 import numpy as np
 
+from pml_fewshot.atomic import to_disk
 from pml_fewshot.checks import require
 from pml_fewshot.sizes import check_fits_memory, checksum
 
@@ -28,6 +29,16 @@ def index_checksum(path: Path) -> str:
     """Checksum of a file."""
     with path.open("rb") as file:
         return checksum(iter(lambda: file.read(BLOCK), b""))
+
+
+def write_index(index: faiss.Index, path: Path) -> None:
+    """Writes an index, which is on the disk afterwards.
+
+    Through Python's file: faiss's own only prints that its last bytes could not be written.
+    """
+    with path.open("wb") as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
+    to_disk(path)
 
 
 def read_index(path: Path, dims: int | None, count: int) -> faiss.Index:

@@ -15,6 +15,8 @@ from pml_fewshot.checks import require
 from pml_fewshot.trainers.divergence import Trained
 
 LAYOUT = 2  # of what state_dict holds: raise it when that changes
+ENTRIES = ("kinds", "trainer", "optimizer", "best", "best_score", "lowest_loss", "go_back_to", "recent", "history")
+GENERATORS = ("torch_generator", "cuda_generators")
 
 
 @dataclass
@@ -66,7 +68,7 @@ class TrainingState:
         if hasattr(batches, "state_dict") and hasattr(batches, "load_state_dict"):
             self.parts["batches"] = batches  # type: ignore[assignment]
         self.history = History()
-        self.best: dict[str, Tensor] | None = None  # weights of the best validation, or of the lowest loss
+        self.best: dict[str, Any] | None = None  # weights of the best validation, or of the lowest loss
         self.best_score = float("-inf")  # validation accuracy, or minus the loss
         self.lowest_loss, self.lowest_loss_step = float("inf"), 0
         # state of the last checkpoint that was due, when the one on disk is of an interruption after it
@@ -90,12 +92,15 @@ class TrainingState:
         if score > self.best_score:
             self.best_score = score
             now = self.trainer.state_dict()
-            if self.best is not None and _same_shapes(self.best, now):
-                # in their place: new tensors at new places, each time, would break up the memory that steps use
-                for name, value in self.best.items():
-                    value.copy_(now[name])
-            else:
+            if self.best is None or self.best.keys() != now.keys():
                 self.best = copy.deepcopy(now)
+            else:
+                for name, value in now.items():
+                    if _same_shape(self.best[name], value):
+                        # in its place: new tensors at new places, each time, would break up the memory that steps use
+                        self.best[name].copy_(value)
+                    else:  # a lazy weight that has its shape now, or what get_extra_state gave
+                        self.best[name] = copy.deepcopy(value)
             self.history.best_step = self.history.steps
 
     def note_loss(self, loss: float) -> None:
@@ -116,6 +121,7 @@ class TrainingState:
     def state_dict(self) -> dict[str, Any]:
         return {
             "layout": LAYOUT,
+            "kinds": self._kinds(),
             **{name: part.state_dict() for name, part in self.parts.items()},
             "best": self.best,
             "best_score": self.best_score,
@@ -129,10 +135,16 @@ class TrainingState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_layout(state)
-        missing = self.parts.keys() - state.keys()
+        missing = [name for name in (*self.parts, *GENERATORS) if name not in state]
         require(
             not missing, f"{', '.join(self.parts)} in the checkpoint", f"no {', '.join(missing)}", "resume what ran"
         )
+        unused = "scheduler" in state and "scheduler" not in self.parts
+        require(not unused, "a scheduler, as the checkpoint has one", "none", "give the one that it was trained with")
+        for name, own in self._kinds().items():
+            kind = state["kinds"].get(name)
+            require(own == kind, f"a {kind} as {name}, of which the checkpoint is", own, "resume with what it ran with")
+        history = history_of(state)
         check_weights(self.trainer.state_dict(), state["trainer"], "the checkpoint")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
@@ -144,18 +156,23 @@ class TrainingState:
             (step, loss.to(device), rate, classes if classes is None else classes.to(device))
             for step, loss, rate, classes in state["recent"]
         ]
-        vars(self.history).update(vars(history_of(state)))  # the same object: the loop holds it too
+        vars(self.history).update(vars(history))  # the same object: the loop holds it too
         torch.set_rng_state(state["torch_generator"])
         if state["cuda_generators"] and torch.cuda.is_available():  # a GPU's run may go on on a CPU, and vice versa
             present = state["cuda_generators"][: torch.cuda.device_count()]
             torch.cuda.set_rng_state_all(present)
 
+    def _kinds(self) -> dict[str, str]:
+        """Of what would take another's state, or fail over it in the first step."""
+        return {
+            name: type(part).__qualname__ for name, part in self.parts.items() if name in ("optimizer", "scheduler")
+        }
 
-def _same_shapes(weights: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
-    return weights.keys() == others.keys() and all(
-        not is_lazy(weight) and not is_lazy(others[name]) and weight.shape == others[name].shape
-        for name, weight in weights.items()
-    )
+
+def _same_shape(kept: Any, now: Any) -> bool:
+    if not torch.is_tensor(kept) or not torch.is_tensor(now):
+        return False
+    return not is_lazy(kept) and not is_lazy(now) and kept.shape == now.shape
 
 
 def load_trained(trainer: nn.Module, state: dict[str, Any]) -> None:
@@ -169,12 +186,21 @@ def load_trained(trainer: nn.Module, state: dict[str, Any]) -> None:
 def history_of(state: dict[str, Any]) -> History:
     """The history in a training's state."""
     check_layout(state)
-    losses, validations = (state["history"][name].tolist() for name in ("losses", "validations"))
+    stored = state["history"]
+    kinds = {name: type(value) for name, value in vars(History()).items()} | {"losses": Tensor, "validations": Tensor}
+    require(isinstance(stored, dict), "a history in the checkpoint", type(stored).__name__, "use another checkpoint")
+    wrong = sorted(str(name) for name in kinds.keys() | stored.keys() if type(stored.get(name)) is not kinds.get(name))
+    require(
+        not wrong, f"a history of {', '.join(kinds)}", f"none or another {', '.join(wrong)}", "use another checkpoint"
+    )
+    shapes = [tuple(stored[name].shape[1:]) for name in ("losses", "validations")]
+    require(shapes == [(2,), (3,)], "losses (n, 2) and validations (n, 3)", shapes, "use another checkpoint")
+    losses, validations = (stored[name].tolist() for name in ("losses", "validations"))
     rows = {
         "losses": [(int(step), loss) for step, loss in losses],
         "validations": [(int(step), mean, ci95) for step, mean, ci95 in validations],
     }
-    return History(**{**state["history"], **rows})
+    return History(**{**stored, **rows})
 
 
 def _history_data(history: History) -> dict[str, Any]:
@@ -193,3 +219,5 @@ def check_layout(state: dict[str, Any]) -> None:
         f"layout {layout}" if layout else "another state, or one of pml_fewshot 0.4 or before",
         "go on with the version that it was made with (config.txt names it), or begin anew",
     )
+    missing = [name for name in ENTRIES if name not in state]
+    require(not missing, f"{', '.join(ENTRIES)} in a training's state", f"no {', '.join(missing)}", "use another one")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from pml_fewshot.atomic import CannotWriteError
 from pml_fewshot.data import cache
 from pml_fewshot.data.cache import Source, cached_images, default_cache_dir, files_state
 
@@ -109,6 +112,75 @@ def test_a_read_that_fails_at_once_leaves_nothing_behind(tmp_path: Path):
 
     with pytest.raises(ValueError, match="no such set"):
         cached_images("set", (), "1", read, tmp_path)
+    assert entries(tmp_path) == []
+
+
+def test_a_full_disk_is_one_error_before_anything_is_decoded_and_leaves_nothing_behind(tmp_path: Path):
+    old, new = Made(), Made(count=1000)
+    cached_images("set", (), "1", old, tmp_path)
+    before, limits = entries(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # no file may grow above it
+    try:
+        with pytest.raises(CannotWriteError, match=r"^expected to write .*set-.*, got .*File too large"):
+            cached_images("set", (), "2", new, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert new.yielded == 0
+    assert entries(tmp_path) == before
+    cached_images("set", (), "1", old, tmp_path)
+    assert old.reads == 1
+    np.testing.assert_array_equal(cached_images("set", (), "2", new, tmp_path).images.numpy(), new.images)
+
+
+@pytest.mark.parametrize("folder", ["/sys", "/sys/pml_fewshot_cache"])  # where root itself may write nothing
+def test_a_read_only_folder_is_one_error(folder: str):
+    made = Made()
+    with pytest.raises(CannotWriteError, match=r"^expected to write /sys"):
+        cached_images("set", (), "1", made, folder)
+    assert made.reads == 0
+
+
+def test_what_the_source_cannot_read_is_no_error_of_writing(tmp_path: Path):
+    def items() -> Iterator[tuple[np.ndarray, int]]:
+        yield np.zeros((1, 3, 4), np.uint8), 0
+        raise PermissionError(13, "not yours", "a.png")
+
+    with pytest.raises(PermissionError, match=r"not yours.*a\.png") as error:
+        cached_images("set", (), "1", lambda: Source(items(), 2, (1, 3, 4), dict), tmp_path)
+    assert not isinstance(error.value, CannotWriteError)
+    assert entries(tmp_path) == []
+
+
+def test_killed_while_it_removes_an_old_entry_it_leaves_none_that_looks_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        (path / "labels.npy").unlink()
+        raise KeyboardInterrupt
+
+    old = Made()
+    cached_images("set", (), "1", old, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            cached_images("set", (), "2", Made(seed=1), tmp_path)
+    np.testing.assert_array_equal(cached_images("set", (), "1", old, tmp_path).images.numpy(), old.images)
+    assert old.reads == 2
+    assert len(entries(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("images", "announced"),
+    [
+        (np.zeros((3, 1, 3, 4), np.uint8), 2),
+        (np.zeros((2, 1, 3, 5), np.uint8), 2),
+        (np.zeros((2, 1, 3, 4), np.float32), 2),
+    ],
+)
+def test_images_other_than_announced_are_refused(images: np.ndarray, announced: int, tmp_path: Path):
+    source = Source(((image, 0) for image in images), announced, (1, 3, 4), dict)
+    with pytest.raises(ValueError, match=r"expected 2 images \(1, 3, 4\) of bytes, got "):
+        cached_images("set", (), "1", lambda: source, tmp_path)
     assert entries(tmp_path) == []
 
 

@@ -2,6 +2,8 @@
 
 import os
 import struct
+import subprocess
+import sys
 import warnings
 from io import BytesIO
 from pathlib import Path
@@ -227,6 +229,41 @@ def test_a_decompression_bomb_names_the_file(side: int, warned: str):
         warnings.simplefilter(warned)
         with pytest.raises(ValueError, match=r"readable image at bomb\.bmp, got .*pixels.*; replace"):
             read_image(bomb(side, side), 8, 3, "bomb.bmp")
+
+
+def test_more_pixels_than_are_read_name_the_file_whatever_pillow_allows(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with pytest.raises(BrokenImageError, match=r"67,117,056 pixels, more than the 67,108,864 that are read"):
+        read_image(bomb(8192, 8193), 8, 3, "bomb.bmp")
+    webp = saved(Image.new("RGB", (8192, 4097)), "WEBP", lossless=True, method=0)  # some hundred bytes
+    with pytest.raises(BrokenImageError, match=r"more than the 33,554,432 that are read"):
+        read_image(webp, 8, 3, "bomb.webp")
+
+
+READER = """
+import sys
+from pathlib import Path
+from pml_fewshot.data.image_file import read_images
+def peak():  # not getrusage, which counts what the process that started this one held
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1000
+before = peak()
+for image in read_images(["f"] * 4, lambda _: Path(sys.argv[1]), 8, 3, ""):
+    assert image.shape == (3, 8, 8) and image.min() == image.max() == int(sys.argv[2])
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize(("mode", "value"), [("I;16", 0), ("RGBA", 255)])
+def test_a_few_small_files_of_many_pixels_take_little_memory(mode: str, value: int, tmp_path: Path):
+    """Four of nine million pixels each: one after the other at 3 and 8 bytes a pixel, not all at once at 18."""
+    side = 3000
+    deep = Image.fromarray(np.zeros((side, side), np.uint16))
+    (tmp_path / "f.png").write_bytes(saved(deep if mode == "I;16" else Image.new(mode, (side, side))))
+    assert (tmp_path / "f.png").stat().st_size < 50_000
+    command = [sys.executable, "-c", READER, str(tmp_path / "f.png"), str(value)]
+    megabytes = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert 10 < megabytes < 160
 
 
 @pytest.mark.parametrize(("size", "channels"), [(0, 3), (-1, 3), (2.5, 3), (8, 2), (8, 4)])

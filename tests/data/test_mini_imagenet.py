@@ -1,5 +1,6 @@
 """load_mini_imagenet: a made-up set of 100 classes in every layout, and the real one where it is at hand."""
 
+import hashlib
 import os
 import shutil
 import time
@@ -166,6 +167,34 @@ def test_a_missing_list_is_an_error(made_up: Path, tmp_path: Path):
     (root / "val.csv").unlink()
     with pytest.raises(FileNotFoundError, match=r"val\.csv"):
         load(root, tmp_path / "cache")
+
+
+def test_a_file_in_the_folder_of_another_class_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Four classes with WordNet's names, for of others no file says its class."""
+    classes = {"train": ["n00000001", "n00000003"], "val": ["n00000002"], "test": ["n00000004"]}
+    place = "pml_fewshot.data.mini_imagenet"
+    monkeypatch.setattr(f"{place}.CLASSES", {split: len(names) for split, names in classes.items()})
+    digests = {split: hashlib.blake2b("\n".join(names).encode(), digest_size=8) for split, names in classes.items()}
+    monkeypatch.setattr(f"{place}.RAVI_LAROCHELLE", {split: digest.hexdigest() for split, digest in digests.items()})
+    root = tmp_path / "set"
+    for split, names in classes.items():
+        for name in names:
+            (root / split / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (SIZE, SIZE)).save(root / split / name / f"{name}{i:08d}.jpg")
+    (root / "val" / "n00000002" / "of_another_name.jpg").write_bytes(
+        (root / "val" / "n00000002" / "n0000000200000000.jpg").read_bytes()
+    )
+    assert load(root, tmp_path / "cache").train.class_names == ("n00000001", "n00000003")
+    wrong = root / "train" / "n00000001" / "n0000000300000000.jpg"
+    (root / "train" / "n00000003" / wrong.name).rename(wrong)
+    for number, where in enumerate((root, zipped(root, tmp_path / "x.zip"), listed(root, tmp_path / "lists"))):
+        with pytest.raises(
+            ValueError,
+            match=rf"^expected the class that .*{wrong.name} is named after, got n00000001 in .*; fetch the set again",
+        ):
+            load(where, tmp_path / f"cache{number}")
+        assert entries(tmp_path / f"cache{number}") == []
 
 
 def test_nothing_at_root_says_what_was_looked_for(tmp_path: Path):

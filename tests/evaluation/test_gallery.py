@@ -1,5 +1,9 @@
 """Gallery: what its indexes find against a full sort in numpy, what it keeps in files, and what it refuses."""
 
+import os
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from hypothesis import strategies as st
 from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, DotProductSimilarity, LpDistance
 from safetensors.torch import save_file
 
+from pml_fewshot.atomic import CannotWriteError
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.evaluation import gallery as module
 from pml_fewshot.evaluation.gallery import Gallery, recipe, training_sample
@@ -275,6 +280,77 @@ def test_a_save_that_fails_leaves_nothing_behind(writer: str, tmp_path: Path, mo
     assert list(tmp_path.iterdir()) == []
     gallery.save(tmp_path / "gallery")
     assert len(Gallery.load(tmp_path / "gallery")) == 100
+
+
+@pytest.mark.parametrize("index", ["Flat", "ivfpq", "hnsw"])
+@pytest.mark.parametrize("missing", [1, 500, 3000, 5000, 20_000])
+def test_a_disk_that_is_a_few_bytes_too_small_is_one_error(index: str, missing: int, tmp_path: Path):
+    gallery = Gallery(clustered(1000), index)
+    gallery.save(tmp_path / "old")
+    size = (tmp_path / "old" / "index.faiss").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - missing, limits[1]))
+    try:
+        with pytest.raises(CannotWriteError, match=r"^expected to write .*new, got .*File too large"):
+            gallery.save(tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert len(Gallery.load(tmp_path / "old")) == 1000
+
+
+def test_a_read_only_folder_is_one_error():
+    with pytest.raises(CannotWriteError, match=r"^expected to write /sys/gallery, got "):  # nor may root write there
+        Gallery(clustered(100), "Flat").save("/sys/gallery")
+
+
+def test_a_gallery_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    synced: dict[int, bool] = {}
+    fsync = os.fsync
+
+    def noted(file: int) -> None:
+        fsync(file)
+        synced.setdefault(os.fstat(file).st_ino, (tmp_path / "gallery").exists())
+
+    monkeypatch.setattr(os, "fsync", noted)
+    Gallery(clustered(100), "Flat").save(tmp_path / "gallery")
+    inside = [tmp_path / "gallery" / name for name in (".", "index.faiss", "labels.safetensors")]
+    assert [synced.get(path.stat().st_ino) for path in inside] == [False] * 3
+    assert synced.get(tmp_path.stat().st_ino) is True  # the name itself
+
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+from pml_fewshot.evaluation.gallery import Gallery
+folder, moments = Path(sys.argv[1]), random.Random(7)
+gallery = Gallery.load(folder / "old")
+start = time.monotonic()
+gallery.save(folder / "whole")
+seconds = time.monotonic() - start
+for number in range(20):
+    child = os.fork()
+    if child == 0:
+        gallery.save(folder / f"new-{number}")
+        os._exit(0)
+    time.sleep(moments.uniform(0, 1.3) * seconds)
+    os.kill(child, signal.SIGKILL)  # one that has ended waits to be collected
+    _, status = os.waitpid(child, 0)
+    print("killed" if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_process_killed_while_it_saves_leaves_whole_galleries_only(tmp_path: Path):
+    bank, query = clustered(20_000, dims=64), clustered(5, seed=1, dims=64).embeddings
+    gallery = Gallery(bank, "Flat")
+    gallery.save(tmp_path / "old")
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    ends = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert set(ends) <= {"killed", "0"}
+    assert ends.count("killed") >= 5
+    expected = gallery.search(query, 3)
+    for folder in ("old", "whole", *(path.name for path in tmp_path.glob("new-*"))):
+        assert torch.equal(Gallery.load(tmp_path / folder).search(query, 3), expected)
 
 
 def test_what_is_missing_or_does_not_belong_together_is_said(tmp_path: Path):

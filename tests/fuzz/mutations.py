@@ -1,9 +1,12 @@
 """Seeded damage to the bytes of a file, from single bits to whole blocks."""
 
 import io
+import json
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +40,9 @@ def damaged_member(content: bytes, rng: Random) -> bytes:
     with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(out, "w") as new:
         members = archive.infolist()
         chosen = int(rng.integers(len(members)))
+        pickles = [place for place, member in enumerate(members) if member.filename.endswith("/data.pkl")]
+        if pickles and rng.random() < 0.6:  # else it would be one of the many tensors of a checkpoint
+            chosen = pickles[0]
         for place, member in enumerate(members):
             data, name = archive.read(member), member.filename
             if place == chosen:
@@ -47,6 +53,37 @@ def damaged_member(content: bytes, rng: Random) -> bytes:
                     data = with_png_checksums(data) if rng.random() < 0.5 else data
             new.writestr(name, data, member.compress_type)
     return out.getvalue()
+
+
+VALUES: list[Any] = [
+    *(0, -1, 2**31, 2**63, 10**12, 1e308, float("nan"), float("inf"), "", "x", None, True, [], {}),
+    *({"list": []}, {"tuple": [1]}, {"dict": {}}, {"path": "/"}, {"name": "torch.nn.modules.linear:Linear"}),
+    {"partial": "torch.nn.modules.linear:Linear", "args": [], "keywords": {}},
+]
+
+
+def damaged_json(content: bytes, rng: Random) -> bytes:
+    """Another value or another name at one or two places of a JSON text, which stays one."""
+    whole = json.loads(content)
+    for _ in range(int(rng.choice([1, 1, 2]))):
+        places = [*_places(whole)]
+        if not places:
+            break
+        holder, key = places[rng.integers(len(places))]
+        value = VALUES[rng.integers(len(VALUES))]
+        if isinstance(holder, dict) and rng.random() < 0.2:
+            holder[f"{key}x"] = holder.pop(key)
+        else:
+            holder[key] = json.loads(json.dumps(value))  # a copy: the next damage may fall into it
+    return json.dumps(whole).encode()
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Each list or dict within a value with each of its keys."""
+    if isinstance(value, dict | list):
+        for key, each in [*value.items()] if isinstance(value, dict) else [*enumerate(value)]:
+            yield value, key
+            yield from _places(each)
 
 
 def with_png_checksums(content: bytes) -> bytes:

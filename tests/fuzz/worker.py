@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from mutations import damaged, damaged_headers, damaged_member
+from mutations import damaged, damaged_headers, damaged_json, damaged_member
 from readers import READERS
 
 MORE_MEMORY = 3 * 2**30  # bytes that a worker may take beyond what it has at its start
@@ -79,17 +79,19 @@ def run(name: str, seed: int, start: int, count: int, box: Path) -> None:
         rng = np.random.default_rng([seed, index])
         names = sorted(reader.damages or whole)
         chosen = names[rng.integers(len(names))]
-        content, hostile = whole[chosen], False
+        content, hostile, mended = whole[chosen], False, 0.4
         kind = rng.random()
         if content[:2] == b"PK" and kind < 0.25:
             content = damaged_headers(content, rng)
         elif content[:2] == b"PK" and kind < 0.5:
             content, hostile = damaged_member(content, rng), True
+        elif chosen.endswith(".json") and kind < 0.6:
+            content, mended = damaged_json(content, rng), 0.9  # the checksum alone would see it else
         else:
             content = damaged(content, rng)
         (folder / chosen).unlink()  # a map of the file before is still open
         (folder / chosen).write_bytes(content)
-        if reader.mend is not None and rng.random() < 0.4:
+        if reader.mend is not None and rng.random() < mended:
             reader.mend(folder)
             hostile = True
         for place in WORKPLACES:
