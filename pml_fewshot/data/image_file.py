@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pml_fewshot.checks import check_at_least_one, require
+from pml_fewshot.data.png_checksums import check_png
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -190,25 +191,6 @@ def _size(file: Path) -> int:
     regular = S_ISREG(stat.st_mode)  # a named pipe would wait, a device would never end
     require(regular and stat.st_size <= LARGEST, f"a file of at most {LARGEST:,} bytes", "another", "make it smaller")
     return stat.st_size
-
-
-def check_png(content: bytes | bytearray) -> None:
-    """Raises a ValueError for a PNG with a wrong checksum or cut off: Pillow does not verify those of the pixels.
-
-    What is no PNG passes.
-    """
-    view = memoryview(content)
-    if bytes(view[:8]) != b"\x89PNG\r\n\x1a\n":
-        return
-    start, kind = 8, b""
-    while kind != b"IEND":
-        require(len(view) >= start + 12, "a PNG up to its end", "one that is cut off", "fetch it again")
-        length, kind = struct.unpack_from(">I4s", view, start)
-        end = start + 8 + length
-        require(len(view) >= end + 4, "a PNG up to its end", "one that is cut off", "fetch it again")
-        right = zlib.crc32(view[start + 4 : end]) == struct.unpack_from(">I", view, end)[0]
-        require(right, "a PNG with its checksums right", f"a wrong one of its part {kind!r}", "fetch it again")
-        start = end + 4
 
 
 def _pixels(image: Image.Image) -> int:

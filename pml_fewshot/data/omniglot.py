@@ -13,7 +13,8 @@ from PIL import Image
 from pml_fewshot.checks import check_at_least_one, check_choice, require
 from pml_fewshot.data.cache import Source, cached_images, files_state
 from pml_fewshot.data.fewshot_dataset import FewShotDataset, Splits
-from pml_fewshot.data.image_file import PILLOW_ERRORS, check_png
+from pml_fewshot.data.image_file import PILLOW_ERRORS
+from pml_fewshot.data.png_checksums import check_png
 from pml_fewshot.zip_archive import member_names, open_zip, read_member
 
 PARTS = {"images_background": 964, "images_evaluation": 659}  # characters in each part
