@@ -1,7 +1,14 @@
-"""MAML on miniImageNet, 5-way 1-shot, Ravi-Larochelle split. Finn et al. 2017, table 1: 48.70 % with all 600 images of
-each class (transductive batch norm).
+"""First-order MAML on miniImageNet, 5-way 1-shot, Ravi-Larochelle split. Finn et al. 2017, table 1: 48.07 % first order
+and 48.70 % second order, with all 600 images of each class (transductive batch norm).
 
     python -m experiments.mini_imagenet_maml --data-root ../shared/data
+
+Measured on a copy with 150 of the 600 images of each class, 20 unseen classes, 1,000 episodes of 15 queries a class, 10
+inner steps, seed 0, 95 % intervals: 32.94 +- 0.55 transductive, 31.77 +- 0.52 inductive; 2,000 steps of 4 tasks in 64.2
+minutes on one CPU core, with other work beside it. That is the beginning of a training: the accuracy on the validation
+classes was 33.0, 34.8, 36.7 and 37.1 after 500, 1,000, 1,500 and 2,000 steps, and the paper had 60,000 steps.
+
+Second order takes 3.5 times as long on a CPU, for a difference of half a point in the paper.
 """
 
 from functools import partial
@@ -23,6 +30,7 @@ CONFIG = ExperimentConfig(
         inner_lr=0.01,
         inner_steps=5,
         eval_inner_steps=10,
+        first_order=True,
         learn_inner_lr="per_layer",
     ),
     optimizer=partial(Adam, lr=1e-3),

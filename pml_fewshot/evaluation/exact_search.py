@@ -84,7 +84,7 @@ def _by_tiles(query: Tensor, reference: Tensor, k: int, ranking: Ranking) -> Ten
     # All tiles of one shape: products may differ in the last bit from shape to shape, and copies of an item would not
     # be equally near. So a set is parted evenly, and what its last block lacks is filled up.
     columns, rows = _even_part(len(reference), columns), _even_part(len(query), rows)
-    similarity = _Similarity(ranking, reference)
+    similarity = _Similarity(ranking, reference, max(columns, rows))
     best = RunningBest(len(query), len(reference), k, reference.device)
     symmetric = query is reference and columns == rows and ranking.kind != "distance"
     for i in range(0, len(query), rows):
@@ -113,10 +113,13 @@ def _even_part(count: int, largest: int) -> int:
 class _Similarity:
     """Similarities of blocks of prepared rows, larger is nearer, in two parts: of the pair, and of the reference."""
 
-    def __init__(self, ranking: Ranking, reference: Tensor) -> None:
+    def __init__(self, ranking: Ranking, reference: Tensor, largest: int) -> None:
         self.ranking = ranking
         self.count = len(reference)
-        self.offsets: dict[int, Tensor] = {}
+        # in one tensor: small ones that are kept, each at the place of a large one that was freed, leave holes in a heap
+        # whose freed memory glibc is told to keep (1 GiB for a bank of 1 GiB)
+        self.offsets = torch.empty(self.count + largest, device=reference.device)
+        self.known: set[int] = set()
         self.centre = _centre(ranking, reference)
 
     def prepare(self, rows: Tensor, count: int) -> Tensor:
@@ -141,13 +144,13 @@ class _Similarity:
 
         For Euclid -|r|^2 / 2, for the order is that of qr - |r|^2 / 2. It is kept, for blocks come many times.
         """
-        if first not in self.offsets:
+        offset = self.offsets[first : first + len(reference)]
+        if first not in self.known:
             _check_lengths(reference)
-            euclid = self.ranking.kind == "Euclid"
-            offset = reference.square().sum(1).div_(-2) if euclid else reference.new_zeros(len(reference))
+            offset.copy_(reference.square().sum(1).div_(-2) if self.ranking.kind == "Euclid" else torch.zeros(()))
             offset[self.count - first :] = -torch.inf
-            self.offsets[first] = offset
-        return self.offsets[first]
+            self.known.add(first)
+        return offset
 
 
 def _centre(ranking: Ranking, reference: Tensor) -> Tensor | None:
