@@ -116,8 +116,8 @@ class _Similarity:
     def __init__(self, ranking: Ranking, reference: Tensor, largest: int) -> None:
         self.ranking = ranking
         self.count = len(reference)
-        # in one tensor: small ones that are kept, each at the place of a large one that was freed, leave holes in a heap
-        # whose freed memory glibc is told to keep (1 GiB for a bank of 1 GiB)
+        # in one tensor: small ones that are kept, each at the place of a large one that was freed, leave holes in a
+        # heap whose freed memory glibc is told to keep (1 GiB for a bank of 1 GiB)
         self.offsets = torch.empty(self.count + largest, device=reference.device)
         self.known: set[int] = set()
         self.centre = _centre(ranking, reference)
