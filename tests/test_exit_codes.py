@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,14 +20,6 @@ from tests.killing import outcome
 from tests.tiny_experiments import TINY_EXPERIMENTS, tiny_set, tiny_splits
 
 TINY = TINY_EXPERIMENTS["protonet"]
-
-
-@pytest.fixture(autouse=True)
-def _ctrl_c_is_heard() -> Iterator[None]:
-    """A shell without job control starts what it runs in the background with SIGINT ignored, and so it would stay."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def send_once(number: signal.Signals) -> Callable[[], None]:
