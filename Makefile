@@ -11,11 +11,11 @@ export MALLOC_TOP_PAD_ = 268435456
 
 .PHONY: demo test lint format benchmark clean
 
-demo: $(VENV)/installed  ## train and judge on the built-in data, in minutes
+demo: $(VENV)/installed  ## train and evaluate on the built-in data, in minutes
 	$(BIN)/python -m experiments.quickstart
 
-test: $(VENV)/installed  ## the default ring of tests, under 5 minutes
-	$(BIN)/python -m pytest
+test: $(VENV)/installed  ## the default ring of tests, under 2 minutes: two at a time, each on one thread
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -32,8 +32,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-benchmark: $(VENV)/installed  ## speed of the main path; Omniglot is looked for below DATA
-	$(BIN)/python -m experiments.benchmarks.main_path --data-root $(DATA)
+benchmark: $(VENV)/installed  ## speed of the main path; Omniglot is expected below DATA
+	$(BIN)/python -m experiments.speed.main_path --data-root $(DATA)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,21 +1,18 @@
-"""Judges embeddings made by any tool: few-shot accuracy and retrieval in one table, within seconds.
+"""Evaluates embeddings made by any tool: few-shot accuracy and retrieval in one table, within seconds.
 
     python -m experiments.benchmark_embeddings --bank FILE
     python -m experiments.benchmark_embeddings --bank test.npz --train-bank train.npz --normalize --cosine
     python -m experiments.benchmark_embeddings --bank test.npy --reference gallery.npy --index hnsw
 
 FILE is .npy (labels in FILE_labels.npy, or --labels), .npz, .pt or .safetensors with embeddings (M, D) and labels (M,).
-Every head is a line of the table, judged on the same episodes.
+Every head is a line of the table, on the same episodes.
 """
 
-import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import tyro
 from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, LpDistance
-from torch import Tensor
 
 from pml_fewshot import (
     EpisodeSpec,
@@ -23,32 +20,30 @@ from pml_fewshot import (
     RetrievalTester,
     benchmark,
     cosine_classifier,
-    k_nearest_neighbours,
     load_bank,
     logistic_regression,
     nearest_neighbour,
     nearest_prototype,
     ridge_regression,
-    soft_nearest_neighbour,
 )
-from pml_fewshot.checks import require
+from pml_fewshot.checks import MissingFileError
+from pml_fewshot.evaluation.heads import Head, k_nearest_neighbours, soft_nearest_neighbour
+from pml_fewshot.experiment.command_line import one_line_errors
 
 
-def heads(distance: BaseDistance, fewest: int = 3) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """What is judged: those that compare by the distance, and linear classifiers fitted to each support.
+def heads(distance: BaseDistance, fewest: int = 3) -> dict[str, Head]:
+    """Classifiers that compare by the distance, and linear ones fitted to each support.
 
     Args:
         distance: that the former compare by.
         fewest: support items of the smallest episode.
     """
+    temperature = 0.1 if distance.is_inverted else 1.0  # a bounded similarity needs a low one to be sharp
     k = min(3, fewest)
     return {
         "nearest prototype": partial(nearest_prototype, distance=distance),
-        # a bounded similarity wants a low temperature
-        "soft nearest neighbour": partial(
-            soft_nearest_neighbour, distance=distance, temperature=0.1 if distance.is_inverted else 1.0
-        ),
-        "best pair": partial(nearest_neighbour, distance=distance),
+        "soft nearest neighbour": partial(soft_nearest_neighbour, distance=distance, temperature=temperature),
+        "nearest neighbour": partial(nearest_neighbour, distance=distance),
         f"{k} nearest neighbours": partial(k_nearest_neighbours, distance=distance, k=k),
         "cosine classifier": cosine_classifier,
         "ridge regression": ridge_regression,
@@ -75,44 +70,39 @@ def main(
     """Prints the table.
 
     Args:
-        bank: embeddings and labels to judge.
+        bank: embeddings and labels to evaluate.
         labels: file of the labels where they are not in the bank's.
         reference: gallery that retrieval searches; the bank itself, each item without itself, when not given.
-        train_bank: embeddings of the training classes, whose mean is taken off (SimpleShot).
+        train_bank: embeddings of the training classes, whose mean is subtracted (SimpleShot).
         normalize: scale embeddings to length 1.
-        cosine: compare by cosine similarity; by Euclid when not given.
-        ways: classes in an episode; every combination with shots is judged.
+        cosine: compare by cosine similarity; by Euclidean distance when not given.
+        ways: classes in an episode, in every combination with shots.
         shots: support items of each class.
         queries: query items of each class.
         num_episodes: of each size.
         seed: of the episodes.
         metrics: of retrieval; also recall_at_<k>, mean_average_precision, mean_reciprocal_rank, NMI, AMI.
-        index: of retrieval: flat (exact), ivf, ivfpq, hnsw, or a description of faiss's index factory.
-        write: existing folder for results.csv, results.md, results.tex and figures.csv.
+        index: of retrieval: flat (exact), ivf, ivfpq, hnsw, or a description for faiss's index factory.
+        write: existing folder for the table as files.
     """
-    try:
-        require(write is None or write.is_dir(), "an existing folder to write to", str(write), "make it first")
-        judged = load_bank(bank, labels)
-        gallery = load_bank(reference) if reference else None
-        if train_bank:
-            mean = load_bank(train_bank).embeddings.mean(dim=0)
-            judged, gallery = judged.centred(mean), gallery.centred(mean) if gallery else None
-        if normalize:
-            judged, gallery = judged.normalized(), gallery.normalized() if gallery else None
-        distance = CosineSimilarity() if cosine else LpDistance(normalize_embeddings=False, power=2)
-        tester = RetrievalTester(metrics, index=index, distance=distance)
-        specs = [EpisodeSpec(w, k, queries) for w in ways for k in shots]
-        table = ResultTable()
-        for name, head in heads(distance, min(ways) * min(shots)).items():
-            # retrieval does not depend on the head: it stands in the first line alone
-            retrieval = tester if not table.rows else None
-            table.rows += benchmark(
-                {name: judged}, None, specs, retrieval, num_episodes, seed, head, gallery, note=str(bank)
-            ).rows
-    except (ValueError, TypeError, OSError) as error:
-        if not str(error).startswith("expected "):
-            raise
-        sys.exit(f"error: {error}")
+    if write is not None and not write.is_dir():
+        raise MissingFileError(f"expected an existing folder to write to, got {write}; make it first")
+    test, gallery = load_bank(bank, labels), load_bank(reference) if reference else None
+    if train_bank:
+        mean = load_bank(train_bank).embeddings.mean(dim=0)
+        test, gallery = test.centered(mean), gallery.centered(mean) if gallery else None
+    if normalize:
+        test, gallery = test.normalized(), gallery.normalized() if gallery else None
+    distance = CosineSimilarity() if cosine else LpDistance(normalize_embeddings=False, power=2)
+    tester = RetrievalTester(metrics, index=index, distance=distance)
+    specs = [EpisodeSpec(ways=w, shots=k, queries=queries) for w in ways for k in shots]
+    table = ResultTable()
+    for name, head in heads(distance, min(ways) * min(shots)).items():
+        # retrieval does not depend on the head: it is in the first line alone
+        retrieval = tester if not table.rows else None
+        table.rows += benchmark(
+            {name: test}, None, specs, retrieval, num_episodes, seed, head, gallery, note=str(bank)
+        ).rows
     print(table)
     if write:
         table.write(write)
@@ -120,4 +110,5 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with one_line_errors():
+        tyro.cli(main)

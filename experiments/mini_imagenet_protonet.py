@@ -7,9 +7,9 @@ CPU cores that ran tests beside it.
 
     python -m experiments.mini_imagenet_protonet --data-root ../shared/data
 
-Unlike the paper, the squared distance is scaled by 0.05 in the softmax: at 1,600 dimensions it begins in the hundreds,
-and the unscaled softmax is one-hot and learns slowly (2,000 steps without the scale ended at 35.6 / 53.6 %). Each
-episode's images make two episodes (`turns`), and the learning rate falls along a cosine.
+Unlike the paper, the squared distance is scaled by 0.05 in the softmax: with 1,600 dimensions it starts in the
+hundreds, where the unscaled softmax is one-hot and learns slowly (2,000 steps without the scale: 35.6 / 53.6 %). Each
+episode's images make two episodes (`support_rotations`), and the learning rate falls along a cosine.
 """
 
 from functools import partial
@@ -38,13 +38,13 @@ CONFIG = ExperimentConfig(
         embedder=partial(Embedder, trunk=partial(Conv4, in_channels=3)),
         loss=partial(PrototypicalLoss, distance=partial(LpDistance, normalize_embeddings=False, power=2), scale=0.05),
         miner=None,
-        turns=2,
+        support_rotations=2,
     ),
     optimizer=partial(Adam, lr=1e-3),
     scheduler=CosineAnnealingLR,
     augment=RandomAffine(degrees=0, scale=0.1, shear=0, translate=0.05, flip=True),
     train_spec=EpisodeSpec(ways=20, shots=5, queries=5),  # queries fewer than the paper's 15: more steps in an hour
-    eval_specs=(EpisodeSpec(5, 1, 15), EpisodeSpec(5, 5, 15)),
+    eval_specs=(EpisodeSpec(ways=5, shots=1, queries=15), EpisodeSpec(ways=5, shots=5, queries=15)),
     steps=1_800,
     validate_every=200,
 )

@@ -11,8 +11,8 @@ Measured on the 1,692 test classes, 10,000 episodes of 15 queries a class each, 
     20-way 1-shot  96.15 +- 0.05  (93.8)        MAP@R        47.02 +- 0.29
     20-way 5-shot  98.97 +- 0.02  (98.5)        (33,840 images among themselves)
 
-Trained on the training and validation characters. Unlike the paper: the cosine has a learned scale, for a softmax over
-a bounded similarity cannot get sharp; an episode has 60 ways, and its images make six episodes (`turns`).
+Trained on the training and validation characters. Unlike the paper, the cosine has a learned scale, because a softmax
+over a bounded similarity cannot get sharp; an episode has 60 ways, and its images make six (`support_rotations`).
 """
 
 from functools import partial
@@ -41,13 +41,13 @@ CONFIG = ExperimentConfig(
         embedder=partial(Embedder, trunk=partial(Conv4, in_channels=1)),
         loss=partial(MatchingLoss, distance=CosineSimilarity, scale=10.0, learn_scale=True),  # swap here
         miner=None,
-        turns=6,
+        support_rotations=6,
     ),
     optimizer=partial(Adam, lr=1e-3),
     scheduler=CosineAnnealingLR,
     augment=RandomAffine(probability=0.5),
     train_spec=EpisodeSpec(ways=60, shots=1, queries=5),
-    eval_specs=(EpisodeSpec(5, 1, 15), EpisodeSpec(5, 5, 15), EpisodeSpec(20, 1, 15), EpisodeSpec(20, 5, 15)),
+    eval_specs=tuple(EpisodeSpec(ways=ways, shots=shots, queries=15) for ways in (5, 20) for shots in (1, 5)),
     train_on_validation=True,
     steps=6_000,
 )

@@ -47,7 +47,7 @@ CONFIG = ExperimentConfig(
     scheduler=CosineAnnealingLR,
     augment=RandomAffine(probability=0.5),
     train_spec=BatchSpec(classes=60, per_class=6),
-    eval_specs=(EpisodeSpec(5, 1, 15), EpisodeSpec(5, 5, 15), EpisodeSpec(20, 1, 15), EpisodeSpec(20, 5, 15)),
+    eval_specs=tuple(EpisodeSpec(ways=ways, shots=shots, queries=15) for ways in (5, 20) for shots in (1, 5)),
     train_on_validation=True,
     steps=3_000,
 )

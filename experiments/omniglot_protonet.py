@@ -11,8 +11,8 @@ Measured on the 1,692 test classes, 10,000 episodes of 15 queries a class each, 
     20-way 1-shot  96.58 +- 0.04  (96.0)        MAP@R        49.36 +- 0.29
     20-way 5-shot  99.14 +- 0.02  (98.9)        (33,840 images among themselves)
 
-Trained on the training and validation characters, as in the paper. Unlike the paper: each episode's images make six
-episodes (`turns`), half of the images are a little distorted, and the learning rate falls along a cosine.
+Trained on the training and validation characters, as in the paper. Unlike the paper, each episode's images make six
+episodes (`support_rotations`), half of the images are slightly distorted, and the learning rate falls along a cosine.
 """
 
 from functools import partial
@@ -41,13 +41,13 @@ CONFIG = ExperimentConfig(
         embedder=partial(Embedder, trunk=partial(Conv4, in_channels=1)),
         loss=partial(PrototypicalLoss, distance=partial(LpDistance, normalize_embeddings=False, power=2)),  # swap here
         miner=None,
-        turns=6,
+        support_rotations=6,
     ),
     optimizer=partial(Adam, lr=1e-3),
     scheduler=CosineAnnealingLR,
     augment=RandomAffine(probability=0.5),
     train_spec=EpisodeSpec(ways=60, shots=1, queries=5),  # more ways than at test, as in the paper
-    eval_specs=(EpisodeSpec(5, 1, 15), EpisodeSpec(5, 5, 15), EpisodeSpec(20, 1, 15), EpisodeSpec(20, 5, 15)),
+    eval_specs=tuple(EpisodeSpec(ways=ways, shots=shots, queries=15) for ways in (5, 20) for shots in (1, 5)),
     train_on_validation=True,
     steps=16_000,
 )

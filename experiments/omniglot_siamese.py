@@ -41,7 +41,7 @@ CONFIG = ExperimentConfig(
         SiameseTrainer,
         # a ReLU at its end would flatten differences that the similarity should see
         embedder=partial(Embedder, trunk=partial(Conv4, in_channels=1, last_relu=False)),
-        # all pairs of a batch: 71 that do not match for one that does, each weighted a third
+        # all pairs of a batch: 71 that do not match for each that does, with a third of its weight
         loss=partial(PairVerificationLoss, distance=WeightedL1Similarity, balanced=False, negative_weight=1 / 3),
         miner=None,
     ),
@@ -49,7 +49,7 @@ CONFIG = ExperimentConfig(
     scheduler=CosineAnnealingLR,
     augment=RandomAffine(probability=0.5),
     train_spec=EpisodeSpec(ways=60, shots=3, queries=3),
-    eval_specs=(EpisodeSpec(5, 1, 15), EpisodeSpec(5, 5, 15), EpisodeSpec(20, 1, 15), EpisodeSpec(20, 5, 15)),
+    eval_specs=tuple(EpisodeSpec(ways=ways, shots=shots, queries=15) for ways in (5, 20) for shots in (1, 5)),
     train_on_validation=True,
     steps=8_000,
 )

@@ -1,4 +1,4 @@
-"""ProtoNet on the built-in glyphs: train on Latin and Cyrillic letters, judge on Greek ones, in minutes on a laptop.
+"""ProtoNet on the built-in glyphs: train on Latin and Cyrillic letters, test on Greek ones, in minutes on a laptop.
 
     python -m experiments.quickstart
     python -m experiments.quickstart --steps 100 --seed 1
@@ -34,13 +34,13 @@ CONFIG = ExperimentConfig(
         embedder=partial(Embedder, trunk=partial(Conv4, in_channels=1)),
         loss=partial(PrototypicalLoss, distance=partial(LpDistance, normalize_embeddings=False, power=2)),
         miner=None,
-        turns=6,
+        support_rotations=6,
     ),
     optimizer=partial(Adam, lr=1e-3),
     scheduler=CosineAnnealingLR,
     augment=RandomAffine(),
     train_spec=EpisodeSpec(ways=60, shots=1, queries=5),
-    eval_specs=(EpisodeSpec(5, 1, 15), EpisodeSpec(5, 5, 15), EpisodeSpec(20, 1, 15)),
+    eval_specs=tuple(EpisodeSpec(ways=ways, shots=shots, queries=15) for ways, shots in ((5, 1), (5, 5), (20, 1))),
     steps=600,
     validate_every=200,
 )

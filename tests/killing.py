@@ -1,9 +1,9 @@
-"""Runs an experiment, kills it with SIGKILL at random moments, goes on each time, and compares what it ends with.
+"""Runs an experiment, kills it with SIGKILL at random moments, resumes it each time, and compares what it ends with.
 
     python -m tests.killing FOLDER KILLS SEED NAME...
 
-A process is forked for each sitting: torch is imported once. Run as a program of its own, for a process with threads
-must not be forked.
+A process is forked for each session, so that torch is imported once. It is a program of its own because a process with
+threads must not be forked.
 """
 
 import hashlib
@@ -14,45 +14,44 @@ import signal
 import sqlite3
 import sys
 import time
+import traceback
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # by optimizers, at their first step: seconds that each session would take
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (takes a second: imported before forking)
+from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (a second more)
 
-from pml_fewshot.checkpoint import load_checkpoint
-from pml_fewshot.experiment import run
-from pml_fewshot.experiment_config import ExperimentConfig
+from pml_fewshot.experiment.config import ExperimentConfig
+from pml_fewshot.experiment.run import run
+from pml_fewshot.io.checkpoint import load_checkpoint
 from tests.tiny_experiments import TINY_EXPERIMENTS
 
 FAIR_SHARE = 0.3  # of the kills: at least so many must fall between the first step and the last
 FUTILE = 10  # times as many kills as asked for: then the share is not to be reached
 
 
-def sit(config: ExperimentConfig, seconds: float | None, training: bool = False) -> bool:
+def session(config: ExperimentConfig, seconds: float | None, training: bool = False) -> bool:
     """Runs in a process of its own. Returns whether the run came to its end.
 
     It is killed after some seconds, counted from its start, or with `training` from the first checkpoint that it
     writes: on a busy machine a process may need any time until it trains.
     """
-    last = config.run_dir / "last.pt"  # type: ignore[operator]
+    assert config.run_dir is not None
+    last, errors = config.run_dir / "last.pt", config.run_dir.with_suffix(".stderr")
     before = _written(last)
     child = os.fork()
     if child == 0:
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        errors = os.open(config.run_dir.with_suffix(".stderr"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)  # type: ignore[union-attr]
-        os.dup2(errors, 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         code = 1
         try:
             run(config, resume=True)
             code = 0
-        except BaseException:
-            import traceback
-
+        except BaseException:  # noqa: BLE001 (the parent shows it)
             traceback.print_exc()
         finally:
             os._exit(code)
@@ -64,8 +63,7 @@ def sit(config: ExperimentConfig, seconds: float | None, training: bool = False)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and seconds is not None:
         return False
-    error = config.run_dir.with_suffix(".stderr").read_text()  # type: ignore[union-attr]
-    assert os.waitstatus_to_exitcode(status) == 0, f"the run failed ({status}):\n{error[-3000:]}"
+    assert os.waitstatus_to_exitcode(status) == 0, f"the run failed ({status}):\n{errors.read_text()[-3000:]}"
     return True
 
 
@@ -115,19 +113,19 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def kill_and_compare(name: str, folder: Path, kills: int, seed: int) -> None:
-    """Half of the kills fall anywhere in a run, half while it trains; it goes on until a fair share fell between steps.
+    """Half of the kills fall anywhere in a run, half while it trains, until a fair share fell between steps.
 
-    A kill is counted as between steps when its sitting has saved steps that were not saved before, and not the last:
-    what comes after goes on from there.
+    A kill counts as between steps when its session has saved steps that were not saved before, and not the last:
+    what comes after resumes there.
     """
     folder.mkdir(parents=True)
     config = TINY_EXPERIMENTS[name]
     whole = folder / "whole"
     started = time.perf_counter()
-    sit(replace(config, run_dir=whole), None)
+    session(replace(config, run_dir=whole), None)
     seconds = time.perf_counter() - started
-    # (config.txt is written just before the first step, last.pt just after the last)
-    seconds_training = (whole / "last.pt").stat().st_mtime - (whole / "config.txt").stat().st_mtime
+    # (logs.db is made just before the first step, embedder or network just after the last)
+    seconds_training = load_checkpoint(whole / "last.pt")["history"]["seconds"]
     expected = outcome(whole)
     moments = random.Random(seed)
     killed = between = ends = 0
@@ -137,9 +135,9 @@ def kill_and_compare(name: str, folder: Path, kills: int, seed: int) -> None:
         training = moments.random() < 0.5
         moment: float | None = moments.uniform(0, 0.5 * seconds_training if training else 0.9 * seconds)
         if killed >= kills and between >= FAIR_SHARE * kills:
-            moment = None  # the last sittings of a run that is to be judged are left to end
+            moment = None  # the last sessions of a run that is to be compared are left to end
         steps = steps_in(victim)
-        if not sit(replace(config, run_dir=victim), moment, training):
+        if not session(replace(config, run_dir=victim), moment, training):
             killed += 1
             between += steps < steps_in(victim) < config.steps
             continue
@@ -147,10 +145,6 @@ def kill_and_compare(name: str, folder: Path, kills: int, seed: int) -> None:
         different = [key for key in sorted(expected.keys() | got.keys()) if expected.get(key) != got.get(key)]
         assert not different, f"{name} after {killed} kills: {different} differ from the run that was not killed"
         shutil.rmtree(victim)
-        ends += 1
-    if (folder / f"killed{ends}").exists():
-        sit(replace(config, run_dir=folder / f"killed{ends}"), None)
-        assert outcome(folder / f"killed{ends}") == expected
         ends += 1
     print(f"{name}: {killed} kills, {between} of them between steps, {ends} runs came to the same end")
 

@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from pml_fewshot.data.fewshot_dataset import FewShotDataset
-from pml_fewshot.embedders.bank import EmbeddingBank
-from pml_fewshot.embedders.bank_file import load_bank
+from pml_fewshot.data.dataset import FewShotDataset
+from pml_fewshot.embedders.bank import EmbeddingBank, load_bank
 from pml_fewshot.embedders.embedder import Embedder
-from pml_fewshot.episodes import EpisodeSpec
 from pml_fewshot.evaluation.episodic import EpisodicEvaluator
 from pml_fewshot.evaluation.retrieval import RetrievalTester
+from pml_fewshot.sampling.episodes import EpisodeSpec
 from pml_fewshot.trainers.protonet import ProtoNetTrainer
 
 CLASSES = 100
@@ -53,7 +52,7 @@ class Peak(threading.Thread):
 
 
 def images(folder: Path) -> None:
-    """50,000 images of 84 x 84 in colour; a bank of 12 MiB."""
+    """50,000 images of 84 x 84 in color; a bank of 12 MiB."""
     count = GIB // (3 * 84 * 84)
     mapped = np.memmap(folder / "images", np.uint8, "w+", shape=(count, 3, 84, 84))
     mapped[:, 0, 0, 0] = np.arange(count) % CLASSES  # else all are alike

@@ -10,14 +10,7 @@ from pml_fewshot.checks import (
     check_enough_items,
     check_finite,
     check_labels,
-    require,
 )
-
-
-def test_require_says_what_was_expected_what_came_and_what_to_do():
-    require(True, "anything", 1, "nothing")
-    with pytest.raises(ValueError, match=r"^expected two, got 3; take one away$"):
-        require(False, "two", 3, "take one away")
 
 
 @pytest.mark.parametrize("value", [0, -1, True, False, 1.0, "1", None])
@@ -45,16 +38,6 @@ def test_rows_that_are_not_finite_are_counted_and_the_first_is_named(bad: float,
         check_finite(values, "things")
 
 
-def test_infinities_of_both_signs_do_not_cancel():
-    values = torch.tensor([[0.0, 0.0], [float("inf"), -float("inf")]])
-    with pytest.raises(ValueError, match="1 of 2 rows, first in row 1"):
-        check_finite(values, "rows")
-
-
-def test_finite_values_whose_sum_is_not_finite_pass():
-    check_finite(torch.full((3, 2), torch.finfo(torch.float64).max, dtype=torch.float64), "rows")
-
-
 def refusal(values: torch.Tensor) -> str:
     with pytest.raises(ValueError, match=r"^expected finite rows, got NaN or infinity in") as caught:
         check_finite(values, "rows")
@@ -78,25 +61,6 @@ def test_rows_are_counted_across_blocks(shape: tuple[int, ...], dtype: torch.dty
     assert refusal(several) == f"4 of {count} rows, first in row 7"
 
 
-@pytest.mark.parametrize("count", [1, BLOCK_ROWS - 1, BLOCK_ROWS, BLOCK_ROWS + 1, 2 * BLOCK_ROWS])
-def test_blocks_that_are_just_full(count: int):
-    values = torch.zeros(count, 1)
-    check_finite(values, "rows")
-    values[-1] = float("nan")
-    assert refusal(values) == f"1 of {count} rows, first in row {count - 1}"
-
-
-@pytest.mark.parametrize("shape", [(0,), (0, 3), (5, 0), (BLOCK_ROWS + 1, 0), (0, 0, 2)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.int64])
-def test_nothing_is_finite(shape: tuple[int, ...], dtype: torch.dtype):
-    check_finite(torch.empty(shape, dtype=dtype), "rows")
-
-
-def test_values_that_are_not_floats_pass():
-    check_finite(torch.full((3,), torch.iinfo(torch.int64).max), "rows")
-    check_finite(torch.tensor([True, False]), "rows")
-
-
 @pytest.mark.parametrize("shape", [(3,), (3, 2), (BLOCK_ROWS + 3, 2)])
 def test_a_nan_among_values_whose_sum_overflows_is_found_and_only_it(shape: tuple[int, ...]):
     largest = torch.finfo(torch.float64).max
@@ -109,20 +73,6 @@ def test_a_nan_among_values_whose_sum_overflows_is_found_and_only_it(shape: tupl
     assert refusal(values) == f"1 of {len(values)} rows, first in row {len(values) - 1}"
 
 
-def test_float16_whose_sum_is_beyond_float16_passes_and_its_infinity_does_not():
-    values = torch.full((BLOCK_ROWS + 10, 2), torch.finfo(torch.float16).max, dtype=torch.float16)
-    check_finite(values, "rows")
-    values[4] *= 2
-    assert refusal(values) == f"1 of {len(values)} rows, first in row 4"
-
-
-def test_rows_that_do_not_lie_together_in_memory():
-    values = torch.zeros(3, 50).T[::2]
-    values[20, 1] = float("nan")
-    assert refusal(values) == "1 of 25 rows, first in row 20"
-    assert refusal(torch.tensor([float("nan")]).expand(6, 2)) == "6 of 6 rows, first in row 0"
-
-
 def test_labels_are_int64_one_for_each_item():
     check_labels(torch.tensor([5, -3, 2**60]), 3, "the")
     for wrong in (torch.zeros(3), torch.zeros(3, dtype=torch.int32), torch.zeros(3, dtype=torch.bool), [0, 1, 2]):
@@ -131,7 +81,7 @@ def test_labels_are_int64_one_for_each_item():
         ):
             check_labels(wrong, 3, "the set's")  # type: ignore[arg-type]
     for shape in ((2,), (4,), (3, 1), ()):
-        with pytest.raises(ValueError, match=r"labels of shape \(3,\), one for each item, got shape"):
+        with pytest.raises(ValueError, match=r"labels of shape \(3,\), got shape"):
             check_labels(torch.zeros(shape, dtype=torch.int64), 3, "the set's")
 
 

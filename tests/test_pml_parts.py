@@ -15,22 +15,22 @@ from pytorch_metric_learning import distances, losses, miners, reducers, regular
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from pml_fewshot.batches import BatchSpec
 from pml_fewshot.data.augmentation import RandomAffine
-from pml_fewshot.data.batch_stream import BatchStream
-from pml_fewshot.data.episode_stream import EpisodeStream
-from pml_fewshot.data.fewshot_dataset import FewShotDataset
+from pml_fewshot.data.dataset import FewShotDataset
 from pml_fewshot.distances.weighted_l1 import WeightedL1Similarity
 from pml_fewshot.embedders.embedder import Embedder
-from pml_fewshot.episodes import EpisodeSpec
 from pml_fewshot.losses.dense import DenseNTXentLoss, DenseTripletMarginLoss
 from pml_fewshot.losses.matching import MatchingLoss
 from pml_fewshot.losses.pair_verification import PairVerificationLoss
 from pml_fewshot.losses.prototypical import PrototypicalLoss
-from pml_fewshot.trainers.episodic import EpisodicTrainer
-from pml_fewshot.trainers.fit import History, fit
+from pml_fewshot.sampling.batch_stream import BatchStream
+from pml_fewshot.sampling.batches import BatchSpec
+from pml_fewshot.sampling.episode_stream import EpisodeStream
+from pml_fewshot.sampling.episodes import EpisodeSpec
+from pml_fewshot.trainers.base import EpisodicTrainer
 from pml_fewshot.trainers.metric import MetricTrainer
 from pml_fewshot.trainers.protonet import ProtoNetTrainer
+from pml_fewshot.training.fit import History, fit
 
 CLASSES, ITEMS, SIDE, DIM = 6, 8, 4, 6
 OURS = [PrototypicalLoss, MatchingLoss, PairVerificationLoss, DenseNTXentLoss, DenseTripletMarginLoss]
@@ -68,12 +68,15 @@ FACTORIES: dict[type, Callable[..., Any]] = {
     losses.GenericPairLoss: partial(losses.GenericPairLoss, mat_based_loss=False),
     losses.ManifoldLoss: partial(losses.ManifoldLoss, l=DIM, K=3),
     losses.MarginLoss: partial(losses.MarginLoss, learn_beta=True),
-    losses.MultipleLosses: lambda: losses.MultipleLosses(
-        {"pairs": losses.NTXentLoss(), "classes": losses.ArcFaceLoss(CLASSES, DIM)}
+    losses.MultipleLosses: partial(
+        losses.MultipleLosses,
+        {"pairs": partial(losses.NTXentLoss), "classes": partial(losses.ArcFaceLoss, CLASSES, DIM)},
     ),
     losses.RankedListLoss: partial(losses.RankedListLoss, margin=0.4, Tn=1),
     losses.SelfSupervisedLoss: partial(losses.SelfSupervisedLoss, partial(losses.NTXentLoss)),
+    MatchingLoss: partial(MatchingLoss, scale=2),  # else a bounded distance is warned of
     PairVerificationLoss: partial(PairVerificationLoss, distance=partial(WeightedL1Similarity, DIM)),
+    PrototypicalLoss: partial(PrototypicalLoss, scale=2),
     distances.BatchedDistance: partial(
         distances.BatchedDistance, partial(distances.LpDistance), lambda mat, start, end: None
     ),
@@ -393,7 +396,9 @@ def test_loss_trains_on_what_the_miner_finds(
         trainer = MetricTrainer(embedder(), factory(loss), factory(kind))
         assert trainer.miner is not None
         found = []
-        trainer.miner.register_forward_hook(lambda miner, args, mined: found.append((mined, args[1], args[3])))
+        trainer.miner.register_forward_hook(
+            lambda miner, args, mined: found.append((mined, args[1], args[3] if len(args) > 3 else None))
+        )
         used = []
         trainer.loss.register_forward_pre_hook(lambda loss, args: used.append(args[2]))
         check_trains(trainer, stream)

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from pytorch_metric_learning.losses import CrossBatchMemory, MultiSimilarityLoss
@@ -11,19 +13,28 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
-from pml_fewshot.batches import BatchSpec
 from pml_fewshot.data.augmentation import RandomAffine
-from pml_fewshot.data.fewshot_dataset import FewShotDataset, Splits
+from pml_fewshot.data.dataset import FewShotDataset, Splits
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.embedders.full_context import FullContext
-from pml_fewshot.episodes import EpisodeSpec
-from pml_fewshot.experiment_config import ExperimentConfig
+from pml_fewshot.evaluation.table import ResultTable
+from pml_fewshot.experiment.config import ExperimentConfig
 from pml_fewshot.losses.prototypical import PrototypicalLoss
-from pml_fewshot.trainers.maml import MAMLTrainer
+from pml_fewshot.sampling.batches import BatchSpec
+from pml_fewshot.sampling.episodes import EpisodeSpec
+from pml_fewshot.trainers.maml.trainer import MAMLTrainer
 from pml_fewshot.trainers.matching import MatchingTrainer
 from pml_fewshot.trainers.metric import MetricTrainer
 from pml_fewshot.trainers.protonet import ProtoNetTrainer
 from pml_fewshot.trainers.siamese import SiameseTrainer
+
+
+class Finished(NamedTuple):
+    """A run and what it returned."""
+
+    config: ExperimentConfig
+    folder: Path
+    table: ResultTable
 
 
 def tiny_set(prefix: str, classes: int, seed: int) -> FewShotDataset:
@@ -50,8 +61,8 @@ def tiny(name: str, trainer: Callable[[], nn.Module], **options: object) -> Expe
     settings: dict[str, object] = {
         "data": tiny_splits,
         "optimizer": partial(Adam, lr=0.1),  # so high that validations go up and down
-        "train_spec": EpisodeSpec(5, 1, 3),
-        "eval_specs": (EpisodeSpec(5, 1, 5),),
+        "train_spec": EpisodeSpec(ways=5, shots=1, queries=3),
+        "eval_specs": (EpisodeSpec(ways=5, shots=1, queries=5),),
         "steps": 24,
         "validate_every": 4,
         "checkpoint_every": 3,
@@ -77,7 +88,12 @@ TINY_EXPERIMENTS = {
             optimizer=partial(SGD, lr=0.5, momentum=0.9),
             scheduler=partial(ReduceLROnPlateau, factor=0.5, patience=0, min_lr=1e-4),
         ),
-        tiny("siamese", partial(SiameseTrainer, embedder=EMBEDDER), train_spec=BatchSpec(4, 3), patience=4),
+        tiny(
+            "siamese",
+            partial(SiameseTrainer, embedder=EMBEDDER),
+            train_spec=BatchSpec(classes=4, per_class=3),
+            patience=4,
+        ),
         tiny(
             "metric",
             partial(
@@ -91,7 +107,7 @@ TINY_EXPERIMENTS = {
                     miner=partial(MultiSimilarityMiner, epsilon=0.5),
                 ),
             ),
-            train_spec=BatchSpec(4, 3),
+            train_spec=BatchSpec(classes=4, per_class=3),
             sampler=partial(MPerClassSampler, m=3),
         ),
         tiny(
@@ -103,7 +119,7 @@ TINY_EXPERIMENTS = {
                 inner_steps=2,
                 learn_inner_lr="per_layer",
             ),
-            tasks=2,
+            episodes_per_batch=2,
             retrieval=None,
         ),
     )

@@ -1,225 +1,156 @@
-"""The loaders' cache: images decoded once, then read back through a memory map in well under a second.
+"""The loaders' cache: images decoded once, then read through a memory map in well under a second.
 
-An entry is a folder `<name>-<source>-<state>` with images.npy, labels.npy and about.json. `<source>` stands for where
-the images come from and how they are prepared, `<state>` for the source files' names, sizes and times, so a changed
-source has another entry, is built anew, and the old entry is removed. An entry is written under another name and
-renamed when it is whole: a reader never sees half of one. Only one process builds an entry, the others wait for it.
-
-about.json holds checksums of all three, which are verified each time an entry is read.
+An entry is a folder `<name>-<source>-<state>`: a changed source gets another entry in place of the old one. It is
+written under another name and renamed when it is whole; one process builds it while the others wait.
 """
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from filelock import FileLock
-from numpy.lib.format import dtype_to_descr, write_array_header_1_0
 from torch import Tensor
 from tqdm import tqdm
 
-from pml_fewshot.atomic import REFUSALS, to_disk, writing
-from pml_fewshot.checks import require
-from pml_fewshot.npy_file import map_npy
-from pml_fewshot.sizes import checksum
+from pml_fewshot.checks import UsageError
+from pml_fewshot.data.dataset import FewShotDataset
+from pml_fewshot.io.atomic import fsync, translate_write_errors
+from pml_fewshot.io.tensors import read_tensors, write_tensors
 
-LAYOUT = 2  # part of every key: raise it when what an entry holds changes
-ABOUT = 2**28  # bytes of about.json: a million names of classes take 50 MB
-
-
-@dataclass(frozen=True)
-class CachedImages:
-    """What an entry holds: images (M, C, H, W) uint8, memory-mapped; labels (M,) int64; the source's own facts."""
-
-    images: Tensor
-    labels: Tensor
-    about: dict[str, Any]
+FORMAT_VERSION = 3  # raise it when what an entry holds changes: older ones are then replaced
 
 
-@dataclass(frozen=True)
-class Source:
-    """What a loader gives to fill an entry.
+class Source(NamedTuple):
+    """What a loader gives to fill an entry."""
 
-    Args:
-        items: (image (C, H, W) uint8, label) pairs, decoded one by one as they are asked for.
-        count: how many items at most (fewer when broken images are skipped).
-        item_shape: (C, H, W).
-        about: returns the facts to keep beside the images (class names, notes), asked after the last item.
-    """
-
-    items: Iterator[tuple[np.ndarray, int]]
-    count: int
-    item_shape: tuple[int, ...]
-    about: Callable[[], dict[str, Any]]
+    items: Iterator[tuple[np.ndarray, int]]  # (image (C, H, W) uint8, label), decoded as asked for, labels ascending
+    total: int  # number of items at most, for the progress bar
+    item_shape: tuple[int, ...]  # (C, H, W)
+    sets: dict[str, list[str]]  # name -> class names of the data sets, whose labels count on from one to the next
+    notes: dict[str, Any]  # what else to keep; may be filled while the items are read
 
 
-def default_cache_dir() -> Path:
-    """`$PML_FEWSHOT_CACHE`, else `$XDG_CACHE_HOME/pml_fewshot`, else `~/.cache/pml_fewshot`."""
-    if "PML_FEWSHOT_CACHE" in os.environ:
-        return Path(os.environ["PML_FEWSHOT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pml_fewshot"
-
-
-def files_state(files: Iterable[Path]) -> str:
-    """Returns a text that changes when one of the files is added, removed, resized or written again."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(files):
-        stat = file.stat()
-        digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-def cached_images(
-    name: str, source: Sequence[object], state: str, read: Callable[[], Source], cache_dir: str | Path | None = None
-) -> CachedImages:
-    """Returns the images of a source, from the cache when it holds them as they are now, else read and stored.
+def cached_sets(
+    name: str,
+    source: Sequence[object],
+    files: Iterable[Path],
+    read: Callable[[], Source],
+    cache_dir: str | Path | None = None,
+    memory_map: bool = False,
+) -> tuple[dict[str, FewShotDataset], dict[str, Any]]:
+    """Returns a source's data sets and notes, from the cache where it holds them as they are now, else read and stored.
 
     Args:
-        name: the data set's name, the entry's first word.
+        name: the data set's, the entry's first word.
         source: where the images come from and how they are prepared; another value is another entry.
-        state: the source's present state, see `files_state`; another value replaces the entry.
-        read: gives the source's images; called only when the cache does not hold them.
-        cache_dir: folder of all entries, `default_cache_dir()` when None.
-
-    The checksums are verified by reading the whole entry once, 0.2 seconds a GB where the system holds it in its own
-    cache, else the disk's time. It is read through in blocks, so a set may be larger than memory.
+        files: what they are read from; another name, size or time replaces the entry.
+        read: gives the source's content; called only when the cache does not hold it.
+        cache_dir: by default `$PML_FEWSHOT_CACHE`, `$XDG_CACHE_HOME/pml_fewshot` or `~/.cache/pml_fewshot`.
+        memory_map: leave the images in the file and check only their number and shape, so that a set larger than
+            memory is not read through at each start. Otherwise they are copied and compared with their checksum, which
+            takes a second a GB.
 
     Raises:
-        ValueError: the entry is damaged. It is not built anew unasked: that a disk loses data is to be known.
+        UsageError: the entry is damaged. It is not rebuilt silently: a disk that loses data should be known.
         CannotWriteError: the disk is full or the folder read-only; an older entry is as it was.
     """
-    folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    prefix = f"{name}-{_short_hash((LAYOUT, *source))}-"
-    entry = folder / f"{prefix}{_short_hash((state,))}"
-    if not entry.exists():
-        unfinished = folder / f".unfinished-{prefix}"
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / f".{prefix}lock", mode=0o666)  # given back by the system when a process is killed
-            lock.acquire()
-        try:
-            if not entry.exists():  # else another process has built it while this one waited
-                _build(entry, unfinished, read, name)
-            outdated = [f"{name}-{_short_hash((layout, *source))}-" for layout in range(1, LAYOUT)]
-            for old in (path for start in (prefix, *outdated) for path in folder.glob(f"{start}*")):
-                if old != entry:
-                    with writing(folder):
-                        old.rename(unfinished)  # killed half way, it is not to look like a damaged entry
-                        shutil.rmtree(unfinished)
-        finally:
-            lock.release()
-    return _load(entry)
-
-
-def _build(entry: Path, unfinished: Path, read: Callable[[], Source], name: str) -> None:
-    with writing(entry):
-        if unfinished.exists():  # of a process that was killed
-            shutil.rmtree(unfinished)
-        unfinished.mkdir()
+    user_cache = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    folder = Path(cache_dir or os.environ.get("PML_FEWSHOT_CACHE") or Path(user_cache, "pml_fewshot"))
+    state = [FORMAT_VERSION, *((file, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files))]
+    prefix = f"{name}-{_short_hash(source)}-"
+    entry, temporary = folder / f"{prefix}{_short_hash(state)}", folder / f".tmp-{prefix}"
+    if entry.exists():
+        return _load(entry, memory_map)
+    with translate_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f".{prefix}lock", mode=0o666)  # the system releases it when a process is killed
+        lock.acquire()
     try:
-        _write(read(), unfinished, entry, name)
-        with writing(entry):
-            unfinished.rename(entry)
-            to_disk(entry.parent)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)  # the first error is the one to be told
-        raise
-
-
-def _write(source: Source, folder: Path, entry: Path, name: str) -> None:
-    """Writes the three files of `entry` to `folder`. What the source's own reading raises passes as it is."""
-    labels: list[int] = []
-    with ExitStack() as opened:
-        with writing(entry):
-            file = opened.enter_context((folder / "images.npy").open("wb"))
-            _make_room(file, (source.count, *source.item_shape))
-        # delay: a set that is read within two seconds needs no bar
-        for image, label in tqdm(
-            source.items, total=source.count, desc=f"reading {name}", unit="image", delay=2, mininterval=1
-        ):
-            right = image.dtype == np.uint8 and image.shape == source.item_shape and len(labels) < source.count
-            require(
-                right,
-                f"{source.count} images {source.item_shape} of bytes",
-                f"{image.dtype} {image.shape}",
-                "give these",
-            )
-            with writing(entry):
-                file.write(image.tobytes())
-            labels.append(label)
-        with writing(entry):
-            file.close()
-    facts = source.about()
-    with writing(entry):
-        labels_array = np.asarray(labels, dtype=np.int64)
-        np.save(folder / "labels.npy", labels_array)
-        checksums = _checksums(map_npy(folder / "images.npy"), labels_array, facts)
-        about = json.dumps({"facts": facts, "checksums": checksums}, ensure_ascii=False)
-        (folder / "about.json").write_text(about, encoding="utf-8")
-        for path in (*folder.iterdir(), folder):
-            to_disk(path)  # a rename is only as lasting as the data behind it
-
-
-def _make_room(file: BinaryIO, shape: tuple[int, ...]) -> None:
-    """Writes the head of a .npy of bytes and lengthens the file to hold all of them.
-
-    The space is asked for at once: that the disk is too small is known before hours of decoding and not after them.
-    Written through the file and never through a memory map: where the disk is full, that would end the interpreter.
-    """
-    write_array_header_1_0(file, {"descr": dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape})
-    size = file.tell() + math.prod(shape)
-    file.truncate(size)
-    try:
-        os.posix_fallocate(file.fileno(), 0, size)
-    except (AttributeError, OSError) as error:  # not every system and file system can
-        if getattr(error, "errno", None) in REFUSALS:
-            raise
-
-
-def _checksums(images: np.ndarray, labels: np.ndarray, facts: object) -> dict[str, str]:
-    words = json.dumps(facts, ensure_ascii=True, sort_keys=True).encode()
-    shape = f"{images.dtype} {images.shape}".encode()
-    return {
-        "images": checksum([shape, images.data]),
-        "labels": checksum([labels.data]),
-        "facts": checksum([words]),
-    }
-
-
-def _load(entry: Path) -> CachedImages:
-    try:
-        # mode "c": torch wants writable memory; writes would stay in this process and never reach the file
-        images, labels = map_npy(entry / "images.npy", mode="c"), map_npy(entry / "labels.npy", mode="c")
-        size = (entry / "about.json").stat().st_size
-        require(size <= ABOUT, f"an about.json of at most {ABOUT:,} bytes", f"{size:,}", "build it anew")
-        about = json.loads((entry / "about.json").read_text(encoding="utf-8"))
-        facts = about["facts"]
-        found = _checksums(images, labels, facts)
-        require(about["checksums"] == found, "the checksums as written", "others", "it is damaged")
-        require(isinstance(facts, dict), "facts by their names", type(facts).__name__, "it is damaged")
-        _check_form(images, labels)
-    except (OSError, ValueError, EOFError, TypeError, LookupError, RecursionError) as error:
-        raise ValueError(
-            f"expected a whole cache entry in {entry}, got one that cannot be read ({error}); delete that folder and "
-            "run again"
-        ) from error
-    return CachedImages(torch.from_numpy(images)[: len(labels)], torch.from_numpy(labels), facts)
-
-
-def _check_form(images: np.ndarray, labels: np.ndarray) -> None:
-    right = images.dtype == np.uint8 and images.ndim == 4 and images.flags.c_contiguous
-    require(right, "images (M, C, H, W) of bytes", f"{images.dtype} {images.shape}", "it is damaged")
-    right = labels.dtype == np.int64 and labels.ndim == 1 and len(labels) <= len(images)
-    require(right, f"at most {len(images)} int64 labels", f"{labels.dtype} {labels.shape}", "it is damaged")
+        if not entry.exists():  # otherwise another process built it while this one waited
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
+            _write(read(), name, temporary, entry)
+        for outdated in set(folder.glob(f"{prefix}*")) - {entry}:
+            with translate_write_errors(folder):
+                shutil.rmtree(outdated)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        lock.release()
+    return _load(entry, memory_map)
 
 
 def _short_hash(parts: Iterable[object]) -> str:
-    return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b("\0".join(map(str, parts)).encode(errors="surrogateescape"), digest_size=8).hexdigest()
+
+
+def _write(source: Source, name: str, folder: Path, entry: Path) -> None:
+    """Writes the files of `entry` to `folder` and renames it. What the source's reading raises passes unchanged."""
+    labels: list[int] = []
+    header = {"descr": "|u1", "fortran_order": False}
+    with translate_write_errors(entry):
+        folder.mkdir()
+        # no memory map, which on a full disk ends the interpreter; no buffer, which fails once more when it is closed
+        file = (folder / "images.npy").open("wb", buffering=0)
+        np.lib.format.write_array_header_1_0(file, header | {"shape": (0, *source.item_shape)})
+    with file:
+        # delay: a set that is read within two seconds needs no bar
+        for image, label in tqdm(source.items, f"reading {name}", source.total, unit="image", delay=2, mininterval=1):
+            content = image.tobytes()
+            with translate_write_errors(entry):
+                while content:  # a disk that becomes full takes a part, and gives the reason when asked again
+                    content = content[file.write(content) :]
+            labels.append(label)
+        with translate_write_errors(entry):
+            file.seek(0)  # the new header is as long: numpy leaves room in it for any length of the first axis
+            np.lib.format.write_array_header_1_0(file, header | {"shape": (len(labels), *source.item_shape)})
+    sets = _slices(_map_images(folder), torch.tensor(labels), source.sets)
+    recorded = [(part, each.class_names, each.checksum()) for part, each in sets.items()]
+    about = {"sets": recorded, "notes": source.notes, "shape": [len(labels), *source.item_shape]}
+    with translate_write_errors(entry):
+        write_tensors(folder / "rest.safetensors", {"labels": torch.tensor(labels)}, {"about": json.dumps(about)})
+        fsync(folder / "images.npy")
+        folder.rename(entry)
+        fsync(entry.parent)
+
+
+def _load(entry: Path, memory_map: bool) -> tuple[dict[str, FewShotDataset], dict[str, Any]]:
+    try:
+        images = _map_images(entry)  # an error where the file is truncated
+        tensors, texts = read_tensors(entry / "rest.safetensors")  # which verifies its own checksum
+        about = json.loads(texts["about"])
+        if images.dtype != torch.uint8 or list(images.shape) != about["shape"]:
+            raise ValueError(f"{images.dtype} images {tuple(images.shape)}, not {about['shape']} bytes as written")
+        sets = _slices(images, tensors["labels"], {name: class_names for name, class_names, _ in about["sets"]})
+        for name, _, recorded in about["sets"]:
+            if not memory_map:
+                sets[name].images = sets[name].images.clone()
+                if sets[name].checksum() != recorded:
+                    raise ValueError("other images than were written")
+            sets[name].recorded_checksum = recorded
+    except MemoryError:
+        raise
+    except Exception as error:  # on broken files numpy raises whatever its code happens to meet
+        raise UsageError(
+            f"expected a whole cache entry in {entry}, got one that cannot be read ({error}); delete that folder and "
+            "run again"
+        ) from error
+    return sets, about["notes"]
+
+
+def _map_images(entry: Path) -> Tensor:
+    # "c", for torch wants writable memory: writes stay in this process and never reach the file
+    return torch.from_numpy(np.load(entry / "images.npy", mmap_mode="c", allow_pickle=False))
+
+
+def _slices(images: Tensor, labels: Tensor, sets: dict[str, list[str]]) -> dict[str, FewShotDataset]:
+    parts, label = {}, 0
+    for name, class_names in sets.items():
+        start, end = torch.searchsorted(labels, torch.tensor([label, label + len(class_names)])).tolist()
+        parts[name] = FewShotDataset(images[start:end], labels[start:end] - label, class_names)
+        label += len(class_names)
+    return parts

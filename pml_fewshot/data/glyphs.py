@@ -1,29 +1,27 @@
 """Glyphs: the data set that needs no download, letters and digits drawn from the typefaces that matplotlib ships.
 
-A class is a character, its 20 images are drawings of it, each in another typeface and each turned, slanted, scaled
-and shifted a little. Training, validation and test classes are different scripts, as Omniglot's are other alphabets.
+A class is a character, its 20 images are drawings of it, each in another typeface and each rotated, slanted,
+scaled and shifted a little. Training, validation and test classes are different scripts, as Omniglot's are alphabets.
 """
 
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import partial
 from math import cos, radians, sin, tan
 from pathlib import Path
 
 import numpy as np
 import PIL
 import torch
-from matplotlib import get_data_path
-from matplotlib.ft2font import FT2Font, LoadFlags
 from PIL import Image, ImageDraw, ImageFont, features
 
-from pml_fewshot.data.cache import Source, cached_images, files_state
-from pml_fewshot.data.fewshot_dataset import FewShotDataset, Splits
+from pml_fewshot.checks import MissingFileError
+from pml_fewshot.data.cache import Source, cached_sets
+from pml_fewshot.data.dataset import FewShotDataset, Splits
 
 DRAWINGS = 20  # of each class
 IMAGE_SIZE = 28
-FINE = 4  # drawn this many times larger, then area-averaged, so that edges come out grey
+FINE = 4  # drawn this many times larger, then area-averaged, so that edges come out gray
 RECIPE = 2  # part of the cache's key: raise it when another set of characters or another drawing comes out
 
 # Computer Modern dates from before Unicode: beyond ASCII its tables name other shapes (a Greek Gamma at U+00C0).
@@ -48,7 +46,7 @@ SPLIT_OF_SCRIPT = {
 
 
 def load_glyphs(seed: int = 0, cache_dir: str | Path | None = None) -> Splits:
-    """Loads the built-in set: 28 x 28 grey images of letters and digits, ink high, 20 of each class.
+    """Loads the built-in set: 28 x 28 gray images of letters and digits, ink high, 20 of each class.
 
     Nothing is downloaded. The first call draws the images, 6 seconds on one core; later ones read the cache (0.02 s).
     The same seed gives the same images on every machine with the same Pillow and matplotlib, FreeType being in both.
@@ -64,23 +62,18 @@ def load_glyphs(seed: int = 0, cache_dir: str | Path | None = None) -> Splits:
         test set's note says.
 
     Raises:
-        FileNotFoundError: matplotlib's font folder lacks one of the 21 typefaces.
+        MissingFileError: matplotlib's font folder lacks one of the 21 typefaces.
     """
-    faces = _find_faces(Path(get_data_path()) / "fonts" / "ttf")
-    cached = cached_images(
-        "glyphs",
-        (seed, RECIPE, PIL.__version__, features.version("freetype2"), *faces.values()),
-        files_state(faces.values()),
-        lambda: _read(faces, seed),
-        cache_dir,
-    )
-    names: list[str] = cached.about["class_names"]
-    everything = FewShotDataset(cached.images, cached.labels, names)
+    import matplotlib
 
-    def classes(wanted: str) -> FewShotDataset:
-        part = everything.of_classes([c for c, n in enumerate(names) if SPLIT_OF_SCRIPT[n.split()[0]] == wanted])
-        if twins := cached.about["twins"].get(wanted):
-            part.note = f"{twins} look like a training class"
+    faces = _find_faces(Path(matplotlib.get_data_path()) / "fonts" / "ttf")
+    key = (seed, RECIPE, PIL.__version__, features.version("freetype2"), *faces.values())
+    sets, twins = cached_sets("glyphs", key, faces.values(), lambda: _read(faces, seed), cache_dir)
+    everything = sets["all"]
+
+    def classes(split: str) -> FewShotDataset:
+        part = everything.select_classes([c for c, name in enumerate(everything.class_names) if _split(name) == split])
+        part.note = f"{twins[split]} look like a training class" if twins[split] else ""
         return part
 
     return Splits(classes("train"), classes("val"), classes("test"))
@@ -88,9 +81,8 @@ def load_glyphs(seed: int = 0, cache_dir: str | Path | None = None) -> Splits:
 
 def _find_faces(folder: Path) -> dict[str, Path]:
     faces = {face: folder / f"{face}.ttf" for face in FACES}
-    missing = [path.name for path in faces.values() if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(
+    if missing := [path.name for path in faces.values() if not path.is_file()]:
+        raise MissingFileError(
             f"expected matplotlib's {len(FACES)} typefaces in {folder}, got no {', '.join(missing)}; install "
             "matplotlib 3.11 or newer from its wheel (3.10 has no cmti10, and some distributions leave fonts out)"
         )
@@ -98,50 +90,45 @@ def _find_faces(folder: Path) -> dict[str, Path]:
 
 
 def _read(faces: dict[str, Path], seed: int) -> Source:
-    holders = _characters(faces)
+    holders, twins = _characters(_outlines(faces))
     names = [unicodedata.name(character) for character in holders]
-    about = {"class_names": names, "twins": _twins_of_training(list(holders), _outlines(faces))}
-    items = _drawings(holders, faces, seed)
-    return Source(items, DRAWINGS * len(names), (1, IMAGE_SIZE, IMAGE_SIZE), lambda: about)
+    shape = (1, IMAGE_SIZE, IMAGE_SIZE)
+    return Source(_drawings(holders, faces, seed), DRAWINGS * len(names), shape, {"all": names}, twins)
 
 
-def _characters(faces: dict[str, Path]) -> dict[str, list[str]]:
-    """Returns every character that is a class, in code point order, with the faces that hold it."""
-    outlines = _outlines(faces)
+def _characters(outlines: dict[str, dict[str, bytes]]) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """Returns the classes in code point order, with the faces that hold each, and the number of twins in each split.
+
+    Nobody can tell the Latin A from the Cyrillic one: twins have exactly the same outline in six faces or more. The
+    twin of a class of the same split is left out: 53, all of train. Outlines that differ by a hair stay (13 pairs of
+    train, such as A with diaeresis). Twins of a training class in val and test stay too, for there would be fewer than
+    1,300 classes without them; these are counted.
+    """
     classes: dict[str, list[str]] = {}
-    first: dict[tuple[str, str, bytes], str] = {}  # (split, face, outline) -> the first class drawn like that
+    drawn: dict[str, dict[tuple[str, bytes], str]] = {"train": {}, "val": {}, "test": {}}  # outline in a face -> class
+
+    def is_twin(character: str, split: str) -> bool:
+        alike = Counter(drawn[split][shape] for shape in outlines[character].items() if shape in drawn[split])
+        return max(alike.values(), default=0) >= MIN_FACES // 2
+
     for character in sorted(outlines):
-        drawn = outlines[character]
-        if len(drawn) < MIN_FACES:
-            continue
-        split = SPLIT_OF_SCRIPT[unicodedata.name(character).split()[0]]
-        shapes = [(split, face, outline) for face, outline in drawn.items()]
-        # Nobody can tell the Latin A from the Cyrillic one. A character with exactly the outline of one class of its
-        # split in six faces or more is left out: 53, all of train. Outlines that differ by a hair stay (13 pairs of
-        # train, such as A with diaeresis), and so do twins across splits: without them 1,300 would not be reached.
-        twins = Counter(first[shape] for shape in shapes if shape in first)
-        if twins and max(twins.values()) >= MIN_FACES // 2:
-            continue
-        classes[character] = list(drawn)
-        for shape in shapes:
-            first.setdefault(shape, character)
-    return classes
+        split = _split(unicodedata.name(character))
+        if len(outlines[character]) >= MIN_FACES and not is_twin(character, split):
+            classes[character] = list(outlines[character])
+            for shape in outlines[character].items():
+                drawn[split].setdefault(shape, character)
+    twins = Counter(_split(unicodedata.name(c)) for c in classes if is_twin(c, "train"))
+    return classes, {"train": 0, "val": twins["val"], "test": twins["test"]}
 
 
-def _twins_of_training(classes: Sequence[str], outlines: dict[str, dict[str, bytes]]) -> dict[str, int]:
-    """Counts the classes of each other split with exactly the outline of one training class in six faces or more."""
-    split = {character: SPLIT_OF_SCRIPT[unicodedata.name(character).split()[0]] for character in classes}
-    drawn = {shape: c for c in classes if split[c] == "train" for shape in outlines[c].items()}
-    twins: Counter[str] = Counter()
-    for character in classes:
-        likeness = Counter(drawn[shape] for shape in outlines[character].items() if shape in drawn)
-        if split[character] != "train" and likeness and max(likeness.values()) >= MIN_FACES // 2:
-            twins[split[character]] += 1
-    return dict(twins)
+def _split(name: str) -> str:
+    return SPLIT_OF_SCRIPT[name.split()[0]]
 
 
 def _outlines(faces: dict[str, Path]) -> dict[str, dict[str, bytes]]:
     """Returns the outline of each letter and digit of our scripts in each face that has ink for it."""
+    from matplotlib.ft2font import FT2Font, LoadFlags
+
     outlines: dict[str, dict[str, bytes]] = {}
     for face, path in faces.items():
         font = FT2Font(str(path))
@@ -174,8 +161,8 @@ def _drawings(holders: dict[str, list[str]], faces: dict[str, Path], seed: int) 
     generator = torch.Generator().manual_seed(seed)
     # An em as large as the frame: capitals are 20 pixels high and o 16, so that o and O differ; tall letters shrink.
     # BASIC layout, for Raqm is not installed everywhere; single characters need none.
-    open_face = partial(ImageFont.truetype, size=IMAGE_SIZE * FINE, layout_engine=ImageFont.Layout.BASIC)
-    fonts = {face: open_face(path) for face, path in faces.items()}
+    size, basic = IMAGE_SIZE * FINE, ImageFont.Layout.BASIC
+    fonts = {face: ImageFont.truetype(path, size, layout_engine=basic) for face, path in faces.items()}
     for label, (character, held_by) in enumerate(holders.items()):
         # each face once, in random order, before any is used again
         rounds = [torch.randperm(len(held_by), generator=generator) for _ in range(-(-DRAWINGS // len(held_by)))]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
-from pml_fewshot.checks import check_at_least_one, require
+from pml_fewshot.checks import UsageError, check_at_least_one
 
 BLOCK = 2**24  # floats of |q - r| that the MLP holds at a time where no gradient is wanted: 64 MiB
 
@@ -46,19 +46,18 @@ class WeightedL1Similarity(BaseDistance):
     ranks retrieval. It is symmetric.
 
     Args:
-        dim: D of the embeddings. When None it is taken from the first ones seen; an optimizer may hold the parameters
-            by then, and the first ones seen give nothing else away.
+        dim: D of the embeddings. When None it is taken from the first ones seen, and nothing else is; an optimizer may
+            hold the parameters by then.
         hidden: None for the paper's weighted sum; a number for a small MLP in its place, D -> hidden -> 1 with a ReLU.
         collect_stats: keep PML's statistics for a record-keeper; PML's own default when None.
 
     Shapes: (B, D) and (R, D) -> (B, R). The weighted sum is the difference of two L1 distance matrices, one for the
     negative weights and one for the positive, and never holds (B, R, D); the MLP does where a gradient is wanted.
 
-    The weighted sum begins at -1 / sqrt(D) for each dimension: untrained it ranks as L1 does, with logits of the order
-    of sqrt(D).
+    The weights of the sum begin at -1 / sqrt(D): untrained it ranks as L1 does, with logits of the order of sqrt(D).
 
     Raises:
-        ValueError: dim or hidden below 1, embeddings of another D.
+        UsageError: dim or hidden below 1, embeddings of another D.
 
     Source: Koch, Zemel and Salakhutdinov 2015, "Siamese Neural Networks for One-shot Image Recognition", section 3.1,
     where a sigmoid follows; here it is in the loss (PairVerificationLoss).
@@ -75,13 +74,13 @@ class WeightedL1Similarity(BaseDistance):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Lazy modules", category=UserWarning)  # "under development"
                 first = nn.LazyLinear(hidden)
-            # named, because record-keeper makes tables of the names and SQLite's must not begin with a digit
+            # named, because record-keeper names tables after them and SQLite's names must not begin with a digit
             self.score = nn.Sequential(OrderedDict(first=first, relu=nn.ReLU(), last=WeightedSum()))
         if dim is not None:
             self.initialize(torch.empty(1, dim))
 
     def initialize(self, embeddings: Tensor) -> None:
-        """Gives the weights their shape and first values by embeddings (B, D), where they have none yet."""
+        """Gives weights that have no shape yet the shape that embeddings (B, D) ask for, and their first values."""
         lazy = [parameter for parameter in self.score.parameters() if is_lazy(parameter)]
         if lazy:
             with torch.inference_mode(False), torch.no_grad():  # weights made in inference mode could never train
@@ -94,10 +93,11 @@ class WeightedL1Similarity(BaseDistance):
             mat = self.score.bias.expand(len(query_emb), len(ref_emb))
             # Differing in some dimensions speaks against one class, in others for it: an L1 distance of each kind.
             for sign in (-1, 1):
-                kind = (sign * self.score.weight > 0).nonzero().flatten()
-                if len(kind):
-                    weight = self.score.weight[kind].abs()
-                    mat = mat + sign * torch.cdist(query_emb[:, kind] * weight, ref_emb[:, kind] * weight, p=1)
+                weight, query, reference = (sign * self.score.weight).clamp(min=0), query_emb, ref_emb
+                if weight.is_cpu:  # without the zeros it is half the work; a GPU would be waited for to count them
+                    kind = weight.nonzero().flatten()
+                    weight, query, reference = weight[kind], query[:, kind], reference[:, kind]
+                mat = mat + sign * torch.cdist(query * weight, reference * weight, p=1)
             return mat
         if torch.is_grad_enabled():
             return self.score((query_emb.unsqueeze(1) - ref_emb).abs())
@@ -118,9 +118,8 @@ class WeightedL1Similarity(BaseDistance):
     def _check(self, embeddings: Tensor) -> None:
         self.initialize(embeddings)
         first = next(self.score.parameters())  # (D,), or (hidden, D)
-        require(
-            embeddings.shape[1] == first.shape[-1],
-            f"embeddings of {first.shape[-1]} dimensions, as this similarity has weights for",
-            str(embeddings.shape[1]),
-            "use the embedder that it was trained with, or a new WeightedL1Similarity()",
-        )
+        if embeddings.shape[1] != first.shape[-1]:
+            raise UsageError(
+                f"expected embeddings of {first.shape[-1]} dimensions, as this similarity has weights for, got "
+                f"{embeddings.shape[1]}; use the embedder that it was trained with, or a new WeightedL1Similarity()"
+            )

@@ -1,13 +1,20 @@
-"""EmbeddingBank: a data set's embeddings, computed once and judged many times."""
+"""EmbeddingBank: a data set's embeddings, computed once and evaluated many times; and banks in files of any tool."""
 
 import hashlib
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pml_fewshot.checks import check_finite, check_labels, require
+from pml_fewshot.checks import MissingFileError, UsageError, UsageTypeError, check_choice, check_finite, check_labels
+from pml_fewshot.io.tensors import read_tensors, write_tensors
+
+FORMATS = (".npy", ".npz", ".pt", ".pth", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -17,12 +24,12 @@ class EmbeddingBank:
     Args:
         embeddings: (M, D) floats; a tensor over a memory map stays one (`load_bank` makes it).
         labels: (M,) int64; any values, 64 bits throughout.
-        source: fingerprint of the data set that was embedded, so that results from the bank and from the set are known
-            to be on the same episodes; empty when unknown.
+        source: fingerprint of the data set that was embedded, which tells that results from the bank and from the set
+            are on the same episodes; empty when unknown.
 
     Raises:
-        ValueError: another shape, labels of another length, or NaN or infinite embeddings (how many, which first).
-        TypeError: labels are not int64 or embeddings not floats.
+        UsageError: another shape, labels of another length, or NaN or infinite embeddings (how many, which first).
+        UsageTypeError: labels are not int64 or embeddings not floats.
     """
 
     embeddings: Tensor
@@ -31,9 +38,10 @@ class EmbeddingBank:
 
     def __post_init__(self) -> None:
         shape = tuple(self.embeddings.shape)
-        require(len(shape) == 2, "embeddings of shape (M, D)", f"shape {shape}", "flatten each item to one row")
+        if len(shape) != 2:
+            raise UsageError(f"expected embeddings of shape (M, D), got shape {shape}; flatten each item to one row")
         if not self.embeddings.is_floating_point():
-            raise TypeError(f"expected float embeddings, got {self.embeddings.dtype}; convert them with .float()")
+            raise UsageTypeError(f"expected float embeddings, got {self.embeddings.dtype}; convert them with .float()")
         check_labels(self.labels, len(self.embeddings), "the bank's")
         check_finite(self.embeddings, "embeddings")
 
@@ -44,19 +52,133 @@ class EmbeddingBank:
         return EmbeddingBank(self.embeddings.to(device), self.labels.to(device), self.source)
 
     def fingerprint(self) -> str:
-        """16 hex digits: which set this is, by its source where known, else by its labels."""
+        """16 hex digits that identify the set: its source where known, else a hash of its labels."""
         if self.source:
             return self.source
         return hashlib.blake2b(self.labels.cpu().contiguous().numpy().astype("<i8").data, digest_size=8).hexdigest()
 
-    def centred(self, mean: Tensor) -> "EmbeddingBank":
-        """Takes a mean (D,) off every embedding: that of the training classes' bank (Wang et al. 2019, SimpleShot)."""
+    def centered(self, mean: Tensor) -> "EmbeddingBank":
+        """Subtracts a mean (D,) from every row: that of the training classes' bank (Wang et al. 2019, SimpleShot)."""
         width = self.embeddings.shape[1]
-        require(
-            mean.shape == (width,), f"a mean of shape ({width},)", f"{tuple(mean.shape)}", "use bank.embeddings.mean(0)"
-        )
+        if mean.shape != (width,):
+            raise UsageError(
+                f"expected a mean of shape ({width},), got {tuple(mean.shape)}; use bank.embeddings.mean(0)"
+            )
         return EmbeddingBank(self.embeddings - mean.to(self.embeddings), self.labels, self.source)
 
     def normalized(self) -> "EmbeddingBank":
-        """Scales every embedding to length 1; with `centred` before it, SimpleShot's "CL2N"."""
+        """Scales every embedding to length 1; with `centered` before it, SimpleShot's "CL2N"."""
         return EmbeddingBank(F.normalize(self.embeddings, dim=1), self.labels, self.source)
+
+
+def save_bank(path: str | Path, bank: EmbeddingBank) -> None:
+    """Writes a bank as safetensors, atomically; `load_bank` and any other tool can read it."""
+    if Path(path).suffix != ".safetensors":
+        raise UsageError(f"expected a path that ends with .safetensors, got {path}; rename it")
+    write_tensors(path, {"embeddings": bank.embeddings, "labels": bank.labels}, {"source": bank.source})
+
+
+def load_bank(
+    path: str | Path,
+    labels: str | Path | None = None,
+    embeddings_key: str | None = None,
+    labels_key: str | None = None,
+) -> EmbeddingBank:
+    """Reads embeddings and labels from .npy, .npz, .pt (a dict, or a pair), or .safetensors; no file can run code.
+
+    Args:
+        path: the file. A .npy holds only embeddings and is memory-mapped, read-only (writing to the bank's embeddings
+            would crash the process), so it may be larger than memory.
+        labels: file of the labels where they are not in `path`, of any of these formats; for a .npy `<name>_labels.npy`
+            beside it when None.
+        embeddings_key: name of the embeddings in the file; when None "embeddings", else the only floats of two axes.
+        labels_key: name of the labels; when None "labels", else the only integers (or texts) of one axis.
+
+    Returns:
+        EmbeddingBank on the CPU. Text labels are numbered in alphabetical order.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UsageError: an unknown format, a broken file, one that holds objects other than data or in which it is not
+            clear what the embeddings and labels are, labels of another length, NaN.
+        UsageTypeError: labels are neither integers nor texts, or embeddings no floats.
+    """
+    path = Path(path)
+    tensors, source = _read(path)
+    embeddings = _choose(tensors, embeddings_key, "embeddings", path)
+    if labels is None and path.suffix == ".npy":
+        labels = path.with_name(f"{path.stem}_labels.npy")
+    if labels is not None:
+        path = Path(labels)
+        tensors, _ = _read(path)
+    numbers = _choose(tensors, labels_key, "labels", path)
+    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
+        raise UsageTypeError(f"expected labels as integers or texts in {path}, got {numbers.dtype}; convert them")
+    return EmbeddingBank(embeddings, numbers.long(), source)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], str]:
+    """All arrays of a file by name, and the fingerprint of the data set that they come from where the file has it."""
+    check_choice("the file's ending", path.suffix, FORMATS)
+    if not path.is_file():
+        raise MissingFileError(f"expected a file of embeddings or labels at {path}, got none; check the path")
+    if path.suffix == ".safetensors":
+        tensors, texts = read_tensors(path)
+        return tensors, texts.get("source", "")
+    try:
+        if path.suffix in (".pt", ".pth"):
+            parts = torch.load(path, map_location="cpu", weights_only=True)
+            if isinstance(parts, list | tuple) and len(parts) == 2:
+                parts = {"embeddings": parts[0], "labels": parts[1]}
+            elif isinstance(parts, Tensor):
+                parts = {path.stem: parts}
+        elif path.suffix == ".npz":
+            with path.open("rb") as file:  # numpy leaves a broken one open
+                parts = dict(np.load(file, allow_pickle=False))
+        else:  # "r": Linux refuses a writable map that is larger than memory, even a private one
+            parts = np.load(path, mmap_mode="r", allow_pickle=False)
+            if isinstance(parts, np.ndarray):
+                parts = {path.stem: parts}
+        return {str(name): _tensor(part) for name, part in parts.items() if _is_array(part)}, ""
+    except PermissionError:
+        raise
+    except Exception as error:  # on broken files readers raise whatever their code happens to meet
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UsageError(
+            f"expected arrays in {path}, got a file that is broken or holds more than data ({reason}); write plain "
+            "arrays of floats and integers, in a dict or as a pair"
+        ) from error
+
+
+def _is_array(part: Any) -> bool:
+    flat_list = isinstance(part, list) and bool(part) and isinstance(part[0], int | float | str)
+    return flat_list or isinstance(part, Tensor | np.ndarray)
+
+
+def _tensor(array: Tensor | np.ndarray | list[Any]) -> Tensor:
+    """A tensor, over the same memory map where there is one; texts become their numbers in alphabetical order."""
+    if isinstance(array, Tensor):
+        return array.detach()
+    array = np.asarray(array)
+    if array.dtype.kind in "US":
+        array = np.unique(array, return_inverse=True)[1]
+    with warnings.catch_warnings():  # nothing here writes to embeddings, and `load_bank` says that nobody may
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+
+
+def _choose(tensors: dict[str, Tensor], key: str | None, wanted: str, path: Path) -> Tensor:
+    """The tensor that is meant: the one of that name, else the only one that it can be."""
+    listing = ", ".join(f"{name} {tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items()) or "nothing"
+    if key is not None and key not in tensors:
+        raise UsageError(f"expected {wanted} named {key!r} in {path}, got {listing}; give one of these names")
+    if (key or wanted) in tensors:
+        return tensors[key or wanted]
+    axes, what = (2, "floats of two axes") if wanted == "embeddings" else (1, "integers or texts of one axis")
+    fitting = [each for each in tensors.values() if each.ndim == axes and each.is_floating_point() == (axes == 2)]
+    if len(fitting) != 1:
+        raise UsageError(
+            f"expected one array of {wanted}, {what}, in {path}, got {listing}; say which by {wanted}_key, name it "
+            f"{wanted!r}" + ("" if axes == 2 else ", or give a file of labels")
+        )
+    return fitting[0]

@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from pml_fewshot.checks import require
+from pml_fewshot.checks import UsageError
 
 
 class ConvBlock(nn.Module):
     """3x3 convolution, batch norm, 2x2 max-pool, ReLU.
 
-    Pooling stands before the ReLU: the maximum and a monotone function may change places, and the ReLU then has a
-    quarter of the work. When nothing is to be learned (eval mode, no gradient) batch norm is folded into the
-    convolution's weights, which saves a pass over the largest tensors; the result is equal up to rounding.
+    Pooling comes before the ReLU: the maximum commutes with a monotone function, and the ReLU then has a quarter of the
+    work. At inference (eval mode, no gradient) batch norm is folded into the convolution's weights, which saves a pass
+    over the largest tensors; the result is equal up to rounding.
     """
 
     def __init__(self, in_channels: int, out_channels: int, relu: bool = True) -> None:
@@ -41,7 +41,7 @@ class Conv4(nn.Module):
     """Four blocks of [3x3 convolution with `channels` filters, batch norm, ReLU, 2x2 max-pool], flattened.
 
     Args:
-        in_channels: 1 for grey, 3 for colour images.
+        in_channels: 1 for gray, 3 for color images.
         channels: filters of each block; 64 as in the papers.
         last_relu: end with a ReLU, as in the papers. Without it embeddings may be negative, which a learned similarity
             of |q - r| needs (SiameseTrainer).
@@ -63,10 +63,9 @@ class Conv4(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         channels, height, width = images.shape[1:]
-        require(
-            channels == self.in_channels and min(height, width) >= 16,
-            f"images of {self.in_channels} channels and at least 16 x 16 pixels",
-            f"{channels} channels of {height} x {width}",
-            "set in_channels, or load the images larger: four poolings leave nothing of fewer pixels",
-        )
+        if channels != self.in_channels or min(height, width) < 16:
+            raise UsageError(
+                f"expected images of {self.in_channels} channels and at least 16 x 16 pixels, got {channels} channels "
+                f"of {height} x {width}; set in_channels, or load larger images: four poolings leave nothing of less"
+            )
         return self.blocks(images.contiguous(memory_format=torch.channels_last)).flatten(1)

@@ -1,56 +1,57 @@
 """Embedder: images to embeddings, by a trunk and an optional projection."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pml_fewshot.checks import check_at_least_one, require
-from pml_fewshot.data.fewshot_dataset import FewShotDataset
+from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one
+from pml_fewshot.data.dataset import FewShotDataset
 from pml_fewshot.embedders.bank import EmbeddingBank
-from pml_fewshot.modes import eval_mode
-from pml_fewshot.parts import build
+from pml_fewshot.embedders.eval_mode import eval_mode
+from pml_fewshot.instantiate import Part, instantiate
 
-# Images embedded at a time where the caller does not say. On a CPU a batch whose largest activation stays near the
-# cache is fastest (64 x 64 x 28 x 28 floats are 13 MB); a GPU wants work enough for all of its units.
+# Default number of images embedded at a time. On a CPU a batch whose largest activation stays near the cache is fastest
+# (64 x 64 x 28 x 28 floats are 13 MB); a GPU wants enough work for all of its units.
 CPU_BATCH = 128
 CUDA_BATCH = 4096
 
 
 class Embedder(nn.Module):
-    """Maps images to embeddings: trunk, then projection, then L2 normalisation, the last two when asked for.
+    """Maps images to embeddings: trunk, then projection, then L2 normalization, the last two if asked for.
 
     Args:
-        trunk: module (or factory) from (B, C, H, W) to (B, D): Conv4, ResNet12, TorchvisionTrunk or your own.
-        projection: module (or factory) from (B, D) to (B, D'), for example `partial(nn.Linear, 512, 128)`.
-        normalize: scale each embedding to length 1. Off by default: prototypical networks use unbounded Euclid, and
-            the distances of PML normalise on their own where they should.
+        trunk: module (or a partial that makes one) from (B, C, H, W) to (B, D): Conv4(), ResNet12(),
+            TorchvisionTrunk(...) or your own.
+        projection: module (or partial) from (B, D) to (B, D'), for example `nn.Linear(512, 128)`.
+        normalize: scale each embedding to length 1. Off by default: prototypical networks use unbounded Euclidean
+            distance, and the distances of PML normalize by themselves where they should.
+
+    Raises:
+        UsageTypeError: trunk or projection is something else, such as a class.
     """
 
     def __init__(
-        self,
-        trunk: nn.Module | Callable[[], nn.Module],
-        projection: nn.Module | Callable[[], nn.Module] | None = None,
-        normalize: bool = False,
+        self, trunk: Part[nn.Module], projection: Part[nn.Module] | None = None, normalize: bool = False
     ) -> None:
         super().__init__()
-        self.trunk = build(trunk)
-        self.projection = build(projection)
+        self.trunk = instantiate(trunk)
+        self.projection = instantiate(projection)
         self.normalize = normalize
+        for name, part in (("trunk", self.trunk), ("projection", self.projection or nn.Identity())):
+            if not isinstance(part, nn.Module):
+                raise UsageTypeError(f"expected a module as {name}, got {part!r}; call it, or wrap it as partial(...)")
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeds (B, C, H, W) floats in [0, 1] to (B, D)."""
         embeddings = self.trunk(images)
         if self.projection is not None:
             embeddings = self.projection(embeddings)
-        require(
-            embeddings.ndim == 2,
-            "embeddings of shape (B, D)",
-            f"shape {tuple(embeddings.shape)} from {type(self.trunk).__name__}",
-            "end the trunk with pooling or .flatten(1)",
-        )
+        if embeddings.ndim != 2:
+            raise UsageError(
+                f"expected embeddings of shape (B, D), got shape {tuple(embeddings.shape)} from "
+                f"{type(self.trunk).__name__}; end the trunk with pooling or .flatten(1)"
+            )
         return F.normalize(embeddings, dim=1) if self.normalize else embeddings
 
     @property
@@ -61,21 +62,21 @@ class Embedder(nn.Module):
     def encode(
         self, dataset: FewShotDataset, batch_size: int | None = None, device: torch.device | str | None = None
     ) -> EmbeddingBank:
-        """Embeds a whole set once, in eval mode; the embedder's mode and device are as before afterwards.
+        """Embeds a whole data set in eval mode; modes and device of the embedder are the same afterwards.
 
         Args:
             dataset: M images with labels.
-            batch_size: images at a time; when None 128 on a CPU, 4,096 on a GPU. It changes no more than rounding.
-            device: where to compute and to keep the bank; the embedder's own when None.
+            batch_size: images at a time; when None 128 on a CPU, 4,096 on a GPU. It changes results only by rounding.
+            device: where to compute and to keep the bank; when None the embedder's own.
 
         Returns:
             EmbeddingBank(embeddings (M, D), labels (M,)) on that device.
 
         Raises:
-            ValueError: an embedding is NaN or infinite.
+            UsageError: an embedding is NaN or infinite.
         """
         own_device = self.device
-        target = torch.device(device) if device is not None else own_device
+        target = own_device if device is None else torch.device(device)
         if batch_size is None:
             batch_size = CUDA_BATCH if target.type == "cuda" else CPU_BATCH
         check_at_least_one("batch_size", batch_size)

@@ -3,38 +3,39 @@
 import torch
 from torch import Tensor, nn
 
-from pml_fewshot.checks import check_at_least_one, require
+from pml_fewshot.checks import UsageError, check_at_least_one
 
 
 class FullContext(nn.Module):
-    """Revises the embeddings of an episode, as any network has made them one by one, in view of its support.
+    """Revises the embeddings of an episode, which any network made one by one, in view of its support.
 
-    Support: a bidirectional LSTM reads the W * K items as one sequence, class after class; each item becomes the sum
-    of its own embedding and of what the forward and the backward pass put out at it.
+    Support: a bidirectional LSTM reads the W * K items as one sequence, class after class; each item becomes the sum of
+    its own embedding and the outputs of the forward and the backward pass at it.
 
-    Queries: an LSTM of `read_steps` steps over each query by itself. At each step it reads the embedded support (the
-    mean, weighted by a softmax of the products of its state and the items), takes query and reading in, and its output
-    plus the query is the next state; the last state is the result. The first state is the query, with a cell of
-    zeros: the paper does not say, but so the query guides its first reading too, and most implementations do this.
+    Queries: an LSTM takes `read_steps` steps for each query by itself. Each step reads the embedded support (its mean,
+    weighted by a softmax over the dot products of the state with the items), feeds query and reading to the cell, and
+    adds the query to the cell's output to get the next state; the last state is the result. The first state is the
+    query, with a cell of zeros: the paper leaves this open, but then the query guides its first reading too, and most
+    implementations do it.
 
     What the results depend on:
-        - The support embeddings depend on the order in which the support is read, that of the classes and that of the
-          shots (the paper treats it as a sequence here), so the episodes should bring both in random order.
-        - The queries read the embedded support as a set: permuting what `embed_support` returned changes nothing.
-          Permuting the support before it changes the queries too, through the support embeddings.
-        - No query depends on another one, and no episode on another one.
+        - The support embeddings depend on the order of the classes and of the shots (the paper treats the support as a
+          sequence here), so episodes should have both in random order.
+        - The queries read the embedded support as a set: permuting the output of `embed_support` changes nothing.
+          Permuting its input changes the queries too, through the support embeddings.
+        - No query depends on another query, and no episode on another episode.
 
-    The products in the softmax have no temperature, as in the paper: long embeddings make it pick a single item.
+    The softmax has no temperature, as in the paper: with long embeddings it picks a single item.
 
     Args:
-        dim: dimensions D of the embeddings; the LSTMs are of the same width, for they are added to the embeddings.
-        read_steps: readings of the support for each query, at least 1. A few are wanted for one reading to guide the
-            next; the cost of a query grows in proportion. At 1 the forget gate of the cell is never trained.
+        dim: dimensions D of the embeddings; the LSTMs have the same width because they are added to the embeddings.
+        read_steps: readings of the support for each query, at least 1. With several, one reading guides the next; the
+            cost of a query grows in proportion. At 1 the forget gate of the cell is never trained.
 
     Shapes: support (E, W, K, D) and query (E, N, D) -> the same.
 
     Raises:
-        ValueError: dim or read_steps below 1; embeddings of another number of dimensions or episodes.
+        UsageError: dim or read_steps below 1; embeddings of another number of dimensions or episodes.
 
     Source: Vinyals et al. 2016, appendix A.1 (queries) and A.2 (support).
     """
@@ -46,8 +47,8 @@ class FullContext(nn.Module):
         self.dim = dim
         self.read_steps = read_steps
         self.support_lstm = nn.LSTM(dim, dim, batch_first=True, bidirectional=True)
-        # The paper joins the reading to the state. Here it stands beside the query on the input side of the cell, whose
-        # gates see both sides only through one sum of linear maps: the same function with the same weights.
+        # The paper concatenates the reading to the state. Here it is concatenated to the query, the cell's input: the
+        # gates see input and state only through one sum of linear maps, so this is the same function.
         self.query_cell = nn.LSTMCell(2 * dim, dim)
 
     def forward(self, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,12 +65,11 @@ class FullContext(nn.Module):
     def embed_query(self, query: Tensor, support: Tensor) -> Tensor:
         """(E, N, D) -> (E, N, D), each query in view of a support from `embed_support` (f of the paper)."""
         self._check_support(support)
-        require(
-            query.ndim == 3 and query.shape[::2] == (len(support), self.dim),
-            f"queries of shape ({len(support)}, N, {self.dim}), the episodes and dimensions of the support",
-            f"shape {tuple(query.shape)}",
-            "embed query and support by the same network and give both of the same episodes",
-        )
+        if query.ndim != 3 or query.shape[::2] != (len(support), self.dim):
+            raise UsageError(
+                f"expected queries of shape ({len(support)}, N, {self.dim}), as in the support, got "
+                f"shape {tuple(query.shape)}; embed both with the same network and take them from the same episodes"
+            )
         episodes_queries = query.shape[:2]
         items = support.flatten(1, 2)
         query = query.flatten(0, 1)  # an LSTM cell takes one batch dimension
@@ -82,9 +82,8 @@ class FullContext(nn.Module):
         return state.unflatten(0, episodes_queries)
 
     def _check_support(self, support: Tensor) -> None:
-        require(
-            support.ndim == 4 and support.shape[3] == self.dim,
-            f"a support of shape (E, W, K, {self.dim})",
-            f"shape {tuple(support.shape)}",
-            "set dim to the dimensions of the embeddings",
-        )
+        if support.ndim != 4 or support.shape[3] != self.dim:
+            raise UsageError(
+                f"expected a support of shape (E, W, K, {self.dim}), got shape {tuple(support.shape)}; set dim to the "
+                "dimensions of the embeddings"
+            )

@@ -3,22 +3,22 @@
 import torch
 from torch import Tensor, nn
 
-from pml_fewshot.checks import require
+from pml_fewshot.checks import UsageError
 
 
 class KochConv(nn.Module):
     """Four convolutions (10x10, 7x7, 4x4, 4x4) with ReLU, three 2x2 max-pools, and a linear layer.
 
     Args:
-        in_channels: 1 for grey, 3 for colour images.
+        in_channels: 1 for gray, 3 for color images.
         dim: width of the linear layer; 4,096 as in the paper.
-        batch_norm: batch norm after each convolution, which the paper of 2015 does not have yet. On, as in Conv4.
-        sigmoid: end in a sigmoid, as in the paper. Off by default: SiameseTrainer says why.
+        batch_norm: batch norm after each convolution, which the paper does not have. On, as in Conv4.
+        sigmoid: end in a sigmoid, as in the paper. Off by default; SiameseTrainer explains why.
 
     Shapes: (B, in_channels, 105, 105) -> (B, dim). An image costs 0.9 billion multiplications.
 
     Raises:
-        ValueError: images of another size or number of channels.
+        UsageError: images of another size or number of channels.
 
     Source: Koch, Zemel and Salakhutdinov 2015, "Siamese Neural Networks for One-shot Image Recognition", figure 4.
     """
@@ -34,7 +34,7 @@ class KochConv(nn.Module):
             (128, 256, 4, False),  # 6
         ):
             layers.append(nn.Conv2d(inputs, outputs, size, bias=not batch_norm))
-            # pooling and ReLU may change places: the ReLU then has a quarter of the work
+            # pooling before the ReLU: the same result with a quarter of the work
             layers += [nn.BatchNorm2d(outputs)] * batch_norm + [nn.MaxPool2d(2)] * pool + [nn.ReLU(inplace=True)]
         self.convolutions = nn.Sequential(*layers)
         self.linear = nn.Linear(256 * 6 * 6, dim)
@@ -42,11 +42,10 @@ class KochConv(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
-        require(
-            tuple(images.shape[1:]) == (self.in_channels, 105, 105),
-            f"images of {self.in_channels} x 105 x 105",
-            " x ".join(map(str, images.shape[1:])),
-            "load them with image_size=105",
-        )
+        if images.shape[1:] != (self.in_channels, 105, 105):
+            got = " x ".join(map(str, images.shape[1:]))
+            raise UsageError(
+                f"expected images of {self.in_channels} x 105 x 105, got {got}; load them with image_size=105"
+            )
         embeddings = self.linear(self.convolutions(images.contiguous(memory_format=torch.channels_last)).flatten(1))
         return embeddings.sigmoid() if self.sigmoid else embeddings

@@ -32,10 +32,10 @@ class ResidualBlock(nn.Module):
 class ResNet12(nn.Module):
     """Four residual blocks of 64, 160, 320 and 640 channels, averaged over the image to 640 dimensions.
 
-    Without DropBlock, so that no randomness hides in the forward pass.
+    Without DropBlock: no randomness hides in the forward pass.
 
     Args:
-        in_channels: 1 for grey, 3 for colour images.
+        in_channels: 1 for gray, 3 for color images.
         widths: channels of the four blocks; (64, 128, 256, 512) is the other form in use.
 
     Shapes: (B, in_channels, H, W) -> (B, widths[-1]); H and W at least 16.

@@ -1,55 +1,53 @@
-"""benchmark: methods judged by episodes and by retrieval, side by side in one table."""
+"""benchmark: methods evaluated by episodes and by retrieval, side by side in one table."""
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from pml_fewshot.checks import require
-from pml_fewshot.data.fewshot_dataset import FewShotDataset, Splits
+from pml_fewshot.checks import UsageError, UsageTypeError
+from pml_fewshot.data.dataset import FewShotDataset, Splits
 from pml_fewshot.embedders.bank import EmbeddingBank
-from pml_fewshot.embedders.embedder import Embedder
-from pml_fewshot.episodes import EpisodeSpec
-from pml_fewshot.evaluation.episodic import Judged, evaluate_grid
+from pml_fewshot.embedders.eval_mode import eval_mode
+from pml_fewshot.evaluation.episodic import Classify, EpisodicEvaluator, Method, embed
 from pml_fewshot.evaluation.gallery import Gallery
+from pml_fewshot.evaluation.heads import Head
 from pml_fewshot.evaluation.retrieval import RetrievalTester
-from pml_fewshot.evaluation.table import Judgement, ResultTable
-from pml_fewshot.parts import build
+from pml_fewshot.evaluation.table import ResultTable, RowContext
+from pml_fewshot.sampling.episodes import EpisodeSpec
 
-Method = Embedder | Judged | EmbeddingBank
-
-SPECS = (EpisodeSpec(5, 1, 15), EpisodeSpec(5, 5, 15))  # what papers report
+SPECS = (EpisodeSpec(ways=5, shots=1, queries=15), EpisodeSpec(ways=5, shots=5, queries=15))  # what papers report
 
 
 def benchmark(
     methods: Method | Mapping[str, Method | Sequence[Method]],
     data: Splits | FewShotDataset | None = None,
     specs: Sequence[EpisodeSpec] = SPECS,
-    retrieval: RetrievalTester | Callable[[], RetrievalTester] | None = RetrievalTester,
+    retrieval: RetrievalTester | type[RetrievalTester] | None = RetrievalTester,
     num_episodes: int = 10_000,
     seed: int = 0,
-    head: Callable[[Tensor, Tensor], Tensor] | None = None,
+    head: Head | Classify | None = None,
     reference: EmbeddingBank | Gallery | None = None,
     timed: bool = True,
     note: str = "",
     split: str = "test",
 ) -> ResultTable:
-    """Judges every method on the same episodes and by the same retrieval.
+    """Evaluates every method, in eval mode, on the same episodes and by the same retrieval.
 
     Args:
         methods: an Embedder, a trainer (anything with `bank` and `classify`) or an EmbeddingBank; or a mapping of names
             to such, or to a sequence of such: trainings of one method from several seeds, whose figures are averaged.
-        data: the classes to judge on, of Splits the test classes; not needed for banks, which bring their labels.
+        data: the classes to evaluate on, of Splits the test classes; not needed for banks, which bring their labels.
         specs: sizes of the episodes.
-        retrieval: tester (or factory); without a distance of its own it ranks by that of a trainer's loss. None leaves
-            retrieval out, as does a method whose bank is not of embeddings (MAML's is of images).
+        retrieval: tester; without a distance of its own it ranks by that of a trainer's loss. None leaves retrieval
+            out, as does a method whose bank is not of embeddings (MAML's is of images).
         num_episodes: of each spec.
         seed: of the episodes.
-        head: classifies episodes in place of a trainer's own way, and embedders and banks (nearest_prototype when
-            None).
-        reference: gallery that retrieval searches; when None the judged set searches among itself.
+        head: classifies episodes in place of each method's own way, as in EpisodicEvaluator.
+        reference: gallery that retrieval searches; when None the set itself, without the query.
         timed: note the seconds that each method took; off where two tables are to be the same byte by byte.
         note: what a reader must know beside the data set's own note.
         split: what the classes are called in the table.
@@ -58,57 +56,49 @@ def benchmark(
         A table with a line a method, in the order given.
 
     Raises:
-        ValueError: a set that cannot give the episodes, trainings of one method judged on different episodes, NaN.
-        TypeError: an embedder or a trainer without data, or methods without names.
+        UsageError: a set that cannot give the episodes, trainings of one method on different episodes, NaN.
+        UsageTypeError: an embedder or a trainer without data, or methods without names.
     """
     if isinstance(methods, Sequence):
-        raise TypeError("expected one method or a mapping of names to methods, got a sequence; name each: {'a': a}")
+        raise UsageTypeError(
+            "expected one method or a mapping of names to methods, got a sequence; name each: {'a': a}"
+        )
     if not isinstance(methods, Mapping):
         methods = {type(methods).__name__: methods}
-    require(len(methods) > 0, "at least one method", "none", "name what to judge")
+    if not methods:
+        raise UsageError("expected at least one method, got none; name what to evaluate")
     dataset = data.test if isinstance(data, Splits) else data
-    tester = build(retrieval)
+    tester = retrieval() if callable(retrieval) else retrieval
     table = ResultTable()
     for name, method in methods.items():
         start = time.perf_counter()
-        trainings: list[Method] = list(method) if isinstance(method, Sequence) else [method]
-        require(len(trainings) > 0, f"at least one training of {name!r}", "none", "leave it out")
+        trainings: Sequence[Method] = method if isinstance(method, Sequence) else [method]
+        if not trainings:
+            raise UsageError(f"expected at least one training of {name!r}, got none; leave it out")
         episodic, retrieved = [], []
         for training in trainings:
-            labelled, bank = _embedded(training, dataset)
-            embeddings = None  # MAML's bank is of images
-            if bank.ndim == 2:
-                embeddings = EmbeddingBank(bank, labelled.labels.to(bank.device), labelled.fingerprint())
-            if isinstance(training, Embedder | EmbeddingBank):
-                assert embeddings is not None
-                episodic.append(evaluate_grid(embeddings, None, specs, num_episodes, seed, head=head))
-            else:
-                episodic.append(evaluate_grid(training, labelled, specs, num_episodes, seed, bank, head))
-            if tester is not None and embeddings is not None:
-                retrieved.append(_ranked_by(tester, training).test(embeddings, reference))
-        seconds = (time.perf_counter() - start) / len(trainings)
-        judged = Judgement(
+            with eval_mode(training) if isinstance(training, nn.Module) else nullcontext():
+                alone = isinstance(training, EmbeddingBank)
+                labelled, bank = embed(training, None if alone else dataset)
+                given = () if alone else (labelled, bank)
+                evaluators = [EpisodicEvaluator(spec, num_episodes, seed, head=head) for spec in specs]
+                episodic.append([evaluator.evaluate(training, *given) for evaluator in evaluators])
+                if tester is not None and bank.ndim == 2:
+                    embeddings = EmbeddingBank(bank, labelled.labels.to(bank.device), labelled.fingerprint())
+                    retrieved.append(_ranked_by(tester, training).test(embeddings, reference))
+        context = RowContext(
             name,
             split,
             len(torch.unique(labelled.labels)),
             "; ".join(text for text in (getattr(labelled, "note", ""), note) if text),
             getattr(trainings[0], "transductive", False),
-            seconds if timed else None,
+            (time.perf_counter() - start) / len(trainings) if timed else None,
         )
         for results in zip(*episodic, strict=True):
-            table.add_episodic(judged, *results)
+            table.add_episodic(context, *results)
         if retrieved:
-            table.add_retrieval(judged, *retrieved)
+            table.add_retrieval(context, *retrieved)
     return table
-
-
-def _embedded(method: Method, dataset: FewShotDataset | None) -> tuple[FewShotDataset | EmbeddingBank, Tensor]:
-    """The labelled set and its bank (M, *item)."""
-    if isinstance(method, EmbeddingBank):
-        return method, method.embeddings
-    if dataset is None:
-        raise TypeError(f"expected data to judge a {type(method).__name__} on, got none; give splits or a data set")
-    return dataset, method.encode(dataset).embeddings if isinstance(method, Embedder) else method.bank(dataset)
 
 
 def _ranked_by(tester: RetrievalTester, method: Method) -> RetrievalTester:

@@ -1,33 +1,49 @@
-"""EpisodicEvaluator: the accuracy of a method over thousands of episodes, from embeddings computed once."""
+"""EpisodicEvaluator: the accuracy of a method over thousands of episodes, from embeddings computed once.
 
-from collections.abc import Callable, Sequence
+Letters: E episodes, W ways, K shots, Q queries a class, N = W*Q, M items in the bank.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pml_fewshot.checks import check_at_least_one, check_finite, require
-from pml_fewshot.data.fewshot_dataset import FewShotDataset
+from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one, check_finite
+from pml_fewshot.data.dataset import FewShotDataset
 from pml_fewshot.embedders.bank import EmbeddingBank
-from pml_fewshot.episodes import EpisodeSampler, EpisodeSpec
-from pml_fewshot.evaluation.heads import nearest_prototype
-from pml_fewshot.evaluation.memory import free_memory
+from pml_fewshot.embedders.embedder import Embedder
+from pml_fewshot.embedders.eval_mode import eval_mode
+from pml_fewshot.evaluation.heads import Head, nearest_prototype
+from pml_fewshot.sampling.episodes import EpisodeIndex, EpisodeSampler, EpisodeSpec
 
-# Floats gathered at a time on a CPU where the caller does not say: 4 MiB stay in a cache while they are scored. A GPU
-# gets a share of its free memory; heads need several times what is gathered, some for every pair of items.
+# Floats gathered at a time by default. 4 MiB stay in a CPU's cache while they are scored. A GPU gets a share of its
+# free memory; heads need several times what is gathered, some for every pair of items.
 CPU_CHUNK = 2**20
 SHARE_OF_FREE_MEMORY = 1 / 32
 
 
-class Judged(Protocol):
-    """What can be evaluated: every trainer, or anything with these two methods."""
+class FewShotMethod(Protocol):
+    """What can be evaluated: every trainer, or anything with these two methods.
+
+    It may also have `distance`, given to the evaluator's head; `divergence_hint`, what to try where logits are NaN;
+    `transductive`, for the result table; and `thread_safe`, whether `classify` may run in several threads at once.
+    """
 
     def bank(self, dataset: FewShotDataset) -> Tensor:
-        """(M, *item): a data set's embeddings, or its images for methods that adapt to each episode."""
+        """(M, *item): a data set's embeddings, or its uint8 images for methods that adapt to each episode."""
 
     def classify(self, support: Tensor, query: Tensor) -> Tensor:
-        """Support (E, W, K, *item) and query (E, N, *item) to logits (E, N, W)."""
+        """Support (E, W, K, *item) and query (E, N, *item), images in [0, 1], to logits (E, N, W)."""
+
+
+Method = Embedder | FewShotMethod | EmbeddingBank
+Classify = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,7 +55,7 @@ class EpisodicResult:
         ci95: half the width of its 95 % confidence interval, 1.96 standard errors of the mean over episodes.
         per_episode: (E,) accuracy of each episode, on the CPU, for paired comparisons.
         spec: size of the episodes.
-        seed: seed that the episodes were drawn with.
+        seed: of the episodes.
         episodes_hash: identifies the list of episodes; results with equal hashes are on the same episodes.
         classes: (C,) labels of the set's classes, ascending, where the confusion matrix was asked for.
         confusion: (C, C) int64, how many queries of each class (row) were taken for each class (column), over all
@@ -56,15 +72,13 @@ class EpisodicResult:
     confusion: Tensor | None = None
 
     def per_class(self) -> tuple[Tensor, Tensor]:
-        """Labels (C,) of the classes and the share (C,) of each one's queries that was classified rightly.
-
-        A class that no episode drew has NaN.
+        """Labels (C,) of the classes and the accuracy (C,) on each one's queries, NaN where no episode drew it.
 
         Raises:
-            ValueError: the confusion matrix was not asked for.
+            UsageError: the confusion matrix was not asked for.
         """
         if self.classes is None or self.confusion is None:
-            raise ValueError("expected a result with its confusion matrix, got none; use evaluate(..., confusion=True)")
+            raise UsageError("expected a result with its confusion matrix, got none; use evaluate(..., confusion=True)")
         return self.classes, self.confusion.diagonal() / self.confusion.sum(dim=1)
 
     def __str__(self) -> str:
@@ -76,14 +90,15 @@ class EpisodicEvaluator:
 
     Args:
         spec: size of the episodes.
-        num_episodes: 10,000, for 600 give an interval wider than most methods differ by (0.2 points at 98.9 % on
-            Omniglot, and more where the accuracy is lower).
+        num_episodes: 10,000 by default; with 600 the interval is wider than the difference of most methods (0.2 points
+            at 98.9 % on Omniglot, more where the accuracy is lower).
         seed: of the episodes.
-        chunk: episodes scored at a time; when None as many as fill a CPU's cache, or a share of a GPU's free memory.
-            The result does not depend on it.
-        head: classifies in place of the trainer's own `classify`, and for a bank alone, where it is nearest_prototype
-            when None: any function of support (E, W, K, D) and query (E, N, D), such as `ridge_regression`,
-            `partial(k_nearest_neighbours, k=5)` or `partial(nearest_prototype, distance=CosineSimilarity())`.
+        chunk: episodes scored at a time, one chunk after the other. When None, as many as fill a CPU's cache (in each
+            thread), or a share of a GPU's free memory. The result does not depend on it.
+        head: replaces the method's own `classify`, and nearest_prototype for embedders and banks. It is called
+            `head(support (E, W, K, D), query (E, N, D), distance)` with the method's own distance, or without the third
+            where it takes only two: `partial(nearest_prototype, distance=CosineSimilarity())` keeps its own. On a CPU
+            functions run in several threads at once, so they must not keep anything between calls.
     """
 
     def __init__(
@@ -92,10 +107,11 @@ class EpisodicEvaluator:
         num_episodes: int = 10_000,
         seed: int = 0,
         chunk: int | None = None,
-        head: Callable[[Tensor, Tensor], Tensor] | None = None,
+        head: Head | Classify | None = None,
     ) -> None:
         check_at_least_one("num_episodes", num_episodes)
-        require(num_episodes > 1, "num_episodes above 1", "1", "an interval needs at least two episodes")
+        if num_episodes == 1:
+            raise UsageError("expected num_episodes above 1, got 1; an interval needs at least two episodes")
         if chunk is not None:
             check_at_least_one("chunk", chunk)
         self.spec = spec
@@ -105,60 +121,44 @@ class EpisodicEvaluator:
         self.head = head
 
     def check(self, dataset: FewShotDataset | EmbeddingBank) -> None:
-        """Raises the ValueError that `evaluate` would, when the set has too few classes or items for the spec."""
+        """Raises the UsageError that `evaluate` would, when the set has too few classes or items for the spec."""
         EpisodeSampler(dataset.labels, self.spec, torch.Generator())
 
     @torch.no_grad()
     def evaluate(
         self,
-        trainer: Judged | EmbeddingBank,
+        trainer: Method,
         dataset: FewShotDataset | EmbeddingBank | None = None,
         bank: Tensor | None = None,
         confusion: bool = False,
     ) -> EpisodicResult:
-        """Evaluates `trainer` on episodes of `dataset`, or a bank of embeddings on its own: `evaluate(bank)`.
+        """Evaluates a method on episodes of `dataset`, or a bank of embeddings on its own: `evaluate(bank)`.
+
+        It is in eval mode meanwhile, whatever mode its parts were in, and they are given back as they were.
 
         Args:
-            trainer: a trainer, or anything with `bank(dataset)` and `classify(support, query)`; or an EmbeddingBank,
-                made by whatever tool, to be classified by the head.
-            dataset: the classes to judge on, as images or as embeddings.
-            bank: `trainer.bank(dataset)` where it is at hand already (for several specs on one set).
+            trainer: a trainer, or anything with `bank(dataset)` and `classify(support, query)`; or an Embedder, or an
+                EmbeddingBank made by any tool, which the head classifies.
+            dataset: the classes to evaluate on, as images or as embeddings.
+            bank: `trainer.bank(dataset)` where it is there already (for several specs on one set).
             confusion: count which class was taken for which; 8 bytes for each pair of classes.
 
         Raises:
-            ValueError: the set has too few classes or items for the spec, or the bank or the logits hold NaN.
+            UsageError: the set has too few classes or items for the spec, or the bank or the logits hold NaN.
         """
-        classify, labelled, bank = self._sources(trainer, dataset, bank)
-        labels = labelled.labels.cpu()
-        require(len(bank) == len(labels), f"a bank of {len(labels)} items", f"{len(bank)}", "encode this very data set")
-        check_finite(bank, "bank")
-        generator = torch.Generator().manual_seed(self.seed)
-        drawn = EpisodeSampler(labels, self.spec, generator).sample(self.num_episodes)
-        episodes = drawn.to(bank.device)
-        true_way = torch.arange(self.spec.ways, device=bank.device).repeat_interleave(self.spec.queries)
-        chunk = self.chunk or self._default_chunk(bank)
-        accuracies, predicted = [], []
-        for start in range(0, self.num_episodes, chunk):
-            part = episodes[start : start + chunk]
-            logits = classify(_gather(bank, part.support), _gather(bank, part.query).flatten(1, 2))
-            expected = (len(part), len(true_way), self.spec.ways)
-            require(
-                logits.shape == expected,
-                f"logits (E, N, W) of shape {expected}",
-                f"{tuple(logits.shape)}",
-                "return one logit for every query and class",
+        with eval_mode(trainer) if isinstance(trainer, nn.Module) else nullcontext():
+            labelled, bank = embed(trainer, dataset, bank)
+            labels = labelled.labels.cpu()
+            if len(bank) != len(labels):
+                raise UsageError(f"expected a bank of {len(labels)} items, got {len(bank)}; encode this very data set")
+            check_finite(bank, "bank")
+            with one_thread_each():
+                sampler = EpisodeSampler(labels, self.spec, torch.Generator().manual_seed(self.seed))
+                drawn = sampler.sample(self.num_episodes)
+            per_episode, predicted = self._score(
+                bank, drawn.to(bank.device), *_classifier(trainer, self.head), confusion
             )
-            ways = logits.argmax(dim=2)
-            # argmax over NaN would be an accuracy of 1 / ways; kept on the device, so that nothing waits for a copy
-            finite = torch.isfinite(logits.sum(dim=(1, 2), dtype=torch.float64))
-            accuracies.append((ways == true_way).double().mean(dim=1).where(finite, torch.nan))
-            if confusion:
-                predicted.append(ways)
-        per_episode = torch.cat(accuracies).cpu()
-        check_finite(per_episode, "logits of each episode", getattr(trainer, "when_diverged", ""))
-        classes, matrix = None, None
-        if confusion:
-            classes, matrix = _confusion(labels, drawn.support[:, :, 0], torch.cat(predicted).cpu(), true_way.cpu())
+        check_finite(per_episode, "logits of each episode", _hint(trainer))
         return EpisodicResult(
             per_episode.mean().item(),
             (1.96 * per_episode.std() / len(per_episode) ** 0.5).item(),
@@ -166,55 +166,140 @@ class EpisodicEvaluator:
             self.spec,
             self.seed,
             drawn.hash(labelled.fingerprint()),
-            classes,
-            matrix,
+            *(_confusion(labels, drawn, predicted) if confusion else ()),
         )
 
-    def _sources(
-        self, trainer: Judged | EmbeddingBank, dataset: FewShotDataset | EmbeddingBank | None, bank: Tensor | None
-    ) -> tuple[Callable[[Tensor, Tensor], Tensor], FewShotDataset | EmbeddingBank, Tensor]:
-        """What classifies, what is labelled, and its bank."""
-        if isinstance(trainer, EmbeddingBank):
-            require(dataset is None and bank is None, "a bank alone", "a data set beside it", "leave one out")
-            return self.head or nearest_prototype, trainer, trainer.embeddings
-        if dataset is None:
-            raise TypeError("expected a data set to judge a trainer on, got none; use evaluate(trainer, dataset)")
-        if bank is None:
-            bank = dataset.embeddings if isinstance(dataset, EmbeddingBank) else trainer.bank(dataset)
-        return self.head or trainer.classify, dataset, bank
+    def _score(
+        self, bank: Tensor, episodes: EpisodeIndex, classify: Classify, thread_safe: bool, predictions: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The accuracies (E,), and where they are wanted the predicted ways (E, N), else (E, 0); on the CPU."""
+        true_way = torch.arange(self.spec.ways, device=bank.device).repeat_interleave(self.spec.queries)
+        # Written into one tensor: what each chunk leaves between the large blocks that it frees would make holes too
+        # small for the next chunk's, and the process grow by gigabytes.
+        with torch.inference_mode(False):  # which belongs to a thread
+            accuracies = torch.empty(len(episodes), dtype=torch.float64, device=bank.device)
+            predicted = torch.empty(len(episodes), len(true_way) * predictions, dtype=torch.int64, device=bank.device)
+        chunk = self.chunk or self._default_chunk(bank)
+
+        @torch.no_grad()  # which belongs to a thread, too
+        def score(start: int) -> None:
+            part = episodes[start : start + chunk]
+            logits = classify(_gather(bank, part.support), _gather(bank, part.query).flatten(1, 2))
+            expected = (len(part), len(true_way), self.spec.ways)
+            if logits.shape != expected:
+                raise UsageError(
+                    f"expected logits (E, N, W) of shape {expected}, got {tuple(logits.shape)}; return one logit for "
+                    "every query and class"
+                )
+            ways = logits.argmax(dim=2)
+            # argmax over NaN would be an accuracy of 1 / ways; kept on the device, so that nothing waits for a copy
+            finite = torch.isfinite(logits.sum(dim=(1, 2), dtype=torch.float64))
+            accuracies[start : start + chunk] = (ways == true_way).double().mean(dim=1).where(finite, torch.nan)
+            if predictions:
+                predicted[start : start + chunk] = ways
+
+        embeddings_on_cpu = bank.ndim == 2 and bank.device.type == "cpu"
+        # (autocast belongs to a thread, too)
+        in_threads = thread_safe and embeddings_on_cpu and self.chunk is None and not torch.is_autocast_enabled("cpu")
+        threads = torch.get_num_threads() if in_threads else 1
+        starts = range(0, len(episodes), chunk)
+        with ThreadPoolExecutor(threads) as pool, one_thread_each() if in_threads else nullcontext():
+            score(starts[0])  # before the threads start: a lazy distance gets its weights here
+            list((pool.map if threads > 1 else map)(score, starts[1:]))
+        return accuracies.cpu(), predicted.cpu()
 
     def _default_chunk(self, bank: Tensor) -> int:
-        floats = self.spec.ways * (self.spec.shots + self.spec.queries) * bank[0].numel()
-        free = int(free_memory(bank.device) / bank.element_size() * SHARE_OF_FREE_MEMORY)
-        return max(1, (free if bank.is_cuda else min(free, CPU_CHUNK)) // floats)
+        floats = CPU_CHUNK
+        if bank.is_cuda:
+            unused = torch.cuda.memory_reserved(bank.device) - torch.cuda.memory_allocated(bank.device)  # held by torch
+            free = torch.cuda.mem_get_info(bank.device)[0] + unused
+            floats = int(free * SHARE_OF_FREE_MEMORY) // max(4, bank.element_size())
+        return max(1, floats // (self.spec.ways * (self.spec.shots + self.spec.queries) * bank[0].numel()))
+
+
+def adaptation_curve(
+    trainer: Any, dataset: FewShotDataset, spec: EpisodeSpec, num_episodes: int = 1000, seed: int = 0
+) -> list[EpisodicResult]:
+    """Evaluates before the inner loop and after each of its steps at test time, all on the same episodes.
+
+    Args:
+        trainer: a MAMLTrainer; its `eval_inner_steps` are the steps.
+        dataset: classes to evaluate on.
+        spec: size of the episodes.
+        num_episodes: 1,000 show the shape of the curve. Each number of steps starts from the beginning, so S of them
+            take about S + 1 times as long as one evaluation.
+        seed: of the episodes.
+    """
+    bank = trainer.bank(dataset)
+    after = [partial(trainer.classify, inner_steps=steps) for steps in range(trainer.eval_inner_steps + 1)]
+    return [EpisodicEvaluator(spec, num_episodes, seed, head=head).evaluate(trainer, dataset, bank) for head in after]
+
+
+def embed(
+    method: Method, dataset: FewShotDataset | EmbeddingBank | None, bank: Tensor | None = None
+) -> tuple[FewShotDataset | EmbeddingBank, Tensor]:
+    """The labelled set that a method is evaluated on, and the method's bank (M, *item) of it."""
+    if isinstance(method, EmbeddingBank):
+        if dataset is not None or bank is not None:
+            raise UsageError("expected a bank alone, got a data set beside it; leave one out")
+        return method, method.embeddings
+    if dataset is None:
+        raise UsageTypeError(
+            f"expected a data set to evaluate {type(method).__name__} on, got none; give images or an EmbeddingBank"
+        )
+    if bank is not None:
+        return dataset, bank
+    if isinstance(dataset, EmbeddingBank):
+        return dataset, dataset.embeddings
+    return dataset, method.encode(dataset).embeddings if isinstance(method, Embedder) else method.bank(dataset)
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Has the operations of this thread, and of threads that start meanwhile, use one thread each.
+
+    An operation on two threads waits for both at its end. Where other processes use the cores, one of the two is often
+    not running, and a thousand short operations take 20 times as long as on one thread: 10,000 episodes from a 64-d
+    bank 5 s instead of 0.3. Threads that each score chunks of their own wait for nobody.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _classifier(method: Method, head: Head | Classify | None) -> tuple[Classify, bool]:
+    """What gives a method's logits, and whether threads may call it at the same time."""
+    if head is None:
+        if not isinstance(method, Embedder | EmbeddingBank):
+            return method.classify, getattr(method, "thread_safe", False)
+        head = nearest_prototype
+    function: Any = head
+    while isinstance(function, partial):
+        function = function.func
+    third = [*inspect.signature(head).parameters.values()][2:3]
+    takes_distance = any(p.kind != p.KEYWORD_ONLY and (p.name == "distance" or p.default is p.empty) for p in third)
+    more = (getattr(method, "distance", None),) if takes_distance else ()
+    return lambda support, query: head(support, query, *more), inspect.isfunction(function)
+
+
+def _hint(method: Method) -> str:
+    return getattr(method, "divergence_hint", "")
 
 
 def _gather(bank: Tensor, index: Tensor) -> Tensor:
-    """bank[index], four times as fast on a CPU; in float32 at least, for float16 overflows in squares."""
+    """bank[index], four times as fast on a CPU; in float32 at least (float16 overflows in squares), uint8 in [0, 1]."""
     gathered = bank.index_select(0, index.flatten()).unflatten(0, index.shape)
-    return gathered.to(torch.promote_types(bank.dtype, torch.float32))
+    gathered = gathered.to(torch.promote_types(bank.dtype, torch.float32))
+    return gathered.div_(255) if bank.dtype == torch.uint8 else gathered
 
 
-def _confusion(labels: Tensor, of_way: Tensor, predicted: Tensor, true_way: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts over all episodes from one item of each way (E, W), predicted ways (E, N) and true ways (N,)."""
-    classes, place = torch.unique(labels, return_inverse=True)
-    class_of_way = place[of_way]  # (E, W)
-    pairs = class_of_way[:, true_way] * len(classes) + class_of_way.gather(1, predicted)
-    return classes.cpu(), torch.bincount(pairs.flatten(), minlength=len(classes) ** 2).unflatten(
-        0, (-1, len(classes))
-    ).cpu()
-
-
-def evaluate_grid(
-    trainer: Judged | EmbeddingBank,
-    dataset: FewShotDataset | EmbeddingBank | None,
-    specs: Sequence[EpisodeSpec],
-    num_episodes: int = 10_000,
-    seed: int = 0,
-    bank: Tensor | None = None,
-    head: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> list[EpisodicResult]:
-    """Evaluates several sizes of episodes from one bank; arguments as for EpisodicEvaluator and its `evaluate`."""
-    if bank is None and isinstance(dataset, FewShotDataset) and not isinstance(trainer, EmbeddingBank):
-        bank = trainer.bank(dataset)
-    return [EpisodicEvaluator(spec, num_episodes, seed, head=head).evaluate(trainer, dataset, bank) for spec in specs]
+def _confusion(labels: Tensor, episodes: EpisodeIndex, predicted: Tensor) -> tuple[Tensor, Tensor]:
+    """The classes (C,) and how often each was taken for each (C, C), by predicted ways (E, N)."""
+    classes, class_of_item = torch.unique(labels, return_inverse=True)
+    true_class = class_of_item[episodes.query].flatten(1)  # (E, N)
+    predicted_class = class_of_item[episodes.support[:, :, 0]].gather(1, predicted)
+    pairs = (true_class * len(classes) + predicted_class).flatten()
+    return classes, torch.bincount(pairs, minlength=len(classes) ** 2).unflatten(0, (-1, len(classes)))

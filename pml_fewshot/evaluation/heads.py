@@ -9,11 +9,11 @@ from collections.abc import Callable
 import torch
 from pytorch_metric_learning.distances import BaseDistance, LpDistance
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from pml_fewshot.checks import check_at_least_one, require
-from pml_fewshot.distances.weighted_l1 import WeightedL1Similarity
+from pml_fewshot.checks import UsageError, check_at_least_one
 
-# head(support, query, distance) -> logits; a head takes any PML distance, squared Euclid when None
+# head(support, query, distance) -> logits; a head takes any PML distance, squared Euclidean when None
 Head = Callable[[Tensor, Tensor, BaseDistance | None], Tensor]
 
 
@@ -23,7 +23,7 @@ def nearest_prototype(support: Tensor, query: Tensor, distance: BaseDistance | N
     Args:
         support: (E, W, K, D)
         query: (E, N, D)
-        distance: any PML distance; squared Euclid when None.
+        distance: any PML distance; squared Euclidean when None.
 
     Returns:
         Logits (E, N, W).
@@ -32,7 +32,7 @@ def nearest_prototype(support: Tensor, query: Tensor, distance: BaseDistance | N
 
 
 def nearest_neighbour(support: Tensor, query: Tensor, distance: BaseDistance | None = None) -> Tensor:
-    """Scores each query by its best pair with a class: its similarity to the nearest support item of the class.
+    """Scores each query by its similarity to the nearest support item of each class.
 
     Arguments and result as in `nearest_prototype`; the two are the same at one shot.
     """
@@ -57,7 +57,8 @@ def soft_nearest_neighbour(
     exp(similarity / temperature), so that their softmax is the share. A bounded similarity such as cosine wants a
     temperature of about 0.1, or every item counts for nearly the same.
     """
-    require(temperature > 0, "a temperature above 0", str(temperature), "raise it")
+    if not temperature > 0:
+        raise UsageError(f"expected a temperature above 0, got {temperature}; raise it")
     return (similarities_to_each(support, query, distance) / temperature).logsumexp(dim=3)
 
 
@@ -68,11 +69,12 @@ def k_nearest_neighbours(support: Tensor, query: Tensor, distance: BaseDistance 
     the logits are the number plus a fraction that falls with the rank of the class's nearest item.
 
     Raises:
-        ValueError: k below 1 or above the W * K support items.
+        UsageError: k below 1 or above the W * K support items.
     """
     check_at_least_one("k", k)
     ways, shots = support.shape[1:3]
-    require(k <= ways * shots, f"k of at most {ways * shots}, the support items", str(k), "lower k")
+    if k > ways * shots:
+        raise UsageError(f"expected k of at most {ways * shots}, the support items, got {k}; lower k")
     each = similarities_to_each(support, query, distance).flatten(2)
     nearest_class = each.topk(k, dim=2).indices // shots  # (E, N, k), nearest first
     is_class = nearest_class.unsqueeze(3) == torch.arange(ways, device=each.device)  # (E, N, k, W)
@@ -86,19 +88,20 @@ def similarities(query: Tensor, reference: Tensor, distance: BaseDistance | None
 
     The negative of a PML distance, or a PML similarity itself.
     """
-    if distance is None or _is_squared_euclid(distance):
+    # Lp distances of embeddings as they are do not depend on the origin
+    plain_lp = distance is None or (type(distance) is LpDistance and not distance.normalize_embeddings)
+    if plain_lp:
+        center = reference.mean(dim=1, keepdim=True)
+        query, reference = query - center, reference - center
+    if distance is None or (plain_lp and distance.p == 2 and distance.power == 2):
         # -|q - r|^2 = 2 qr - |q|^2 - |r|^2 in one batched product. It cancels badly where embeddings lie far from the
-        # origin and near each other, so the mean of each episode's references is taken off first.
-        centre = reference.mean(dim=1, keepdim=True)
-        query, reference = query - centre, reference - centre
-        # vector_norm reads the queries once; square().sum() would write them too
+        # origin and near each other, hence the center. vector_norm reads the queries once; square().sum() would write.
         squares = torch.linalg.vector_norm(query, dim=2, keepdim=True).square() + reference.square().sum(2).unsqueeze(1)
         return torch.baddbmm(squares, query, reference.transpose(1, 2), beta=-1, alpha=2)
-    if type(distance) is LpDistance and not distance.normalize_embeddings:  # the same wherever the origin lies
-        centre = reference.mean(dim=1, keepdim=True)
-        query, reference = query - centre, reference - centre
-    if isinstance(distance, WeightedL1Similarity):
-        distance.initialize(reference[0])  # where it has seen nothing yet: within vmap its weights could not be drawn
+    if any(map(is_lazy, distance.parameters())):
+        # vmap cannot make the weights, and those made in inference mode could never be trained
+        with torch.inference_mode(False), torch.no_grad():
+            distance(query[0, :1].clone(), reference[0, :1].clone())
     if distance.collect_stats:  # PML then calls .item(), which vmap cannot
         values = torch.stack([distance(q, r) for q, r in zip(query, reference, strict=True)])
     else:
@@ -110,8 +113,3 @@ def similarities_to_each(support: Tensor, query: Tensor, distance: BaseDistance 
     """(E, N, W, K) similarity of each query to each support item."""
     ways, shots = support.shape[1:3]
     return similarities(query, support.flatten(1, 2), distance).unflatten(2, (ways, shots))
-
-
-def _is_squared_euclid(distance: BaseDistance) -> bool:
-    plain = type(distance) is LpDistance and not distance.normalize_embeddings
-    return plain and distance.p == 2 and distance.power == 2

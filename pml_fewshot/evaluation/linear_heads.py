@@ -1,9 +1,9 @@
 """Heads that fit a linear classifier to each episode's support, for all episodes of a chunk at once.
 
 Support (E, W, K, D) and query (E, N, D) give logits (E, N, W). All work in the space that the S = W * K support items
-span, where the problem has S unknowns a class instead of D, and solve it in float64, for products of float32 embeddings
-that depend on each other are only nearly positive. Squared norms of the embeddings set how much a penalty
-counts: normalise the bank (`EmbeddingBank.normalized`), as is the custom (Tian et al. 2020), or choose the penalty.
+span, where the problem has S unknowns a class instead of D. They solve it in float64, because the Gram matrix of
+linearly dependent float32 embeddings is not quite positive definite. A penalty counts relative to the squared norms of
+the embeddings: normalize the bank (`EmbeddingBank.normalized`), as is the custom (Tian et al. 2020), or choose it.
 """
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pytorch_metric_learning.distances import BaseDistance
 from torch import Tensor
 
-from pml_fewshot.checks import check_at_least_one, require
+from pml_fewshot.checks import UsageError, check_at_least_one
 
 LEAST_PENALTY = 1e-8  # keeps the normal equations solvable
 SHORTENINGS = 8  # of a Newton step that raises the loss, to 0.3 of its length each
@@ -20,12 +20,12 @@ SHORTENINGS = 8  # of a Newton step that raises the loss, to 0.3 of its length e
 def cosine_classifier(
     support: Tensor, query: Tensor, distance: BaseDistance | None = None, scale: float = 10.0
 ) -> Tensor:
-    """Scores by the cosine to each class's weight, the mean of its normalised support (Qi et al. 2018, imprinting).
+    """Scores by the cosine to each class's weight, the mean of its normalized support (Qi et al. 2018, imprinting).
 
     Args:
         support: (E, W, K, D)
         query: (E, N, D)
-        distance: not used, for the classifier is defined by the cosine; it is here to have every head's form.
+        distance: not used; it is there to have every head's form.
         scale: of the logits, which the accuracy does not depend on.
 
     Returns:
@@ -38,21 +38,17 @@ def cosine_classifier(
 def ridge_regression(
     support: Tensor, query: Tensor, distance: BaseDistance | None = None, penalty: float = 1.0
 ) -> Tensor:
-    """Least squares onto +1 for the own and -1 for the other classes, with an intercept (Bertinetto et al. 2019).
+    """Least squares onto +1 for an item's own and -1 for every other class, with an intercept (Bertinetto et al. 2019).
 
-    The closed form (X X^T + penalty I)^-1 Y over centred embeddings, the same as scikit-learn's
+    The closed form (X X^T + penalty I)^-1 Y over centered embeddings, the same as scikit-learn's
     RidgeClassifier(alpha=penalty).
 
-    Args:
-        support: (E, W, K, D)
-        query: (E, N, D)
-        distance: not used; a linear classifier has none.
-        penalty: on the squared norm of the weights.
+    Arguments and result as in `cosine_classifier`; `penalty` is on the squared norm of the weights.
 
-    Returns:
-        Logits (E, N, W).
+    Raises:
+        UsageError: a penalty below 1e-8.
     """
-    require(penalty >= LEAST_PENALTY, f"a penalty of at least {LEAST_PENALTY}", str(penalty), "raise it")
+    _check_penalty(penalty)
     gram, query_gram, is_class = _gram(support, query)
     targets = 2 * is_class - 1
     middle = targets.mean(dim=0)
@@ -63,30 +59,22 @@ def ridge_regression(
 
 
 def logistic_regression(
-    support: Tensor,
-    query: Tensor,
-    distance: BaseDistance | None = None,
-    penalty: float = 1.0,
-    steps: int = 10,
+    support: Tensor, query: Tensor, distance: BaseDistance | None = None, penalty: float = 1.0, steps: int = 10
 ) -> Tensor:
-    """Multinomial logistic regression by Newton's method on embeddings centred on the support, without an intercept.
+    """Multinomial logistic regression by Newton's method on embeddings centered on the support, without an intercept.
 
-    Minimises the summed cross-entropy plus penalty / 2 times the squared norm of the weights, the same as
-    scikit-learn's LogisticRegression(C=1 / penalty, fit_intercept=False) on centred embeddings (for two classes, where
+    Minimizes the summed cross-entropy plus penalty / 2 times the squared norm of the weights, the same as
+    scikit-learn's LogisticRegression(C=1 / penalty, fit_intercept=False) on centered embeddings (for two classes, where
     that has one weight vector instead of two, C=2 / penalty).
 
-    Args:
-        support: (E, W, K, D)
-        query: (E, N, D)
-        distance: not used; a linear classifier has none.
-        penalty: on the squared norm of the weights.
-        steps: Newton steps, each shortened where a full one would raise the loss; 10 reach float32's precision on
-            normalised embeddings.
+    Arguments and result as in `cosine_classifier`; `penalty` is on the squared norm of the weights, and `steps` are
+    those of Newton's method, each shortened where a full one would raise the loss: 10 reach float32's precision on
+    normalized embeddings.
 
-    Returns:
-        Logits (E, N, W).
+    Raises:
+        UsageError: a penalty below 1e-8 or steps below 1.
     """
-    require(penalty >= LEAST_PENALTY, f"a penalty of at least {LEAST_PENALTY}", str(penalty), "raise it")
+    _check_penalty(penalty)
     check_at_least_one("steps", steps)
     gram, query_gram, is_class = _gram(support, query)
     eye = torch.eye(gram.shape[1], device=gram.device, dtype=gram.dtype)
@@ -125,6 +113,11 @@ def logistic_regression(
     return query_gram @ dual.to(query_gram)
 
 
+def _check_penalty(penalty: float) -> None:
+    if not penalty >= LEAST_PENALTY:
+        raise UsageError(f"expected a penalty of at least {LEAST_PENALTY}, got {penalty}; raise it")
+
+
 def _newton_step(root: Tensor, shares: Tensor, gradient: Tensor, penalty: float) -> Tensor:
     """Solves Hessian x step = gradient to a hundredth by conjugate gradients, at most S * (W - 1) or 30 of them."""
 
@@ -150,7 +143,7 @@ def _newton_step(root: Tensor, shares: Tensor, gradient: Tensor, penalty: float)
 
 
 def _gram(support: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Products of centred support items (E, S, S), of queries with them (E, N, S), and each item's class (S, W).
+    """Products of centered support items (E, S, S), of queries with them (E, N, S), and each item's class (S, W).
 
     The first and the last in float64.
     """

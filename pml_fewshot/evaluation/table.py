@@ -1,20 +1,20 @@
-"""ResultTable: episodic and retrieval figures side by side, each with its interval and its protocol."""
+"""ResultTable: figures of episodes and of retrieval side by side, each with its interval and its protocol."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from pml_fewshot.atomic import write_text
-from pml_fewshot.checks import require
-from pml_fewshot.evaluation.average import average, averaged_metric
+from pml_fewshot.checks import MissingFileError, UsageError
 from pml_fewshot.evaluation.episodic import EpisodicResult
-from pml_fewshot.evaluation.result_row import ResultRow
-from pml_fewshot.evaluation.retrieval_result import RetrievalResult
-from pml_fewshot.evaluation.table_text import LARGEST, figures_csv, latex, markdown, methods_csv, read_figures_csv
+from pml_fewshot.evaluation.retrieval import RetrievalResult
+from pml_fewshot.evaluation.statistics import average, average_metric
+from pml_fewshot.evaluation.table_formats import ResultRow, figures_csv, latex, markdown, methods_csv, read_figures_csv
+from pml_fewshot.io.atomic import write_text
 
 
 @dataclass(frozen=True)
-class Judgement:
+class RowContext:
     """What the rows of one evaluation have in common."""
 
     method: str
@@ -24,11 +24,15 @@ class Judgement:
     transductive: bool = False
     seconds: float | None = None
 
+    @property
+    def shared(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("method", "split", "classes", "seconds")}
+
 
 class ResultTable:
-    """Rows of figures; shown with a line a method and a column a figure, as Markdown, CSV or LaTeX.
+    """Rows of figures, shown with a line a method and a column a figure.
 
-    `failures` says of methods that have no figures why, and stands below the others.
+    `failures` gives the reason for each method that has no figures, and stands below the others.
     """
 
     def __init__(self, rows: Iterable[ResultRow] = (), failures: Mapping[str, str] | None = None) -> None:
@@ -40,11 +44,13 @@ class ResultTable:
         """Reads the figures that `write` left in a folder.
 
         Raises:
-            FileNotFoundError: there is no figures.csv.
-            ValueError: it is no table of figures.
+            MissingFileError: there is no figures.csv.
+            UsageError: it is no table of figures.
         """
-        with (Path(folder) / "figures.csv").open("rb") as file:
-            return cls(read_figures_csv(file.read(LARGEST + 1)))
+        path = Path(folder) / "figures.csv"
+        if not path.is_file():
+            raise MissingFileError(f"expected a finished run in {folder}, got no figures.csv; finish it with --resume")
+        return cls(read_figures_csv(path.read_bytes()))
 
     def best_first(self) -> "ResultTable":
         """The same rows, methods in descending order of the figure that came first for each of them."""
@@ -53,51 +59,46 @@ class ResultTable:
             first.setdefault(row.method, row.value)
         return ResultTable(sorted(self.rows, key=lambda row: -first[row.method]), self.failures)
 
-    def add_episodic(self, judged: Judgement, result: EpisodicResult, *more_seeds: EpisodicResult) -> None:
-        """Adds the accuracy over episodes, averaged over trainings where more than one result is given."""
-        hashes = {each.episodes_hash for each in (result, *more_seeds)}
-        require(
-            len(hashes) == 1, "trainings judged on the same episodes", str(sorted(hashes)), "use one spec, seed and set"
-        )
-        value, ci95 = average([each.per_episode for each in (result, *more_seeds)])
+    def add_episodic(self, context: RowContext, *trainings: EpisodicResult) -> None:
+        """Adds the accuracy over episodes of one training, or the mean of several."""
+        first = trainings[0]
+        hashes = sorted({result.episodes_hash for result in trainings})
+        if len(hashes) > 1:
+            raise UsageError(
+                f"expected trainings evaluated on the same episodes, got {hashes}; use one spec, seed and set"
+            )
+        value, ci95 = average([result.per_episode for result in trainings])
         row = ResultRow(
-            method=judged.method,
+            **context.shared,
             figure="accuracy",
             value=value,
             ci95=ci95,
-            ways=result.spec.ways,
-            shots=result.spec.shots,
-            queries=result.spec.queries,
-            count=len(result.per_episode),
-            seed=result.seed,
-            split=judged.split,
-            classes=judged.classes,
-            protocol="transductive" if judged.transductive else "inductive",
-            episodes_hash=result.episodes_hash,
-            note=judged.note,
-            trained=1 + len(more_seeds),
-            seconds=judged.seconds,
+            **asdict(first.spec),
+            count=len(first.per_episode),
+            seed=first.seed,
+            protocol="transductive" if context.transductive else "inductive",
+            episodes_hash=first.episodes_hash,
+            note=context.note,
+            trained=len(trainings),
         )
         self.rows.append(row)
 
-    def add_retrieval(self, judged: Judgement, result: RetrievalResult, *more_seeds: RetrievalResult) -> None:
-        """Adds a row for each retrieval figure; queries that no neighbour could match are counted in its note."""
-        left_out = f"{result.num_left_out} queries alone in their class left out" if result.num_left_out else ""
-        for metric in result:
-            value, ci95 = averaged_metric(metric, [result, *more_seeds])
+    def add_retrieval(self, context: RowContext, *trainings: RetrievalResult) -> None:
+        """Adds a row for each retrieval figure; queries that no neighbor could match are counted in its note."""
+        first = trainings[0]
+        excluded = f"{first.num_excluded} queries alone in their class left out" if first.num_excluded else ""
+        for metric in first:
+            value, ci95 = average_metric(metric, trainings)
             row = ResultRow(
-                method=judged.method,
+                **context.shared,
                 figure=metric,
                 value=value,
                 ci95=ci95,
-                count=result.num_queries,
-                split=judged.split,
-                classes=judged.classes,
-                protocol=result.protocol,
-                ranking=result.ranking,
-                note="; ".join(text for text in (judged.note, left_out) if text),
-                trained=1 + len(more_seeds),
-                seconds=judged.seconds,
+                count=first.num_queries,
+                protocol=first.protocol,
+                ranking=first.ranking,
+                note="; ".join(text for text in (context.note, excluded) if text),
+                trained=len(trainings),
             )
             self.rows.append(row)
 
@@ -118,15 +119,10 @@ class ResultTable:
         return figures_csv(self.rows)
 
     def write(self, folder: str | Path) -> None:
-        """Writes results.csv, results.md, results.tex and figures.csv into an existing folder."""
-        written = {
-            "results.csv": self.csv(),
-            "results.md": self.markdown(),
-            "results.tex": self.latex(),
-            "figures.csv": self.figures_csv(),
-        }
-        for name, text in written.items():
-            write_text(Path(folder) / name, text)
+        """Writes results.csv, results.md, and last figures.csv, whose presence marks a finished run."""
+        write_text(Path(folder) / "results.csv", self.csv())
+        write_text(Path(folder) / "results.md", self.markdown())
+        write_text(Path(folder) / "figures.csv", self.figures_csv())
 
     def __str__(self) -> str:
         return self.markdown()

@@ -30,8 +30,8 @@ class DenseNTXentLoss(NTXentLoss):
         # how often each pair is a negative: a miner's triplets repeat it
         one = torch.ones((), dtype=mat.dtype, device=mat.device)
         counts = torch.zeros_like(scores).index_put_((a2, n), one, accumulate=True)  # (B, R)
-        # As PML does it, all is taken relative to the largest score, of the anchor's negatives and the positive. Taking
-        # the difference to a logsumexp instead rounds a score of 100 (temperature 0.01) in its fifth digit.
+        # As in PML, everything is relative to the largest score, of the anchor's negatives and the positive. Taking a
+        # logsumexp off instead would round a score of 100 (temperature 0.01) in its fifth digit.
         negatives = scores.masked_fill(counts == 0, c_f.neg_inf(mat.dtype))
         top = negatives.detach().amax(dim=1)  # (B,)
         mass = (counts * torch.exp(negatives - top.unsqueeze(1))).sum(dim=1)  # (B,); 0 without a negative
@@ -70,7 +70,7 @@ class DenseTripletMarginLoss(TripletMarginLoss):
         violation = self.distance.margin(ap, an) + self.margin
         losses = F.softplus(violation) if self.smooth_loss else F.relu(violation)  # (P, R)
         if self.reduces_to_mean_above_zero(losses.dtype):
-            # times 0 or 1, because selecting and filling take ten times as long where the processor cannot guess a mask
+            # times 0 or 1, because selecting and filling take ten times as long with a mask that is hard to predict
             kept = losses * diffs.to(losses.dtype).index_select(0, a)
             total = kept.sum()
             if total.isfinite():  # else it is left to PML's reducer, which drops NaN
@@ -84,7 +84,8 @@ class DenseTripletMarginLoss(TripletMarginLoss):
     def reduces_to_mean_above_zero(self, dtype: torch.dtype) -> bool:
         """Whether the reducer is PML's default and nothing but its value is wanted.
 
-        Its choice among the triplets' losses takes longer than all else here. A sum of many in 16 bits would overflow.
+        Selecting the losses above zero, as it does, takes longer than all else here. In 16 bits the sum would overflow,
+        or be rounded before it is divided.
         """
         reducer = self.reducer
         plain = type(reducer) is AvgNonZeroReducer and reducer.low == 0 and reducer.high is None

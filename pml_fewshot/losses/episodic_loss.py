@@ -1,11 +1,13 @@
 """EpisodicLoss: what the losses that classify queries over a support set have in common."""
 
+import math
+import warnings
 from abc import abstractmethod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pytorch_metric_learning.distances import BaseDistance
+from pytorch_metric_learning.distances import BaseDistance, DotProductSimilarity, LpDistance
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.reducers import BaseReducer
 from pytorch_metric_learning.regularizers import BaseRegularizer
@@ -13,15 +15,14 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
-from pml_fewshot.checks import check_labels, require
-from pml_fewshot.parts import build
+from pml_fewshot.checks import UsageError, check_labels
 
 
 class EpisodicLoss(BaseMetricLossFunction):
     """Cross-entropy of each query over the classes of a support set, as a PML loss; subclasses give the logits.
 
     With a support set: `loss(query, query_labels, ref_emb=support, ref_labels=support_labels)`. Without one, on an
-    ordinary labelled batch, each item is a query and all the others are its support, so it is a drop-in PML loss.
+    ordinary labeled batch, each item is a query and all the others are its support, so it is a drop-in PML loss.
     Classes may have different numbers of support items.
 
     Args:
@@ -36,8 +37,15 @@ class EpisodicLoss(BaseMetricLossFunction):
     A miner's output weighs the queries by how often they occur in it as anchors (all items, without a support set),
     as in PML's classification losses. The losses are per query (PML's "element" reduction).
 
+    With a support set and no miner, a step on a GPU waits for no value. So a query whose class has no support item is
+    an error on the CPU, but has the loss NaN on a GPU.
+
     Raises:
-        ValueError: scale of 0 or below, a query whose class has no support item.
+        UsageError: scale of 0 or below, a query whose class has no support item.
+
+    Warns:
+        UserWarning: a bounded similarity (cosine, normalized Lp) with a scale of at most 1 that is not learned. The
+            softmax over it cannot get sharp, and the embedder trains worse than it could.
     """
 
     def __init__(
@@ -51,15 +59,21 @@ class EpisodicLoss(BaseMetricLossFunction):
         collect_stats: bool | None = None,
     ) -> None:
         super().__init__(
-            distance=build(distance),
-            reducer=build(reducer),
-            embedding_regularizer=build(embedding_regularizer),
+            distance=distance,
+            reducer=reducer,
+            embedding_regularizer=embedding_regularizer,
             embedding_reg_weight=embedding_reg_weight,
             collect_stats=collect_stats,
         )
         if not scale > 0:
-            raise ValueError(
-                f"expected scale above 0, got {scale}; a similarity needs no negative scale to be inverted"
+            raise UsageError(
+                f"expected scale above 0, got {scale}; a distance needs no negative scale, it is negated already"
+            )
+        if scale <= 1 and not learn_scale and (span := similarity_span(self.distance)) < math.inf:
+            warnings.warn(
+                f"a softmax over {type(self.distance).__name__} with scale {scale:g} gives the right one of 5 classes "
+                f"at most {1 / (1 + 4 * math.exp(-scale * span)):.2f}; give scale=10 or learn_scale=True",
+                stacklevel=2,
             )
         log_scale = torch.tensor(float(scale)).log()
         self.log_scale = torch.nn.Parameter(log_scale, requires_grad=learn_scale)
@@ -76,7 +90,8 @@ class EpisodicLoss(BaseMetricLossFunction):
         Args:
             queries: (B, D)
             support: (S, D)
-            member: (S, W) one-hot: which class each support item is of.
+            member: (S, W) of zeros and ones: which class each support item is of. On a GPU there are repeats among the
+                columns, whose logits are not used.
             own_class: None, or where queries and support are the same items the class (B,) of each: an item's own
                 class is then scored without the item.
         """
@@ -87,17 +102,19 @@ class EpisodicLoss(BaseMetricLossFunction):
         c_f.labels_required(labels)
         with_support = ref_emb is not embeddings
         check_labels(ref_labels, len(ref_emb), "support")
-        require(len(ref_emb) > 0, "at least one support item", "none", "draw support and query from the same classes")
-        classes, support_class = torch.unique(ref_labels, return_inverse=True)
-        target = torch.searchsorted(classes, labels.contiguous()).clamp_(max=len(classes) - 1)
-        member = F.one_hot(support_class, len(classes)).to(ref_emb.dtype)  # (S, W)
+        if len(ref_emb) == 0:
+            raise UsageError("expected at least one support item, got none; draw some of the queries' classes")
+        classes = sorted_classes(ref_labels)  # (W,)
+        repeated = F.pad(classes[1:] == classes[:-1], (1, 0))  # (W,)
+        member = (ref_labels.unsqueeze(1) == classes).to(ref_emb.dtype)  # (S, W)
+        target = torch.searchsorted(classes, labels.contiguous()).clamp_(max=len(classes) - 1)  # (B,) first of repeats
+        missing = classes[target] != labels
+        if missing.is_cpu and missing.any():
+            raise UsageError(
+                "expected a support item for the class of every query, got none for classes "
+                f"{labels[missing].unique()[:5].tolist()}; draw support and query from the same classes"
+            )
         if with_support:
-            if not torch.equal(classes[target], labels):
-                missing = labels[classes[target] != labels].unique().tolist()
-                raise ValueError(
-                    f"expected a support item for the class of every query, got none for classes {missing[:5]}; "
-                    "draw support and query from the same classes"
-                )
             kept = c_f.torch_arange_from_size(embeddings)
         else:
             # an item that is alone in its class has nothing of its class to be compared with
@@ -105,11 +122,25 @@ class EpisodicLoss(BaseMetricLossFunction):
             if len(kept) == 0:
                 return self.zero_losses()
         scores = self.class_scores(embeddings, ref_emb, member, None if with_support else target)
+        scores = scores.masked_fill(repeated, -math.inf)
         weights = lmu.convert_to_weights(indices_tuple, labels, dtype=embeddings.dtype, using_ref=with_support)
         losses = F.cross_entropy(scores[kept], target[kept], reduction="none") * weights[kept]
+        losses = losses.masked_fill(missing[kept], math.nan)
         return {"loss": {"losses": losses, "indices": kept, "reduction_type": "element"}}
 
     def similarity(self, queries: Tensor, references: Tensor) -> Tensor:
         """(B, D) and (R, D) -> (B, R): the distance's values, negated unless it is a similarity already."""
         values = self.distance(queries, references)
         return values if self.distance.is_inverted else -values
+
+
+def sorted_classes(labels: Tensor) -> Tensor:
+    """The classes (W,) among labels (S,); on a GPU W is S, with repeats: dropping them would wait for their number."""
+    return torch.unique(labels) if labels.is_cpu else labels.sort().values
+
+
+def similarity_span(distance: BaseDistance) -> float:
+    """How far apart two values of a distance can be; infinity where that is not bounded, or not known."""
+    if isinstance(distance, LpDistance | DotProductSimilarity) and distance.normalize_embeddings and distance.power > 0:
+        return 2.0**distance.power if isinstance(distance, LpDistance) else 2.0
+    return math.inf

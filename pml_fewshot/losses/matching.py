@@ -17,12 +17,13 @@ class MatchingLoss(EpisodicLoss):
     Args:
         distance: any PML distance; cosine when None, as in the paper. Squared Euclid
             (`LpDistance(normalize_embeddings=False, power=2)`) is not bounded and needs no scale.
-        scale: the similarity is multiplied by it before the softmax. 1 as in the paper, with which 5 classes' softmax
-            over cosine gets no sharper than 0.65: give about 10 and learn_scale, as MatchingTrainer does.
+        scale: the similarity is multiplied by it before the softmax. 1 as in the paper, but a softmax over the cosines
+            of 5 classes then gets no sharper than 0.65, which is warned of: give 10 and learn_scale, as MatchingTrainer
+            does.
         learn_scale: and the rest: see EpisodicLoss.
 
     Raises:
-        ValueError: a query's class has no support item.
+        UsageError: a query's class has no support item.
 
     Source: Vinyals et al. 2016, "Matching Networks for One Shot Learning", eq. 1 and section 2.1.1.
     """
@@ -35,11 +36,9 @@ class MatchingLoss(EpisodicLoss):
         if own_class is not None:
             itself = torch.eye(len(each), dtype=torch.bool, device=each.device)
             each = each.masked_fill(itself, torch.finfo(each.dtype).min)  # -inf would make NaN of a lone item's class
-        # logsumexp over each class's items, whose logits' softmax is the share. Around the largest of each class, for a
-        # far class's exponentials would vanish around the largest of all.
+        # logsumexp over each class's items: the softmax of such logits is the share. Relative to the largest of each
+        # class, because relative to the largest of all a far class's exponentials would vanish.
         index = member.argmax(dim=1).expand_as(each)
-        top = torch.full(
-            (len(each), member.shape[1]), torch.finfo(each.dtype).min, device=each.device, dtype=each.dtype
-        )
-        top = top.scatter_reduce(1, index, each.detach(), "amax")  # (B, W)
+        lowest = each.new_full((len(each), member.shape[1]), torch.finfo(each.dtype).min)
+        top = lowest.scatter_reduce(1, index, each.detach(), "amax")  # (B, W)
         return (each - top.gather(1, index)).exp().matmul(member).log() + top

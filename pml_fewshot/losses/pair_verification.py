@@ -12,9 +12,8 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
-from pml_fewshot.checks import require
+from pml_fewshot.checks import UsageError
 from pml_fewshot.distances.weighted_l1 import WeightedL1Similarity
-from pml_fewshot.parts import build
 
 
 class PairVerificationLoss(GenericPairLoss):
@@ -22,21 +21,23 @@ class PairVerificationLoss(GenericPairLoss):
 
     Args:
         distance: a similarity whose values are logits; `WeightedL1Similarity()` when None. PML's own train too, a
-            distance by its negative, but theirs have no threshold that is learned: 0 parts match from mismatch.
+            distance by its negative, but theirs learn no threshold: matching and other pairs are told apart at 0.
         balanced: without a miner, draw as many non-matching pairs as there are matching ones (or the other way round),
-            as in the paper; False takes all pairs of the batch.
+            as in the paper; False takes all pairs of the batch and draws nothing.
         negative_weight: weight of a non-matching pair's loss beside a matching one's. All pairs of 60 classes with 6
             images each are 71 non-matching ones for one that matches; omniglot_siamese weighs them a third.
-        seed: of the drawing of pairs.
+        seed: of the draws of pairs. When None it is the seed of torch's own generator (`torch.manual_seed`), from which
+            nothing is drawn; `run` sets that to the experiment's. The state of the draws is part of the state_dict.
         reducer: PML reducer over all pairs; the mean when None. This and the rest are as in every PML loss.
         embedding_regularizer: PML regularizer of the embeddings; none when None.
         embedding_reg_weight: its weight.
         collect_stats: keep PML's statistics for a record-keeper; PML's own default when None.
 
     A miner's pairs (or triplets, as pairs) are all used. The losses are per pair; reducers see the matching ones first.
+    Without a miner each step on a GPU waits for the list of pairs, as PML's losses of pairs do.
 
     Raises:
-        ValueError: negative_weight of 0 or below.
+        UsageError: negative_weight of 0 or below.
 
     Source: Koch, Zemel and Salakhutdinov 2015, "Siamese Neural Networks for One-shot Image Recognition", section 3.2.
     """
@@ -46,7 +47,7 @@ class PairVerificationLoss(GenericPairLoss):
         distance: BaseDistance | None = None,
         balanced: bool = True,
         negative_weight: float = 1.0,
-        seed: int = 0,
+        seed: int | None = None,
         reducer: BaseReducer | None = None,
         embedding_regularizer: BaseRegularizer | None = None,
         embedding_reg_weight: float = 1.0,
@@ -54,16 +55,17 @@ class PairVerificationLoss(GenericPairLoss):
     ) -> None:
         super().__init__(
             mat_based_loss=False,
-            distance=build(distance),
-            reducer=build(reducer),
-            embedding_regularizer=build(embedding_regularizer),
+            distance=distance,
+            reducer=reducer,
+            embedding_regularizer=embedding_regularizer,
             embedding_reg_weight=embedding_reg_weight,
             collect_stats=collect_stats,
         )
-        require(negative_weight > 0, "negative_weight above 0", str(negative_weight), "weigh non-matching pairs")
+        if not negative_weight > 0:
+            raise UsageError(f"expected negative_weight above 0, got {negative_weight}; 1 weighs all pairs alike")
         self.balanced = balanced
         self.negative_weight = negative_weight
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
 
     def get_default_distance(self) -> BaseDistance:
         return WeightedL1Similarity()
@@ -89,12 +91,12 @@ class PairVerificationLoss(GenericPairLoss):
     def _compute_loss(self, pos_pairs: Tensor, neg_pairs: Tensor, indices_tuple: Any) -> dict[str, Any]:
         a1, p, a2, n = indices_tuple
         sign = 1 if self.distance.is_inverted else -1
-        losses = []  # GenericPairLoss gives [] for pairs of a kind that are not there
+        losses = []  # GenericPairLoss gives a list, [], for pairs of a kind that are not there
         if len(a1):
             losses.append(F.softplus(-sign * pos_pairs))
         if len(a2):
             losses.append(self.negative_weight * F.softplus(sign * neg_pairs))
-        # PML's reducers know pairs as "pos_pair" or "neg_pair", and treat the two alike.
+        # PML's reducers know pairs as "pos_pair" or "neg_pair" and treat both alike.
         indices = (torch.cat([a1, a2]), torch.cat([p, n]))
         return {"loss": {"losses": torch.cat(losses), "indices": indices, "reduction_type": "pos_pair"}}
 

@@ -15,14 +15,14 @@ class PrototypicalLoss(EpisodicLoss):
 
     Args:
         distance: any PML distance, between queries (B, D) and prototypes (W, D). Squared Euclid when None, that is
-            `LpDistance(normalize_embeddings=False, power=2)`, as in the paper (note that PML's own default normalises
+            `LpDistance(normalize_embeddings=False, power=2)`, as in the paper (note that PML's own default normalizes
             and does not square).
         scale: the distance is multiplied by it before the softmax. 1 as in the paper; a bounded similarity such as
-            cosine needs about 10 or more, or the softmax over it cannot get sharp.
+            cosine needs about 10, or the softmax over it cannot get sharp, which is warned of.
         learn_scale: and the rest: see EpisodicLoss.
 
     Raises:
-        ValueError: a query's class has no support item.
+        UsageError: a query's class has no support item.
 
     Source: Snell et al. 2017, "Prototypical Networks for Few-shot Learning", eq. 1-2 and algorithm 1.
     """
@@ -37,7 +37,7 @@ class PrototypicalLoss(EpisodicLoss):
         if own_class is not None:
             left_out = (sums[own_class] - queries) / (counts[own_class] - 1).clamp(min=1).unsqueeze(1)  # (B, D)
             # The distance is asked for all B x B and read on the diagonal: PML's pairwise_distance would neither
-            # normalise nor raise to the power.
+            # normalize nor raise to the power.
             own = self.similarity(queries, left_out).diagonal()
             is_own = own_class.unsqueeze(1) == torch.arange(len(counts), device=queries.device)
             scores = torch.where(is_own, own.unsqueeze(1), scores)

@@ -1,20 +1,17 @@
 """SiameseTrainer: Siamese networks (Koch et al. 2015), a learned similarity trained on pairs."""
 
-from collections.abc import Callable
-
 import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor
 
-from pml_fewshot.batches import Batch
-from pml_fewshot.checks import require
+from pml_fewshot.checks import UsageError
 from pml_fewshot.embedders.embedder import Embedder
-from pml_fewshot.episodes import Episode
 from pml_fewshot.evaluation.heads import Head, mean_similarity
+from pml_fewshot.instantiate import Part
 from pml_fewshot.losses.pair_verification import PairVerificationLoss
-from pml_fewshot.trainers.episodic import EpisodicTrainer
-from pml_fewshot.trainers.loss_checks import check_batch, check_no_classes_kept
+from pml_fewshot.trainers.base import EpisodicTrainer
+from pml_fewshot.trainers.pml_compat import check_no_classes_kept
 
 
 class SiameseTrainer(EpisodicTrainer):
@@ -24,11 +21,11 @@ class SiameseTrainer(EpisodicTrainer):
     chooses pairs among them.
 
     Args:
-        embedder: images to embeddings (or a factory of it). Let it end in numbers of both signs, as
-            `Conv4(last_relu=False)` does: a ReLU or a sigmoid at its end flattens differences that |q - r| should see.
+        embedder: images to embeddings. Let it end in numbers of both signs, as `Conv4(last_relu=False)` does: a ReLU
+            or a sigmoid at its end flattens differences that |q - r| should see.
         loss: `PairVerificationLoss()` with `WeightedL1Similarity()` when None; or any PML loss of pairs or triplets
             whose distance is one (or any other).
-        miner: PML miner (or factory) of pairs or triplets; none when None.
+        miner: PML miner of pairs or triplets; none when None.
         head: classifies at test time: `mean_similarity` to a class's support items, or `nearest_neighbour` for the best
             of them.
 
@@ -37,31 +34,22 @@ class SiameseTrainer(EpisodicTrainer):
 
     def __init__(
         self,
-        embedder: Embedder | Callable[[], Embedder],
-        loss: BaseMetricLossFunction | Callable[[], BaseMetricLossFunction] | None = None,
-        miner: BaseMiner | Callable[[], BaseMiner] | None = None,
+        embedder: Part[Embedder],
+        loss: Part[BaseMetricLossFunction] | None = None,
+        miner: Part[BaseMiner] | None = None,
         head: Head = mean_similarity,
     ) -> None:
-        super().__init__(embedder, PairVerificationLoss() if loss is None else loss, miner)
-        self.head = head
+        super().__init__(embedder, PairVerificationLoss() if loss is None else loss, miner, head=head)
 
-    def forward(self, batch: Episode | Batch) -> Tensor:
-        """Returns the scalar loss over pairs of the batch; of several episodes the mean."""
-        if isinstance(batch, Batch):
-            require(batch.other_view is None, "batches of one view", "two", "use BatchSpec(views=1), or MetricTrainer")
-            check_batch(self.loss, batch.labels)
-            embeddings = self.embed(batch.images)
-            with torch.autocast(embeddings.device.type, enabled=False):
-                return self.mined_loss(embeddings, batch.labels)
-        return super().forward(batch)
+    def check_batches(self, views: int) -> None:
+        if views != 1:
+            raise UsageError("expected batches of one view, got two; use BatchSpec(views=1), or MetricTrainer")
+
+    def check_episodes(self, shots: int, queries: int) -> None:
+        check_no_classes_kept(self.loss)
 
     def episode_loss(self, support: Tensor, query: Tensor) -> Tensor:
         """Loss over pairs of one episode's items: support (W, K, D), query (W*Q, D)."""
-        check_no_classes_kept(self.loss)
         items = torch.cat([support, query.unflatten(0, (len(support), -1))], dim=1)  # (W, K+Q, D)
         labels = torch.arange(len(items), device=items.device).repeat_interleave(items.shape[1])
         return self.mined_loss(items.flatten(0, 1), labels)
-
-    def classify(self, support: Tensor, query: Tensor) -> Tensor:
-        """Scores queries (E, N, D) by the head over support (E, W, K, D): logits (E, N, W)."""
-        return self.head(support, query, self.distance)

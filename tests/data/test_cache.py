@@ -1,333 +1,261 @@
-"""The loaders' cache: hits, misses, replaced and failed entries."""
+"""The loaders' cache: hits, misses, replaced, damaged and unfinished entries, and what a memory-mapped load reads."""
 
-import json
+import hashlib
 import os
 import resource
-import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from pml_fewshot.atomic import CannotWriteError
+from pml_fewshot.checks import UsageError
 from pml_fewshot.data import cache
-from pml_fewshot.data.cache import Source, cached_images, default_cache_dir, files_state
+from pml_fewshot.data.cache import Source, cached_sets
+from pml_fewshot.data.dataset import FewShotDataset
+from pml_fewshot.io.atomic import CannotWriteError
+from tests.data.helpers import entries
 
 
 class Made:
-    """A source of `count` noise images that counts how often it is read, and fails after `fail_at` of them."""
+    """A source of noise images in two sets that counts how often it is read, and fails after `fail_at` of them."""
 
-    def __init__(self, count: int = 5, announced: int | None = None, fail_at: int | None = None, seed: int = 0) -> None:
+    def __init__(self, count: int = 5, fail_at: int | None = None, seed: int = 0) -> None:
         self.images = np.random.default_rng(seed).integers(0, 256, (count, 1, 3, 4), dtype=np.uint8)
-        self.labels = [7 * i % 3 for i in range(count)]
-        self.announced = count if announced is None else announced
+        self.labels = [min(i // 2, 2) for i in range(count)]
         self.fail_at = fail_at
         self.reads = 0
-        self.yielded = 0
+        self.notes = {"yielded": 0}
 
     def __call__(self) -> Source:
         self.reads += 1
-        return Source(self.items(), self.announced, (1, 3, 4), lambda: {"yielded": self.yielded, "name": "Ωmega"})
+        return Source(self.items(), len(self.images), (1, 3, 4), {"train": ["ä", "b"], "test": ["c"]}, self.notes)
 
     def items(self) -> Iterator[tuple[np.ndarray, int]]:
         for i, (image, label) in enumerate(zip(self.images, self.labels, strict=True)):
             if i == self.fail_at:
-                raise RuntimeError("the disk is on fire")
-            self.yielded += 1
+                raise PermissionError(13, "not yours", "a.png")
+            self.notes["yielded"] += 1
             yield image, label
 
 
-def entries(folder: Path) -> list[str]:
-    """Also hidden ones, but for the locks."""
-    names = os.listdir(folder) if folder.exists() else []  # noqa: PTH208
-    return sorted(name for name in names if not name.endswith("-lock"))
+def load(
+    folder: Path | None,
+    read: Callable[[], Source],
+    *files: Path,
+    source: tuple[object, ...] = (),
+    memory_map: bool = False,
+) -> dict[str, FewShotDataset]:
+    return cached_sets("set", source, files, read, folder, memory_map)[0]
+
+
+def images(sets: dict[str, FewShotDataset]) -> np.ndarray:
+    return np.concatenate([part.images.numpy() for part in sets.values()])
 
 
 def test_what_is_read_once_comes_back_the_same_without_reading(tmp_path: Path):
-    made = Made()
-    cold = cached_images("set", ("here", 28), "1", made, tmp_path / "new" / "cache")
-    warm = cached_images("set", ("here", 28), "1", made, tmp_path / "new" / "cache")
+    made, folder = Made(), tmp_path / "new" / "cache"
+    for memory_map in (False, False, True):
+        sets, notes = cached_sets("set", ("here", 28), [], made, folder, memory_map)
+        np.testing.assert_array_equal(images(sets), made.images)
+        assert {name: part.class_names for name, part in sets.items()} == {"train": ("ä", "b"), "test": ("c",)}
+        assert [part.labels.tolist() for part in sets.values()] == [[0, 0, 1, 1], [0]]
+        assert notes == {"yielded": 5}  # filled while the items were read
+        for part in sets.values():
+            assert part.recorded_checksum == part.checksum(recompute=True)
     assert made.reads == 1
-    for cached in (cold, warm):
-        assert cached.images.dtype == torch.uint8
-        assert cached.labels.dtype == torch.int64
-        np.testing.assert_array_equal(cached.images.numpy(), made.images)
-        assert cached.labels.tolist() == made.labels
-        assert cached.about == {"yielded": 5, "name": "Ωmega"}  # asked after the last item
-    assert len(entries(tmp_path / "new" / "cache")) == 1
+    assert len(entries(folder)) == 1
 
 
-def test_fewer_items_than_announced_leave_no_blank_images(tmp_path: Path):
-    made = Made(count=3, announced=10)
-    cached = cached_images("set", (), "1", made, tmp_path)
-    np.testing.assert_array_equal(cached.images.numpy(), made.images)
-    assert len(cached.labels) == 3
+def test_every_change_of_a_file_replaces_the_entry_and_another_source_stands_beside_it(tmp_path: Path):
+    a, b, made = tmp_path / "a", tmp_path / "b", Made()
+
+    def reads(*files: Path, source: tuple[object, ...] = ("ab", "c")) -> int:
+        load(tmp_path / "cache", made, *files, source=source)
+        return made.reads
+
+    for file in (a, b):
+        file.write_text("one")
+        os.utime(file, ns=(10, 10))
+    assert reads(a, b, source=("a", "bc")) == 1  # alike when joined
+    assert reads(a, b) == reads(b, a) == 2
+    assert reads(a) == 3
+    os.utime(a, ns=(10, 11))
+    assert reads(a) == 4
+    a.write_text("longer")
+    os.utime(a, ns=(10, 11))
+    assert reads(a) == 5
+    a.rename(tmp_path / "c")
+    assert reads(tmp_path / "c") == 6
+    assert len(entries(tmp_path / "cache")) == 2
 
 
-def test_another_state_replaces_the_entry_and_another_source_stands_beside_it(tmp_path: Path):
-    first = Made(seed=0)
-    cached_images("set", ("a",), "1", first, tmp_path)
-    cached_images("set", ("b",), "1", Made(), tmp_path)
-    cached_images("other", ("a",), "1", Made(), tmp_path)
-    before = entries(tmp_path)
-    assert len(before) == 3
-    changed = Made(seed=1)
-    cached = cached_images("set", ("a",), "2", changed, tmp_path)
-    np.testing.assert_array_equal(cached.images.numpy(), changed.images)
-    assert len(entries(tmp_path)) == 3
-    assert len(set(before) & set(entries(tmp_path))) == 2
-    cached_images("set", ("a",), "1", first, tmp_path)
-    assert first.reads == 2
-
-
-def test_sources_that_read_alike_when_joined_are_still_two(tmp_path: Path):
-    cached_images("set", ("ab", "c"), "1", Made(), tmp_path)
-    cached_images("set", ("a", "bc"), "1", Made(), tmp_path)
-    assert len(entries(tmp_path)) == 2
-
-
-@pytest.mark.parametrize("fail_at", [0, 3])
-def test_a_failure_leaves_nothing_behind_and_the_old_entry_as_it_was(tmp_path: Path, fail_at: int):
-    with pytest.raises(RuntimeError, match="the disk is on fire"):
-        cached_images("set", (), "1", Made(fail_at=fail_at), tmp_path)
-    assert entries(tmp_path) == []
-    old = Made()
-    cached_images("set", (), "1", old, tmp_path)
-    before = entries(tmp_path)
-    with pytest.raises(RuntimeError, match="the disk is on fire"):
-        cached_images("set", (), "2", Made(fail_at=fail_at), tmp_path)
-    assert entries(tmp_path) == before
-    cached_images("set", (), "1", old, tmp_path)
-    assert old.reads == 1
-
-
-def test_a_read_that_fails_at_once_leaves_nothing_behind(tmp_path: Path):
-    def read() -> Source:
-        raise ValueError("no such set")
-
-    with pytest.raises(ValueError, match="no such set"):
-        cached_images("set", (), "1", read, tmp_path)
-    assert entries(tmp_path) == []
-
-
-def test_a_full_disk_is_one_error_before_anything_is_decoded_and_leaves_nothing_behind(tmp_path: Path):
-    old, new = Made(), Made(count=1000)
-    cached_images("set", (), "1", old, tmp_path)
-    before, limits = entries(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # no file may grow above it
-    try:
-        with pytest.raises(CannotWriteError, match=r"^expected to write .*set-.*, got .*File too large"):
-            cached_images("set", (), "2", new, tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert new.yielded == 0
-    assert entries(tmp_path) == before
-    cached_images("set", (), "1", old, tmp_path)
-    assert old.reads == 1
-    np.testing.assert_array_equal(cached_images("set", (), "2", new, tmp_path).images.numpy(), new.images)
-
-
-@pytest.mark.parametrize("folder", ["/sys", "/sys/pml_fewshot_cache"])  # where root itself may write nothing
-def test_a_read_only_folder_is_one_error(folder: str):
+def test_an_entry_of_an_older_format_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made = Made()
-    with pytest.raises(CannotWriteError, match=r"^expected to write /sys"):
-        cached_images("set", (), "1", made, folder)
-    assert made.reads == 0
-
-
-def test_what_the_source_cannot_read_is_no_error_of_writing(tmp_path: Path):
-    def items() -> Iterator[tuple[np.ndarray, int]]:
-        yield np.zeros((1, 3, 4), np.uint8), 0
-        raise PermissionError(13, "not yours", "a.png")
-
-    with pytest.raises(PermissionError, match=r"not yours.*a\.png") as error:
-        cached_images("set", (), "1", lambda: Source(items(), 2, (1, 3, 4), dict), tmp_path)
-    assert not isinstance(error.value, CannotWriteError)
-    assert entries(tmp_path) == []
-
-
-def test_killed_while_it_removes_an_old_entry_it_leaves_none_that_looks_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    def killed(path: Path, ignore_errors: bool = False) -> None:
-        (path / "labels.npy").unlink()
-        raise KeyboardInterrupt
-
-    old = Made()
-    cached_images("set", (), "1", old, tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", killed)
-        with pytest.raises(KeyboardInterrupt):
-            cached_images("set", (), "2", Made(seed=1), tmp_path)
-    np.testing.assert_array_equal(cached_images("set", (), "1", old, tmp_path).images.numpy(), old.images)
-    assert old.reads == 2
+    monkeypatch.setattr(cache, "FORMAT_VERSION", 1)
+    load(tmp_path, made)
+    monkeypatch.setattr(cache, "FORMAT_VERSION", 2)
+    load(tmp_path, made)
+    assert made.reads == 2
     assert len(entries(tmp_path)) == 1
 
 
-@pytest.mark.parametrize(
-    ("images", "announced"),
-    [
-        (np.zeros((3, 1, 3, 4), np.uint8), 2),
-        (np.zeros((2, 1, 3, 5), np.uint8), 2),
-        (np.zeros((2, 1, 3, 4), np.float32), 2),
-    ],
-)
-def test_images_other_than_announced_are_refused(images: np.ndarray, announced: int, tmp_path: Path):
-    source = Source(((image, 0) for image in images), announced, (1, 3, 4), dict)
-    with pytest.raises(ValueError, match=r"expected 2 images \(1, 3, 4\) of bytes, got "):
-        cached_images("set", (), "1", lambda: source, tmp_path)
-    assert entries(tmp_path) == []
+@pytest.mark.parametrize("fail_at", [0, 3])
+def test_what_the_source_raises_passes_and_leaves_the_cache_as_it_was(tmp_path: Path, fail_at: int):
+    old = Made()
+    load(tmp_path, old)
+    before = entries(tmp_path)
+    with pytest.raises(PermissionError, match=r"not yours.*a\.png") as error:
+        load(tmp_path, Made(fail_at=fail_at), Path(__file__))
+    assert not isinstance(error.value, CannotWriteError)  # it is the source that cannot be read
+    assert entries(tmp_path) == before
+    load(tmp_path, old)
+    assert old.reads == 1
 
 
-BUILDER = """
-import sys, time
-from pathlib import Path
-import numpy as np
-from pml_fewshot.data.cache import Source, cached_images
-cache, number, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+@pytest.mark.parametrize("limit", [10_000, 12_120])  # of 12,128 bytes: the last image but in part
+def test_a_full_disk_is_one_error_and_costs_no_older_entry(tmp_path: Path, limit: int):
+    old, new = Made(), Made(count=1000)
+    load(tmp_path, old)
+    before, limits = entries(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))  # no file may grow above it
+    try:
+        with pytest.raises(CannotWriteError, match=r"^expected to write .*set-.*, got .*File too large"):
+            load(tmp_path, new, Path(__file__))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert entries(tmp_path) == before
+    np.testing.assert_array_equal(images(load(tmp_path, new, Path(__file__))), new.images)
+
+
+def test_a_folder_that_cannot_be_made_is_one_error(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CannotWriteError, match=r"^expected to write .*file/cache"):
+        load(tmp_path / "file" / "cache", lambda: pytest.fail("read"))
+
+
+def test_what_a_killed_process_left_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.shutil, "rmtree", lambda *_, **__: None)  # as with a kill, nothing is removed
+        with pytest.raises(PermissionError):
+            load(tmp_path, Made(fail_at=2))
+    assert [name[0] for name in entries(tmp_path)] == ["."]
+    made = Made()
+    np.testing.assert_array_equal(images(load(tmp_path, made)), made.images)
+    assert len(entries(tmp_path)) == 1
+
+
+KILLED = """
+import sys
+from pml_fewshot.data.cache import Source, cached_sets
 def items():
-    (cache / f"built-by-{number}").touch()
-    time.sleep(seconds)
-    yield np.full((1, 3, 4), number, np.uint8), 0
-cached = cached_images("set", (), "1", lambda: Source(items(), 1, (1, 3, 4), dict), cache)
-print(int(cached.images.max()))
+    print("building", flush=True)
+    sys.stdin.read()
+    yield
+cached_sets("set", (), [], lambda: Source(items(), 1, (1, 3, 4), {}, {}), sys.argv[1])
 """
 
 
-def builder(cache: Path, number: int, seconds: float) -> subprocess.Popen[str]:
-    cache.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", BUILDER, str(cache), str(number), str(seconds)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-
-def wait_for(path: Path) -> None:
-    for _ in range(3000):
-        if path.exists():
-            return
-        time.sleep(0.01)
-    raise TimeoutError(path)
-
-
-def test_of_two_processes_that_want_the_same_entry_one_builds_it_and_a_killed_one_leaves_the_cache_usable(
-    tmp_path: Path,
-):
-    with builder(tmp_path, 1, 600) as killed:
-        wait_for(tmp_path / "built-by-1")
-        with builder(tmp_path, 2, 0.5) as second, builder(tmp_path, 3, 0.5) as third:
-            killed.kill()
-            seen = {process.communicate(timeout=60)[0].strip() for process in (second, third)}
-    builders = {path.name[-1] for path in tmp_path.glob("built-by-*")}
-    assert builders - {"1"} == seen  # one of the two, whose images both have
-    assert len(seen) == 1
-    assert [name for name in entries(tmp_path) if not name.startswith(("built-by", "set-"))] == []
-
-
-def test_writes_to_the_images_never_reach_the_file(tmp_path: Path):
+@pytest.mark.slow
+def test_a_killed_process_holds_no_lock(tmp_path: Path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as killed:
+        assert killed.stdout is not None
+        assert killed.stdout.readline() == b"building\n"  # it has the lock and waits for an answer that never comes
+        killed.kill()
     made = Made()
-    cached_images("set", (), "1", made, tmp_path).images.zero_()
-    np.testing.assert_array_equal(cached_images("set", (), "1", made, tmp_path).images.numpy(), made.images)
+    np.testing.assert_array_equal(images(load(tmp_path, made)), made.images)
+    assert len(entries(tmp_path)) == 1
 
 
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("images.npy", None),
-        ("labels.npy", None),
-        ("about.json", None),
-        ("images.npy", b"half of"),
-        ("labels.npy", b"half of"),
-        ("about.json", b'{"half": '),
-        ("about.json", b"\xff\xfe"),
-        ("labels.npy", b""),
-        ("images.npy", b""),
-    ],
-)
-def test_a_damaged_entry_is_named(tmp_path: Path, file: str, content: bytes | None):
-    cached_images("set", (), "1", Made(), tmp_path)
-    (damaged,) = tmp_path.glob(f"*/{file}")
-    if content is None:
-        damaged.unlink()
-    else:
-        damaged.write_bytes(content)
-    with pytest.raises(ValueError, match=r"expected a whole cache entry in .*; delete that folder and run again"):
-        cached_images("set", (), "1", Made(), tmp_path)
+def test_of_two_that_want_the_same_entry_one_builds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The second asks while the first builds, and it is the lock that it waits for: no clock is involved."""
+    building, waiting = threading.Event(), threading.Event()
+    results: list[np.ndarray] = []
+
+    class Slow(Made):
+        def items(self) -> Iterator[tuple[np.ndarray, int]]:
+            building.set()
+            waiting.wait()
+            yield from super().items()
+
+    class Lock(cache.FileLock):
+        def acquire(self) -> object:  # type: ignore[override]
+            if building.is_set():
+                waiting.set()
+            return super().acquire()
+
+    def ask(made: Made) -> None:
+        results.append(images(load(tmp_path, made)))
+
+    monkeypatch.setattr(cache, "FileLock", Lock)
+    first, second = Slow(), Made(seed=1)
+    threads = [threading.Thread(target=ask, args=(made,)) for made in (first, second)]
+    threads[0].start()
+    building.wait()
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert (first.reads, second.reads) == (1, 0)
+    assert [np.array_equal(result, first.images) for result in results] == [True, True]
 
 
-@pytest.mark.parametrize("file", ["images.npy", "labels.npy", "about.json"])
-@pytest.mark.parametrize("place", [-1, -9])
-def test_one_changed_byte_is_seen(tmp_path: Path, file: str, place: int):
-    cached_images("set", (), "1", Made(), tmp_path)
-    (damaged,) = tmp_path.glob(f"*/{file}")
+def test_a_memory_mapped_entry_is_not_read_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """B6: its bytes are neither compared with the checksum nor is that computed again for whom asks the sets for it."""
+    expected = [part.checksum(recompute=True) for part in load(tmp_path, Made()).values()]
+    hashed, digest = [], hashlib.blake2b
+    monkeypatch.setattr(hashlib, "blake2b", lambda data, **options: hashed.append(data) or digest(data, **options))
+    assert [part.checksum() for part in load(tmp_path, Made(), memory_map=True).values()] == expected
+    assert len(hashed) == 2  # the two parts of the entry's name
+
+
+@pytest.mark.parametrize("memory_map", [False, True])
+def test_writes_to_the_images_never_reach_the_file(tmp_path: Path, memory_map: bool):
+    made = Made()
+    sets = load(tmp_path, made, memory_map=memory_map)
+    sets["train"].images.zero_()
+    assert sets["train"].checksum(recompute=True) != sets["train"].checksum()
+    np.testing.assert_array_equal(images(load(tmp_path, made)), made.images)
+
+
+def test_one_changed_byte_of_the_images_is_seen_at_once_or_when_asked(tmp_path: Path):
+    right = load(tmp_path, Made())["test"].checksum()
+    (damaged,) = tmp_path.glob("*/images.npy")
     content = bytearray(damaged.read_bytes())
-    content[place] ^= 1
+    content[-1] ^= 1
     damaged.write_bytes(content)
-    with pytest.raises(ValueError, match=r"expected a whole cache entry in .*; delete that folder and run again"):
-        cached_images("set", (), "1", Made(), tmp_path)
+    with pytest.raises(UsageError, match=r"expected a whole cache entry in .*other images.*; delete that folder"):
+        load(tmp_path, Made())
+    part = load(tmp_path, Made(), memory_map=True)["test"]
+    assert (part.checksum(), part.checksum(recompute=True) == right) == (right, False)
 
 
-def test_changed_facts_are_seen(tmp_path: Path):
-    cached_images("set", (), "1", Made(), tmp_path)
-    (about,) = tmp_path.glob("*/about.json")
-    held = json.loads(about.read_text())
-    held["facts"]["name"] = "another"
-    about.write_text(json.dumps(held))
-    with pytest.raises(ValueError, match="expected the checksums as written"):
-        cached_images("set", (), "1", Made(), tmp_path)
-
-
-def test_an_entry_of_an_older_layout_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cache, "LAYOUT", 1)
-    cached_images("set", ("a",), "1", Made(), tmp_path)
-    cached_images("set", ("b",), "1", Made(), tmp_path)
-    monkeypatch.setattr(cache, "LAYOUT", 2)
-    cached_images("set", ("a",), "1", Made(), tmp_path)
-    assert len(entries(tmp_path)) == 2
-
-
-def test_pickles_in_an_entry_are_not_loaded(tmp_path: Path):
-    cached_images("set", (), "1", Made(), tmp_path)
-    (labels,) = tmp_path.glob("*/labels.npy")
-    np.save(labels, np.array([object()]), allow_pickle=True)
-    with pytest.raises(ValueError, match="cannot be read"):
-        cached_images("set", (), "1", Made(), tmp_path)
-
-
-def test_the_state_tells_every_change_of_the_files(tmp_path: Path):
-    a, b = tmp_path / "a", tmp_path / "b"
-    a.write_text("one")
-    b.write_text("two")
-    os.utime(a, ns=(10, 10))
-    os.utime(b, ns=(10, 10))
-    states = [files_state([a, b])]
-    assert files_state([b, a]) == states[0]
-    states.append(files_state([a]))
-    os.utime(a, ns=(10, 11))
-    states.append(files_state([a, b]))
-    a.write_text("longer")
-    os.utime(a, ns=(10, 10))
-    states.append(files_state([a, b]))
-    a.write_text("one")
-    os.utime(a, ns=(10, 10))
-    a.rename(tmp_path / "c")
-    states.append(files_state([tmp_path / "c", b]))
-    assert len(set(states)) == 5
-    with pytest.raises(FileNotFoundError):
-        files_state([a])
+@pytest.mark.parametrize("memory_map", [False, True])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "another", "pickle"])
+@pytest.mark.parametrize("file", ["images.npy", "rest.safetensors"])
+def test_a_damaged_entry_is_named(tmp_path: Path, file: str, damage: str, memory_map: bool):
+    load(tmp_path, Made())
+    (path,) = tmp_path.glob(f"*/{file}")
+    content = path.read_bytes()
+    another = content.replace(b"(5, 1, 3, 4)", b"(5, 1, 2, 4)").replace(b"b", b"x")  # shape or class name
+    path.write_bytes({"empty": b"", "cut": content[:-1], "another": another}.get(damage, content))
+    if damage == "pickle":
+        with path.open("wb") as opened:
+            np.save(opened, np.array([object()]), allow_pickle=True)
+    elif damage == "missing":
+        path.unlink()
+    with pytest.raises(UsageError, match=r"expected a whole cache entry in .*; delete that folder and run again"):
+        load(tmp_path, Made(), memory_map=memory_map)
 
 
 def test_the_default_folder_follows_the_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setenv("PML_FEWSHOT_CACHE", str(tmp_path / "own"))
-    assert default_cache_dir() == tmp_path / "own"
-    cached_images("set", (), "1", Made())
-    assert len(entries(tmp_path / "own")) == 1
-    monkeypatch.delenv("PML_FEWSHOT_CACHE")
-    assert default_cache_dir() == tmp_path / "xdg" / "pml_fewshot"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_cache_dir() == tmp_path / ".cache" / "pml_fewshot"
+    folders = {"PML_FEWSHOT_CACHE": "own", "XDG_CACHE_HOME": "xdg/pml_fewshot", "HOME": ".cache/pml_fewshot"}
+    for variable, folder in folders.items():
+        monkeypatch.setenv(variable, str(tmp_path / folder.removesuffix("pml_fewshot").removesuffix(".cache/")))
+    for variable, folder in folders.items():
+        load(None, Made())
+        assert len(entries(tmp_path / folder)) == 1
+        monkeypatch.delenv(variable)

@@ -1,183 +1,300 @@
-"""EmbeddingBank: what it refuses, its mean taken off and its lengths made 1 against numpy, and which set it is of."""
+"""EmbeddingBank against numpy; save_bank and load_bank: banks come back as they were, files of other tools are read."""
 
 import hashlib
-from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from safetensors.numpy import save_file as save_numpy
+from torch import Tensor
 
-from pml_fewshot.checks import BLOCK_ROWS
-from pml_fewshot.data.fewshot_dataset import FewShotDataset
-from pml_fewshot.embedders.bank import EmbeddingBank
-from pml_fewshot.embedders.embedder import Embedder
+from pml_fewshot.checks import BLOCK_ROWS, MissingFileError, UsageError, UsageTypeError
+from pml_fewshot.embedders.bank import FORMATS, EmbeddingBank, load_bank, save_bank
 
-LABELS = torch.tensor([2**60, -1, 2**60 + 1, -1, 0, 5, 5])
-
-
-def rows(count: int = len(LABELS), width: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
-    return 3 + torch.randn(count, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+LABELS = np.array([3, -1, 3, -1, 2**53 + 1, 7], dtype=np.int64)  # one that no float64 holds
+EMBEDDINGS = np.random.default_rng(0).normal(3, size=(6, 4)).astype(np.float32)
+ROWS, NUMBERS = torch.from_numpy(EMBEDDINGS), torch.from_numpy(LABELS)
 
 
-@pytest.mark.parametrize("shape", [(), (7,), (7, 2, 2), (7, 1, 1, 4)])
-def test_embeddings_are_rows(shape: tuple[int, ...]):
-    with pytest.raises(ValueError, match=r"embeddings of shape \(M, D\), got shape \(.*\); flatten each item to one"):
-        EmbeddingBank(torch.zeros(shape), LABELS)
+def bank(dtype: torch.dtype = torch.float32, source: str = "") -> EmbeddingBank:
+    return EmbeddingBank(ROWS.to(dtype), NUMBERS, source)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
-def test_embeddings_are_floats(dtype: torch.dtype):
-    with pytest.raises(TypeError, match=rf"expected float embeddings, got {dtype}; convert them with .float\(\)"):
-        EmbeddingBank(torch.zeros(7, 2, dtype=dtype), LABELS)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_floats_of_every_width_are_kept_as_they_are(dtype: torch.dtype):
-    embeddings = rows(dtype=dtype)
-    bank = EmbeddingBank(embeddings, LABELS, "source")
-    assert bank.embeddings is embeddings
-    assert bank.labels is LABELS
-    assert len(bank) == 7
-    assert bank.normalized().embeddings.dtype == dtype
-    assert bank.centred(torch.zeros(4)).embeddings.dtype == dtype
-
-
-@pytest.mark.parametrize(
-    "labels", [LABELS.int(), LABELS.double(), LABELS.bool(), LABELS.tolist(), LABELS.numpy(), None]
-)
-def test_labels_are_an_int64_tensor(labels: object):
-    with pytest.raises(TypeError, match="expected the bank's labels as an int64 tensor, got a"):
-        EmbeddingBank(rows(), labels)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("labels", [LABELS[:6], LABELS[:, None], LABELS.repeat(2), LABELS[0]])
-def test_labels_are_one_for_each_row(labels: Tensor):
-    with pytest.raises(ValueError, match=r"expected the bank's labels of shape \(7,\), one for each item, got shape"):
-        EmbeddingBank(rows(), labels)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_rows_that_are_not_finite_are_counted(bad: float):
-    embeddings = rows()
-    embeddings[2, 1] = embeddings[5, 0] = embeddings[5, 3] = bad
-    with pytest.raises(
-        ValueError, match=r"expected finite embeddings, got NaN or infinity in 2 of 7 rows, first in row 2;"
-    ):
-        EmbeddingBank(embeddings, LABELS)
-
-
-def test_a_row_far_down_a_large_bank_is_found():
-    count = 2 * BLOCK_ROWS + 100
-    labels = torch.zeros(count, dtype=torch.int64)
-    embeddings = rows(count, 2, torch.float32)
-    EmbeddingBank(embeddings, labels)
-    embeddings[count - 3, 1] = float("nan")
-    with pytest.raises(ValueError, match=f"in 1 of {count} rows, first in row {count - 3};"):
-        EmbeddingBank(embeddings, labels)
-    embeddings[BLOCK_ROWS, 0] = float("inf")
-    with pytest.raises(ValueError, match=f"in 2 of {count} rows, first in row {BLOCK_ROWS};"):
-        EmbeddingBank(embeddings, labels)
-
-
-def test_an_empty_bank_is_a_bank():
-    bank = EmbeddingBank(torch.empty(0, 4), torch.empty(0, dtype=torch.int64))
-    assert len(bank) == 0
-    assert len(bank.fingerprint()) == 16
-
-
-def test_a_mean_is_taken_off_every_row():
-    bank, mean = EmbeddingBank(rows(), LABELS, "source"), torch.linspace(-1, 5, 4, dtype=torch.float64)
-    before = bank.embeddings.clone()
-    centred = bank.centred(mean)
-    np.testing.assert_allclose(centred.embeddings.numpy(), before.numpy() - mean.numpy()[None], rtol=1e-14)
-    assert torch.equal(bank.embeddings, before)
-    assert centred.labels is bank.labels
-    assert centred.source == "source"
-    own = bank.centred(bank.embeddings.mean(dim=0)).embeddings.numpy()
-    np.testing.assert_allclose(own.mean(axis=0), 0, atol=1e-14)
-
-
-def test_the_mean_takes_the_banks_precision():
-    bank = EmbeddingBank(rows(dtype=torch.float32), LABELS)
-    mean = torch.linspace(0, 1, 4, dtype=torch.float64)
-    centred = bank.centred(mean)
-    assert centred.embeddings.dtype == torch.float32
-    np.testing.assert_allclose(centred.embeddings.numpy(), bank.embeddings.numpy() - mean.numpy(), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(3,), (5,), (1,), (1, 4), (7, 4), ()])
-def test_a_mean_of_another_width_is_refused(shape: tuple[int, ...]):
-    with pytest.raises(ValueError, match=r"expected a mean of shape \(4,\), got \(.*\); use bank.embeddings.mean\(0\)"):
-        EmbeddingBank(rows(), LABELS).centred(torch.zeros(shape))
-
-
-def test_a_mean_that_is_nan_is_noticed():
-    with pytest.raises(ValueError, match="expected finite embeddings, got NaN or infinity in 7 of 7 rows"):
-        EmbeddingBank(rows(), LABELS).centred(torch.full((4,), float("nan")))
-
-
-def test_every_row_gets_length_1():
-    embeddings = rows() * torch.logspace(-3, 3, 7, dtype=torch.float64)[:, None]
-    bank = EmbeddingBank(embeddings, LABELS, "source")
-    normalized = bank.normalized()
-    lengths = np.sqrt((embeddings.numpy() ** 2).sum(axis=1))
-    np.testing.assert_allclose(normalized.embeddings.numpy(), embeddings.numpy() / lengths[:, None], rtol=1e-12)
-    assert normalized.labels is bank.labels
-    assert normalized.source == "source"
-    mean = torch.linspace(0, 1, 4, dtype=torch.float64)
-    moved = embeddings.numpy() - mean.numpy()
-    np.testing.assert_allclose(
-        bank.centred(mean).normalized().embeddings.numpy(),
-        moved / np.linalg.norm(moved, axis=1, keepdims=True),
-        rtol=1e-12,
+def is_the_bank(loaded: EmbeddingBank) -> bool:
+    return (
+        torch.equal(loaded.embeddings, ROWS)
+        and loaded.embeddings.dtype == torch.float32
+        and loaded.labels.dtype == torch.int64
+        and loaded.labels.tolist() == LABELS.tolist()
     )
 
 
-def test_a_row_of_zeros_stays_so():
-    embeddings = rows()
-    embeddings[3] = 0
-    normalized = EmbeddingBank(embeddings, LABELS).normalized().embeddings
-    assert normalized[3].tolist() == [0, 0, 0, 0]
-    torch.testing.assert_close(normalized.norm(dim=1)[[0, 1, 2, 4, 5, 6]], torch.ones(6, dtype=torch.float64))
+def npz(folder: Path, **arrays: Any) -> Path:
+    np.savez(folder / "bank.npz", **arrays)
+    return folder / "bank.npz"
 
 
-def test_the_fingerprint_is_of_the_labels_in_their_order():
+def npy(folder: Path, embeddings: np.ndarray = EMBEDDINGS, labels: np.ndarray | None = LABELS) -> Path:
+    np.save(folder / "bank.npy", embeddings)
+    if labels is not None:
+        np.save(folder / "bank_labels.npy", labels)
+    return folder / "bank.npy"
+
+
+def pt(folder: Path, what: Any, name: str = "bank.pt") -> Path:
+    torch.save(what, folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "labels", "error", "message"),
+    [
+        (ROWS[0], NUMBERS, UsageError, r"embeddings of shape \(M, D\), got shape \(4,\); flatten each item to one row"),
+        (ROWS[..., None], NUMBERS, UsageError, r"got shape \(6, 4, 1\)"),
+        (ROWS.long(), NUMBERS, UsageTypeError, r"float embeddings, got torch.int64; convert them with .float\(\)"),
+        (ROWS, NUMBERS.int(), UsageTypeError, "the bank's labels as an int64 tensor"),
+        (ROWS, LABELS, UsageTypeError, "the bank's labels as an int64 tensor"),
+        (ROWS, NUMBERS[:5], UsageError, r"the bank's labels of shape \(6,\)"),
+        (ROWS, NUMBERS[:, None], UsageError, r"the bank's labels of shape \(6,\)"),
+    ],
+)
+def test_what_is_no_bank_is_refused(embeddings: Tensor, labels: Any, error: type[Exception], message: str):
+    with pytest.raises(error, match=f"^expected .*{message}"):
+        EmbeddingBank(embeddings, labels)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
+def test_rows_that_are_not_finite_are_counted_also_far_down_a_large_bank(bad: float):
+    count = 2 * BLOCK_ROWS + 100
+    embeddings, labels = torch.ones(count, 2), torch.zeros(count, dtype=torch.int64)
+    EmbeddingBank(embeddings, labels)
+    embeddings[count - 3] = bad
+    with pytest.raises(UsageError, match=f"NaN or infinity in 1 of {count} rows, first in row {count - 3};"):
+        EmbeddingBank(embeddings, labels)
+    embeddings[BLOCK_ROWS, 0] = bad
+    with pytest.raises(UsageError, match=f"in 2 of {count} rows, first in row {BLOCK_ROWS};"):
+        EmbeddingBank(embeddings, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_centering_and_normalization_are_numpys_in_the_banks_precision(dtype: torch.dtype):
+    original, mean = bank(dtype, "source"), torch.linspace(-1, 5, 4, dtype=torch.float64)
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-6
+    moved = ROWS.double().numpy() - mean.numpy()[None]
+    lengths = np.sqrt((moved**2).sum(axis=1, keepdims=True))
+    centered = original.centered(mean)
+    for result, expected in ((centered, moved), (centered.normalized(), moved / lengths)):
+        assert result.embeddings.dtype == dtype
+        assert result.labels is original.labels
+        assert result.source == "source"
+        np.testing.assert_allclose(result.embeddings.double().numpy(), expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(original.embeddings, ROWS.to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(3,), (1,), (1, 4), ()])  # the last three would broadcast
+def test_a_mean_of_another_width_is_refused(shape: tuple[int, ...]):
+    with pytest.raises(UsageError, match=r"expected a mean of shape \(4,\), got \(.*\); use bank.embeddings.mean\(0\)"):
+        bank().centered(torch.zeros(shape))
+
+
+def test_the_fingerprint_is_of_the_labels_in_their_order_or_of_the_source_where_it_is_known():
     digest = hashlib.blake2b(digest_size=8)
     for label in LABELS.tolist():
         digest.update(label.to_bytes(8, "little", signed=True))
-    assert EmbeddingBank(rows(), LABELS).fingerprint() == digest.hexdigest()
-    assert EmbeddingBank(rows(width=2), LABELS).fingerprint() == digest.hexdigest()
-    strided = LABELS.repeat_interleave(2)[::2]
-    assert not strided.is_contiguous()
-    assert EmbeddingBank(rows(), strided).fingerprint() == digest.hexdigest()
-    others = [LABELS.flip(0), LABELS + 1, LABELS[:6], LABELS.clone().index_fill_(0, torch.tensor([0]), 2**60 + 2)]
-    assert len({EmbeddingBank(rows(len(other)), other).fingerprint() for other in (LABELS, *others)}) == 5
-
-
-def test_the_fingerprint_is_of_the_source_where_it_is_known():
-    bank = EmbeddingBank(rows(), LABELS, "0123456789abcdef")
-    assert bank.fingerprint() == "0123456789abcdef"
-    for derived in (bank.normalized(), bank.centred(torch.zeros(4)), bank.to("cpu")):
+    assert bank().fingerprint() == EmbeddingBank(ROWS[:, :2], NUMBERS).fingerprint() == digest.hexdigest()
+    strided = NUMBERS.repeat_interleave(2)[::2]
+    assert EmbeddingBank(ROWS, strided).fingerprint() == digest.hexdigest()
+    for other in (NUMBERS.flip(0), NUMBERS + 1, NUMBERS[:5]):
+        assert EmbeddingBank(ROWS[: len(other)], other).fingerprint() != digest.hexdigest()
+    known = bank(source="0123456789abcdef")
+    for derived in (known, known.normalized(), known.centered(torch.zeros(4)), known.to("cpu")):
         assert derived.fingerprint() == "0123456789abcdef"
-    images = torch.arange(7 * 4, dtype=torch.uint8).view(7, 1, 2, 2)
-    dataset = FewShotDataset(images, torch.tensor([0, 0, 1, 2, 1, 2, 1]), ["a", "b", "c"])
-    encoded = Embedder(nn.Flatten()).encode(dataset)
-    assert encoded.fingerprint() == encoded.source == dataset.fingerprint()
-    torch.testing.assert_close(encoded.embeddings, images.flatten(1).float() / 255)
 
 
-def test_a_bank_is_moved_whole():
-    bank = EmbeddingBank(rows(dtype=torch.float32), LABELS, "source")
-    for device in ("cpu", torch.device("cpu")):
-        moved = bank.to(device)
-        assert torch.equal(moved.embeddings, bank.embeddings)
-        assert moved.embeddings.dtype == torch.float32
-        assert torch.equal(moved.labels, LABELS)
-        assert moved.source == "source"
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_bank_comes_back_to_the_last_bit(dtype: torch.dtype, tmp_path: Path):
+    original = bank(dtype, "0123456789abcdef" if dtype == torch.float32 else "")
+    save_bank(tmp_path / "bank.safetensors", EmbeddingBank(torch.ones(2, 3), torch.arange(2)))  # replaced
+    save_bank(tmp_path / "bank.safetensors", original)
+    loaded = load_bank(tmp_path / "bank.safetensors")
+    assert loaded.embeddings.dtype == dtype
+    assert torch.equal(loaded.embeddings, original.embeddings)
+    assert loaded.labels.tolist() == LABELS.tolist()
+    assert (loaded.source, loaded.fingerprint()) == (original.source, original.fingerprint())
+    assert [path.name for path in tmp_path.iterdir()] == ["bank.safetensors"]
 
 
-def test_a_bank_is_frozen():
-    bank = EmbeddingBank(rows(), LABELS)
-    with pytest.raises(FrozenInstanceError):
-        bank.labels = LABELS.flip(0)  # type: ignore[misc]
+def test_other_endings_are_neither_saved_to_nor_read(tmp_path: Path):
+    with pytest.raises(UsageError, match=r"expected a path that ends with \.safetensors, got .*; rename it"):
+        save_bank(tmp_path / "bank.npz", bank())
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "bank.csv").write_bytes(b"x")
+    for arguments in ((tmp_path / "bank.csv",), (npy(tmp_path), tmp_path / "bank.csv")):
+        with pytest.raises(UsageError, match=r"expected the file's ending as one of '\.npy', '\.npz'"):
+            load_bank(*arguments)
+
+
+def test_npy_is_memory_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    maps: list[np.ndarray] = []
+    load = np.load
+
+    def noted(*args: Any, **options: Any) -> np.ndarray:
+        maps.append(load(*args, **options))
+        return maps[-1]
+
+    path = npy(tmp_path)
+    monkeypatch.setattr(np, "load", noted)
+    loaded = load_bank(path)
+    assert is_the_bank(loaded)
+    assert isinstance(maps[0], np.memmap)
+    assert np.shares_memory(maps[0], loaded.embeddings.numpy())
+    assert maps[0].mode == "r"  # Linux refuses a writable map that is larger than memory
+
+
+def test_files_without_labels_take_them_from_another_file(tmp_path: Path):
+    path = npy(tmp_path)
+    assert is_the_bank(load_bank(str(path)))
+    np.save(tmp_path / "others.npy", LABELS[::-1])
+    assert load_bank(path, str(tmp_path / "others.npy")).labels.tolist() == LABELS[::-1].tolist()
+    (tmp_path / "bank_labels.npy").unlink()
+    with pytest.raises(MissingFileError, match=r"expected a file of .*labels at .*bank_labels\.npy"):
+        load_bank(path)
+    lone = pt(tmp_path, ROWS)
+    assert is_the_bank(load_bank(lone, pt(tmp_path, NUMBERS, "labels.pt")))
+    with pytest.raises(UsageError, match=r"expected one array of labels.*; .*give a file of labels"):
+        load_bank(lone)
+
+
+@pytest.mark.parametrize("change", [np.asfortranarray, lambda array: array.astype(">f4")], ids=["fortran", "swapped"])
+def test_the_other_orders_of_axes_and_bytes_are_read(change: Any, tmp_path: Path):
+    assert is_the_bank(load_bank(npy(tmp_path, change(EMBEDDINGS), LABELS.astype(">i8"))))
+    assert is_the_bank(load_bank(npz(tmp_path, embeddings=change(EMBEDDINGS), labels=LABELS.astype(">i8"))))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "keys"),
+    [
+        ({"logits": EMBEDDINGS + 1, "ids": np.arange(6), "labels": LABELS, "embeddings": EMBEDDINGS}, {}),
+        ({"y": LABELS, "feats": EMBEDDINGS, "scores": np.ones(6), "pixels": np.ones((6, 2), dtype=np.uint8)}, {}),
+        (
+            {"embeddings": EMBEDDINGS + 1, "feats": EMBEDDINGS, "labels": LABELS + 1, "y": LABELS},
+            {"embeddings_key": "feats", "labels_key": "y"},
+        ),
+    ],
+    ids=["standard names", "the only ones that fit", "names given"],
+)
+def test_npz_by_the_standard_names_by_what_fits_or_by_names_that_are_given(
+    arrays: dict[str, np.ndarray], keys: dict[str, str], tmp_path: Path
+):
+    assert is_the_bank(load_bank(npz(tmp_path, **arrays), **keys))
+    np.savez_compressed(tmp_path / "compressed.npz", **arrays)
+    assert is_the_bank(load_bank(tmp_path / "compressed.npz", **keys))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "keys", "message"),
+    [
+        (
+            {"a": EMBEDDINGS, "b": EMBEDDINGS, "labels": LABELS},
+            {},
+            r"one array of embeddings, floats of two axes, in .*bank.npz, got a \S*float32 \(6, 4\), b \S*float32 "
+            r"\(6, 4\), labels \S*int64 \(6,\); say which by embeddings_key",
+        ),
+        ({"embeddings": EMBEDDINGS, "y": LABELS, "ids": LABELS}, {}, "one array of labels, .*say which by labels_key"),
+        ({"embeddings": EMBEDDINGS}, {}, "one array of labels, .*give a file of labels"),
+        ({}, {}, "one array of embeddings, .* got nothing"),
+        ({"feats": EMBEDDINGS, "y": LABELS}, {"embeddings_key": "feat"}, "embeddings named 'feat' in .*, got feats .*"),
+        ({"feats": EMBEDDINGS, "y": LABELS}, {"labels_key": "x"}, r"labels named 'x' in .*, y \S*int64 \(6,\); give"),
+    ],
+)
+def test_where_it_is_not_clear_what_is_meant_the_names_are_listed(
+    arrays: dict[str, np.ndarray], keys: dict[str, str], message: str, tmp_path: Path
+):
+    with pytest.raises(UsageError, match=r"^expected " + message):
+        load_bank(npz(tmp_path, **arrays), **keys)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        {"embeddings": ROWS, "labels": NUMBERS, "epoch": 3},
+        {"features": torch.nn.Parameter(ROWS.clone()), "targets": LABELS.tolist()},
+        (ROWS, NUMBERS),
+        [ROWS, LABELS.tolist()],
+    ],
+    ids=["dict", "other names", "pair", "pair with a list"],
+)
+@pytest.mark.parametrize("name", ["bank.pt", "bank.pth"])
+def test_pt_of_a_dict_or_a_pair(what: Any, name: str, tmp_path: Path):
+    assert is_the_bank(load_bank(pt(tmp_path, what, name)))
+
+
+@pytest.mark.parametrize("what", [3, (torch.ones(1),), None, {"embeddings": 3}, {"embeddings": np.ones((2, 2))}])
+def test_pt_of_something_else_is_refused(what: Any, tmp_path: Path):
+    with pytest.raises(UsageError, match=r"^expected "):
+        load_bank(pt(tmp_path, what))
+
+
+def test_texts_are_numbered_in_alphabetical_order(tmp_path: Path):
+    names = ["cat", "ant", "cat", "dog", "bee", "ant"]
+    paths = [pt(tmp_path, {"embeddings": ROWS, "labels": names})]
+    for dtype in "US":
+        np.savez(tmp_path / f"{dtype}.npz", embeddings=EMBEDDINGS, labels=np.array(names).astype(dtype))
+        paths.append(tmp_path / f"{dtype}.npz")
+    for path in paths:
+        loaded = load_bank(path)
+        assert loaded.labels.tolist() == [2, 0, 2, 3, 1, 0]
+        assert loaded.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint16", "int32", "uint64"])
+def test_labels_of_any_integers(dtype: str, tmp_path: Path):
+    loaded = load_bank(npz(tmp_path, embeddings=EMBEDDINGS, labels=np.array([0, 1, 0, 1, 2, 100]).astype(dtype)))
+    assert loaded.labels.tolist() == [0, 1, 0, 1, 2, 100]
+    assert loaded.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bool", "complex64"])
+def test_labels_that_are_no_numbers_of_classes_are_refused(dtype: str, tmp_path: Path):
+    with pytest.raises(UsageTypeError, match=f"labels as integers or texts in .*bank.npz, got .*{dtype}; convert"):
+        load_bank(npz(tmp_path, embeddings=EMBEDDINGS, labels=LABELS.astype(dtype)))
+    with pytest.raises(UsageError, match="integers or texts"):
+        load_bank(npy(tmp_path, labels=LABELS.astype(dtype)))
+
+
+@pytest.mark.parametrize("dtype", ["i8", "c8", "U", "O", "M8[s]"])
+def test_embeddings_that_are_no_floats_are_refused(dtype: str, tmp_path: Path):
+    embeddings = EMBEDDINGS.astype(dtype)
+    for path in (npz(tmp_path, embeddings=embeddings, labels=LABELS), npy(tmp_path, embeddings)):
+        with pytest.raises(UsageError, match=r"^expected "):
+            load_bank(path)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_nan_other_labels_broken_files_and_missing_ones_are_refused_in_every_format(suffix: str, tmp_path: Path):
+    def write(embeddings: np.ndarray, labels: np.ndarray) -> Path:
+        if suffix in (".npy", ".npz"):
+            return npy(tmp_path, embeddings, labels) if suffix == ".npy" else npz(tmp_path, e=embeddings, l=labels)
+        if suffix == ".safetensors":
+            save_numpy({"e": embeddings, "l": labels}, tmp_path / "bank.safetensors")
+            return tmp_path / "bank.safetensors"
+        return pt(tmp_path, (torch.from_numpy(embeddings), torch.from_numpy(labels)), f"bank{suffix}")
+
+    broken = EMBEDDINGS.copy()
+    broken[2, 1] = np.nan
+    with pytest.raises(UsageError, match=r"NaN or infinity in 1 of 6 rows, first in row 2"):
+        load_bank(write(broken, LABELS))
+    with pytest.raises(UsageError, match=r"expected the bank's labels of shape \(6,\)"):
+        load_bank(write(EMBEDDINGS, LABELS[:5]))
+    path = write(EMBEDDINGS, LABELS)
+    assert is_the_bank(load_bank(path))
+    for content in (b"", b"\0" * 64, b"embeddings,labels\n0.5,1\n", b"{}", path.read_bytes()[:-9]):
+        (tmp_path / f"other{suffix}").write_bytes(content)
+        with pytest.raises(UsageError, match=r"^expected .*other"):
+            load_bank(tmp_path / f"other{suffix}")
+    (tmp_path / f"folder{suffix}").mkdir()
+    for name in ("nowhere", "folder"):
+        with pytest.raises(MissingFileError, match=f"expected a file of embeddings or labels at .*{name}"):
+            load_bank(tmp_path / f"{name}{suffix}")

@@ -1,25 +1,26 @@
-"""EpisodicEvaluator against scikit-learn fitted episode by episode, and its interval against the formula."""
+"""EpisodicEvaluator against scikit-learn and numpy episode by episode, and its interval against the formula."""
 
-import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import torch.nn.functional as F
+from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from torch import Tensor, nn
 
-from pml_fewshot.data.fewshot_dataset import FewShotDataset
+from pml_fewshot.checks import UsageError, UsageTypeError
+from pml_fewshot.data.dataset import FewShotDataset
+from pml_fewshot.distances.weighted_l1 import WeightedL1Similarity
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.embedders.embedder import Embedder
-from pml_fewshot.episodes import EpisodeIndex, EpisodeSampler, EpisodeSpec
-from pml_fewshot.evaluation import episodic, memory
-from pml_fewshot.evaluation.episodic import EpisodicEvaluator, EpisodicResult, evaluate_grid
+from pml_fewshot.evaluation import episodic
+from pml_fewshot.evaluation.episodic import EpisodicEvaluator, adaptation_curve
 from pml_fewshot.evaluation.heads import (
     k_nearest_neighbours,
     nearest_neighbour,
@@ -27,17 +28,32 @@ from pml_fewshot.evaluation.heads import (
     soft_nearest_neighbour,
 )
 from pml_fewshot.evaluation.linear_heads import cosine_classifier, logistic_regression, ridge_regression
+from pml_fewshot.losses.prototypical import PrototypicalLoss
+from pml_fewshot.sampling.episodes import EpisodeIndex, EpisodeSampler, EpisodeSpec
+from pml_fewshot.trainers.protonet import ProtoNetTrainer
 
 DIMS = 8
+SPEC = EpisodeSpec(4, 3, 4)
+FLOATS = SPEC.ways * (SPEC.shots + SPEC.queries) * DIMS  # gathered for an episode
+
+HEADS: dict[str, Callable[..., Tensor]] = {
+    "prototype": nearest_prototype,
+    "neighbour": nearest_neighbour,
+    "soft neighbour": partial(soft_nearest_neighbour, temperature=0.5),
+    "five neighbours": partial(k_nearest_neighbours, k=5),
+    "cosine": cosine_classifier,
+    "ridge": ridge_regression,
+    "logistic": logistic_regression,
+}
 
 
-def labelled(sizes: tuple[int, ...] = (7, 12, 9, 8, 20, 11)) -> FewShotDataset:
-    """Classes of different sizes whose items do not stand together; only its labels matter."""
+def labelled(sizes: tuple[int, ...] = (7, 12, 9, 8, 20, 11), seed: int = 0) -> FewShotDataset:
+    """Random images in classes of different sizes whose items do not stand together."""
+    generator = torch.Generator().manual_seed(seed)
     labels = torch.tensor([c for c, size in enumerate(sizes) for _ in range(size)])
-    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
-    return FewShotDataset(
-        torch.zeros(len(labels), 1, 1, 1, dtype=torch.uint8), labels, [str(c) for c in range(len(sizes))]
-    )
+    labels = labels[torch.randperm(len(labels), generator=generator)]
+    images = torch.randint(0, 256, (len(labels), 1, 2, 4), generator=generator, dtype=torch.uint8)
+    return FewShotDataset(images, labels, [str(c) for c in range(len(sizes))])
 
 
 def clouds(dataset: FewShotDataset, spread: float = 1.2) -> Tensor:
@@ -48,14 +64,21 @@ def clouds(dataset: FewShotDataset, spread: float = 1.2) -> Tensor:
     return centres[dataset.labels] + spread * noise
 
 
-class Judge:
-    """A bank and a head; it counts the calls."""
+def bank_of() -> EmbeddingBank:
+    """Labels that no float64 and no int32 can tell apart, negative ones, and an order that is not the data set's."""
+    dataset, labels = labelled(), torch.tensor([2**60 + 1, -7, 2**60, 0, 2**60 + 2, -(2**40)])
+    return EmbeddingBank(clouds(dataset), labels[dataset.labels])
 
-    def __init__(self, bank: Tensor, head: Callable[[Tensor, Tensor], Tensor] = nearest_prototype) -> None:
+
+class Method:
+    """A bank and a head; it notes the size and the thread of each call."""
+
+    def __init__(self, bank: Tensor, head: Callable[..., Tensor] = nearest_prototype) -> None:
         self.embeddings = bank
         self.head = head
         self.banks = 0
         self.chunks: list[int] = []
+        self.threads: set[int] = set()
 
     def bank(self, dataset: FewShotDataset) -> Tensor:
         self.banks += 1
@@ -64,215 +87,12 @@ class Judge:
     def classify(self, support: Tensor, query: Tensor) -> Tensor:
         assert not torch.is_grad_enabled()
         self.chunks.append(len(support))
+        self.threads.add(threading.get_ident())
         return self.head(support, query)
 
 
-SPEC = EpisodeSpec(4, 3, 4)
-
-
-@pytest.mark.parametrize("seed", [0, 5])
-@pytest.mark.parametrize(
-    ("head", "classifier"),
-    [(nearest_prototype, NearestCentroid), (nearest_neighbour, partial(KNeighborsClassifier, n_neighbors=1))],
-)
-def test_each_accuracy_equals_scikit_learns_on_the_same_episode(
-    head: Callable[..., Tensor], classifier: Callable[[], NearestCentroid | KNeighborsClassifier], seed: int
-):
-    dataset = labelled()
-    bank = clouds(dataset)
-    result = EpisodicEvaluator(SPEC, 60, seed).evaluate(Judge(bank, head), dataset)
-    index = EpisodeSampler(dataset.labels, SPEC, torch.Generator().manual_seed(seed)).sample(60)
-    expected = []
-    for support, query in zip(index.support, index.query, strict=True):
-        fitted = classifier().fit(bank[support.flatten()].numpy(), dataset.labels[support.flatten()].numpy())
-        expected.append(fitted.score(bank[query.flatten()].numpy(), dataset.labels[query.flatten()].numpy()))
-    assert result.per_episode.tolist() == pytest.approx(expected, abs=1e-12)
-    assert len(set(expected)) > 5  # neither chance nor perfect
-    assert result.mean == pytest.approx(sum(expected) / 60)
-    assert result.episodes_hash == index.hash(dataset.fingerprint())
-    assert (result.spec, result.seed) == (SPEC, seed)
-
-
-def test_the_interval_is_1_96_standard_errors():
-    dataset = labelled()
-    result = EpisodicEvaluator(SPEC, 300).evaluate(Judge(clouds(dataset)), dataset)
-    values = result.per_episode.tolist()
-    mean = sum(values) / len(values)
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    assert result.ci95 == pytest.approx(1.96 * deviation / math.sqrt(300), rel=1e-12)
-    assert result.ci95 == pytest.approx(1.96 * scipy.stats.sem(values), rel=1e-12)
-    low, high = scipy.stats.norm.interval(0.95, loc=mean, scale=np.std(values, ddof=1) / math.sqrt(300))
-    assert result.ci95 == pytest.approx((high - low) / 2, rel=1e-4)
-
-
-def test_the_interval_covers_the_long_run_mean_in_nineteen_of_twenty_cases():
-    dataset = labelled()
-    judge = Judge(clouds(dataset))
-    truth = EpisodicEvaluator(SPEC, 20_000, seed=99).evaluate(judge, dataset).mean
-    results = [EpisodicEvaluator(SPEC, 200, seed).evaluate(judge, dataset) for seed in range(200)]
-    covered = sum(abs(result.mean - truth) <= result.ci95 for result in results)
-    assert 180 <= covered <= 199
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 50, 1000, None])
-def test_the_chunk_changes_nothing(chunk: int | None):
-    dataset = labelled()
-    bank = clouds(dataset)
-    whole = EpisodicEvaluator(SPEC, 50, chunk=50).evaluate(Judge(bank), dataset)
-    judge = Judge(bank)
-    result = EpisodicEvaluator(SPEC, 50, chunk=chunk).evaluate(judge, dataset)
-    assert torch.equal(result.per_episode, whole.per_episode)
-    assert (result.mean, result.ci95, result.episodes_hash) == (whole.mean, whole.ci95, whole.episodes_hash)
-    assert sum(judge.chunks) == 50
-    assert max(judge.chunks) <= (chunk or 50)
-
-
-def test_the_chunk_of_the_memory_at_hand_is_at_least_one_episode(monkeypatch: pytest.MonkeyPatch):
-    dataset = labelled()
-    judge = Judge(clouds(dataset))
-    floats = SPEC.ways * (SPEC.shots + SPEC.queries) * DIMS
-    for room, expected in ((3 * floats + 1, [3, 3, 3, 1]), (1, [1] * 10)):
-        judge.chunks.clear()
-        monkeypatch.setattr(episodic, "CPU_CHUNK", room)
-        EpisodicEvaluator(SPEC, 10).evaluate(judge, dataset)
-        assert judge.chunks == expected
-
-
-def test_items_of_any_shape_are_gathered_as_they_are():
-    """The bank of a method that adapts to each episode is the images themselves."""
-    dataset = labelled()
-    bank = torch.arange(len(dataset)).view(-1, 1, 1, 1).expand(-1, 3, 2, 2).float()
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def head(support: Tensor, query: Tensor) -> Tensor:
-        seen.append((support, query))
-        return torch.zeros(len(support), query.shape[1], support.shape[1])
-
-    EpisodicEvaluator(SPEC, 5, chunk=5).evaluate(Judge(bank, head), dataset)
-    ((support, query),) = seen
-    index = EpisodeSampler(dataset.labels, SPEC, torch.Generator().manual_seed(0)).sample(5)
-    assert support.shape == (5, 4, 3, 3, 2, 2)
-    assert query.shape == (5, 16, 3, 2, 2)
-    assert torch.equal(support[..., 0, 0, 0].long(), index.support)
-    assert torch.equal(query[..., 0, 0, 0].long(), index.query.flatten(1))
-
-
-def test_rotating_the_embeddings_leaves_the_accuracy_and_noise_falls_to_chance():
-    dataset = labelled()
-    bank = clouds(dataset)
-    rotation = torch.linalg.qr(torch.randn(DIMS, DIMS, generator=torch.Generator().manual_seed(1)).double()).Q
-    evaluator = EpisodicEvaluator(SPEC, 400)
-    plain = evaluator.evaluate(Judge(bank), dataset)
-    rotated = evaluator.evaluate(Judge(bank @ rotation), dataset)
-    assert torch.equal(plain.per_episode, rotated.per_episode)
-    noise = torch.randn(bank.shape, generator=torch.Generator().manual_seed(2))
-    chance = evaluator.evaluate(Judge(noise), dataset)
-    assert abs(chance.mean - 0.25) < 4 * chance.ci95
-    perfect = torch.nn.functional.one_hot(dataset.labels).float()
-    assert evaluator.evaluate(Judge(perfect), dataset).mean == 1
-    assert evaluator.evaluate(Judge(perfect), dataset).ci95 == 0
-
-
-def test_logits_that_are_all_equal_are_right_by_chance_only():
-    dataset = labelled()
-    result = EpisodicEvaluator(SPEC, 20).evaluate(Judge(torch.zeros(len(dataset), DIMS)), dataset)
-    assert result.per_episode.tolist() == [0.25] * 20
-
-
-def test_all_methods_are_judged_on_the_same_episodes():
-    dataset = labelled()
-    first = EpisodicEvaluator(SPEC, 30).evaluate(Judge(clouds(dataset)), dataset)
-    second = EpisodicEvaluator(SPEC, 30).evaluate(Judge(clouds(dataset), nearest_neighbour), dataset)
-    other = EpisodicEvaluator(SPEC, 30, seed=1).evaluate(Judge(clouds(dataset)), dataset)
-    assert first.episodes_hash == second.episodes_hash != other.episodes_hash
-    before = torch.get_rng_state()
-    evaluator = EpisodicEvaluator(SPEC, 30)
-    again = [evaluator.evaluate(Judge(clouds(dataset)), dataset) for _ in range(2)]
-    assert torch.equal(torch.get_rng_state(), before)
-    for result in again:
-        assert torch.equal(result.per_episode, first.per_episode)
-
-
-def test_a_grid_makes_one_bank():
-    dataset = labelled()
-    judge = Judge(clouds(dataset))
-    specs = (EpisodeSpec(2, 1, 3), EpisodeSpec(5, 3, 4))
-    results = evaluate_grid(judge, dataset, specs, num_episodes=20, seed=3)
-    assert judge.banks == 1
-    for spec, result in zip(specs, results, strict=True):
-        alone = EpisodicEvaluator(spec, 20, 3).evaluate(judge, dataset)
-        assert result.spec == spec
-        assert torch.equal(result.per_episode, alone.per_episode)
-    given = Judge(clouds(dataset))
-    EpisodicEvaluator(specs[0], 20).evaluate(given, dataset, bank=given.embeddings)
-    assert given.banks == 0
-
-
-def test_a_result_reads_with_its_interval_and_count():
-    result = EpisodicResult(0.98765, 0.00123, torch.zeros(600), EpisodeSpec(5, 1, 15), 0, "ab")
-    assert str(result) == "98.77 +- 0.12 % (5-way 1-shot 15-query, 600 episodes)"
-
-
-def test_a_bank_that_is_not_finite_or_of_another_set_is_refused():
-    dataset = labelled()
-    bank = clouds(dataset)
-    bank[[3, 8], 2] = float("nan")
-    with pytest.raises(
-        ValueError, match=f"expected finite bank, got NaN or infinity in 2 of {len(bank)} rows, first in row 3"
-    ):
-        EpisodicEvaluator(SPEC, 10).evaluate(Judge(bank), dataset)
-    with pytest.raises(ValueError, match=f"expected a bank of {len(bank)} items, got 5; encode this very data set"):
-        EpisodicEvaluator(SPEC, 10).evaluate(Judge(torch.zeros(5, 2)), dataset)
-
-
-def test_logits_that_are_nan_are_refused():
-    dataset = labelled()
-
-    def diverged(support: Tensor, query: Tensor) -> Tensor:
-        return torch.full((len(support), query.shape[1], support.shape[1]), float("nan"))
-
-    with pytest.raises(ValueError, match="NaN"):
-        EpisodicEvaluator(SPEC, 10).evaluate(Judge(clouds(dataset), diverged), dataset)
-
-
-def test_a_set_too_small_for_the_episodes_is_named():
-    dataset = labelled()
-    judge = Judge(clouds(dataset))
-    with pytest.raises(ValueError, match="at least 7 classes for 7-way 1-shot 1-query, got 6"):
-        EpisodicEvaluator(EpisodeSpec(7, 1, 1), 10).evaluate(judge, dataset)
-    with pytest.raises(ValueError, match="got 7 in class 0"):
-        EpisodicEvaluator(EpisodeSpec(5, 1, 7), 10).evaluate(judge, dataset)
-
-
-@pytest.mark.parametrize("wrong", [0, -1, True, 10.0])
-def test_wrong_counts_are_refused(wrong: object):
-    with pytest.raises(ValueError, match="expected num_episodes to be an integer of at least 1"):
-        EpisodicEvaluator(SPEC, wrong)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="expected chunk to be an integer of at least 1"):
-        EpisodicEvaluator(SPEC, 10, chunk=wrong)  # type: ignore[arg-type]
-
-
-def test_one_episode_has_no_interval():
-    with pytest.raises(ValueError, match="an interval needs at least two episodes"):
-        EpisodicEvaluator(SPEC, 1)
-
-
-HEADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "prototype": nearest_prototype,
-    "neighbour": nearest_neighbour,
-    "soft neighbour": partial(soft_nearest_neighbour, temperature=0.5),
-    "five neighbours": partial(k_nearest_neighbours, k=5),
-    "cosine": cosine_classifier,
-    "ridge": ridge_regression,
-    "logistic": logistic_regression,
-}
-# values that no float64 and no int32 tells apart, negative ones, and an order that is not the data set's
-NAMES = torch.tensor([2**60 + 1, -7, 2**60, 0, 2**60 + 2, -(2**40)])
-
-
-def bank_of() -> EmbeddingBank:
-    dataset = labelled()
-    return EmbeddingBank(clouds(dataset), NAMES[dataset.labels])
+def drawn(labels: Tensor, spec: EpisodeSpec, count: int, seed: int = 0) -> EpisodeIndex:
+    return EpisodeSampler(labels, spec, torch.Generator().manual_seed(seed)).sample(count)
 
 
 def slow_predictions(embeddings: Tensor, index: EpisodeIndex) -> np.ndarray:
@@ -290,206 +110,388 @@ def slow_predictions(embeddings: Tensor, index: EpisodeIndex) -> np.ndarray:
 
 def slow_accuracies(embeddings: Tensor, index: EpisodeIndex) -> list[float]:
     predicted = slow_predictions(embeddings, index)
-    truth = np.arange(predicted.shape[1])[None, :, None]
-    return (predicted == truth).mean(axis=(1, 2)).tolist()
+    return (predicted == np.arange(predicted.shape[1])[None, :, None]).mean(axis=(1, 2)).tolist()
 
 
-def drawn(labels: Tensor, spec: EpisodeSpec, count: int, seed: int = 0) -> EpisodeIndex:
-    return EpisodeSampler(labels, spec, torch.Generator().manual_seed(seed)).sample(count)
+@pytest.fixture
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two threads, and chunks of three episodes of SPEC."""
+    monkeypatch.setattr(episodic, "CPU_CHUNK", 3 * FLOATS)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    assert torch.get_num_threads() == 2  # whatever an evaluation sets, it restores
+    torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("seed", [0, 3])
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("spec", [SPEC, EpisodeSpec(2, 1, 5), EpisodeSpec(6, 2, 3)])
-def test_a_bank_alone_is_judged_by_the_nearest_mean_as_in_a_loop(spec: EpisodeSpec, seed: int):
+def test_each_accuracy_equals_that_of_a_loop(spec: EpisodeSpec):
     bank = bank_of()
-    result = EpisodicEvaluator(spec, 60, seed).evaluate(bank)
-    index = drawn(bank.labels, spec, 60, seed)
+    result = EpisodicEvaluator(spec, 60, seed=3).evaluate(bank)
+    index = drawn(bank.labels, spec, 60, seed=3)
     expected = slow_accuracies(bank.embeddings, index)
     assert result.per_episode.tolist() == pytest.approx(expected, abs=1e-12)
-    assert len(set(expected)) > 3
+    assert len(set(expected)) > 3  # neither chance nor perfect
+    assert (result.spec, result.seed, result.classes, result.confusion) == (spec, 3, None, None)
     assert result.mean == pytest.approx(sum(expected) / 60)
+    assert result.ci95 == pytest.approx(1.96 * scipy.stats.sem(expected), rel=1e-12)
     assert result.episodes_hash == index.hash(bank.fingerprint())
-    assert result.classes is None
-    assert result.confusion is None
+    assert str(result) == f"{100 * result.mean:.2f} +- {100 * result.ci95:.2f} % ({spec}, 60 episodes)"
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_a_head_classifies_in_place_of_the_trainer_and_for_a_bank(name: str):
-    dataset, head = labelled(), HEADS[name]
-    bank = EmbeddingBank(clouds(dataset), dataset.labels)
-
-    def forbidden(support: Tensor, query: Tensor) -> Tensor:
-        raise AssertionError("the trainer's own head was asked")
-
-    trainer = Judge(bank.embeddings, forbidden)
-    with_head = EpisodicEvaluator(SPEC, 20, head=head)
-    by_trainer = with_head.evaluate(trainer, dataset)
-    assert trainer.banks == 1
-    assert trainer.chunks == []
-    own = EpisodicEvaluator(SPEC, 20).evaluate(Judge(bank.embeddings, head), dataset)
-    for result in (by_trainer, with_head.evaluate(bank), with_head.evaluate(trainer, bank)):
-        assert torch.equal(result.per_episode, own.per_episode)
-    assert trainer.banks == 1
-    index = drawn(dataset.labels, SPEC, 20)
-    logits = head(bank.embeddings[index.support], bank.embeddings[index.query].flatten(1, 2))
-    expected = (logits.argmax(dim=2).unflatten(1, (4, 4)) == torch.arange(4)[:, None]).double().mean(dim=(1, 2))
-    torch.testing.assert_close(own.per_episode, expected, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("shots", [1, 3])
+def test_each_accuracy_equals_scikit_learns_on_the_same_episode(shots: int):
+    """At one shot the nearest mean is the nearest neighbor."""
+    dataset, spec = labelled(), EpisodeSpec(4, shots, 4)
+    bank = clouds(dataset)
+    result = EpisodicEvaluator(spec, 60).evaluate(Method(bank), dataset)
+    for e, (support, query) in enumerate(zip(*vars(drawn(dataset.labels, spec, 60)).values(), strict=True)):
+        classifier = NearestCentroid() if shots > 1 else KNeighborsClassifier(n_neighbors=1)
+        fitted = classifier.fit(bank[support.flatten()].numpy(), dataset.labels[support.flatten()].numpy())
+        expected = fitted.score(bank[query.flatten()].numpy(), dataset.labels[query.flatten()].numpy())
+        assert result.per_episode[e] == pytest.approx(expected, abs=1e-12)
 
 
-def test_a_trainer_judged_on_a_bank_classifies_its_embeddings_by_itself():
-    bank = bank_of()
-    trainer = Judge(torch.zeros(1, 1), nearest_neighbour)
-    result = EpisodicEvaluator(SPEC, 20).evaluate(trainer, bank)
-    assert trainer.banks == 0
-    assert sum(trainer.chunks) == 20
-    by_head = EpisodicEvaluator(SPEC, 20, head=nearest_neighbour).evaluate(bank)
-    assert torch.equal(result.per_episode, by_head.per_episode)
-    assert result.episodes_hash == by_head.episodes_hash
-    other = EpisodicEvaluator(SPEC, 20).evaluate(trainer, bank, bank=bank.embeddings.flip(1))
-    torch.testing.assert_close(other.per_episode, result.per_episode)  # the bank given by hand: columns turned round
+def test_the_interval_covers_a_known_accuracy_as_often_as_it_says():
+    """Each episode has a difficulty of its own, so its queries are right or wrong together: 0.5 to 1, 0.75 at large.
+
+    An interval over all queries as if they were independent would cover far less often.
+    """
+    generator = torch.Generator().manual_seed(12)
+    true_way = torch.arange(2).repeat_interleave(4)
+
+    def right_with_some_probability(support: Tensor, query: Tensor) -> Tensor:
+        easiness = 0.5 + 0.5 * torch.rand(len(support), 1, generator=generator)
+        right = torch.rand(len(support), 8, generator=generator) < easiness
+        return F.one_hot(torch.where(right, true_way, 1 - true_way), 2).float()
+
+    bank = EmbeddingBank(torch.zeros(10, 1), torch.arange(2).repeat_interleave(5))
+    evaluator = EpisodicEvaluator(EpisodeSpec(2, 1, 4), 200, head=right_with_some_probability)
+    results = [evaluator.evaluate(bank) for _ in range(500)]
+    means = np.array([result.mean for result in results])
+    assert 460 <= sum(abs(result.mean - 0.75) <= result.ci95 for result in results) <= 490
+    assert means.mean() == pytest.approx(0.75, abs=0.004)
+    assert np.mean([result.ci95 for result in results]) == pytest.approx(1.96 * means.std(ddof=1), rel=0.07)
 
 
-def test_a_grid_over_a_bank_and_with_a_head():
-    bank = bank_of()
-    specs = (EpisodeSpec(2, 1, 3), EpisodeSpec(5, 3, 4))
-    for head in (None, ridge_regression):
-        results = evaluate_grid(bank, None, specs, num_episodes=20, seed=3, head=head)
-        for spec, result in zip(specs, results, strict=True):
-            alone = EpisodicEvaluator(spec, 20, 3, head=head).evaluate(bank)
-            assert torch.equal(result.per_episode, alone.per_episode)
-            assert result.episodes_hash == alone.episodes_hash
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_the_chunk_changes_nothing_whatever_the_head(name: str):
-    bank = bank_of()
-    whole = EpisodicEvaluator(SPEC, 15, chunk=15, head=HEADS[name]).evaluate(bank, confusion=True)
-    for chunk in (1, 7, 1000):
-        result = EpisodicEvaluator(SPEC, 15, chunk=chunk, head=HEADS[name]).evaluate(bank, confusion=True)
-        assert torch.equal(result.per_episode, whole.per_episode)
-        assert result.confusion is not None
-        assert whole.confusion is not None
-        assert torch.equal(result.confusion, whole.confusion)
-        assert (result.mean, result.ci95, result.episodes_hash) == (whole.mean, whole.ci95, whole.episodes_hash)
-
-
-def test_free_memory_makes_the_chunk_of_a_cpu_smaller_and_never_larger(monkeypatch: pytest.MonkeyPatch):
+def test_rotated_embeddings_give_the_same_noise_gives_chance_and_one_hot_embeddings_give_1():
     dataset = labelled()
-    judge = Judge(clouds(dataset))
-    plain = EpisodicEvaluator(SPEC, 40).evaluate(judge, dataset)
-    floats = SPEC.ways * (SPEC.shots + SPEC.queries) * DIMS
-    three = 3 * 8 * floats / episodic.SHARE_OF_FREE_MEMORY  # bytes that hold three episodes of float64
-    for free, expected in ((1, [1] * 40), (0, [1] * 40), (three + 32, [3] * 13 + [1]), (2**60, [40])):
-        judge.chunks.clear()
-        monkeypatch.setattr(episodic, "free_memory", lambda device, free=free: free)
-        result = EpisodicEvaluator(SPEC, 40).evaluate(judge, dataset)
-        assert judge.chunks == expected
-        assert torch.equal(result.per_episode, plain.per_episode)
-    monkeypatch.setattr(episodic, "CPU_CHUNK", 5 * floats)
-    judge.chunks.clear()
-    EpisodicEvaluator(SPEC, 40).evaluate(judge, dataset)
-    assert judge.chunks == [5] * 8
-    judge.chunks.clear()
-    EpisodicEvaluator(SPEC, 40, chunk=9).evaluate(judge, dataset)  # the caller's own goes first
-    assert judge.chunks == [9] * 4 + [4]
+    bank = clouds(dataset)
+    rotation = torch.linalg.qr(torch.randn(DIMS, DIMS, generator=torch.Generator().manual_seed(1)).double()).Q
+    noise = torch.randn(bank.shape, generator=torch.Generator().manual_seed(2))
+    embeddings = (bank, bank @ rotation, noise, F.one_hot(dataset.labels).float(), torch.zeros(len(bank), DIMS))
+    evaluator = EpisodicEvaluator(SPEC, 400)
+    plain, rotated, chance, perfect, equal = (
+        evaluator.evaluate(EmbeddingBank(each, dataset.labels)) for each in embeddings
+    )
+    assert torch.equal(plain.per_episode, rotated.per_episode)
+    assert abs(chance.mean - 0.25) < 4 * chance.ci95
+    assert (perfect.mean, perfect.ci95) == (1, 0)
+    assert equal.per_episode.tolist() == [0.25] * 400  # all logits are equal
 
 
-def test_free_memory_is_what_linux_says_is_available(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    cpu = torch.device("cpu")
-    assert memory.free_memory(cpu) > 2**20
-    meminfo = tmp_path / "meminfo"
-    monkeypatch.setattr(memory, "Path", lambda name: meminfo)
-    assert memory.free_memory(cpu) == memory.UNKNOWN
-    meminfo.write_text("MemTotal:       16000 kB\nMemFree:         200 kB\nMemAvailable:    7000 kB\n")
-    assert memory.free_memory(cpu) == 7000 * 1024
-    meminfo.write_text("MemTotal:       16000 kB\n")
-    assert memory.free_memory(cpu) == memory.UNKNOWN
-
-
-@pytest.mark.parametrize("spec", [SPEC, EpisodeSpec(2, 2, 5)])
-def test_the_confusion_matrix_counts_as_a_loop(spec: EpisodeSpec):
-    bank = bank_of()
+def test_the_confusion_matrix_counts_as_a_loop():
+    spec, bank = EpisodeSpec(2, 2, 5), bank_of()
     result = EpisodicEvaluator(spec, 70, seed=2, chunk=9).evaluate(bank, confusion=True)
     index = drawn(bank.labels, spec, 70, 2)
     predicted = slow_predictions(bank.embeddings, index)
     labels = bank.labels.tolist()
-    classes = sorted(set(labels))
+    names = sorted(set(labels))
     expected = np.zeros((6, 6), dtype=int)
     for e, way, query in np.ndindex(*predicted.shape):
         true = labels[index.query[e, way, query]]
         taken_for = labels[index.support[e, predicted[e, way, query], 0]]
-        expected[classes.index(true), classes.index(taken_for)] += 1
-    assert result.classes is not None
+        expected[names.index(true), names.index(taken_for)] += 1
+    classes, accuracies = result.per_class()
+    assert classes.tolist() == names
+    assert accuracies.tolist() == pytest.approx([expected[c, c] / expected[c].sum() for c in range(6)])
     assert result.confusion is not None
-    assert result.classes.tolist() == classes
-    assert result.confusion.dtype == torch.int64
     assert result.confusion.tolist() == expected.tolist()
     assert expected.sum() > expected.trace() > 0
-    # each row: the queries of that class
-    asked = [labels[item] for item in index.query.flatten().tolist()]
-    assert result.confusion.sum(dim=1).tolist() == [asked.count(label) for label in classes]
-    assert result.confusion.trace().item() == pytest.approx(result.mean * 70 * spec.ways * spec.queries)
-    of_class, shares = result.per_class()
-    assert of_class.tolist() == classes
-    assert shares.tolist() == pytest.approx([expected[c, c] / expected[c].sum() for c in range(6)])
     without = EpisodicEvaluator(spec, 70, seed=2).evaluate(bank)
     assert torch.equal(without.per_episode, result.per_episode)
-    with pytest.raises(ValueError, match=r"^expected a result with its confusion matrix, got none; use evaluate\("):
+    with pytest.raises(UsageError, match=r"^expected a result with its confusion matrix, got none; use evaluate\("):
         without.per_class()
 
 
-def test_a_class_that_no_episode_drew_has_no_accuracy():
-    labels = torch.arange(50).repeat_interleave(2)
-    bank = EmbeddingBank(torch.nn.functional.one_hot(labels).double(), labels)
-    result = EpisodicEvaluator(EpisodeSpec(2, 1, 1), 3).evaluate(bank, confusion=True)
-    seen = set(labels[drawn(labels, EpisodeSpec(2, 1, 1), 3).query].flatten().tolist())
-    for label, share in zip(*(part.tolist() for part in result.per_class()), strict=True):
-        assert share == 1 if label in seen else math.isnan(share)
-    assert len(seen) < 50
+# --- banks ------------------------------------------------------------------------------------------------------------
 
 
-def test_episodes_whose_logits_are_not_finite_are_counted():
+def test_images_are_gathered_as_floats_in_0_to_1():
+    """The bank of a method that adapts to each episode is the images themselves."""
+    dataset = labelled()
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def head(support: Tensor, query: Tensor) -> Tensor:
+        seen.append((support, query))
+        return torch.zeros(len(support), query.shape[1], support.shape[1])
+
+    EpisodicEvaluator(SPEC, 5).evaluate(Method(dataset.images, head), dataset)
+    ((support, query),) = seen
+    index = drawn(dataset.labels, SPEC, 5)
+    assert torch.equal(support, dataset.floats(index.support))
+    assert torch.equal(query, dataset.floats(index.query).flatten(1, 2))
+    EpisodicEvaluator(SPEC, 5).evaluate(Method(dataset.images.half(), head), dataset)
+    assert torch.equal(seen[1][0], 255 * support)  # floats stay what they are, in float32
+
+
+def test_a_set_and_its_bank_are_the_same_episodes_and_another_set_is_not():
+    dataset, embedder, evaluator = labelled(), Embedder(nn.Flatten()), EpisodicEvaluator(SPEC, 10)
+    before = torch.get_rng_state()
+    bank = embedder.encode(dataset)
+    trainer = Method(bank.embeddings)
+    from_bank = evaluator.evaluate(bank)
+    for result in (
+        evaluator.evaluate(embedder, dataset),
+        evaluator.evaluate(trainer, dataset),
+        evaluator.evaluate(trainer, dataset, bank.embeddings),
+        evaluator.evaluate(trainer, bank),
+    ):
+        assert torch.equal(result.per_episode, from_bank.per_episode)
+        assert result.episodes_hash == from_bank.episodes_hash
+    assert trainer.banks == 1
+    others = [
+        evaluator.evaluate(embedder, FewShotDataset(dataset.images, dataset.labels, list("uvwxyz"))),
+        evaluator.evaluate(EmbeddingBank(bank.embeddings, bank.labels)),  # of an unknown source
+        EpisodicEvaluator(SPEC, 11).evaluate(bank),
+        EpisodicEvaluator(SPEC, 10, seed=1).evaluate(bank),
+        EpisodicEvaluator(EpisodeSpec(4, 3, 3), 10).evaluate(bank),
+    ]
+    assert len({from_bank.episodes_hash, *(other.episodes_hash for other in others)}) == 6
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- heads and modes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_replaces_the_trainers_own_and_classifies_banks(name: str):
+    dataset, head = labelled(), HEADS[name]
+    bank = EmbeddingBank(clouds(dataset), dataset.labels)
+    trainer = Method(bank.embeddings)
+    evaluator = EpisodicEvaluator(SPEC, 20, head=head)
+    index = drawn(dataset.labels, SPEC, 20)
+    logits = head(bank.embeddings[index.support], bank.embeddings[index.query].flatten(1, 2))
+    expected = (logits.argmax(dim=2).unflatten(1, (4, 4)) == torch.arange(4)[:, None]).double().mean(dim=(1, 2))
+    for result in (evaluator.evaluate(trainer, dataset), evaluator.evaluate(bank)):
+        torch.testing.assert_close(result.per_episode, expected, rtol=0, atol=1e-12)
+    assert trainer.chunks == []
+
+
+def test_a_head_gets_the_trainers_distance():
+    dataset = labelled((30,) * 6)
+    trainer = ProtoNetTrainer(Embedder(nn.Flatten()), PrototypicalLoss(distance=CosineSimilarity(), scale=10))
+    own = EpisodicEvaluator(SPEC, 300).evaluate(trainer, dataset)
+    with_head = partial(EpisodicEvaluator, SPEC, 300)
+    assert torch.equal(with_head(head=nearest_prototype).evaluate(trainer, dataset).per_episode, own.per_episode)
+    euclidean = partial(nearest_prototype, distance=LpDistance(normalize_embeddings=False, power=2))
+    by_euclid = with_head(head=euclidean).evaluate(trainer, dataset)  # a head that has its distance keeps it
+    plain = with_head().evaluate(trainer.embedder, dataset)
+    assert torch.equal(by_euclid.per_episode, plain.per_episode)
+    assert not torch.equal(plain.per_episode, own.per_episode)
+
+
+def test_heads_of_two_arguments_are_called_without_the_distance():
+    trainer = ProtoNetTrainer(Embedder(nn.Flatten()))
+    seen: list[tuple[Any, ...]] = []
+
+    def noted(support: Tensor, query: Tensor, *more: Any) -> Tensor:
+        seen.append(more)
+        return nearest_prototype(support, query)
+
+    def with_an_option(support: Tensor, query: Tensor, temperature: float = 1.0) -> Tensor:
+        return noted(support, query, temperature)
+
+    heads: list[Callable[..., Tensor]] = [
+        lambda support, query: noted(support, query),
+        with_an_option,
+        lambda support, query, measure: noted(support, query, measure),
+        noted,
+    ]
+    for head in heads:
+        EpisodicEvaluator(SPEC, 5, head=head).evaluate(trainer, labelled())
+    assert seen == [(), (1.0,), (trainer.distance,), (trainer.distance,)]
+
+
+class Dropping(nn.Module):
+    """Dropout and batch norm in `classify`; the trunk is frozen in eval mode by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Flatten()
+        self.norm = nn.BatchNorm1d(DIMS)
+        self.drop = nn.Dropout(0.9)
+        self.trunk.eval()
+
+    def bank(self, dataset: FewShotDataset) -> Tensor:
+        return self.drop(self.trunk(dataset.images.float() / 255))
+
+    def classify(self, support: Tensor, query: Tensor) -> Tensor:
+        query = self.drop(self.norm(query.flatten(0, 1)).unflatten(0, query.shape[:2]))
+        return nearest_prototype(support, query)
+
+
+def test_methods_are_evaluated_in_eval_mode_and_get_their_modes_back():
+    dataset, method = labelled(), Dropping()
+    running = method.norm.running_mean.clone()
+    in_training = EpisodicEvaluator(SPEC, 50).evaluate(method, dataset)
+    assert [part.training for part in method.modules()] == [True, False, True, True]
+    assert torch.equal(method.norm.running_mean, running)
+    in_eval = EpisodicEvaluator(SPEC, 50).evaluate(method.eval(), dataset)
+    assert torch.equal(in_training.per_episode, in_eval.per_episode)
+    assert not any(part.training for part in method.modules())
+    method.train()
+    with pytest.raises(UsageError):
+        EpisodicEvaluator(EpisodeSpec(7, 1, 1), 50).evaluate(method, dataset)
+    assert method.drop.training
+
+
+def test_an_adaptation_curve_evaluates_each_number_of_steps_on_the_same_episodes():
+    class Adapting(Method):
+        eval_inner_steps = 2
+
+        def classify(self, support: Tensor, query: Tensor, inner_steps: int = 9) -> Tensor:
+            logits = super().classify(support, query)
+            return logits if inner_steps == 2 else logits.flip(2) if inner_steps == 1 else 0 * logits
+
+    dataset = labelled()
+    before, first, second = adaptation_curve(Adapting(clouds(dataset)), dataset, SPEC, 40, seed=1)
+    expected = EpisodicEvaluator(SPEC, 40, seed=1).evaluate(Method(clouds(dataset)), dataset)
+    assert (before.mean, second.mean) == (0.25, expected.mean)
+    assert first.mean < 0.25
+    assert {each.episodes_hash for each in (before, first, second)} == {expected.episodes_hash}
+
+
+# --- chunks and threads -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.usefixtures("two_threads")
+def test_neither_chunk_nor_threads_change_anything(name: str):
     bank = bank_of()
-    seen = [0]
+    in_threads = EpisodicEvaluator(SPEC, 20, head=HEADS[name])
+    results = [in_threads.evaluate(bank, confusion=True)]
+    with torch.inference_mode():
+        results.append(in_threads.evaluate(bank, confusion=True))
+    torch.set_num_threads(1)
+    for chunk in (1, 7, 1000, None):
+        evaluator = EpisodicEvaluator(SPEC, 20, chunk=chunk, head=HEADS[name])
+        results.append(evaluator.evaluate(bank, confusion=True))
+    torch.set_num_threads(2)
+    whole = results.pop()
+    for result in results:
+        assert torch.equal(result.per_episode, whole.per_episode)
+        assert torch.equal(result.confusion, whole.confusion)
+        assert (result.mean, result.ci95, result.episodes_hash) == (whole.mean, whole.ci95, whole.episodes_hash)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_only_functions_and_trainers_that_say_so_are_called_in_threads():
+    dataset, mine = labelled(), threading.get_ident()
+    threads: set[int] = set()
+    torch_threads: set[int] = set()
+
+    def head(support: Tensor, query: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()
+        threads.add(threading.get_ident())
+        torch_threads.add(torch.get_num_threads())
+        return nearest_prototype(support, query)
+
+    bank = EmbeddingBank(clouds(dataset), dataset.labels)
+    EpisodicEvaluator(SPEC, 40, head=head).evaluate(bank)
+    assert threads > {mine}  # the first chunk here, before any thread, so that lazy weights are there
+    assert torch_threads == {1}
+    alone, safe = Method(bank.embeddings), Method(bank.embeddings)
+    safe.thread_safe = True
+    for method in (alone, safe):
+        EpisodicEvaluator(SPEC, 40).evaluate(method, dataset)
+        assert sum(method.chunks) == 40
+        assert max(method.chunks) == 3
+    assert alone.threads == {mine}
+    assert safe.threads > {mine}
+    stateful = Method(bank.embeddings)
+    EpisodicEvaluator(SPEC, 40, head=stateful.classify).evaluate(bank)
+    assert stateful.threads == {mine}
+    threads.clear()
+    EpisodicEvaluator(SPEC, 40, head=head, chunk=3).evaluate(bank)  # one chunk after the other
+    with torch.autocast("cpu"):  # which a new thread would not have
+        EpisodicEvaluator(SPEC, 40, head=head).evaluate(bank)
+    images = Method(dataset.images)
+    images.thread_safe = True
+    images.head = lambda support, query: nearest_prototype(support.flatten(3), query.flatten(2))
+    EpisodicEvaluator(SPEC, 40).evaluate(images, dataset)  # adapting to images is work enough for all cores
+    assert threads == images.threads == {mine}
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_distance_without_weights_yet_gets_them_once():
+    bank = EmbeddingBank(bank_of().embeddings.float(), labelled().labels)
+    distance = WeightedL1Similarity()
+    lazy = EpisodicEvaluator(SPEC, 40, head=partial(nearest_neighbour, distance=distance)).evaluate(bank)
+    head = partial(nearest_neighbour, distance=WeightedL1Similarity(dim=DIMS))
+    assert torch.equal(lazy.per_episode, EpisodicEvaluator(SPEC, 40, head=head).evaluate(bank).per_episode)
+    assert not distance.score.weight.is_inference()
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_an_error_in_a_thread_is_the_heads_own():
+    def broken(support: Tensor, query: Tensor) -> Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            raise KeyError("a bug in this head")
+        return nearest_prototype(support, query)
+
+    with pytest.raises(KeyError, match="a bug in this head"):
+        EpisodicEvaluator(SPEC, 40, head=broken).evaluate(bank_of())
+
+
+def test_a_chunk_holds_at_least_one_episode_and_the_callers_own_comes_first(monkeypatch: pytest.MonkeyPatch):
+    dataset = labelled()
+    for floats, chunk, expected in (
+        (3 * FLOATS + 1, None, [3, 3, 3, 1]),
+        (1, None, [1] * 10),
+        (3 * FLOATS, 4, [4, 4, 2]),
+    ):
+        monkeypatch.setattr(episodic, "CPU_CHUNK", floats)
+        method = Method(clouds(dataset))
+        EpisodicEvaluator(SPEC, 10, chunk=chunk).evaluate(method, dataset)
+        assert method.chunks == expected
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_finite_is_counted_and_refused():
+    bank = bank_of()
 
     def sometimes(support: Tensor, query: Tensor) -> Tensor:
         logits = nearest_prototype(support, query)
-        for e in range(len(logits)):
-            if seen[0] in (2, 5):
-                logits[e, -1, -1] = float("nan")
-            if seen[0] == 7:
-                logits[e, 0] = float("inf")
-            seen[0] += 1
+        logits[2::3, -1, -1] = torch.nan
+        logits[7, 0] = torch.inf
         return logits
 
-    with pytest.raises(
-        ValueError,
-        match=r"expected finite logits of each episode, got NaN or infinity in 3 of 10 rows, first in row 2;",
-    ):
-        EpisodicEvaluator(SPEC, 10, chunk=4, head=sometimes).evaluate(bank)
-
-
-def test_a_bank_that_has_become_nan_is_refused():
-    bank = bank_of()
-    bank.embeddings[[3, 8], 2] = float("nan")
-    with pytest.raises(ValueError, match=r"expected finite bank, got NaN or infinity in 2 of 67 rows, first in row 3"):
+    with pytest.raises(UsageError, match="finite logits of each episode, got NaN or infinity in 4 of 10 rows"):
+        EpisodicEvaluator(SPEC, 10, head=sometimes).evaluate(bank)
+    bank.embeddings[[3, 8], 2] = torch.nan
+    with pytest.raises(UsageError, match="expected finite bank, got NaN or infinity in 2 of 67 rows, first in row 3"):
         EpisodicEvaluator(SPEC, 10).evaluate(bank)
 
 
 def test_what_does_not_fit_together_is_refused():
     dataset, bank = labelled(), bank_of()
-    evaluator, trainer = EpisodicEvaluator(SPEC, 10), Judge(torch.zeros(5, 2))
-    with pytest.raises(ValueError, match="expected a bank of 67 items, got 5; encode this very data set"):
-        evaluator.evaluate(trainer, dataset, bank=torch.zeros(5, 2))
-    with pytest.raises(ValueError, match="expected a bank of 67 items, got 5; encode this very data set"):
-        evaluator.evaluate(trainer, bank, bank=torch.zeros(5, 2))
-    with pytest.raises(TypeError, match="expected a data set to judge a trainer on, got none"):
+    evaluator, trainer = EpisodicEvaluator(SPEC, 10), Method(torch.zeros(5, 2))
+    for beside in ((dataset,), (bank, torch.zeros(5, 2))):
+        with pytest.raises(UsageError, match="expected a bank of 67 items, got 5; encode this very data set"):
+            evaluator.evaluate(trainer, *beside)
+    with pytest.raises(UsageTypeError, match="expected a data set to evaluate Method on, got none; give images"):
         evaluator.evaluate(trainer)
-    with pytest.raises(TypeError, match="expected a data set to judge a trainer on, got none"):
-        evaluator.evaluate(trainer, bank=torch.zeros(5, 2))
-    for beside in ({"dataset": dataset}, {"dataset": bank}, {"bank": bank.embeddings}):
-        with pytest.raises(ValueError, match="expected a bank alone, got a data set beside it; leave one out"):
-            evaluator.evaluate(bank, **beside)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="expected a bank alone, got a data set beside it; leave one out"):
+        evaluator.evaluate(bank, dataset)
+    transposed = EpisodicEvaluator(SPEC, 10, head=lambda s, q: nearest_prototype(s, q).transpose(1, 2))
+    with pytest.raises(UsageError, match=r"logits \(E, N, W\) of shape \(10, 16, 4\), got \(10, 4, 16\); return one"):
+        transposed.evaluate(bank)
 
 
 def test_a_bank_too_small_for_the_episodes_is_named():
@@ -498,126 +500,16 @@ def test_a_bank_too_small_for_the_episodes_is_named():
         (EpisodicEvaluator(EpisodeSpec(7, 1, 1), 10), "at least 7 classes for 7-way 1-shot 1-query, got 6"),
         (EpisodicEvaluator(EpisodeSpec(5, 1, 7), 10), f"got 7 in class {2**60 + 1} "),
     ):
-        for judge in (evaluator.check, evaluator.evaluate):
-            with pytest.raises(ValueError, match=message):
-                judge(bank)
+        for action in (evaluator.check, evaluator.evaluate):
+            with pytest.raises(UsageError, match=message):
+                action(bank)
 
 
-def test_a_set_and_its_bank_are_the_same_episodes_and_another_set_is_not():
-    images = torch.randint(0, 256, (67, 1, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    labels = labelled().labels
-    named, renamed = (FewShotDataset(images, labels, names) for names in (list("abcdef"), list("abcdeg")))
-    embedder = Embedder(nn.Flatten())
-    evaluator = EpisodicEvaluator(SPEC, 10)
-
-    class Trainer(Judge):
-        def bank(self, dataset: FewShotDataset) -> Tensor:
-            return embedder.encode(dataset).embeddings
-
-    trainer = Trainer(torch.zeros(1, 1))
-    from_images = evaluator.evaluate(trainer, named)
-    from_bank = evaluator.evaluate(embedder.encode(named))
-    assert from_images.episodes_hash == from_bank.episodes_hash
-    assert torch.equal(from_images.per_episode, from_bank.per_episode)
-    assert evaluator.evaluate(trainer, embedder.encode(named)).episodes_hash == from_bank.episodes_hash
-    normalized = embedder.encode(named).centred(torch.ones(4)).normalized()
-    assert evaluator.evaluate(normalized).episodes_hash == from_bank.episodes_hash
-    others = [
-        evaluator.evaluate(embedder.encode(renamed)),
-        evaluator.evaluate(trainer, renamed),
-        evaluator.evaluate(EmbeddingBank(embedder.encode(named).embeddings, labels)),  # of an unknown source
-        EpisodicEvaluator(SPEC, 11).evaluate(embedder.encode(named)),
-        EpisodicEvaluator(SPEC, 10, seed=1).evaluate(embedder.encode(named)),
-        EpisodicEvaluator(EpisodeSpec(4, 3, 3), 10).evaluate(embedder.encode(named)),
-    ]
-    assert others[0].episodes_hash == others[1].episodes_hash
-    assert len({from_bank.episodes_hash, *(other.episodes_hash for other in others)}) == 6
-
-
-def test_the_interval_covers_a_known_accuracy_as_often_as_it_says():
-    """Each episode has a difficulty of its own, so its queries are right or wrong together: 0.5 to 1, 0.75 at large.
-
-    An interval over all queries as if they were independent would cover far less often.
-    """
-    spec = EpisodeSpec(2, 1, 4)
-    labels = torch.arange(2).repeat_interleave(5)
-    bank = torch.zeros(10, 1)
-    generator = torch.Generator().manual_seed(12)
-    true_way = torch.arange(2).repeat_interleave(4)
-
-    def right_with_some_probability(support: Tensor, query: Tensor) -> Tensor:
-        easiness = 0.5 + 0.5 * torch.rand(len(support), 1, generator=generator)
-        right = torch.rand(len(support), 8, generator=generator) < easiness
-        return torch.nn.functional.one_hot(torch.where(right, true_way, 1 - true_way), 2).float()
-
-    evaluator = EpisodicEvaluator(spec, 200, head=right_with_some_probability)
-    results = [evaluator.evaluate(EmbeddingBank(bank, labels)) for _ in range(1000)]
-    covered = sum(abs(result.mean - 0.75) <= result.ci95 for result in results)
-    assert 930 <= covered <= 970
-    means = np.array([result.mean for result in results])
-    assert means.mean() == pytest.approx(0.75, abs=0.003)
-    assert np.mean([result.ci95 for result in results]) == pytest.approx(1.96 * means.std(ddof=1), rel=0.07)
-
-
-def small_sets() -> st.SearchStrategy[EmbeddingBank]:
-    """3 to 6 classes of 4 to 9 items in no order."""
-
-    def build(sizes: list[int], seed: int) -> EmbeddingBank:
-        generator = torch.Generator().manual_seed(seed)
-        labels = torch.tensor([label for label, size in enumerate(sizes) for _ in range(size)])
-        labels = labels[torch.randperm(len(labels), generator=generator)]
-        noise = torch.randn(len(labels), 4, generator=generator, dtype=torch.float64)
-        return EmbeddingBank(torch.randn(6, 4, generator=generator, dtype=torch.float64)[labels] + noise, labels)
-
-    return st.builds(build, st.lists(st.integers(4, 9), min_size=3, max_size=6), st.integers(0, 2**32))
-
-
-@given(bank=small_sets(), factor=st.integers(1, 2**55), offset=st.integers(-(2**58), 2**58), seed=st.integers(0, 99))
-@settings(deadline=None, max_examples=25, derandomize=True)
-def test_relabelling_in_the_same_order_changes_only_the_names(bank: EmbeddingBank, factor: int, offset: int, seed: int):
-    evaluator = EpisodicEvaluator(EpisodeSpec(3, 2, 2), 15, seed)
-    plain = evaluator.evaluate(bank, confusion=True)
-    renamed = evaluator.evaluate(EmbeddingBank(bank.embeddings, bank.labels * factor + offset), confusion=True)
-    assert torch.equal(renamed.per_episode, plain.per_episode)
-    assert plain.classes is not None
-    assert renamed.classes is not None
-    assert renamed.classes.tolist() == [label * factor + offset for label in plain.classes.tolist()]
-    assert renamed.confusion is not None
-    assert plain.confusion is not None
-    assert torch.equal(renamed.confusion, plain.confusion)
-
-
-@given(bank=small_sets(), seed=st.integers(0, 2**32))
-@settings(deadline=None, max_examples=25, derandomize=True)
-def test_items_in_another_order_under_other_names_are_judged_as_themselves(bank: EmbeddingBank, seed: int):
-    """The episodes are others, but each is scored as those items are in the bank as it was."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(bank), generator=generator)
-    names = torch.randperm(6, generator=generator)
-    moved = EmbeddingBank(bank.embeddings[order], names[bank.labels[order]])
-    spec = EpisodeSpec(3, 2, 2)
-    result = EpisodicEvaluator(spec, 15, seed).evaluate(moved)
-    index = drawn(moved.labels, spec, 15, seed)
-    as_it_was = EpisodeIndex(order[index.support], order[index.query])
-    assert result.per_episode.tolist() == pytest.approx(slow_accuracies(bank.embeddings, as_it_was), abs=1e-12)
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_another_order_and_other_names_change_the_mean_by_chance_only(name: str):
-    bank = bank_of()
-    order = torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))
-    evaluator = EpisodicEvaluator(SPEC, 400, head=HEADS[name])
-    plain = evaluator.evaluate(bank)
-    moved = evaluator.evaluate(EmbeddingBank(bank.embeddings[order], -bank.labels[order]))
-    assert plain.episodes_hash != moved.episodes_hash
-    assert abs(plain.mean - moved.mean) < 2 * math.hypot(plain.ci95, moved.ci95)
-    assert 0.3 < plain.mean < 0.95
-
-
-@given(bank=small_sets(), seed=st.integers(0, 2**32), name=st.sampled_from(sorted(HEADS)))
-@settings(deadline=None, max_examples=40, derandomize=True)
-def test_rotating_the_embeddings_leaves_every_episode_as_it_was(bank: EmbeddingBank, seed: int, name: str):
-    gaussian = torch.randn(4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    rotated = EmbeddingBank(bank.embeddings @ torch.linalg.qr(gaussian).Q, bank.labels)
-    evaluator = EpisodicEvaluator(EpisodeSpec(3, 2, 2), 15, head=HEADS[name])
-    assert torch.equal(evaluator.evaluate(rotated).per_episode, evaluator.evaluate(bank).per_episode)
+def test_wrong_counts_are_refused():
+    for wrong in (0, True, 10.0):
+        with pytest.raises(UsageError, match="expected num_episodes to be an integer of at least 1"):
+            EpisodicEvaluator(SPEC, wrong)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="expected chunk to be an integer of at least 1"):
+            EpisodicEvaluator(SPEC, 10, chunk=wrong)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="an interval needs at least two episodes"):
+        EpisodicEvaluator(SPEC, 1)

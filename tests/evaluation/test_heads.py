@@ -14,40 +14,26 @@ from pytorch_metric_learning.distances import (
     LpDistance,
     SNRDistance,
 )
-from pytorch_metric_learning.losses import NCALoss
-from pytorch_metric_learning.reducers import DoNothingReducer
-from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from torch import Tensor, nn
 
+from pml_fewshot.checks import UsageError
+from pml_fewshot.distances.weighted_l1 import WeightedL1Similarity
 from pml_fewshot.evaluation.heads import (
     k_nearest_neighbours,
     mean_similarity,
     nearest_neighbour,
     nearest_prototype,
-    similarities,
     soft_nearest_neighbour,
 )
 
-EPISODES, WAYS, SHOTS, QUERIES, DIMS = 4, 3, 2, 5, 6
-
-DISTANCES: dict[str, Callable[[], BaseDistance | None]] = {
-    "none": lambda: None,
-    "squared Euclid": lambda: LpDistance(normalize_embeddings=False, power=2),
-    "Euclid": lambda: LpDistance(normalize_embeddings=False),
-    "normalised": LpDistance,
-    "normalised, squared": lambda: LpDistance(power=2),
-    "p=1": lambda: LpDistance(p=1, normalize_embeddings=False),
-    "p=1, normalised by it": lambda: LpDistance(p=1),
-    "p=3, squared": lambda: LpDistance(p=3, power=2, normalize_embeddings=False),
-    "p=2, power 3": lambda: LpDistance(power=3, normalize_embeddings=False),
-    "power 0.5": lambda: LpDistance(power=0.5, normalize_embeddings=False),
-    "maximum": lambda: LpDistance(p=float("inf"), normalize_embeddings=False),
-    "cosine": CosineSimilarity,
-    "dot": lambda: DotProductSimilarity(normalize_embeddings=False),
-    "dot, normalised": DotProductSimilarity,
-    "SNR": lambda: SNRDistance(normalize_embeddings=False),
-    "SNR, normalised": SNRDistance,
-}
+EPISODES, WAYS, SHOTS, DIMS = 3, 5, 4, 6
+HEADS = [
+    nearest_prototype,
+    nearest_neighbour,
+    mean_similarity,
+    partial(soft_nearest_neighbour, temperature=0.5),
+    partial(k_nearest_neighbours, k=4),
+]
 
 
 class Heavier(LpDistance):
@@ -57,278 +43,8 @@ class Heavier(LpDistance):
         return 10 * super().compute_mat(query_emb, ref_emb)
 
 
-def episodes(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    support = torch.randn(EPISODES, WAYS, SHOTS, DIMS, generator=generator, dtype=dtype)
-    return support, torch.randn(EPISODES, QUERIES, DIMS, generator=generator, dtype=dtype)
-
-
-def one_by_one(query: Tensor, reference: Tensor, distance: BaseDistance | None) -> Tensor:
-    """Similarity of each pair of each episode: the distance is asked for one episode at a time."""
-    if distance is None:
-        distance = LpDistance(normalize_embeddings=False, power=2)
-    sign = 1 if distance.is_inverted else -1
-    return torch.stack([sign * distance(q, r) for q, r in zip(query, reference, strict=True)])
-
-
-@pytest.mark.parametrize("name", DISTANCES)
-def test_prototypes_equal_a_loop_over_episodes(name: str):
-    support, query = episodes()
-    prototypes = torch.stack([sum(support[:, :, k] for k in range(SHOTS))])[0] / SHOTS
-    expected = one_by_one(query, prototypes, DISTANCES[name]())
-    logits = nearest_prototype(support, query, DISTANCES[name]())
-    assert logits.shape == (EPISODES, QUERIES, WAYS)
-    torch.testing.assert_close(logits, expected)
-
-
-@pytest.mark.parametrize("name", DISTANCES)
-def test_neighbours_equal_a_loop_over_episodes_and_classes(name: str):
-    support, query = episodes()
-    expected = torch.empty(EPISODES, QUERIES, WAYS, dtype=torch.float64)
-    for way in range(WAYS):
-        each = one_by_one(query, support[:, way], DISTANCES[name]())
-        expected[:, :, way] = each.max(dim=2).values
-    torch.testing.assert_close(nearest_neighbour(support, query, DISTANCES[name]()), expected)
-
-
-@pytest.mark.parametrize("name", DISTANCES)
-def test_both_heads_are_one_at_one_shot(name: str):
-    support, query = episodes()
-    torch.testing.assert_close(
-        nearest_prototype(support[:, :, :1], query, DISTANCES[name]()),
-        nearest_neighbour(support[:, :, :1], query, DISTANCES[name]()),
-    )
-
-
-@pytest.mark.parametrize("head", [nearest_prototype, nearest_neighbour, soft_nearest_neighbour, k_nearest_neighbours])
-@pytest.mark.parametrize("name", DISTANCES)
-def test_permuting_the_classes_permutes_the_logits(head: Callable[..., Tensor], name: str):
-    support, query = episodes()
-    order = torch.tensor([2, 0, 1])
-    logits = head(support, query, DISTANCES[name]())
-    torch.testing.assert_close(head(support[:, order], query, DISTANCES[name]()), logits[:, :, order])
-    torch.testing.assert_close(head(support.flip(2), query, DISTANCES[name]()), logits)  # order of the shots
-    torch.testing.assert_close(head(support, query.flip(1), DISTANCES[name]()), logits.flip(1))
-    torch.testing.assert_close(head(support.flip(0), query.flip(0), DISTANCES[name]()), logits.flip(0))
-
-
-@pytest.mark.parametrize("head", [nearest_prototype, nearest_neighbour])
-def test_squared_euclid_by_hand_in_float32(head: Callable[..., Tensor]):
-    support, query = episodes(dtype=torch.float32)
-    s, q = support.double().numpy(), query.double().numpy()
-    logits = head(support, query).numpy()
-    for e, n, w in np.ndindex(EPISODES, QUERIES, WAYS):
-        if head is nearest_prototype:
-            expected = -((q[e, n] - s[e, w].mean(axis=0)) ** 2).sum()
-        else:
-            expected = max(-((q[e, n] - s[e, w, k]) ** 2).sum() for k in range(SHOTS))
-        assert logits[e, n, w] == pytest.approx(expected, rel=1e-5, abs=1e-5)
-
-
-def test_a_subclass_of_lp_distance_keeps_its_own_formula():
-    support, query = episodes()
-    heavy = Heavier(normalize_embeddings=False, power=2)
-    torch.testing.assert_close(nearest_prototype(support, query, heavy), 100 * nearest_prototype(support, query))
-
-
-@pytest.mark.parametrize("name", ["none", "squared Euclid", "Euclid"])
-def test_rotating_or_shifting_all_embeddings_leaves_euclid_as_it_is(name: str):
-    support, query = episodes()
-    rotation = torch.linalg.qr(torch.randn(DIMS, DIMS, generator=torch.Generator().manual_seed(1)).double()).Q
-    shift = torch.linspace(-2, 3, DIMS, dtype=torch.float64)
-    logits = nearest_prototype(support, query, DISTANCES[name]())
-    moved = nearest_prototype(support @ rotation + shift, query @ rotation + shift, DISTANCES[name]())
-    torch.testing.assert_close(moved, logits)
-
-
-@pytest.mark.parametrize("name", ["none", "p=3, squared", "cosine", "SNR"])
-def test_gradients_equal_those_of_the_loop(name: str):
-    support, query = (part.requires_grad_() for part in episodes())
-    ours = torch.autograd.grad(nearest_prototype(support, query, DISTANCES[name]()).sin().sum(), [support, query])
-    loop = one_by_one(query, support.mean(dim=2), DISTANCES[name]())
-    for gradient, expected in zip(ours, torch.autograd.grad(loop.sin().sum(), [support, query]), strict=True):
-        torch.testing.assert_close(gradient, expected)
-
-
-def test_a_single_episode_and_more_references_than_dimensions():
-    generator = torch.Generator().manual_seed(0)
-    query, reference = torch.randn(1, 2, 3, generator=generator), torch.randn(1, 40, 3, generator=generator)
-    torch.testing.assert_close(similarities(query, reference), -torch.cdist(query, reference).square())
-
-
-def test_a_distance_that_collects_statistics_can_score():
-    support, query = episodes()
-    distance = LpDistance(collect_stats=True)
-    torch.testing.assert_close(
-        nearest_prototype(support, query, distance), nearest_prototype(support, query, LpDistance())
-    )
-
-
-def test_embeddings_far_from_the_origin_keep_their_float32_digits():
-    support, query = episodes(dtype=torch.float32)
-    expected = nearest_prototype(support, query).argmax(2)
-    assert torch.equal(nearest_prototype(support + 3000, query + 3000).argmax(2), expected)
-
-
-# Every head by the similarities (E, N, S) of a loop over episodes, where the support items stand class by class.
-
-
-def slow_shares(query: Tensor, support: Tensor, distance: BaseDistance | None, temperature: float) -> np.ndarray:
-    """Each class's share of exp(similarity / temperature), one query and one item at a time."""
-    each = one_by_one(query, support.flatten(1, 2), distance).detach().numpy()
-    ways, shots = support.shape[1:3]
-    shares = np.zeros((*query.shape[:2], ways))
-    for e, n in np.ndindex(*query.shape[:2]):
-        best = max(each[e, n])
-        weights = [math.exp((value - best) / temperature) for value in each[e, n]]
-        for item, weight in enumerate(weights):
-            shares[e, n, item // shots] += weight / sum(weights)
-    return shares
-
-
-def slow_votes(each: np.ndarray, shots: int, k: int) -> tuple[dict[int, int], list[int]]:
-    """Votes of the k nearest of one query's items, and the classes from the winner down: ties go to the nearest."""
-    by_nearness = sorted(range(len(each)), key=lambda item: -each[item])[:k]
-    votes: dict[int, int] = {}
-    first: dict[int, int] = {}
-    for rank, item in enumerate(by_nearness):
-        votes[item // shots] = votes.get(item // shots, 0) + 1
-        first.setdefault(item // shots, rank)
-    return votes, sorted(votes, key=lambda way: (-votes[way], first[way]))
-
-
-def check_votes(
-    logits: Tensor, query: Tensor, support: Tensor, distance: BaseDistance | None, k: int, least_ties: int = 0
-) -> None:
-    """The logits' whole part is the vote, and they order the classes as the loop does."""
-    each = one_by_one(query, support.flatten(1, 2), distance).detach().numpy()
-    ways, shots = support.shape[1:3]
-    ties = 0
-    for e, n in np.ndindex(*query.shape[:2]):
-        votes, order = slow_votes(each[e, n], shots, k)
-        assert logits[e, n].floor().tolist() == [votes.get(way, 0) for way in range(ways)]
-        assert logits[e, n].argsort(descending=True)[: len(order)].tolist() == order
-        assert (logits[e, n] == 0).sum() == ways - len(order)
-        ties += len(order) > 1 and votes[order[0]] == votes[order[1]]
-    assert ties >= least_ties
-
-
-def larger(seed: int = 3) -> tuple[Tensor, Tensor]:
-    """Overlapping classes: 5 ways, 4 shots, 40 queries."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(3, 5, 1, DIMS, generator=generator, dtype=torch.float64)
-    support = centres + torch.randn(3, 5, 4, DIMS, generator=generator, dtype=torch.float64)
-    query = centres.repeat(1, 1, 8, 1) + torch.randn(3, 5, 8, DIMS, generator=generator, dtype=torch.float64)
-    return support, query.flatten(1, 2)
-
-
-@pytest.mark.parametrize("name", DISTANCES)
-def test_soft_neighbours_are_the_shares_of_a_loop(name: str):
-    support, query = episodes()
-    for temperature in (1.0, 0.1, 7.0):
-        logits = soft_nearest_neighbour(support, query, DISTANCES[name](), temperature)
-        expected = slow_shares(query, support, DISTANCES[name](), temperature)
-        np.testing.assert_allclose(logits.softmax(dim=2).numpy(), expected, rtol=1e-6, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["none", "cosine", "p=1", "dot"])
-@pytest.mark.parametrize("shots", [1, 2])
-def test_soft_neighbours_are_the_probability_of_neighbourhood_component_analysis(name: str, shots: int):
-    support, query = episodes()
-    support = support[:, :, :shots]
-    temperature = 0.5
-    distance = DISTANCES[name]() or LpDistance(normalize_embeddings=False, power=2)
-    nca = NCALoss(softmax_scale=1 / temperature, distance=distance, reducer=DoNothingReducer())
-    logits = soft_nearest_neighbour(support, query, DISTANCES[name](), temperature)
-    of_item = torch.arange(WAYS).repeat_interleave(shots)
-    for e in range(EPISODES):
-        for way in range(WAYS):
-            losses = nca(query[e], torch.full((QUERIES,), way), ref_emb=support[e].flatten(0, 1), ref_labels=of_item)
-            torch.testing.assert_close(-logits[e].log_softmax(dim=1)[:, way], losses["loss"]["losses"])
-    if shots == 1:
-        torch.testing.assert_close(logits, nearest_prototype(support, query, distance) / temperature)
-
-
-def test_a_low_temperature_is_the_nearest_neighbour_and_a_high_one_is_all_alike():
-    support, query = larger()
-    cold = soft_nearest_neighbour(support, query, temperature=1e-4)
-    torch.testing.assert_close(cold * 1e-4, nearest_neighbour(support, query), rtol=1e-3, atol=1e-3)
-    shares = soft_nearest_neighbour(support, query, temperature=1e6).softmax(dim=2)
-    torch.testing.assert_close(shares, torch.full_like(shares, 0.2), rtol=1e-3, atol=0)
-
-
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
-def test_a_temperature_of_nothing_is_refused(temperature: float):
-    with pytest.raises(ValueError, match=r"expected a temperature above 0, got .*; raise it"):
-        soft_nearest_neighbour(*episodes(), temperature=temperature)
-
-
-@pytest.mark.parametrize("name", DISTANCES)
-@pytest.mark.parametrize("k", [1, 3, WAYS * SHOTS])
-def test_votes_are_those_of_a_loop_and_ties_go_to_the_class_with_the_nearest_item(name: str, k: int):
-    support, query = episodes()
-    logits = k_nearest_neighbours(support, query, DISTANCES[name](), k)
-    assert logits.shape == (EPISODES, QUERIES, WAYS)
-    check_votes(logits, query, support, DISTANCES[name](), k)
-
-
-@pytest.mark.parametrize("k", range(1, 21))
-def test_votes_of_any_number_of_neighbours(k: int):
-    support, query = larger()
-    # every query ties where all twenty items vote
-    least_ties = {1: 0, 2: 5, 4: 5, 6: 5, 20: 120}.get(k, 0)
-    check_votes(k_nearest_neighbours(support, query, k=k), query, support, None, k, least_ties)
-
-
-@pytest.mark.parametrize("k", [1, 3, 4, 7])
-@pytest.mark.parametrize(
-    ("name", "metric"), [("none", "euclidean"), ("p=1", "manhattan"), ("cosine", "cosine"), ("maximum", "chebyshev")]
-)
-def test_neighbours_agree_with_scikit_learn_where_the_vote_is_not_tied(name: str, metric: str, k: int):
-    support, query = larger()
-    ours = k_nearest_neighbours(support, query, DISTANCES[name](), k).argmax(dim=2)
-    each = one_by_one(query, support.flatten(1, 2), DISTANCES[name]()).numpy()
-    compared = 0
-    for e in range(len(support)):
-        fitted = KNeighborsClassifier(k, metric=metric).fit(support[e].flatten(0, 1), np.repeat(np.arange(5), 4))
-        theirs = fitted.predict(query[e])
-        for n in range(query.shape[1]):
-            votes = sorted(slow_votes(each[e, n], 4, k)[0].values())
-            if len(votes) == 1 or votes[-1] > votes[-2]:
-                assert ours[e, n] == theirs[n]
-                compared += 1
-    assert compared > 60
-
-
-@pytest.mark.parametrize("name", DISTANCES)
-def test_one_neighbour_of_k_is_the_nearest_neighbour(name: str):
-    support, query = larger()
-    one = k_nearest_neighbours(support, query, DISTANCES[name](), k=1).argmax(dim=2)
-    assert torch.equal(one, nearest_neighbour(support, query, DISTANCES[name]()).argmax(dim=2))
-
-
-def test_three_neighbours_are_the_default():
-    support, query = larger()
-    assert torch.equal(k_nearest_neighbours(support, query), k_nearest_neighbours(support, query, None, 3))
-
-
-@pytest.mark.parametrize("k", [0, -1, True, 2.0, WAYS * SHOTS + 1])
-def test_more_neighbours_than_support_items_are_refused(k: object):
-    expected = "k of at most 6, the support items" if k == WAYS * SHOTS + 1 else "k to be an integer of at least 1"
-    with pytest.raises(ValueError, match=f"expected {expected}, got {k}"):
-        k_nearest_neighbours(*episodes(), k=k)  # type: ignore[arg-type]
-
-
-def test_prototypes_agree_with_scikit_learns_centroids():
-    support, query = larger()
-    ours = nearest_prototype(support, query).argmax(dim=2)
-    for e in range(len(support)):
-        fitted = NearestCentroid().fit(support[e].flatten(0, 1), np.repeat(np.arange(5), 4))
-        assert ours[e].tolist() == fitted.predict(query[e]).tolist()
-
-
 class Learned(BaseDistance):
-    """A distance with parameters: city blocks after a linear map, scaled."""
+    """A distance with parameters: L1 after a linear map, scaled."""
 
     def __init__(self) -> None:
         super().__init__(normalize_embeddings=False)
@@ -341,7 +57,7 @@ class Learned(BaseDistance):
 
 
 class Bilinear(Learned):
-    """A learned similarity, larger for nearer, between normalised embeddings."""
+    """A learned similarity, larger for nearer, between normalized embeddings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -352,109 +68,181 @@ class Bilinear(Learned):
         return self.scale * query_emb @ self.map @ self.map.T @ ref_emb.T
 
 
-@pytest.mark.parametrize("learned", [Learned, Bilinear])
-def test_a_learned_distance_scores_in_every_head_as_in_a_loop(learned: type[Learned]):
-    (support, query), distance = episodes(), learned()
-    torch.testing.assert_close(
-        nearest_prototype(support, query, distance), one_by_one(query, support.mean(dim=2), distance)
-    )
-    each = one_by_one(query, support.flatten(1, 2), distance).unflatten(2, (WAYS, SHOTS))
-    torch.testing.assert_close(nearest_neighbour(support, query, distance), each.max(dim=3).values)
-    shares = soft_nearest_neighbour(support, query, distance).softmax(dim=2)
-    np.testing.assert_allclose(shares.detach().numpy(), slow_shares(query, support, distance, 1.0), rtol=1e-9)
-    check_votes(k_nearest_neighbours(support, query, distance, 4), query, support, distance, 4)
+DISTANCES: dict[str, Callable[[], BaseDistance | None]] = {
+    "none": lambda: None,
+    "squared": lambda: LpDistance(normalize_embeddings=False, power=2),
+    "euclidean": lambda: LpDistance(normalize_embeddings=False),
+    "normalized": LpDistance,
+    "normalized, squared": lambda: LpDistance(power=2),
+    "L1": lambda: LpDistance(p=1, normalize_embeddings=False),
+    "p=3, squared": lambda: LpDistance(p=3, power=2, normalize_embeddings=False),
+    "p=2, power 3": lambda: LpDistance(power=3, normalize_embeddings=False),
+    "maximum": lambda: LpDistance(p=float("inf"), normalize_embeddings=False),
+    "collects statistics": lambda: LpDistance(collect_stats=True),
+    "subclass": lambda: Heavier(normalize_embeddings=False, power=2),
+    "cosine": CosineSimilarity,
+    "dot": lambda: DotProductSimilarity(normalize_embeddings=False),
+    "SNR": lambda: SNRDistance(normalize_embeddings=False),
+    "learned": Learned,
+    "learned similarity": Bilinear,
+}
 
 
-@pytest.mark.parametrize("head", [nearest_prototype, nearest_neighbour, soft_nearest_neighbour])
-def test_a_learned_distance_gets_its_gradient_through_the_heads(head: Callable[..., Tensor]):
-    (support, query), distance = episodes(), Learned()
-    ours = torch.autograd.grad(head(support, query, distance).sin().sum(), list(distance.parameters()))
-    loop = [head(s[None], q[None], distance) for s, q in zip(support, query, strict=True)]
-    expected = torch.autograd.grad(torch.cat(loop).sin().sum(), list(distance.parameters()))
-    torch.testing.assert_close(ours, expected)
-    step, base = 1e-6, distance.scale.item()  # and by finite differences in one parameter
-    sums = []
+def episodes(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Overlapping classes: support (3, 5, 4, 6) and query (3, 40, 6)."""
+    generator = torch.Generator().manual_seed(3)
+    centres = torch.randn(EPISODES, WAYS, 1, DIMS, generator=generator, dtype=dtype)
+    support = centres + torch.randn(EPISODES, WAYS, SHOTS, DIMS, generator=generator, dtype=dtype)
+    query = centres.repeat(1, 1, 8, 1) + torch.randn(EPISODES, WAYS, 8, DIMS, generator=generator, dtype=dtype)
+    return support, query.flatten(1, 2)
+
+
+def one_by_one(query: Tensor, reference: Tensor, distance: BaseDistance | None) -> Tensor:
+    """Similarity of each pair of each episode: the distance is asked for one episode at a time."""
+    if distance is None:
+        distance = LpDistance(normalize_embeddings=False, power=2)
+    sign = 1 if distance.is_inverted else -1
+    return torch.stack([sign * distance(q, r) for q, r in zip(query, reference, strict=True)])
+
+
+def slow_shares(each: np.ndarray, temperature: float) -> list[float]:
+    """Each class's share of exp(similarity / temperature), from one query's similarities (S,)."""
+    weights = [math.exp((value - each.max()) / temperature) for value in each]
+    return [sum(weights[way * SHOTS : (way + 1) * SHOTS]) / sum(weights) for way in range(WAYS)]
+
+
+def slow_votes(each: np.ndarray, k: int) -> tuple[dict[int, int], list[int]]:
+    """Votes of the k nearest of one query's items, and the classes from the winner down: ties go to the nearest."""
+    nearest = sorted(range(len(each)), key=lambda item: -each[item])[:k]
+    votes: dict[int, int] = {}
+    first: dict[int, int] = {}
+    for rank, item in enumerate(nearest):
+        votes[item // SHOTS] = votes.get(item // SHOTS, 0) + 1
+        first.setdefault(item // SHOTS, rank)
+    return votes, sorted(votes, key=lambda way: (-votes[way], first[way]))
+
+
+def check_votes(logits: Tensor, each: np.ndarray, k: int) -> int:
+    """The whole part of a logit is the vote, and the logits order the classes as the loop does; returns the ties."""
+    ties = 0
+    for e, n in np.ndindex(*each.shape[:2]):
+        votes, order = slow_votes(each[e, n], k)
+        assert logits[e, n].floor().tolist() == [votes.get(way, 0) for way in range(WAYS)]
+        assert logits[e, n].argsort(descending=True)[: len(order)].tolist() == order
+        ties += len(order) > 1 and votes[order[0]] == votes[order[1]]
+    return ties
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_every_head_equals_a_loop_over_episodes_classes_and_items(name: str):
+    (support, query), distance = episodes(), DISTANCES[name]()
     with torch.no_grad():
-        for sign in (1, -1):
-            distance.scale.fill_(base + sign * step)
-            sums.append(head(support, query, distance).sin().sum().item())
-    assert ours[1].item() == pytest.approx((sums[0] - sums[1]) / (2 * step), rel=1e-5)
+        prototypes = sum(support[:, :, k] for k in range(SHOTS)) / SHOTS
+        logits = nearest_prototype(support, query, distance)
+        assert logits.shape == (EPISODES, 40, WAYS)
+        torch.testing.assert_close(logits, one_by_one(query, prototypes, distance))
+        each = torch.stack([one_by_one(query, support[:, way], distance) for way in range(WAYS)], dim=2)
+        torch.testing.assert_close(nearest_neighbour(support, query, distance), each.max(dim=3).values)
+        loop = sum(each[..., k] for k in range(SHOTS)) / SHOTS
+        torch.testing.assert_close(mean_similarity(support, query, distance), loop)
+        flat = each.flatten(2).numpy()
+        for temperature in (1.0, 7.0):
+            shares = soft_nearest_neighbour(support, query, distance, temperature).softmax(dim=2)
+            expected = [[slow_shares(row, temperature) for row in rows] for rows in flat]
+            np.testing.assert_allclose(shares.numpy(), expected, rtol=1e-6, atol=1e-12)
+        check_votes(k_nearest_neighbours(support, query, distance), flat, k=3)
 
 
-@pytest.mark.parametrize(
-    "head", [nearest_prototype, nearest_neighbour, soft_nearest_neighbour, partial(k_nearest_neighbours, k=3)]
-)
+@pytest.mark.parametrize("k", [1, 2, 4, 9, 20])
+def test_votes_of_any_number_of_neighbours(k: int):
+    support, query = episodes()
+    each = one_by_one(query, support.flatten(1, 2), None).numpy()
+    ties = check_votes(k_nearest_neighbours(support, query, k=k), each, k)
+    assert ties >= {2: 5, 4: 5, 20: 120}.get(k, 0)  # every query ties where all twenty items vote
+
+
+@pytest.mark.parametrize("name", ["none", "dot"])
+def test_one_shot_and_one_neighbour_are_the_nearest(name: str):
+    (support, query), distance = episodes(), DISTANCES[name]()
+    expected = nearest_neighbour(support[:, :, :1], query, distance)
+    for head in (nearest_prototype, mean_similarity, soft_nearest_neighbour):
+        torch.testing.assert_close(head(support[:, :, :1], query, distance), expected)
+    one = k_nearest_neighbours(support, query, distance, k=1).argmax(dim=2)
+    assert torch.equal(one, nearest_neighbour(support, query, distance).argmax(dim=2))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_order_of_classes_shots_queries_and_episodes_does_not_matter(head: Callable[..., Tensor]):
+    (support, query), order = episodes(), torch.tensor([2, 0, 4, 1, 3])
+    logits = head(support, query, LpDistance())
+    torch.testing.assert_close(head(support[:, order], query, LpDistance()), logits[:, :, order])
+    torch.testing.assert_close(head(support.flip(2), query, LpDistance()), logits)
+    torch.testing.assert_close(head(support, query.flip(1), LpDistance()), logits.flip(1))
+    torch.testing.assert_close(head(support.flip(0), query.flip(0), LpDistance()), logits.flip(0))
+
+
+def test_prototypes_by_hand_in_float32_far_from_the_origin():
+    support, query = episodes(torch.float32)
+    s, q = support.double().numpy(), query.double().numpy()
+    logits = nearest_prototype(support, query)
+    for e, n, w in np.ndindex(*logits.shape):
+        assert logits[e, n, w] == pytest.approx(-((q[e, n] - s[e, w].mean(axis=0)) ** 2).sum(), rel=1e-5, abs=1e-5)
+    far = nearest_prototype(support + 3000, query + 3000)
+    assert torch.equal(far.argmax(2), logits.argmax(2))
+
+
+@pytest.mark.parametrize("name", ["none", "SNR", "learned", "learned similarity"])
+def test_gradients_equal_those_of_a_loop(name: str):
+    (support, query), distance = (part.requires_grad_() for part in episodes()), DISTANCES[name]()
+    leaves = [support, query, *(distance.parameters() if distance is not None else ())]
+    each = one_by_one(query, support.flatten(1, 2), distance).unflatten(2, (WAYS, SHOTS))
+    pairs = [
+        (nearest_prototype(support, query, distance), one_by_one(query, support.mean(dim=2), distance)),
+        (nearest_neighbour(support, query, distance), each.amax(dim=3)),
+        (mean_similarity(support, query, distance), each.mean(dim=3)),
+    ]
+    for ours, loop in pairs:
+        got, expected = (torch.autograd.grad(logits.sin().sum(), leaves, retain_graph=True) for logits in (ours, loop))
+        torch.testing.assert_close(got, expected)
+
+
+class Lazy(BaseDistance):
+    """Euclidean after a linear map that takes its size from the first embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__(normalize_embeddings=False)
+        self.map = nn.LazyLinear(3, bias=False)
+
+    def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        return torch.cdist(self.map(query_emb), self.map(ref_emb))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize("make", [Lazy, WeightedL1Similarity, partial(WeightedL1Similarity, hidden=4)])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_distance_without_weights_yet_gets_them_and_can_be_trained(make: Callable[[], BaseDistance], inference: bool):
+    (support, query), distance = episodes(torch.float32), make()
+    with torch.inference_mode(inference):
+        logits = nearest_prototype(support, query, distance)
+    torch.testing.assert_close(logits, one_by_one(query, support.mean(dim=2), distance))
+    nearest_prototype(support, query, distance).sum().backward()
+    assert all(parameter.grad is not None for parameter in distance.parameters())
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_similarities_that_are_nan_are_not_hidden_by_the_logits(head: Callable[..., Tensor]):
-    """What is classified by NaN must be seen to be: the evaluator refuses logits that are not finite."""
+    """Classes chosen by NaN must be seen to be: the evaluator refuses logits that are not finite."""
     (support, query), diverged = episodes(), Learned()
     with torch.no_grad():
         diverged.scale.fill_(torch.nan)
         assert not torch.isfinite(head(support, query, diverged)).any()
 
 
-# --- mean_similarity --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", DISTANCES)
-def test_mean_similarity_equals_a_loop_over_episodes_and_classes(name: str):
-    support, query = episodes()
-    expected = torch.zeros(EPISODES, QUERIES, WAYS, dtype=torch.float64)
-    for way in range(WAYS):
-        for shot in range(SHOTS):
-            expected[:, :, way] += one_by_one(query, support[:, way, shot : shot + 1], DISTANCES[name]())[:, :, 0]
-    logits = mean_similarity(support, query, DISTANCES[name]())
-    assert logits.shape == (EPISODES, QUERIES, WAYS)
-    torch.testing.assert_close(logits, expected / SHOTS)
-
-
-@pytest.mark.parametrize("name", DISTANCES)
-def test_mean_similarity_is_the_nearest_neighbour_at_one_shot_and_below_it_at_more(name: str):
-    support, query = episodes()
-    torch.testing.assert_close(
-        mean_similarity(support[:, :, :1], query, DISTANCES[name]()),
-        nearest_neighbour(support[:, :, :1], query, DISTANCES[name]()),
-    )
-    assert (
-        mean_similarity(support, query, DISTANCES[name]()) < nearest_neighbour(support, query, DISTANCES[name]())
-    ).all()
-
-
-def test_mean_dot_product_is_that_with_the_prototype_and_mean_squared_euclid_is_farther_by_the_spread():
-    support, query = larger()
-    torch.testing.assert_close(
-        mean_similarity(support, query, DISTANCES["dot"]()), nearest_prototype(support, query, DISTANCES["dot"]())
-    )
-    spread = support.var(dim=2, unbiased=False).sum(dim=2)  # (E, W): mean squared distance to the prototype
-    torch.testing.assert_close(mean_similarity(support, query), nearest_prototype(support, query) - spread.unsqueeze(1))
-
-
-@pytest.mark.parametrize("name", DISTANCES)
-def test_permuting_classes_shots_or_queries_permutes_mean_similarities(name: str):
-    support, query = episodes()
-    order = torch.tensor([2, 0, 1])
-    logits = mean_similarity(support, query, DISTANCES[name]())
-    torch.testing.assert_close(mean_similarity(support[:, order], query, DISTANCES[name]()), logits[:, :, order])
-    torch.testing.assert_close(mean_similarity(support.flip(2), query, DISTANCES[name]()), logits)
-    torch.testing.assert_close(mean_similarity(support, query.flip(1), DISTANCES[name]()), logits.flip(1))
-    torch.testing.assert_close(mean_similarity(support.flip(0), query.flip(0), DISTANCES[name]()), logits.flip(0))
-    torch.testing.assert_close(mean_similarity(support.repeat(1, 1, 3, 1), query, DISTANCES[name]()), logits)
-
-
-@pytest.mark.parametrize("learned", [Learned, Bilinear])
-def test_a_learned_distance_and_embeddings_get_their_gradients_through_the_mean(learned: type[Learned]):
-    (support, query), distance = episodes(), learned()
-    leaves = [support.requires_grad_(), query.requires_grad_(), *distance.parameters()]
-    logits = mean_similarity(support, query, distance)
-    each = one_by_one(query, support.flatten(1, 2), distance).unflatten(2, (WAYS, SHOTS))
-    loop = sum(each[..., shot] for shot in range(SHOTS)) / SHOTS
-    torch.testing.assert_close(logits, loop)
-    for got, expected in zip(*(torch.autograd.grad(x.sin().sum(), leaves) for x in (logits, loop)), strict=True):
-        assert expected.abs().max() > 0
-        torch.testing.assert_close(got, expected)
-
-
-def test_mean_similarities_that_are_nan_are_seen_to_be():
-    (support, query), diverged = episodes(), Learned()
-    with torch.no_grad():
-        diverged.scale.fill_(torch.nan)
-        assert not torch.isfinite(mean_similarity(support, query, diverged)).any()
+def test_wrong_options_are_refused():
+    for temperature in (0.0, float("nan")):
+        with pytest.raises(UsageError, match=r"expected a temperature above 0, got .*; raise it"):
+            soft_nearest_neighbour(*episodes(), temperature=temperature)
+    with pytest.raises(UsageError, match="expected k to be an integer of at least 1, got 0"):
+        k_nearest_neighbours(*episodes(), k=0)
+    with pytest.raises(UsageError, match="expected k of at most 20, the support items, got 21; lower k"):
+        k_nearest_neighbours(*episodes(), k=21)

@@ -1,4 +1,4 @@
-"""ResultTable: what a row says, and its four texts: Markdown, LaTeX, CSV by methods and CSV by figures."""
+"""ResultTable: what a row says, and its texts: Markdown, LaTeX, CSV by methods and CSV by figures."""
 
 import csv
 import io
@@ -11,13 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pml_fewshot.embedders.bank import EmbeddingBank
-from pml_fewshot.episodes import EpisodeSpec
+from pml_fewshot.checks import MissingFileError, UsageError
 from pml_fewshot.evaluation.episodic import EpisodicResult
-from pml_fewshot.evaluation.result_row import ResultRow
-from pml_fewshot.evaluation.retrieval import RetrievalTester
-from pml_fewshot.evaluation.retrieval_result import RetrievalResult
-from pml_fewshot.evaluation.table import Judgement, ResultTable
+from pml_fewshot.evaluation.retrieval import RetrievalResult
+from pml_fewshot.evaluation.table import ResultRow, ResultTable, RowContext
+from pml_fewshot.sampling.episodes import EpisodeSpec
 
 FIGURE_COLUMNS = ["method", "figure", "value", "ci95", "ways", "shots", "queries", "count", "seed", "split", "classes"]
 FIGURE_COLUMNS += ["protocol", "ranking", "episodes_hash", "note", "trained", "seconds"]
@@ -26,42 +24,39 @@ HASH = "0123456789abcdef"
 ONE_SHOT = EpisodeSpec(5, 1, 15)
 
 
-def episodic(
-    spec: EpisodeSpec = ONE_SHOT,
-    wrong: int = 410,
-    seed: int = 3,
-    count: int = 10_000,
-    episodes_hash: str = HASH,
-) -> EpisodicResult:
+def episodic(spec: EpisodeSpec = ONE_SHOT, wrong: int = 410, seed: int = 3, count: int = 10_000) -> EpisodicResult:
     """Of the episodes so many have an accuracy of 0.7 and all others of 1."""
     values = torch.ones(count).double()
     values[:wrong] = 0.7
     ci95 = 1.96 * values.std().item() / count**0.5
-    return EpisodicResult(values.mean().item(), ci95, values, spec, seed, episodes_hash)
+    return EpisodicResult(values.mean().item(), ci95, values, spec, seed, HASH if seed == 3 else "f" * 16)
 
 
-def retrieval(num_left_out: int = 0, clustering: dict[str, float] | None = None) -> RetrievalResult:
+def retrieval(num_excluded: int = 0, clustering: dict[str, float] | None = None) -> RetrievalResult:
     per_query: dict[str, Tensor] = {
         "mean_average_precision_at_r": torch.tensor([0.5, 0.25, 0.0, 1.0]).double(),
         "recall_at_4": torch.ones(4).double(),
     }
     labels = torch.tensor([0, 0, 1, 1])
-    return RetrievalResult(per_query, labels, num_left_out, k=7, ranking="exact, Euclid", clustering=clustering)
+    return RetrievalResult(per_query, labels, num_excluded, 7, ranking="exact, Euclid", clustering=clustering or {})
 
 
-def filled() -> ResultTable:
+def filled(*more: tuple[RowContext, EpisodicResult]) -> ResultTable:
+    """ProtoNet with an accuracy and two figures of retrieval, and then what else is given."""
     table = ResultTable()
-    table.add_episodic(Judgement("ProtoNet", "test", 1692), episodic())
-    table.add_retrieval(Judgement("ProtoNet", "test", 1692), retrieval())
+    table.add_episodic(RowContext("ProtoNet", "test", 1692), episodic())
+    table.add_retrieval(RowContext("ProtoNet", "test", 1692), retrieval())
+    for context, result in more:
+        table.add_episodic(context, result)
     return table
 
 
 def two_methods() -> ResultTable:
     """The second has other sizes of episodes, a note, several trainings, and no retrieval."""
     table = filled()
-    judged = Judgement("Other", "test", 1692, "150 of 600 images a class")
-    table.add_episodic(judged, episodic(), episodic(wrong=610))
-    table.add_episodic(judged, episodic(EpisodeSpec(20, 5, 15)), episodic(EpisodeSpec(20, 5, 15), 400))
+    context = RowContext("Other", "test", 1692, "150 of 600 images a class")
+    table.add_episodic(context, episodic(), episodic(wrong=610))
+    table.add_episodic(context, episodic(EpisodeSpec(20, 5, 15)), episodic(EpisodeSpec(20, 5, 15), 400))
     return table
 
 
@@ -84,42 +79,21 @@ def read(text: str) -> list[dict[str, str]]:
 
 
 def test_an_episodic_row_holds_all_that_is_needed_to_repeat_it():
-    (row, *_) = filled().rows
+    table = filled((RowContext("MAML", "val", 20, "a note", transductive=True, seconds=1.5), episodic()))
+    row = table.rows[0]
     share = 410 / 10_000  # of a value 0.3 lower: mean and variance of two values by hand
     ci95 = 1.96 * (0.09 * share * (1 - share) * 10_000 / 9_999) ** 0.5 / 100
     assert (row.value, row.ci95) == (pytest.approx(1 - 0.3 * share, abs=1e-12), pytest.approx(ci95, abs=1e-12))
-    assert row == ResultRow(
-        method="ProtoNet",
-        figure="accuracy",
-        value=row.value,
-        ci95=row.ci95,
-        ways=5,
-        shots=1,
-        queries=15,
-        count=10_000,
-        seed=3,
-        split="test",
-        classes=1692,
-        protocol="inductive",
-        ranking="",
-        episodes_hash=HASH,
-        note="",
-        trained=1,
-        seconds=None,
-    )
-
-
-def test_a_judgement_that_is_transductive_or_timed_is_noted_so():
-    table = ResultTable()
-    table.add_episodic(Judgement("MAML", "test", 20, transductive=True, seconds=1.5), episodic())
-    table.add_retrieval(Judgement("MAML", "test", 20, seconds=1.5), retrieval())
-    assert [row.protocol for row in table.rows] == ["transductive", "leave-one-out", "leave-one-out"]
-    assert [row.seconds for row in table.rows] == [1.5] * 3
+    own = {"method": "ProtoNet", "figure": "accuracy", "value": row.value, "ci95": row.ci95, "count": 10_000}
+    spec = {"ways": 5, "shots": 1, "queries": 15, "seed": 3, "episodes_hash": HASH}
+    assert row == ResultRow(**own, **spec, split="test", classes=1692, protocol="inductive")  # type: ignore[arg-type]
+    context = {"method": "MAML", "split": "val", "classes": 20, "note": "a note", "seconds": 1.5}
+    assert table.rows[-1] == replace(row, **context, protocol="transductive")  # type: ignore[arg-type]
 
 
 def test_a_retrieval_result_gives_a_row_for_each_figure():
     table = ResultTable()
-    table.add_retrieval(Judgement("x", "val", 16, "150 of 600 images a class"), retrieval(clustering={"NMI": 0.25}))
+    table.add_retrieval(RowContext("x", "val", 16, "few images", seconds=2.5), retrieval(2, {"NMI": 0.25}))
     precision, recall, nmi = table.rows
     assert (precision.figure, precision.value, precision.count) == ("mean_average_precision_at_r", 0.4375, 4)
     squares = sum((value - 0.4375) ** 2 for value in (0.5, 0.25, 0.0, 1.0))
@@ -127,55 +101,31 @@ def test_a_retrieval_result_gives_a_row_for_each_figure():
     assert (recall.figure, recall.value, recall.ci95) == ("recall_at_4", 1, 0)
     assert (nmi.figure, nmi.value, nmi.count) == ("NMI", 0.25, 4)
     assert math.isnan(nmi.ci95)
+    assert grid(table.markdown())[-1][3] == "25.00"
+    assert read(table.csv())[0]["NMI_ci95"] == "nan"
     for row in table.rows:
         assert (row.ways, row.shots, row.queries, row.seed, row.episodes_hash) == (None, None, None, None, "")
-        assert (row.split, row.classes, row.note) == ("val", 16, "150 of 600 images a class")
+        assert (row.split, row.classes, row.seconds) == ("val", 16, 2.5)
+        assert row.note == "few images; 2 queries alone in their class left out"
         assert (row.protocol, row.ranking) == ("leave-one-out", "exact, Euclid")
 
 
-def test_queries_left_out_are_counted_in_the_note():
-    for note, expected in (("", ""), ("few images", "few images; ")):
-        table = ResultTable()
-        table.add_retrieval(Judgement("x", "test", 3, note), retrieval(num_left_out=2))
-        assert {row.note for row in table.rows} == {f"{expected}2 queries alone in their class left out"}
-        assert "2 queries alone in their class left out" in table.markdown()
-
-
 def test_several_trainings_are_one_row_with_their_mean():
-    table = ResultTable()
-    table.add_episodic(Judgement("x", "test", 3), episodic(), episodic(wrong=610), episodic(wrong=510))
-    table.add_retrieval(Judgement("x", "test", 3), retrieval(), retrieval())
-    assert [row.trained for row in table.rows] == [3, 2, 2]
-    assert table.rows[0].value == pytest.approx(1 - 0.3 * 510 / 10_000, abs=1e-12)
-    assert table.rows[1].value == pytest.approx(0.4375, abs=1e-12)
-    assert table.rows[0].count == 10_000  # episodes, which all trainings were judged on
-    alone = ResultTable()
-    alone.add_episodic(Judgement("x", "test", 3), episodic(wrong=510))
-    assert table.rows[0].ci95 > alone.rows[0].ci95  # it holds the chance of training too
+    table = filled((RowContext("x", "test", 3), episodic(wrong=510)))
+    alone = table.rows.pop()
+    table.add_episodic(RowContext("x", "test", 3), episodic(), episodic(wrong=610), episodic(wrong=510))
+    table.add_retrieval(RowContext("x", "test", 3), retrieval(), retrieval())
+    accuracy, precision = table.rows[3:5]
+    assert (accuracy.trained, precision.trained) == (3, 2)
+    assert (accuracy.value, precision.value) == pytest.approx((1 - 0.3 * 510 / 10_000, 0.4375), abs=1e-12)
+    assert accuracy.count == 10_000
+    assert accuracy.ci95 > alone.ci95  # it holds the chance of training too
 
 
-def test_trainings_judged_on_different_episodes_raise():
-    with pytest.raises(ValueError, match="expected all trainings judged on the same episodes"):
-        ResultTable().add_episodic(Judgement("x", "test", 3), episodic(), episodic(count=5_000))
-    # as many of them, but others: each result knows by its hash
-    other = episodic(seed=4, episodes_hash="f" * 16)
-    with pytest.raises(ValueError, match=r"expected .*same episodes"):
-        ResultTable().add_episodic(Judgement("x", "test", 3), episodic(), other)
-
-
-def test_figures_over_a_gallery_are_not_called_leave_one_out():
-    bank = EmbeddingBank(torch.randn(12, 3, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3)
-    table = ResultTable()
-    table.add_retrieval(Judgement("x", "test", 3), RetrievalTester().test(bank, reference=bank))
-    assert [row.protocol for row in table.rows] == ["gallery"] * 3
-    assert "12 queries, gallery, exact, Euclid" in table.markdown()
-
-
-def test_a_table_has_rows_of_its_own():
-    rows = filled().rows
-    table = ResultTable(iter(rows))
-    table.rows.clear()
-    assert len(rows) == 3
+def test_trainings_on_different_episodes_raise():
+    for other in (episodic(count=5_000), episodic(seed=4)):  # fewer; as many of them, but others by their hash
+        with pytest.raises(UsageError, match=r"expected .*trainings evaluated on the same episodes"):
+            ResultTable().add_episodic(RowContext("x", "test", 3), episodic(), other)
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
@@ -193,17 +143,13 @@ def test_markdown_gives_percent_with_interval_and_the_conditions_below():
     assert str(filled()) == filled().markdown()
 
 
-def test_markdown_has_a_line_a_method_and_blanks_where_a_figure_is_missing():
+def test_two_methods_have_a_line_each_and_what_holds_for_both_is_said_once():
     head, rule, proto, other = grid(two_methods().markdown())
     assert head == ["method", "5-way 1-shot", "MAP@R", "recall@4", "20-way 5-shot"]
     assert set(rule) == {"---"}
     assert proto == ["ProtoNet", "98.77 +- 0.12", "43.75 +- 41.84", "100.00 +- 0.00", ""]
     assert (other[0], other[2:4]) == ("Other", ["", ""])
     assert re.fullmatch(r"98\.47 \+- \d+\.\d\d", other[1])
-    assert re.fullmatch(r"98\.\d\d \+- \d+\.\d\d", other[4])
-
-
-def test_conditions_say_the_common_part_once_and_name_whose_the_others_are():
     assert below(two_methods()) == [
         "%, +- 95 % intervals; test, 1,692 classes; 10,000 episodes of 15 queries a class, seed 3, inductive",
         "ProtoNet: 4 queries, leave-one-out, exact, Euclid",
@@ -211,124 +157,46 @@ def test_conditions_say_the_common_part_once_and_name_whose_the_others_are():
     ]
 
 
-def test_methods_with_the_same_conditions_are_named_together():
-    table = filled()
-    for name in ("A", "B"):
-        table.add_episodic(Judgement(name, "test", 1692), episodic(seed=4))
-    assert below(table) == [
-        "%, +- 95 % intervals; test, 1,692 classes",
-        "ProtoNet: 10,000 episodes of 15 queries a class, seed 3, inductive; 4 queries, leave-one-out, exact, Euclid",
-        "A, B: 10,000 episodes of 15 queries a class, seed 4, inductive",
-    ]
+@pytest.mark.parametrize(
+    ("context", "names"),
+    [
+        (RowContext("ProtoNet", "val", 1692), ["ProtoNet (test)", "ProtoNet (val)"]),
+        (RowContext("ProtoNet", "test", 1692, transductive=True), ["ProtoNet", "ProtoNet (transductive)"]),
+        (RowContext("ProtoNet", "test", 1692), ["ProtoNet", "ProtoNet #2"]),  # the same figure twice: none is lost
+        (RowContext("two\r\nlines", "test", 1692), ["ProtoNet", "two lines"]),
+        (RowContext("a|b", "test", 1692), ["ProtoNet", r"a\|b"]),
+    ],
+)
+def test_every_figure_has_a_cell_in_a_line_of_its_method_split_and_protocol(context: RowContext, names: list[str]):
+    lines = grid(filled((context, episodic(wrong=0))).markdown())
+    assert [line[0] for line in lines[2:]] == names
+    assert [line[1] for line in lines[2:]] == ["98.77 +- 0.12", "100.00 +- 0.00"]
+    assert {len(line) for line in lines} == {4}
 
 
-def test_a_method_on_two_splits_has_two_lines():
-    table = filled()
-    table.add_episodic(Judgement("ProtoNet", "val", 16), episodic(wrong=0))
-    lines = grid(table.markdown())[2:]
-    assert [line[0] for line in lines] == ["ProtoNet (test)", "ProtoNet (val)"]
-    assert [line[1] for line in lines] == ["98.77 +- 0.12", "100.00 +- 0.00"]
-    assert any(text.startswith("ProtoNet (val): val, 16 classes") for text in below(table))
-
-
-def test_a_transductive_method_has_a_line_named_so():
-    table = filled()
-    table.add_episodic(Judgement("ProtoNet", "test", 1692, transductive=True), episodic(wrong=0))
-    lines = grid(table.markdown())[2:]
-    assert [line[0] for line in lines] == ["ProtoNet", "ProtoNet (transductive)"]
-    assert [line[1] for line in lines] == ["98.77 +- 0.12", "100.00 +- 0.00"]
-    (own,) = (text for text in below(table) if text.startswith("ProtoNet (transductive): "))
-    assert own == "ProtoNet (transductive): 10,000 episodes of 15 queries a class, seed 3, transductive"
-
-
-def test_queries_stand_in_the_titles_when_they_differ():
-    table = filled()
-    table.add_episodic(Judgement("ProtoNet", "test", 1692), episodic(EpisodeSpec(5, 1, 10)))
-    assert grid(table.markdown())[0] == [
-        "method",
-        "5-way 1-shot 15-query",
-        "MAP@R",
-        "recall@4",
-        "5-way 1-shot 10-query",
-    ]
-
-
-def test_titles_of_retrieval_are_those_of_papers():
+def test_titles_are_those_of_papers_and_name_the_queries_where_they_differ():
     names = ("precision_at_1", "r_precision", "mean_average_precision_at_r", "mean_average_precision")
     names += ("mean_reciprocal_rank", "recall_at_10")
+    table = filled((RowContext("ProtoNet", "test", 1692), episodic(EpisodeSpec(5, 1, 10))))
     result = RetrievalResult({name: torch.ones(2).double() for name in names}, torch.zeros(2).long(), 0, 1)
-    table = ResultTable()
-    table.add_retrieval(Judgement("x", "test", 3), result)
-    assert grid(table.markdown())[0][1:] == ["P@1", "R-precision", "MAP@R", "MAP", "MRR", "recall@10"]
+    table.add_retrieval(RowContext("x", "test", 3), result)
+    episodes, others = ["5-way 1-shot 15-query", "MAP@R", "recall@4", "5-way 1-shot 10-query"], ["P@1", "R-precision"]
+    assert grid(table.markdown())[0][1:] == [*episodes, *others, "MAP", "MRR", "recall@10"]
 
 
 def test_seconds_stand_only_where_a_method_was_timed():
     assert "seconds" not in filled().markdown() + filled().latex()
-    table = filled()
-    table.add_episodic(Judgement("timed", "test", 1692, seconds=12.345), episodic())
+    table = filled((RowContext("timed", "test", 1692, seconds=12.345), episodic()))
     head, _, plain, timed = grid(table.markdown())
     assert (head[-1], plain[-1], timed[-1]) == ("seconds", "", "12.35")
     assert [row["seconds"] for row in read(table.csv())] == ["", "12.345"]
-    head, plain, timed = tabular(table.latex())[1]
-    assert (head[-1], plain[-1], timed[-1]) == ("seconds", "", "12.35")
 
 
-def test_every_line_of_markdown_has_the_same_cells():
-    table = two_methods()
-    table.add_episodic(Judgement("a|b || c", "val", 3, seconds=1.0), episodic(EpisodeSpec(2, 3, 4)))
-    lines = grid(table.markdown())
-    assert len(lines) == 2 + 3
-    assert {len(line) for line in lines} == {1 + 5 + 1}
-    assert lines[-1][0] == r"a\|b \|\| c (val)"
-
-
-@pytest.mark.parametrize("name", ["two\nlines", "two\r\nlines"])
-def test_a_name_of_two_lines_stays_in_its_cell(name: str):
-    table = filled()
-    table.add_episodic(Judgement(name, "test", 3), episodic())
-    lines = grid(table.markdown())
-    assert len(lines) == 2 + 2
-    assert {len(line) for line in lines} == {4}
-
-
-def test_nmi_has_no_interval():
-    table = ResultTable()
-    table.add_retrieval(Judgement("x", "test", 3), retrieval(clustering={"NMI": 0.25}))
-    assert grid(table.markdown())[-1][-1] == "25.00"
-    assert tabular(table.latex())[1][-1][-1] == "25.00"
-    assert "nan" not in (table.markdown() + table.latex()).lower()
-    (row,) = read(table.csv())
-    assert (row["NMI"], row["NMI_ci95"]) == ("0.25", "nan")
-
-
-def test_a_second_protocol_of_one_method_does_not_replace_the_first():
-    """Each query without itself, and over a gallery: both figures are in the table."""
-    table = filled()
-    gallery = RetrievalResult({"recall_at_4": torch.zeros(4).double()}, torch.zeros(4).long(), 0, 7, "gallery")
-    table.add_retrieval(Judgement("ProtoNet", "test", 1692), gallery)
-    cells = [cell for line in grid(table.markdown()) for cell in line]
-    assert "100.00 +- 0.00" in cells
-    assert "0.00 +- 0.00" in cells
-
-
-# --- CSV --------------------------------------------------------------------------------------------------------------
-
-
-def test_figures_csv_keeps_every_value_to_the_last_digit():
-    table = filled()
-    table.rows[0] = replace(table.rows[0], note='said "so", twice\nand again', value=1 / 3, ci95=0.1 + 0.2)
-    table.rows[1] = replace(table.rows[1], seconds=2 / 3, trained=3, ci95=float("nan"))
-    rows = read(table.figures_csv())
-    assert list(rows[0]) == FIGURE_COLUMNS == [field.name for field in fields(ResultRow)]
-    for row, original in zip(rows, table.rows, strict=True):
-        for name, text in row.items():
-            value = getattr(original, name)
-            assert text == ("" if value is None else str(value))
-            if isinstance(value, float) and not math.isnan(value):
-                assert float(text) == value
+# --- CSV and LaTeX ----------------------------------------------------------------------------------------------------
 
 
 def test_results_csv_has_a_line_a_method_with_every_value_to_the_last_digit():
+    """The form that programs outside of this repository read."""
     table = two_methods()
     table.rows[0] = replace(table.rows[0], value=1 / 3, ci95=0.1 + 0.2)
     proto, other = read(table.csv())
@@ -340,167 +208,106 @@ def test_results_csv_has_a_line_a_method_with_every_value_to_the_last_digit():
     for line, figures in ((proto, columns[:3]), (other, (columns[0], columns[3]))):
         rows = [row for row in table.rows if row.method == line["method"]]
         for row, column in zip(rows, figures, strict=True):
-            assert float(line[column]) == row.value
-            assert float(line[column + "_ci95"]) == row.ci95
+            assert (float(line[column]), float(line[column + "_ci95"])) == (row.value, row.ci95)
             assert int(line[column + "_count"]) == row.count
     assert proto["5way_1shot_15query_protocol"] == f"inductive, seed 3, episodes {HASH}"
     assert proto["recall_at_4_protocol"] == "leave-one-out, exact, Euclid"
     assert [proto["20way_5shot_15query" + part] for part in parts] == [""] * 4
-    assert [other["recall_at_4" + part] for part in parts] == [""] * 4
 
 
-def test_names_with_commas_quotes_and_breaks_come_back_from_both_csv_texts():
-    name = 'a, "b"\nc;|'
-    table = ResultTable()
-    table.add_episodic(Judgement(name, "test", 3, "d, e"), episodic())
-    for text in (table.csv(), table.figures_csv()):
-        (row,) = read(text)
-        assert (row["method"], row["note"]) == (name, "d, e")
-
-
-# --- LaTeX ------------------------------------------------------------------------------------------------------------
-
-
-def tabular(text: str) -> tuple[str, list[list[str]]]:
-    """Column specification and cells of a LaTeX tabular; fails where it would not compile."""
-    code = [line for line in text.splitlines() if line and not line.startswith("%")]
-    begin = re.fullmatch(r"\\begin\{tabular\}\{(lr*)\}", code[0])
-    assert begin, code[0]
-    assert (code[1], code[3], code[-2], code[-1]) == (r"\toprule", r"\midrule", r"\bottomrule", r"\end{tabular}")
-    plain = re.sub(r"\\.", "", "\n".join(code))  # without commands' first letters and escaped characters
-    assert plain.count("{") == plain.count("}")
-    assert plain.count("$") % 2 == 0
-    assert not re.search("[%#_~^]", plain)
-    rows = [code[2], *code[4:-2]]
-    assert all(row.endswith(r" \\") for row in rows)
-    cells = [[cell.strip() for cell in re.split(r"(?<!\\)&", row[: -len(r" \\")])] for row in rows]
-    assert {len(row) for row in cells} == {len(begin[1])}
-    return begin[1], cells
-
-
-def test_latex_has_the_cells_of_the_markdown():
-    specification, cells = tabular(two_methods().latex())
-    assert specification == "lrrrr"
-    head, _, *lines = grid(two_methods().markdown())
-    assert [[cell.replace(r"$\pm$", "+-") for cell in row] for row in cells] == [head, *lines]
-
-
-def test_latex_says_what_it_needs_and_the_conditions_as_comments():
-    text = two_methods().latex()
-    assert text.splitlines()[0] == r"% needs \usepackage{booktabs}"
-    for condition in below(two_methods()):
-        assert f"% {condition}" in text.splitlines()
-
-
-def test_latex_escapes_names():
-    table = ResultTable()
-    table.add_episodic(Judgement(r"a_b%c&d#e{f}g$h\i", "test", 3), episodic())
-    _, ((_, _), (name, _)) = tabular(table.latex())
-    assert re.fullmatch(re.escape(r"a\_b\%c\&d\#e\{f\}g\$h\textbackslash") + r"( |\{\})i", name)
-
-
-@pytest.mark.parametrize("name", ["x^2", "a~b"])
-def test_latex_escapes_accents(name: str):
-    """^ outside of mathematics is an error of LaTeX's, ~ a space."""
-    table = ResultTable()
-    table.add_episodic(Judgement(name, "test", 3), episodic())
-    tabular(table.latex())
-
-
-def test_a_note_of_two_lines_stays_a_comment():
-    table = ResultTable()
-    table.add_episodic(Judgement("x", "test", 3, "one\ntwo & three"), episodic())
-    tabular(table.latex())
-
-
-# --- all --------------------------------------------------------------------------------------------------------------
+def test_latex_is_a_tabular_with_the_conditions_as_comments():
+    table = filled((RowContext(r"a_b%c&d#{e}$\^~", "test", 1692, "one\ntwo & three"), episodic(wrong=0)))
+    assert table.latex().splitlines() == [
+        r"% needs \usepackage{booktabs}",
+        *(f"% {condition}" for condition in below(table)),
+        r"\begin{tabular}{lrrr}",
+        r"\toprule",
+        r"method & 5-way 1-shot & MAP@R & recall@4 \\",
+        r"\midrule",
+        r"ProtoNet & 98.77 $\pm$ 0.12 & 43.75 $\pm$ 41.84 & 100.00 $\pm$ 0.00 \\",
+        r"a\_b\%c\&d\#\{e\}\$\textbackslash{}\textasciicircum{}\textasciitilde{} & 100.00 $\pm$ 0.00 &  &  \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
 
 
 def test_an_empty_table_has_its_heads():
     assert ResultTable().figures_csv() == ",".join(FIGURE_COLUMNS) + "\n"
     assert ResultTable().csv() == ",".join(ABOUT) + "\n"
     assert ResultTable().markdown() == "| method |\n| --- |\n"
-    assert tabular(ResultTable().latex()) == ("l", [["method"]])
 
 
-def test_four_files_are_written(tmp_path: Path):
-    two_methods().write(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"results.csv", "results.md", "results.tex", "figures.csv"}
-    assert (tmp_path / "results.csv").read_text() == two_methods().csv()
-    assert (tmp_path / "results.md").read_text() == two_methods().markdown()
-    assert (tmp_path / "results.tex").read_text() == two_methods().latex()
-    assert (tmp_path / "figures.csv").read_text() == two_methods().figures_csv()
+def test_a_failure_is_a_line_of_each_text():
+    table = filled()
+    table.failures["broken | loss"] = "ValueError: 100 %,\nof nothing"
+    assert grid(table.markdown())[-1] == [r"broken \| loss", "failed: ValueError: 100 %, of nothing", "", ""]
+    assert r"broken | loss & failed: ValueError: 100 \%, of nothing &  &  \\" in table.latex().splitlines()
+    last = read(table.csv())[-1]
+    assert (last["method"], last["note"]) == ("broken | loss", "failed: ValueError: 100 %,\nof nothing")
+    assert last["5way_1shot_15query"] == ""
+    alone = ResultTable(failures={"broken": "why"})
+    assert grid(alone.markdown()) == [["method", "figures"], ["---"] * 2, ["broken", "failed: why"]]
 
 
-def test_a_missing_folder_raises(tmp_path: Path):
-    with pytest.raises(FileNotFoundError):
-        filled().write(tmp_path / "nowhere")
-    assert list(tmp_path.iterdir()) == []
+# --- written, read again, sorted --------------------------------------------------------------------------------------
 
 
-# --- read again, sorted, with failures --------------------------------------------------------------------------------
-
-
-def of_two_methods() -> ResultTable:
-    table = ResultTable()
-    for name, mean in (("worse", 0.5), ("better", 0.75)):
-        accuracy = {"ways": 5, "shots": 1, "queries": 15, "count": 10, "seed": 3, "episodes_hash": "ab12"}
-        same = {"method": name, "ci95": 0.01, "split": "test", "classes": 7, "note": 'odd, "quoted"\nnote'}
-        table.rows.append(ResultRow(figure="accuracy", value=mean, protocol="inductive", **accuracy, **same))
-        table.rows.append(
-            ResultRow(figure="NMI", value=1 - mean, protocol="leave-one-out", **{**same, "ci95": float("nan")}, count=9)
-        )
-    return table
-
-
-def test_a_written_table_is_read_to_the_last_digit(tmp_path: Path) -> None:
-    table = of_two_methods()
-    table.rows[0] = replace(table.rows[0], value=1 / 3, seconds=0.1, trained=3)
+def test_a_written_table_is_read_to_the_last_digit(tmp_path: Path):
+    table = two_methods()
+    odd = {
+        "method": 'a, "b"\r\nc;| \N{GREEK SMALL LETTER ALPHA}',
+        "note": 'said "so", twice\nand again',
+        "value": 1 / 3,
+    }
+    table.rows[0] = replace(table.rows[0], **odd, seconds=0.1 + 0.2, trained=3)  # type: ignore[arg-type]
+    table.rows[1] = replace(table.rows[1], ci95=float("nan"), seconds=0.1 + 0.2, trained=3)
     table.write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"results.csv", "results.md", "figures.csv"}
+    assert (tmp_path / "results.csv").read_bytes().decode() == table.csv()
+    assert (tmp_path / "results.md").read_bytes().decode() == table.markdown()
+    assert read(table.figures_csv())[1].keys() == {field.name for field in fields(ResultRow)} == set(FIGURE_COLUMNS)
     again = ResultTable.read(tmp_path)
     assert repr(again.rows) == repr(table.rows)  # by repr, in which NaN equals NaN
-    assert again.figures_csv() == table.figures_csv()
+    assert (again.csv(), again.markdown()) == (table.csv(), table.markdown())
 
 
-@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "{}"])
-def test_what_is_no_table_raises(text: str, tmp_path: Path) -> None:
-    (tmp_path / "figures.csv").write_text(text)
-    with pytest.raises(ValueError, match="expected the columns"):
+def test_figures_csv_comes_last_for_it_marks_a_finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    written: list[str] = []
+    monkeypatch.setattr("pml_fewshot.evaluation.table.write_text", lambda path, text: written.append(path.name))
+    filled().write(tmp_path)
+    assert written[-1] == "figures.csv"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: "", "expected the columns"),
+        (lambda text: text.replace("method,", "name,", 1), "expected the columns"),
+        (lambda text: text.replace("inductive", "inductiv"), "did you mean 'inductive'"),
+        (lambda text: text.replace(",10000,", ",many,"), "expected a table of figures, got a broken one"),
+        (lambda text: text.replace(",10000,", ","), "expected 17 cells in line 2"),
+        (lambda text: text + '"', "expected a table of figures, got a broken one"),
+        (lambda text: text.encode() + b"\xff", "expected a table of figures, got a broken one"),
+    ],
+)
+def test_what_is_no_table_of_figures_raises(change: object, message: str, tmp_path: Path):
+    changed = change(filled().figures_csv())  # type: ignore[operator]
+    (tmp_path / "figures.csv").write_bytes(changed if isinstance(changed, bytes) else changed.encode())
+    with pytest.raises(UsageError, match=message):
         ResultTable.read(tmp_path)
 
 
-def test_a_folder_without_a_table_raises(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+def test_a_folder_without_a_table_raises(tmp_path: Path):
+    with pytest.raises(MissingFileError, match=r"got no figures\.csv"):
         ResultTable.read(tmp_path)
 
 
-def test_best_first_sorts_methods_by_their_first_figure_and_keeps_their_rows_together() -> None:
-    table = of_two_methods()
+def test_best_first_sorts_methods_by_their_first_figure_and_keeps_their_rows_together():
+    table = two_methods()
+    table.rows.insert(0, replace(table.rows[0], method="worst", value=0.5))
     table.failures["broken"] = "why"
     best = table.best_first()
-    assert [(row.method, row.figure) for row in best.rows] == [
-        ("better", "accuracy"),
-        ("better", "NMI"),
-        ("worse", "accuracy"),
-        ("worse", "NMI"),
-    ]
+    assert [row.method for row in best.rows] == ["ProtoNet"] * 3 + ["Other"] * 2 + ["worst"]
+    assert [row.figure for row in best.rows[:3]] == [row.figure for row in filled().rows]
     assert best.failures == {"broken": "why"}
-    assert [row.method for row in table.rows[::2]] == ["worse", "better"], "the table itself stays as it was"
-
-
-def test_a_failure_is_a_line_of_each_text() -> None:
-    table = of_two_methods()
-    table.failures["broken | loss"] = "ValueError: 100 %,\nof nothing"
-    last = table.markdown().split("\n\n")[0].splitlines()[-1]
-    assert last == r"| broken \| loss | failed: ValueError: 100 %, of nothing |  |"
-    assert r"broken | loss & failed: ValueError: 100 \%, of nothing &  \\" in table.latex()
-    rows = list(csv.DictReader(io.StringIO(table.csv())))
-    assert rows[-1]["method"] == "broken | loss"
-    assert rows[-1]["note"] == "failed: ValueError: 100 %,\nof nothing"
-    assert rows[-1]["5way_1shot_15query"] == ""
-
-
-def test_a_table_of_failures_alone_can_be_shown() -> None:
-    table = ResultTable(failures={"broken": "why"})
-    assert "failed: why" in table.markdown()
-    assert "failed: why" in table.csv()
+    assert table.rows[0].method == "worst"  # the table itself stays as it was

@@ -1,137 +1,200 @@
-"""Damages and reads files, case after case, in a process of its own.
+"""Damages files and reads them, in a process of its own: python worker.py COUNT FOLDER.
 
-    python worker.py SEED COUNT FOLDER READER:START ...
-
-Says "CASE <reader> <number>" before it starts a case, and "FAILED <reader> <number> <why>" after one that went wrong.
-A case is well when the reader refuses the file with an error of ours, or gives the same as for the whole file, or,
-where no checksum can tell, other data of the same form. Everything else is a failure: other errors, and files that
-appear or change.
+Prints "CASE <reader> <number>" before each case, "FAULT ..." after it unless the reader refuses the file by an error of
+ours, gives the same as for the whole file, or other data where the format has no checksum of ours, and DONE at the end.
 """
 
-import hashlib
-import os
-import resource
 import shutil
 import sys
 import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-from mutations import damaged, damaged_headers, damaged_json, damaged_member
-from readers import READERS
+from pml_fewshot.checks import UsageError
+from pml_fewshot.data import omniglot
+from pml_fewshot.data.cache import Source, cached_sets
+from pml_fewshot.data.dataset import FewShotDataset, Splits
+from pml_fewshot.data.image_folder import load_image_folder
+from pml_fewshot.embedders.bank import EmbeddingBank, load_bank, save_bank
+from pml_fewshot.evaluation.gallery import Gallery
+from pml_fewshot.evaluation.table import ResultTable
+from pml_fewshot.evaluation.table_formats import ResultRow
+from pml_fewshot.experiment.run_folder import RunFolder, read_config
+from pml_fewshot.io.checkpoint import export_embedder, load_checkpoint, load_embedder, save_checkpoint
+from tests.tiny_experiments import TINY_EXPERIMENTS
 
-MORE_MEMORY = 3 * 2**30  # bytes that a worker may take beyond what it has at its start
-WORKPLACES = ("cache", ".cache")  # where a reader may write
-
-
-def digest(value: Any) -> str:
-    """Of all that was read, with its types and shapes."""
-    hasher = hashlib.blake2b(digest_size=16)
-
-    def add(part: Any) -> None:
-        if isinstance(part, torch.Tensor):
-            part = part.detach().contiguous()
-            hasher.update(f"tensor {part.dtype} {tuple(part.shape)}".encode())
-            part = part.reshape(-1).view(torch.uint8).numpy() if part.numel() else np.empty(0, np.uint8)
-            hasher.update(part.tobytes())
-        elif isinstance(part, np.ndarray):
-            hasher.update(f"array {part.dtype} {part.shape}".encode())
-            hasher.update(part.tobytes())
-        elif isinstance(part, dict):
-            for key, each in part.items():
-                add(key)
-                add(each)
-        elif isinstance(part, list | tuple):
-            hasher.update(f"{type(part).__name__} {len(part)}".encode())
-            for each in part:
-                add(each)
-        else:
-            hasher.update(f"{type(part).__name__} {part!r}".encode(errors="surrogatepass"))
-
-    add(value)
-    return hasher.hexdigest()
+EMBEDDINGS = np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32)
+BANK = EmbeddingBank(torch.from_numpy(EMBEDDINGS), torch.arange(100), "0123456789abcdef")
+LETTERS = np.array([*"abcde" * 20])
+IMAGES = np.random.default_rng(1).integers(0, 256, (8, 3, 6, 5), dtype=np.uint8)
 
 
-def listing(folder: Path) -> dict[str, bytes]:
-    """All files below a folder, but for the places that are the reader's own."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-        and not set(path.relative_to(folder).parts) & set(WORKPLACES)
-        and not path.name.endswith("-lock")
-    }
+class Reader(NamedTuple):
+    make: Callable[[Path], object]  # writes tiny files into a folder
+    read: Callable[[Path], Any]  # gives all that is read from them
+    checked: bool = False  # a checksum of ours sees every change; elsewhere one may pass as other data of the same form
 
 
-def run(name: str, seed: int, start: int, count: int, box: Path) -> None:
-    reader = READERS[name]
-    folder = box / "files"
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+
+def make_checkpoint(folder: Path) -> None:
+    save_checkpoint(folder / "last.pt", {"model": network().state_dict(), "losses": [(1, 0.5)], "best": None})
+
+
+def read_embedder(folder: Path) -> Any:
+    model = network()
+    load_embedder(folder / "embedder.safetensors", model)
+    return model.state_dict()
+
+
+def read_bank(folder: Path) -> Any:
+    bank = load_bank(next(folder.glob("bank.*")))
+    return bank.embeddings, bank.labels, bank.source
+
+
+def make_npy(folder: Path) -> None:
+    np.save(folder / "bank.npy", EMBEDDINGS)
+    np.save(folder / "bank_labels.npy", np.arange(100))
+
+
+def make_figures(folder: Path) -> None:
+    protocol = {"figure": "accuracy", "count": 600, "split": "test", "classes": 20, "protocol": "inductive", "ways": 5}
+    row = ResultRow(method='"ours", the best', value=0.5, ci95=0.01, seconds=1.5, note="ü\n", **protocol)
+    ResultTable([row]).write(folder)
+    for name in ("results.csv", "results.md"):  # which nobody reads
+        (folder / name).unlink()
+
+
+def read_gallery(folder: Path) -> Any:
+    gallery = Gallery.load(folder / "gallery")
+    return gallery.search(BANK.embeddings[:5], 3), gallery.labels, str(gallery), gallery.ranking.kind
+
+
+def cached(folder: Path, read: Callable[[], Source]) -> Any:
+    sets, notes = cached_sets("set", ("key",), [Path(__file__)], read, folder)
+    return [(name, each.images, each.labels, each.class_names) for name, each in sets.items()], notes
+
+
+def make_cache(folder: Path) -> None:
+    items = zip(IMAGES, [0, 0, 1, 1, 2, 3, 3, 3], strict=True)
+    sets = {"train": ["ä", "b"], "test": ["c", "d"]}
+    cached(folder, lambda: Source(items, 8, (3, 6, 5), sets, {"broken": ["x.png"]}))
+
+
+def picture(number: int, suffix: str) -> bytes:
+    out = BytesIO()
+    Image.fromarray(np.ascontiguousarray(IMAGES[number].transpose(1, 2, 0))).save(out, suffix)
+    return out.getvalue()
+
+
+def make_image_folder(folder: Path) -> None:
+    for number, name in enumerate(
+        ("train/a/1.png", "train/a/2.jpeg", "test/b/3.gif", "test/b/4.tiff", "test/b/5.webp")
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(picture(number, name.rpartition(".")[2]))
+
+
+def make_zips(folder: Path) -> None:
+    for part in omniglot.PARTS:
+        with zipfile.ZipFile(folder / f"{part}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for number in range(4):
+                archive.writestr(f"{part}/{part[7:]}/c{number // 2}/{number}.png", picture(number, "png"))
+
+
+def read_images(folder: Path) -> Any:
+    if (folder / "train").exists():
+        splits = load_image_folder(folder, 6, cache_dir=folder / ".cache")
+    else:
+        splits = omniglot.load_omniglot(folder, 7, "official", rotations=False, cache_dir=folder / ".cache")
+    return [(part.images, part.labels, part.class_names) for part in (splits.train, splits.test)]
+
+
+def make_run(folder: Path) -> None:
+    train, test = (FewShotDataset(IMAGES, torch.arange(8) % 2, names) for names in ("ab", "cd"))
+    config = replace(TINY_EXPERIMENTS["protonet"], run_dir=folder)
+    RunFolder(folder, config).begin(Splits(train, None, test), torch.device("cpu"))
+    (folder / "config.txt").unlink()  # which nobody reads
+
+
+READERS = {
+    "checkpoint": Reader(make_checkpoint, lambda folder: load_checkpoint(folder / "last.pt"), True),
+    "embedder": Reader(lambda folder: export_embedder(folder / "embedder.safetensors", network()), read_embedder, True),
+    "bank": Reader(lambda folder: save_bank(folder / "bank.safetensors", BANK), read_bank, True),
+    "npy": Reader(make_npy, read_bank),
+    "npz": Reader(lambda folder: np.savez(folder / "bank.npz", e=EMBEDDINGS, l=LETTERS), read_bank),
+    "pt": Reader(lambda folder: torch.save((BANK.embeddings, BANK.labels), folder / "bank.pt"), read_bank),
+    "figures": Reader(make_figures, lambda folder: [asdict(row) for row in ResultTable.read(folder).rows]),
+    "gallery": Reader(lambda folder: Gallery(BANK, "ivf").save(folder / "gallery"), read_gallery, True),
+    "cache": Reader(make_cache, lambda folder: cached(folder, lambda: 1 / 0), True),
+    "images": Reader(make_image_folder, read_images),
+    "zips": Reader(make_zips, read_images),
+    "config": Reader(make_run, read_config, True),
+}
+
+
+def damaged(content: bytes, rng: np.random.Generator) -> bytes:
+    """A bit or a block changed, zeroed, dropped or doubled, or the file cut short; often near its start or end."""
+    size = len(content)
+    low, high = [(0, min(size, 160)), (max(0, size - 160), size), (0, size)][rng.integers(3)]
+    start = int(rng.integers(low, high))
+    end = min(size, start + int(rng.integers(1, 65)))
+    before, block, after = content[:start], content[start:end], content[end:]
+    flipped = bytes([block[0] ^ 1 << int(rng.integers(8))]) + block[1:]
+    kinds = [before, before + after, before + block + block + after]
+    kinds += [before + each + after for each in (flipped, bytes(len(block)), rng.bytes(len(block)))]
+    return kinds[rng.integers(len(kinds))]
+
+
+def plain(value: Any) -> Any:
+    """The same in lists and numbers, whose repr shows every bit."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.tolist()
+    if isinstance(value, dict):
+        return [(key, plain(each)) for key, each in value.items()]
+    return [plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def try_reader(name: str, reader: Reader, count: int, folder: Path) -> None:
     folder.mkdir(parents=True)
     reader.make(folder)
-    whole = listing(folder)
-    expected = digest(reader.read(folder))
-    for index in range(start, count):
-        print(f"CASE {name} {index}", flush=True)
-        rng = np.random.default_rng([seed, index])
-        names = sorted(reader.damages or whole)
-        chosen = names[rng.integers(len(names))]
-        content, hostile, mended = whole[chosen], False, 0.4
-        kind = rng.random()
-        if content[:2] == b"PK" and kind < 0.25:
-            content = damaged_headers(content, rng)
-        elif content[:2] == b"PK" and kind < 0.5:
-            content, hostile = damaged_member(content, rng), True
-        elif chosen.endswith(".json") and kind < 0.6:
-            content, mended = damaged_json(content, rng), 0.9  # the checksum alone would see it else
-        else:
-            content = damaged(content, rng)
-        (folder / chosen).unlink()  # a map of the file before is still open
-        (folder / chosen).write_bytes(content)
-        if reader.mend is not None and rng.random() < mended:
-            reader.mend(folder)
-            hostile = True
-        for place in WORKPLACES:
-            shutil.rmtree(folder / place, ignore_errors=True)
-        before = listing(box)
-        why = case(reader, folder, expected, hostile)
-        after = listing(box)
-        if after != before:
-            changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
-            why = f"files appeared or changed: {sorted(changed)[:5]}"
-        if why:
-            print(f"FAILED {name} {index} {chosen}: {why}".replace("\n", " ")[:600], flush=True)
-        for path in listing(folder).keys() - whole.keys():
-            (folder / path).unlink()
-        for path, data in whole.items():
-            if after.get(f"files/{path}") != data:
-                (folder / path).unlink(missing_ok=True)
-                (folder / path).write_bytes(data)
-
-
-def case(reader: Any, folder: Path, expected: str, hostile: bool) -> str:
-    """What went wrong, or nothing."""
-    try:
-        got = digest(reader.read(folder))
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        return "" if str(error).startswith("expected ") else f"{type(error).__name__}: {error}"
-    except BaseException as error:
-        return f"{type(error).__name__}: {error}"
-    return "" if got == expected or hostile or not reader.checked else "silently other data"
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    whole, refused = repr(plain(reader.read(folder))), 0
+    for number in range(count):
+        print("CASE", name, number, flush=True)
+        rng = np.random.default_rng([number, len(name)])
+        path = files[number % len(files)]
+        content = path.read_bytes()
+        path.unlink()  # a map of it may still be open
+        path.write_bytes(damaged(content, rng))
+        shutil.rmtree(folder / ".cache", ignore_errors=True)
+        try:
+            if repr(plain(reader.read(folder))) != whole and reader.checked:
+                print("FAULT", name, number, path.name, "silently other data")
+        except UsageError:
+            refused += 1
+        except Exception as error:  # noqa: BLE001
+            print("FAULT", name, number, path.name, repr(error)[:300])
+        path.unlink()
+        path.write_bytes(content)
+    print("REFUSED", name, refused / count)
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.fsync = lambda descriptor: None  # nothing here has to outlast a power cut
-    # (not the resident size: what is mapped counts against the limit)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + MORE_MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    for text in sys.argv[4:]:
-        name, _, start = text.partition(":")
-        run(name, int(sys.argv[1]), int(start), int(sys.argv[2]), Path(sys.argv[3]) / name)
+    warnings.simplefilter("ignore")  # of Pillow, numpy and torch on what is broken
+    omniglot.PARTS, omniglot.DRAWINGS = dict.fromkeys(omniglot.PARTS, 2), 2
+    for each in READERS:
+        try_reader(each, READERS[each], int(sys.argv[1]), Path(sys.argv[2]) / each)
     print("DONE", flush=True)

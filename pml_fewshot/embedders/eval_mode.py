@@ -1,0 +1,21 @@
+"""Eval mode within a block."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Puts a module and all its submodules into eval mode, and gives each its own mode back at the end.
+
+    (`module.train()` would put all of them into training mode, even a batch norm that the user froze.)
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

@@ -1,0 +1,111 @@
+"""What a process needs before it is fast or imports at all: glibc's malloc, faiss's BLAS, torchvision's operators.
+
+Neither faiss nor torchvision is imported here: hooks wait until somebody imports them, be it PML or a user's own file.
+"""
+
+import ctypes
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import torch
+
+# glibc's malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+TOP_PAD = 256 * 2**20  # bytes taken from the system at a time
+
+# OpenBLAS's name for the kernels of each instruction set that torch reports
+OPENBLAS_CORES = {"AVX2": "Haswell", "AVX512": "SkylakeX"}
+
+# torchvision's compiled operators, which are for detection and never called here
+TORCHVISION_SCHEMAS = {
+    "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+}
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc to keep freed blocks for reuse; returns whether that could be done (False: not on glibc).
+
+    A training step frees and takes the same large tensors again and again, and each new page costs a fault: a 60-way
+    1-shot 5-query step on Omniglot takes 0.18 to 0.21 s with glibc's defaults and 0.10 s with this. The environment
+    variables MALLOC_MMAP_MAX_=0, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ do the same when set before the start.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, TOP_PAD))
+    return all(mallopt(name, value) == 1 for name, value in settings)
+
+
+Execute = Callable[[Callable[[ModuleType], None], ModuleType], None]
+
+
+class ImportHook(MetaPathFinder):
+    """Has `execute(exec_module, module)` run a module's code at its import, in place of `exec_module(module)`."""
+
+    def __init__(self, name: str, execute: Execute) -> None:
+        self.name = name
+        self.execute = execute
+        self._searching = False
+
+    def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != self.name or self._searching:
+            return None
+        self._searching = True  # the search below comes by here again
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._searching = False
+        if spec is not None and spec.loader is not None:
+            spec.loader.exec_module = partial(self.execute, spec.loader.exec_module)  # type: ignore[method-assign]
+        return spec
+
+
+def execute_faiss(exec_module: Callable[[ModuleType], None], module: ModuleType) -> None:
+    """Loads faiss with the fastest kernels that the processor has.
+
+    The OpenBLAS in faiss-cpu takes recent Xeons for a Prescott (SSE3), whose matrix products, and with them k-means and
+    the training of an index, take four times as long. OPENBLAS_CORETYPE decides instead, where the user has not set it;
+    it is read once, when the library is loaded, so it is taken back afterwards.
+    """
+    core = OPENBLAS_CORES.get(torch.backends.cpu.get_cpu_capability())
+    if core is None or "OPENBLAS_CORETYPE" in os.environ:
+        return exec_module(module)
+    os.environ["OPENBLAS_CORETYPE"] = core
+    try:
+        exec_module(module)
+    finally:
+        del os.environ["OPENBLAS_CORETYPE"]
+
+
+def execute_torchvision(exec_module: Callable[[ModuleType], None], module: ModuleType) -> None:
+    """Loads torchvision, declaring its operators where that fails for lack of them.
+
+    A CPU build of torch beside the registry's CUDA build of torchvision cannot load torchvision's C++ operators, and
+    the import fails with "operator torchvision::nms does not exist". With their schemas declared, transforms, models
+    and downloads work.
+    """
+    try:
+        exec_module(module)
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        for name in [name for name in sys.modules if name.startswith("torchvision.")]:
+            del sys.modules[name]  # half-imported by the failed attempt
+        for name, schema in TORCHVISION_SCHEMAS.items():
+            torch.library.define(f"torchvision::{name}", schema)
+        exec_module(module)
+
+
+def prepare_imports() -> None:
+    """Installs the hooks, once a process; a module that is imported already stays as it is."""
+    if not any(isinstance(finder, ImportHook) for finder in sys.meta_path):
+        hooks = [ImportHook("faiss", execute_faiss), ImportHook("torchvision", execute_torchvision)]
+        sys.meta_path[:0] = hooks

@@ -1,0 +1,93 @@
+"""Means over episodes and over trainings with their intervals, and the paired comparison of two methods."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pml_fewshot.checks import UsageError
+from pml_fewshot.evaluation.episodic import EpisodicResult
+from pml_fewshot.evaluation.retrieval import RetrievalResult
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Paired difference of two accuracies, as fractions of 1.
+
+    Args:
+        difference: mean over the episodes of the first's accuracy minus the second's.
+        ci95: half its 95 % interval, 1.96 standard errors of the mean of the differences.
+        num_episodes: how many episodes both were evaluated on.
+    """
+
+    difference: float
+    ci95: float
+    num_episodes: int
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval excludes 0, as it does by chance for one in twenty pairs of equal methods."""
+        return abs(self.difference) > self.ci95
+
+    def __str__(self) -> str:
+        verdict = "significant" if self.significant else "not significant, the interval holds 0"
+        return (
+            f"{100 * self.difference:+.2f} +- {100 * self.ci95:.2f} points on the same {self.num_episodes:,} episodes: "
+            f"{verdict} (95 %)"
+        )
+
+
+def compare(a: EpisodicResult, b: EpisodicResult) -> Comparison:
+    """Compares two results episode by episode: the difficulty of an episode, most of the spread, cancels out.
+
+    Raises:
+        UsageError: the results are on different episodes.
+    """
+    if a.episodes_hash != b.episodes_hash:
+        first, second = (f"{result.spec}, seed {result.seed}, {result.episodes_hash}" for result in (a, b))
+        raise UsageError(
+            f"expected two results on the same episodes (equal episodes_hash), got {first} and {second}; evaluate both "
+            "with one spec, number of episodes and seed on one data set"
+        )
+    difference, ci95 = average([a.per_episode - b.per_episode])
+    return Comparison(difference, ci95, len(a.per_episode))
+
+
+def average(trainings: Sequence[Tensor]) -> tuple[float, float]:
+    """Mean of a figure and half its 95 % interval, NaN where there is only one value.
+
+    Args:
+        trainings: for each training (seed) of a method the values (N,) of the same N episodes or queries.
+
+    Returns:
+        The mean over all, and the root of the sum of two squares: 1.96 standard errors over the N (of each one's mean
+        over the trainings), and where there are several trainings Student's t times the standard error of their means.
+
+    Raises:
+        UsageError: trainings with different numbers of episodes.
+    """
+    sizes = sorted({len(values) for values in trainings})
+    if len(sizes) > 1:
+        raise UsageError(f"expected all trainings evaluated on the same episodes, got {sizes} of them; use one spec")
+    values = torch.stack([values.double() for values in trainings])  # (S, N)
+    ci95 = (1.96 * values.mean(dim=0).std() / values.shape[1] ** 0.5).item() if values.shape[1] > 1 else float("nan")
+    return values.mean().item(), _joined(ci95, values.mean(dim=1))
+
+
+def average_metric(metric: str, results: Sequence[RetrievalResult]) -> tuple[float, float]:
+    """The same for a figure of retrieval; NMI and AMI are one value a training and have an interval over trainings."""
+    if metric in results[0].per_query:
+        return average([result.per_query[metric] for result in results])
+    means = torch.tensor([result[metric] for result in results], dtype=torch.float64)
+    return means.mean().item(), _joined(float("nan") if len(means) == 1 else 0.0, means)
+
+
+def _joined(ci95: float, means: Tensor) -> float:
+    """Half the interval over episodes, joined with that over the means (S,) of the trainings."""
+    if len(means) == 1:
+        return ci95
+    from scipy.stats import t  # half a second to import
+
+    quantile = float(t.ppf(0.975, len(means) - 1))
+    return float((ci95**2 + (quantile * means.std().item()) ** 2 / len(means)) ** 0.5)

@@ -1,0 +1,283 @@
+"""run(config): an experiment from images to the result table, in three steps: prepare, train, evaluate."""
+
+import copy
+import inspect
+import os
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from pml_fewshot.checks import UsageError
+from pml_fewshot.data.dataset import FewShotDataset, Splits, concat
+from pml_fewshot.environment import keep_freed_memory
+from pml_fewshot.evaluation.benchmark import benchmark
+from pml_fewshot.evaluation.episodic import EpisodicEvaluator, EpisodicResult
+from pml_fewshot.evaluation.retrieval import RetrievalTester
+from pml_fewshot.evaluation.table import ResultTable
+from pml_fewshot.experiment.config import Device, ExperimentConfig
+from pml_fewshot.experiment.recorder import Recorder
+from pml_fewshot.experiment.run_folder import RunFolder, open_run
+from pml_fewshot.instantiate import instantiate
+from pml_fewshot.io.checkpoint import check_exportable, export_embedder, load_checkpoint, save_checkpoint
+from pml_fewshot.sampling.batch_stream import BatchStream
+from pml_fewshot.sampling.batches import BatchSpec
+from pml_fewshot.sampling.episode_stream import EpisodeStream
+from pml_fewshot.trainers.base import FewShotTrainer
+from pml_fewshot.training.fit import fit
+from pml_fewshot.training.interruption import TrainingDiverged, TrainingInterrupted
+from pml_fewshot.training.state import RECORDED, History, history_of, lower_learning_rate
+
+RETRY_FACTOR = 0.5  # of the learning rate, each time that a training diverged
+
+
+@dataclass
+class Prepared:
+    """An experiment whose parts are made and fit together; nothing is trained yet."""
+
+    config: ExperimentConfig
+    device: torch.device
+    splits: Splits
+    trainer: FewShotTrainer
+    stream: EpisodeStream | BatchStream
+    optimizer: Optimizer
+    scheduler: Any
+    validate: Callable[[], EpisodicResult] | None
+    tester: RetrievalTester | None
+
+
+def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
+    """Trains, evaluates and stores an experiment: returns the table that is in the run folder too.
+
+    With `resume` a run in `config.run_dir` continues from its last checkpoint, one that is not there begins, and one
+    that is finished gives its table. More steps train a finished run longer, where a schedule that is given the steps
+    continues on the curve of the new number; other num_episodes, eval_specs after the first, retrieval or
+    extra_evaluations evaluate it again; retries and clip_norm may change too, after a NaN.
+
+    The run folder holds config.txt and config.json (the config, data, versions, git commit), logs.db and CSV files of
+    the training, last.pt (the state to resume from), embedder.safetensors (network.safetensors of MAML), results.csv,
+    results.md and figures.csv.
+
+    Raises:
+        UsageError: bad options, or data that cannot give the episodes asked for, both before any training; a folder
+            that cannot be resumed with this config.
+        ExistingFileError: (a FileExistsError) the run folder holds another run, which is not to be resumed.
+        LockedError: (a BlockingIOError) another process is writing the run folder.
+        TrainingDiverged: NaN; what was recorded and the last good checkpoint stay in the run folder.
+        TrainingInterrupted: (a KeyboardInterrupt) Ctrl-C or SIGTERM; the run can be resumed.
+        CannotWriteError: (an OSError) the disk is full or the folder read-only; what was there is whole, to be resumed.
+    """
+    with open_run(config, resume) as folder:
+        if folder.finished:
+            table = ResultTable.read(folder.path)
+            print(f"{table}\nfinished before, in {folder.path}")
+            return table
+        try:
+            return _run(folder)
+        except KeyboardInterrupt as stop:
+            if not folder.checkpoint.exists():  # not a single step was made
+                raise
+            event = stop.event if isinstance(stop, TrainingInterrupted) else "interrupted"
+            raise TrainingInterrupted(event, f"resume with --run-dir {folder.path} --resume") from stop
+
+
+def _run(folder: RunFolder) -> ResultTable:
+    prepared = prepare(folder.config)
+    folder.begin(prepared.splits, prepared.device)
+    print(f"{folder.config.name}: {prepared.stream.dataset} on {prepared.device}, run folder {folder.path}")
+    history = train(prepared, folder)
+    skipped = f", {history.skipped} steps skipped: nothing to learn from in their batches" if history.skipped else ""
+    print(
+        f"trained {history.steps} steps in {history.seconds / 60:.1f} minutes ({history.stopped}), weights of step "
+        f"{history.best_step}{skipped}"
+    )
+    for name, part in prepared.trainer.exports().items():
+        export_embedder(folder.path / name, part)
+    table = evaluate(prepared, history)
+    folder.finish(table)
+    print(f"\n{table}\nwritten to {folder.path / 'results.csv'} and results.md")
+    return table
+
+
+def prepare(config: ExperimentConfig) -> Prepared:
+    """Loads the data and makes all parts; whatever can be wrong with them raises here, before hours of training."""
+    # a run leaves the config's own parts as they are, instances too, for the caller or another run may use them
+    copies = {name: copy.deepcopy(getattr(config, name)) for name in ("trainer", "sampler", "augment", "retrieval")}
+    config, device = replace(config, **copies), resolve_device(config.device)
+    if device.type == "cpu" and keep_freed_memory():
+        print("memory: glibc keeps freed blocks for reuse (mallopt); otherwise training steps take twice as long")
+    root = config.data_root or Path(os.environ.get("PML_FEWSHOT_DATA", "data"))
+    splits = config.data(**_needed(config.data, root=root))
+    train, val = splits.train, splits.val
+    if config.train_on_validation and val is not None:
+        train, val = concat([train, val]), None
+    for spec in config.eval_specs:
+        EpisodicEvaluator(spec).check(splits.test)
+    evaluator = EpisodicEvaluator(config.eval_specs[0], config.val_episodes, config.seed)
+    if val is not None:
+        evaluator.check(val)
+
+    torch.manual_seed(config.seed)  # initial weights, dropout and PML's miners draw from torch's own generator
+    trainer: FewShotTrainer = _instance(config.trainer, num_classes=len(train.class_names)).to(device)
+    trainer.check(Splits(train, val, splits.test), (config.train_spec, *config.eval_specs))
+    for part in trainer.exports().values():
+        check_exportable(part)
+    _rehearse(config, trainer, splits.test)
+    splits = replace(splits, test=_on_device_if_small(splits.test, device))
+    val = val if val is None else _on_device_if_small(val, device)
+    stream = _stream(config, _on_device_if_small(train, device), trainer)
+    optimizer = config.optimizer(trainer.parameter_groups(config.loss_lr))
+    scheduler = _scheduler(config, optimizer)
+    validate = partial(evaluator.evaluate, trainer, val) if val is not None else None
+    tester = _instance(config.retrieval)
+    return Prepared(config, device, splits, trainer, stream, optimizer, scheduler, validate, tester)
+
+
+def train(prepared: Prepared, folder: RunFolder) -> History:
+    """Trains from the folder's checkpoint, if there is one; a NaN returns to it as often as the config says."""
+    config, checkpoint = prepared.config, folder.checkpoint
+    with closing(Recorder(folder.path)) as recorder:
+        if checkpoint.exists():
+            _stretch_schedule(prepared, checkpoint)
+        else:  # rows of a process that was killed before its first checkpoint
+            recorder.forget_after(0, RECORDED)
+        while True:
+            try:
+                return fit(
+                    prepared.trainer,
+                    prepared.stream,
+                    prepared.optimizer,
+                    config.steps,
+                    scheduler=prepared.scheduler,
+                    validate=prepared.validate,
+                    validate_every=config.validate_every,
+                    patience=config.patience,
+                    loss_patience=config.loss_patience,
+                    clip_norm=config.clip_norm,
+                    bf16=config.bf16,
+                    recorder=recorder,
+                    checkpoint=checkpoint,
+                    checkpoint_every=config.checkpoint_every,
+                    resume=True,
+                )
+            except TrainingDiverged as error:
+                state = load_checkpoint(checkpoint) if checkpoint.exists() else None
+                if state is None or history_of(state).retries >= config.retries:
+                    raise
+                lower_learning_rate(state, RETRY_FACTOR)
+                save_checkpoint(checkpoint, state)
+                event = str(error).partition(";")[0]
+                print(f"{event}; back to step {history_of(state).steps} with half the learning rate")
+
+
+def evaluate(prepared: Prepared, history: History) -> ResultTable:
+    """The table of a trained experiment: its test episodes, retrieval and extra evaluations."""
+    config = prepared.config
+    notes = ["trained on train and val classes"] if config.train_on_validation else []
+    if history.skipped:
+        notes.append(f"{history.skipped:,} of {history.steps:,} training steps skipped")
+    table = benchmark(
+        {config.name: prepared.trainer},
+        prepared.splits.test,
+        config.eval_specs,
+        prepared.tester,
+        config.num_episodes,
+        config.seed,
+        timed=False,  # a run that is repeated gives the same files
+        note="; ".join(notes),
+    )
+    if config.extra_evaluations is not None:
+        table.rows += config.extra_evaluations(prepared.trainer, prepared.splits, config).rows
+    return table
+
+
+def resolve_device(wanted: Device) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" stands for on this machine."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UsageError("expected a CUDA device for device='cuda', got none; use device='cpu' or 'auto'")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _instance(part: Any, **offers: Any) -> Any:
+    """The object that a class, function or partial makes, with the offered arguments that it needs; instances stay."""
+    is_factory = isinstance(part, type | FunctionType | partial)
+    return instantiate(partial(part, **_needed(part, **offers))) if is_factory else part
+
+
+def _needed(factory: Callable[..., Any], **offers: Any) -> dict[str, Any]:
+    """Those of the offered arguments that a function takes and has no value for, as `load_omniglot` the root."""
+    parameters = inspect.signature(factory).parameters
+    return {name: offers[name] for name in offers.keys() & parameters if parameters[name].default is inspect._empty}
+
+
+def _scheduler(config: ExperimentConfig, optimizer: Optimizer) -> Any:
+    if config.scheduler is None:
+        return None
+    given = _needed(config.scheduler, T_max=config.steps)
+    parameters = inspect.signature(config.scheduler).parameters
+    if {"total_steps", "epochs"} <= parameters.keys() and parameters["epochs"].default is None:  # OneCycleLR
+        given |= {"total_steps": config.steps} if parameters["total_steps"].default is None else {}
+    before = {group["lr"] for group in optimizer.param_groups}
+    scheduler = config.scheduler(optimizer, **given)
+    if len(before) > len({group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}):
+        raise UsageError(
+            f"expected a scheduler that keeps loss_lr={config.loss_lr}, got {type(scheduler).__name__}, which sets one "
+            "rate for all; give it one for the embedder and one for the loss (max_lr=[..., ...])"
+        )
+    return scheduler
+
+
+def _rehearse(config: ExperimentConfig, trainer: FewShotTrainer, test: FewShotDataset) -> None:
+    """Evaluates a copy of the untrained trainer on a few test images: errors there must not wait for the training."""
+    with torch.random.fork_rng():  # what this draws must not change the training
+        for spec in config.eval_specs:
+            few = test.select_classes(range(spec.ways))
+            rank = torch.cat([torch.arange(count) for count in few.labels.bincount().cpu()])
+            kept = few.labels.argsort(stable=True).cpu()[rank < spec.shots + spec.queries].to(few.device)
+            few = FewShotDataset(few.images[kept], few.labels[kept], few.class_names, few.note)
+            EpisodicEvaluator(spec, num_episodes=2).evaluate(copy.deepcopy(trainer), few)
+
+
+def _on_device_if_small(dataset: FewShotDataset, device: torch.device) -> FewShotDataset:
+    """The set on the GPU where that takes less than a quarter of its free memory; batches are moved where it does not.
+
+    A memory-mapped set may be larger than any memory.
+    """
+    if device.type != "cuda" or dataset.images.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
+        return dataset
+    return dataset.to(device)
+
+
+def _stream(config: ExperimentConfig, train: FewShotDataset, trainer: FewShotTrainer) -> EpisodeStream | BatchStream:
+    if isinstance(config.train_spec, BatchSpec):
+        model = next(iter(trainer.exports().values()), None)  # for samplers that embed
+        return BatchStream(train, config.train_spec, config.seed, config.augment, config.sampler, model)
+    return EpisodeStream(train, config.train_spec, config.seed, config.augment, config.episodes_per_batch)
+
+
+def _stretch_schedule(prepared: Prepared, checkpoint: Path) -> None:
+    """Gives a checkpoint the learning rates of a schedule over more steps than it was trained with.
+
+    A cosine that has ended would stay at zero, or rise again.
+    """
+    if prepared.scheduler is None:
+        return
+    state, now = load_checkpoint(checkpoint), prepared.scheduler.state_dict()
+    if all(state["scheduler"].get(name) == now.get(name) for name in ("T_max", "total_steps")):
+        return
+    prepared.optimizer.step()  # without gradients, so it moves nothing: schedulers want it to come first
+    for _ in range(state["history"]["steps"]):
+        prepared.scheduler.step()
+    state["scheduler"] = prepared.scheduler.state_dict()
+    for stored, group in zip(state["optimizer"]["param_groups"], prepared.optimizer.param_groups, strict=True):
+        stored |= {name: value for name, value in group.items() if name != "params"}  # OneCycleLR sets momentum too
+    retries, state["history"]["retries"] = state["history"]["retries"], 0
+    for _ in range(retries):
+        lower_learning_rate(state, RETRY_FACTOR)
+    save_checkpoint(checkpoint, state)

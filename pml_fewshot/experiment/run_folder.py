@@ -1,0 +1,270 @@
+"""RunFolder: the folder of a run, written by one process at a time, which knows what the run in it was made with."""
+
+import json
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import MISSING, dataclass, field, fields
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from pml_fewshot.checks import ExistingFileError, LockedError, MissingFileError, UsageError
+from pml_fewshot.data.dataset import Splits
+from pml_fewshot.evaluation.table import ResultTable
+from pml_fewshot.experiment.config import ExperimentConfig, describe, module_name
+from pml_fewshot.io.atomic import translate_write_errors, write_text
+from pml_fewshot.io.checkpoint import load_checkpoint
+from pml_fewshot.io.tensors import checksum
+from pml_fewshot.training.state import history_of
+
+PLACE = ("run_dir", "data_root", "device")  # where a run happens, not what it does
+# what a trained run may be evaluated by again, and what may change on resuming; validation uses the first of eval_specs
+EVALUATION = ("num_episodes", "eval_specs", "retrieval", "extra_evaluations")
+MAY_CHANGE = ("steps", "retries", "clip_norm", *EVALUATION)
+PACKAGES = ("pml_fewshot", "torch", "torchvision", "pytorch-metric-learning", "faiss-cpu", "numpy", "record-keeper")
+
+
+@dataclass
+class RunFolder:
+    """A folder that only this process writes.
+
+    Args:
+        path: of the folder.
+        config: of the run.
+        stored: what `read_config` gives; empty for a new run.
+        steps: steps in the checkpoint, 0 where there is none.
+    """
+
+    path: Path
+    config: ExperimentConfig
+    stored: dict[str, Any] = field(default_factory=dict)
+    steps: int = 0
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "last.pt"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the table in the folder is of the config's steps and evaluation."""
+        return self.stored.get("finished") == self._result() and (self.path / "figures.csv").exists()
+
+    def begin(self, splits: Splits, device: torch.device) -> None:
+        """Writes config.json and config.txt, for a resumed run with what has changed since the last session.
+
+        Raises:
+            UsageError: the data are not, to the pixel, those that the run began with.
+        """
+        config, session = describe(self.config), environment(device)
+        stored = self.stored or {"module": module_name("__main__"), "sessions": [session], "changes": []}
+        sessions, changes = list(stored["sessions"]), list(stored["changes"])
+        if self.stored:
+            check_data(splits, stored, self.path)
+            environment_notes, then = environment_changes(stored, device), stored["config"]
+            sessions += [session] if environment_notes else []
+            changed = changed_fields(self.config, stored)
+            config_notes = [
+                f"after step {self.steps}: {name} {config[name]}, {then.get(name)} before" for name in changed
+            ]
+            changes += config_notes
+            for note in (*environment_notes, *config_notes):
+                print(f"note: {note}")
+        about = {"config": config, "data": _described(splits), "sessions": sessions, "changes": changes}
+        self._write(**{**stored, **about})
+
+    def finish(self, table: ResultTable) -> None:
+        """Writes the table, then that it is of the config's steps and evaluation."""
+        table.write(self.path)
+        self._write(finished=self._result())
+
+    def _result(self) -> dict[str, Any]:
+        return {name: describe(getattr(self.config, name)) for name in ("steps", *EVALUATION)}
+
+    def _write(self, **changes: Any) -> None:
+        self.stored = {**self.stored, **changes}
+        lines = [f"{each.name} = {getattr(self.config, each.name)!r}" for each in fields(self.config)]
+        lines = [re.sub(r" at 0x[0-9a-f]+", "", line) for line in lines]  # an address says nothing
+        data = self.stored["data"].items()
+        lines += ["", *(f"{role} = {each['shown']}, checksum {each['checksum']}" for role, each in data)]
+        for session in self.stored["sessions"]:
+            lines += ["", *(f"{name} {value}" for name, value in session.items())]
+        write_text(self.path / "config.txt", "\n".join([*lines, "", *self.stored["changes"]]).strip() + "\n")
+        # last: it says that a run has begun here
+        write_text(self.path / "config.json", json.dumps({**self.stored, "checksum": _checksum(self.stored)}, indent=1))
+
+
+@contextmanager
+def open_run(config: ExperimentConfig, resume: bool) -> Iterator[RunFolder]:
+    """Yields the folder for a run: `config.run_dir`, else a new one below runs/<name>/ named by time and seed.
+
+    The operating system holds its lock, and releases it when the process dies. After an error before the first
+    checkpoint all that was made is removed again.
+
+    Raises:
+        ExistingFileError: the folder holds a run or other files, and is not to be resumed.
+        UsageError: there is nothing to resume, or a run of another config, or of more steps.
+        LockedError: another process is writing the folder.
+        CannotWriteError: it cannot be made.
+    """
+    if resume and config.run_dir is None:
+        raise UsageError("expected the folder of a run to resume, got none; name it with --run-dir")
+    path = config.run_dir or Path("runs") / config.name / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_seed{config.seed}"
+    if path.exists() and not path.is_dir():
+        raise ExistingFileError(f"expected a folder at {path}, got a file; name another with --run-dir")
+    made = [each for each in (path, *path.parents) if not each.exists()]
+    before = set(path.iterdir()) if path.exists() else set()
+    lock = FileLock(path / ".lock", timeout=0)
+    with translate_write_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise LockedError(
+                f"expected a run folder that no other process writes, got {path}, which one does; wait for its end, or "
+                "name another folder with --run-dir"
+            ) from error
+    try:
+        yield _checked(RunFolder(path, config), resume)
+    except BaseException:
+        if not (path / "last.pt").exists():
+            with suppress(OSError):  # a read-only disk refuses this too, and the first error is the one to show
+                for new in set(path.iterdir()) - before:
+                    shutil.rmtree(new) if new.is_dir() else new.unlink()
+                for each in made:
+                    each.rmdir()
+        raise
+    finally:
+        lock.release()
+
+
+def _checked(folder: RunFolder, resume: bool) -> RunFolder:
+    """The folder with what it stores, if it may be begun, or resumed."""
+    path, config = folder.path, folder.config
+    # a process killed at its very start leaves hidden files and config.txt
+    files = [file for file in path.iterdir() if not file.name.startswith(".") and file.name != "config.txt"]
+    if not files:
+        return folder
+    if not resume:
+        raise ExistingFileError(
+            f"expected a new or empty run folder, got {path}, which holds another run or other files; name "
+            "another with --run-dir, or resume that run with --resume"
+        )
+    if path / "config.json" not in files:
+        raise UsageError(f"expected a run, an empty folder or none at {path}, got other files; name another folder")
+    folder.stored = read_config(path)
+    check_same(config, folder.stored, path, MAY_CHANGE)
+    if folder.checkpoint.exists() and not folder.finished:
+        folder.steps = history_of(load_checkpoint(folder.checkpoint)).steps
+        if folder.steps > config.steps:
+            raise UsageError(
+                f"expected at least the {folder.steps} steps that the run in {path} has made, got {config.steps}; "
+                "raise --steps, or name another folder for a new run"
+            )
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads config.json: "module", "config" (by `describe`), "data", "sessions", "changes", and "finished" at its end.
+
+    Raises:
+        MissingFileError: there is none.
+        UsageError: it is damaged, or of another version.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise MissingFileError(f"expected {path}, got no such file; name the folder of a run")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        damage = "" if stored.pop("checksum") == _checksum(stored) else "another checksum"
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+        damage = repr(error)
+    if damage:
+        raise UsageError(f"expected config.json in {folder} as it was written, got {damage}; restore it from a copy")
+    if "sessions" not in stored:
+        raise UsageError(f"expected a run of version 0.6 in {folder}, got an older one; use the version in config.txt")
+    return stored
+
+
+def changed_fields(config: ExperimentConfig, stored: Mapping[str, Any]) -> list[str]:
+    """The fields in which a config is not that of a run; one that the run did not have yet was at its default."""
+    defaults = {each.name: describe(each.default) for each in fields(config) if each.default is not MISSING}
+    then, now = {**defaults, **stored["config"]}, describe(config)
+    return [name for name, value in now.items() if name not in ("object", *PLACE) and value != then.get(name)]
+
+
+def check_same(
+    config: ExperimentConfig, stored: Mapping[str, Any], folder: Path, may_change: Sequence[str] = ()
+) -> None:
+    """Raises a UsageError that names the fields, but those that may change, in which a config is not that of a run."""
+    changed = [name for name in changed_fields(config, stored) if name not in may_change]
+    if describe(config.eval_specs[:1]) != stored["config"]["eval_specs"][:1]:
+        changed.append("eval_specs[0]")
+    if changed:
+        raise UsageError(
+            f"expected the config of the run in {folder}, got another {', '.join(changed)}; make it as config.txt has "
+            "it, or name another folder for a new run"
+        )
+
+
+def check_data(splits: Splits, stored: Mapping[str, Any], folder: Path) -> None:
+    """Raises a UsageError that names the sets which are not, to the pixel, those of the run in `folder`."""
+    then, now = stored["data"], _described(splits)
+    changed = [role for role in now if now[role]["checksum"] != then[role]["checksum"]]
+    if changed:
+        raise UsageError(
+            f"expected the data of the run in {folder}, got other images, labels or classes in {', '.join(changed)}; "
+            "use the data that config.txt names, or start a new run"
+        )
+
+
+def _described(splits: Splits) -> dict[str, dict[str, str]]:
+    sets = {"train": splits.train, "val": splits.val, "test": splits.test}
+    return {role: {"shown": repr(each), "checksum": each.checksum() if each else "none"} for role, each in sets.items()}
+
+
+def _checksum(stored: Mapping[str, Any]) -> str:
+    return checksum([json.dumps(stored, sort_keys=True).encode()])
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions, threads, device and git commit: what figures depend on beside config and data."""
+    return {
+        **{package: _version(package) for package in PACKAGES},
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "threads": str(torch.get_num_threads()),
+        "device": str(device),
+        "git commit": _git_commit() or "unknown (not a checkout)",
+    }
+
+
+def environment_changes(stored: Mapping[str, Any], device: torch.device) -> list[str]:
+    """What is another version, commit, device or number of threads than in a run's last session."""
+    then, now = stored["sessions"][-1], environment(device)
+    return [f"{name}: {then.get(name)} then, {now[name]} now" for name in now if then.get(name) != now[name]]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a checkout that is used without being installed
+        return "not installed"
+
+
+def _git_commit() -> str:
+    """The commit that this package lies in, with -dirty when files differ from it; empty where it is in no checkout."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists():  # installed somewhere, perhaps below another project's checkout
+        return ""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=checkout, check=False).stdout.strip()
+    except FileNotFoundError:  # no git on this machine
+        return ""

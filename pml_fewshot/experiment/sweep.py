@@ -1,0 +1,89 @@
+"""sweep: several experiments under one budget, in one table; called again, it continues where it was interrupted."""
+
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import tyro
+from filelock import FileLock
+
+from pml_fewshot.checks import LockedError, UsageError, check_choice
+from pml_fewshot.evaluation.table import ResultTable
+from pml_fewshot.experiment.command_line import SharedOptions, one_line_errors
+from pml_fewshot.experiment.config import ExperimentConfig
+from pml_fewshot.experiment.run import run
+from pml_fewshot.training.interruption import TrainingInterrupted
+
+
+def sweep(configs: Sequence[ExperimentConfig], folder: str | Path, only: Sequence[str] = ()) -> ResultTable:
+    """Runs every experiment in a folder of its own below `folder`, and returns one table, the best first.
+
+    The table is written after each experiment, as results.md and the rest. Called again with the same folder it reads
+    what is finished, resumes what was interrupted and tries again what failed: an experiment that fails is a line that
+    says why, and the next one begins.
+
+    Args:
+        configs: the experiments.
+        folder: of the sweep.
+        only: names of those to run; all when empty. What is finished of the others is in the table.
+
+    Raises:
+        UsageError: two experiments have one name.
+        TrainingInterrupted: (a KeyboardInterrupt) Ctrl-C or SIGTERM; the same call continues.
+    """
+    names = [config.name for config in configs]
+    if len(set(names)) < len(names):
+        raise UsageError(f"expected names that are all different, got {names}; rename the experiments")
+    folder = Path(folder)
+    to_run = [c for c in configs if not only or c.name in only or (folder / c.name / "figures.csv").exists()]
+    failures: dict[str, str] = {}
+    elsewhere: list[str] = []
+    table = ResultTable()
+    for number, config in enumerate(to_run, start=1):
+        print(f"\n[{number} of {len(to_run)}] {config.name}", flush=True)
+        try:
+            run(replace(config, run_dir=folder / config.name), resume=True)
+        except KeyboardInterrupt as stop:
+            event = stop.event if isinstance(stop, TrainingInterrupted) else "interrupted"
+            raise TrainingInterrupted(event, "the same command again continues") from stop
+        except LockedError:
+            elsewhere.append(config.name)
+        except Exception as error:  # noqa: BLE001 (whatever it is, it must not cost hours of other experiments)
+            traceback.print_exc()
+            failures[config.name] = f"{type(error).__name__}: {error}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):  # another process may run other experiments of this sweep
+            finished = [name for name in names if (folder / name / "figures.csv").exists() and name not in failures]
+            rows = [row for name in finished for row in ResultTable.read(folder / name).rows]
+            running = {name: "another process is running it" for name in elsewhere if name not in finished}
+            table = ResultTable(rows, {**failures, **running}).best_first()
+            table.write(folder)
+    print(f"\n{table}\nwritten to {folder / 'results.md'}")
+    return table
+
+
+@dataclass(frozen=True)
+class _Options(SharedOptions):
+    only: tuple[str, ...] = ()
+    """names of the experiments to run; all when not given"""
+    folder: Path | None = None
+    """folder of the sweep; runs/<name>/<steps>_steps_<episodes>_episodes_seed<seed> when not given"""
+
+
+def sweep_main(name: str, configs: Sequence[ExperimentConfig]) -> ResultTable:
+    """Runs the sweep with what the command line changes of it (`--help` lists the options).
+
+    The same command again continues where it was interrupted: the folder is named by steps, episodes and seed. Exit
+    codes are those of `main`.
+    """
+    names = [each.name for each in fields(SharedOptions)]
+    default = _Options(**{each: getattr(configs[0], each) for each in names})
+    options = tyro.cli(_Options, default=default, description=f"Runs {len(configs)} experiments: {name}.")
+    with one_line_errors():
+        for wanted in options.only:
+            check_choice("the name of an experiment", wanted, [config.name for config in configs])
+        length = f"{options.steps}_steps_{options.num_episodes}_episodes_seed{options.seed}"
+        folder = options.folder or Path("runs") / name / length
+        changes = {each: getattr(options, each) for each in names}
+        return sweep([replace(config, **changes) for config in configs], folder, options.only)

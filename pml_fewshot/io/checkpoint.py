@@ -1,0 +1,128 @@
+"""Checkpoints: the state from which a training resumes (last.pt), and the embedder alone (embedder.safetensors).
+
+Reading never runs code: torch.load with weights_only=True, and safetensors.
+"""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from pml_fewshot.checks import MissingFileError, UsageError
+from pml_fewshot.io.atomic import atomic_write
+from pml_fewshot.io.tensors import checksum, read_tensors, write_tensors
+
+SEAL = b"\npml_fewshot "  # between torch's zip, whose readers ignore what follows it, and the checksum of the zip
+
+
+def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+    """Writes tensors, numbers, texts, lists and dicts atomically, with a checksum; torch.load can read the file."""
+    buffer = io.BytesIO()  # torch.save into a file hides a full disk behind a RuntimeError
+    torch.save(state, buffer)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        file.write(buffer.getbuffer())
+        file.write(SEAL + checksum([buffer.getbuffer()]).encode())
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads what save_checkpoint wrote, onto the CPU, once its checksum is verified.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UsageError: the file is broken, was not written by save_checkpoint, or holds objects other than data (which are
+            not loaded).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingFileError(f"expected a checkpoint at {path}, got no such file; look into the run folder")
+    content, seal, written = path.read_bytes().rpartition(SEAL)
+    if not seal or written != checksum([content]).encode():
+        raise UsageError(
+            f"expected a checkpoint at {path}, got a file that is broken or that this version did not write; use "
+            "another checkpoint or train again"
+        )
+    try:
+        # (a learned distance that has not seen embeddings yet has an UninitializedParameter)
+        with torch.serialization.safe_globals([UninitializedParameter]):
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its unpickler happens to meet
+        raise UsageError(
+            f"expected a checkpoint of tensors, numbers, texts, lists and dicts at {path}, got {_first_line(error)}; "
+            "use a checkpoint that fit wrote"
+        ) from error
+
+
+def export_embedder(path: str | Path, embedder: nn.Module) -> None:
+    """Writes an embedder's weights and buffers as safetensors, which any tool can read, with a checksum.
+
+    Raises:
+        UsageError: its state holds more than tensors.
+    """
+    check_exportable(embedder)
+    # (safetensors refuses tied weights, which share memory)
+    write_tensors(path, {name: value.detach().cpu().clone() for name, value in embedder.state_dict().items()})
+
+
+def check_exportable(embedder: nn.Module) -> None:
+    """Raises a UsageError that names the first entry of the state that is no tensor: safetensors holds nothing else."""
+    for name, value in embedder.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise UsageError(
+                f"expected only tensors in the state of {type(embedder).__name__}, got {name}, a "
+                f"{type(value).__name__}; make it a buffer, or leave it out of get_extra_state"
+            )
+
+
+def load_embedder(path: str | Path, embedder: nn.Module) -> None:
+    """Reads weights that export_embedder wrote into an embedder of the same architecture.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UsageError: the file is broken or has another checksum than was written, or a weight (which is named) is
+            missing, unknown, of another shape or type, or not finite.
+    """
+    stored, _ = read_tensors(path)
+    check_weights(embedder.state_dict(), stored, str(path))
+    for name, value in stored.items():
+        if not torch.isfinite(value).all():
+            raise UsageError(
+                f"expected finite weights in {path}, got NaN or infinity in {name}; use the weights of a training that "
+                "did not diverge"
+            )
+    embedder.load_state_dict(stored)
+
+
+def check_weights(own: Mapping[str, Any], stored: Mapping[str, Any], where: str) -> None:
+    """Raises a UsageError naming the first weight or buffer that is missing, unknown, or of another shape or type.
+
+    Args:
+        own: state_dict of the module that is to have the weights.
+        stored: the weights, by the same names.
+        where: what holds them, for the message.
+    """
+    for name in sorted(own.keys() | stored.keys()):
+        if any(isinstance(weights.get(name), UninitializedParameter) for weights in (own, stored)):
+            continue  # a learned distance has its shape from the first embeddings that it sees
+        expected, got = (_describe(weights, name) for weights in (own, stored))
+        if expected != got:
+            raise UsageError(
+                f"expected {expected} for {name}, got {got} in {where}; build it with the trunk and widths it was "
+                "trained with (config.txt in its run folder names them)"
+            )
+
+
+def _describe(weights: Mapping[str, Any], name: str) -> str:
+    if name not in weights:
+        return "nothing"
+    value = weights[name]
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{value.dtype} of shape {tuple(value.shape)}".removeprefix("torch.")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__

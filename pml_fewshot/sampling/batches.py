@@ -1,0 +1,74 @@
+"""Ordinary labelled batches: what one is made of (BatchSpec) and the batch itself (Batch).
+
+Letters in shapes: B items of a batch, C H W image.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pml_fewshot.checks import UsageError, check_at_least_one, check_labels
+
+
+@dataclass(frozen=True)
+class BatchSpec:
+    """The size of a batch: `classes` classes with `per_class` items each, as PML's losses of pairs and triplets want.
+
+    Raises:
+        UsageError: below 2 classes, below 1 item a class, or other than 1 or 2 views.
+    """
+
+    classes: int
+    """classes in a batch"""
+    per_class: int
+    """items of each class"""
+    views: int = 1
+    """2 for two augmented views of each item, for SelfSupervisedLoss and VICRegLoss"""
+
+    def __post_init__(self) -> None:
+        check_at_least_one("classes", self.classes)
+        check_at_least_one("per_class", self.per_class)
+        if self.classes < 2:
+            raise UsageError(
+                f"expected at least 2 classes in a batch, got {self.classes}; there is none to compare with"
+            )
+        if self.views not in (1, 2):
+            raise UsageError(f"expected 1 or 2 views, got {self.views}; use 2 for self-supervised losses, else 1")
+
+    @property
+    def size(self) -> int:
+        """Items in a batch."""
+        return self.classes * self.per_class
+
+    def __str__(self) -> str:
+        return f"{self.classes} classes with {self.per_class} items each"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Labelled images.
+
+    Args:
+        images: (B, C, H, W) floats in [0, 1].
+        labels: (B,) int64, the data set's own.
+        other_view: (B, C, H, W) the same images augmented another time, or None.
+    """
+
+    images: Tensor
+    labels: Tensor
+    other_view: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4:
+            raise UsageError(f"expected images (B, C, H, W), got {tuple(self.images.shape)}; stack them")
+        check_labels(self.labels, len(self.images), "a batch's")
+
+    @property
+    def classes(self) -> Tensor:
+        """The classes of its items, to be named in messages."""
+        return self.labels
+
+    def to(self, device: torch.device | str) -> "Batch":
+        other = self.other_view.to(device, non_blocking=True) if self.other_view is not None else None
+        return Batch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), other)

@@ -1,0 +1,97 @@
+"""Drawing without replacement, for thousands of rows at once: numbers, and classes with their items."""
+
+import torch
+from torch import Tensor
+
+from pml_fewshot.checks import UsageError, check_enough_items, check_labels
+
+SMALL = 32  # numbers; up to here Omniglot's classes, of 20 items, and episodes of 32 ways
+MAX_SHUFFLED = 2**22  # numbers in arrays that are shuffled at a time: 32 MiB
+
+
+def draw_without_replacement(sizes: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draws `count` distinct numbers below each size, in uniformly random order, for all rows at once.
+
+    A Fisher-Yates shuffle stopped after `count` steps. Few numbers of large sets are drawn with the displaced slots
+    remembered instead of the whole array, at a cost of count ** 2 whatever the sizes: 50,000 rows of 16 take about 15
+    ms on two cores whether the classes hold 40 items or 40 million. Small sets (6 ms), and many numbers (an episode of
+    1,692 ways in 0.05 s), are drawn from the array itself. The numbers come from the generator's own device, so a CPU
+    generator gives the same draw whatever the device of `sizes`.
+
+    Args:
+        sizes: (R,) int64, each at least `count`.
+        count: numbers to draw for each row.
+        generator: source of all randomness.
+
+    Returns:
+        (count, R) int64: the i-th number drawn for every row.
+    """
+    uniform = torch.rand(count, len(sizes), generator=generator, device=generator.device, dtype=torch.float64)
+    step = torch.arange(count, device=sizes.device).unsqueeze(1)
+    left = sizes.unsqueeze(0) - step
+    # float64 holds 53 random bits, so floor(u * n) < n and its bias is below n / 2**53
+    slot = (uniform.to(sizes.device) * left).long() + step
+    # (a GPU is waited for only where it pays)
+    largest = int(sizes.max()) if len(sizes) and (count > SMALL or not sizes.is_cuda) else SMALL + 1
+    if largest <= SMALL or count > SMALL:
+        blocks = slot.split(max(1, MAX_SHUFFLED // largest), dim=1)
+        return torch.cat([_shuffled(block, largest) for block in blocks], dim=1)
+    drawn = slot.clone()
+    moved = torch.empty_like(slot)  # moved[j]: what step j left behind in slot[j]
+    for i in range(count):
+        displaced = torch.full_like(sizes, i)
+        for j in range(i):
+            drawn[i] = torch.where(slot[j] == slot[i], moved[j], drawn[i])
+            displaced = torch.where(slot[j] == i, moved[j], displaced)
+        moved[i] = displaced
+    return drawn
+
+
+def _shuffled(slot: Tensor, size: int) -> Tensor:
+    """The same numbers from whole arrays of `size` numbers, shuffled in place: its cost grows with `count` alone."""
+    array = torch.arange(size, device=slot.device).unsqueeze(1).repeat(1, slot.shape[1])
+    drawn = torch.empty_like(slot)
+    for i in range(len(slot)):
+        drawn[i] = array.gather(0, slot[i : i + 1])
+        array.scatter_(0, slot[i : i + 1], array[i : i + 1].clone())
+    return drawn
+
+
+class ClassSampler:
+    """Draws distinct classes, and distinct items of each, from labelled items, by batched operations.
+
+    Classes may have different sizes. With the same CPU generator state the same items come out on every machine and
+    device.
+
+    Args:
+        labels: (M,) int64 class of each item, any values.
+        classes: how many classes to draw at a time.
+        per_class: how many items of each.
+        what: what is drawn, for messages.
+
+    Raises:
+        UsageError: labels are not int64, fewer classes than wanted, or a class with fewer than `per_class` items (named
+            by its label).
+    """
+
+    def __init__(self, labels: Tensor, classes: int, per_class: int, what: str) -> None:
+        check_labels(labels, len(labels), "the sampler's")
+        self.classes = classes
+        self.per_class = per_class
+        values, self.counts = torch.unique(labels, return_counts=True)
+        if len(values) < classes:
+            raise UsageError(
+                f"expected at least {classes} classes for {what}, got {len(values)} classes; ask for fewer, or use a "
+                "set with more classes"
+            )
+        check_enough_items(values, self.counts, per_class, what)
+        # Items sorted by class: item i of class c is items[starts[c] + i].
+        self.items = torch.argsort(labels, stable=True)
+        self.starts = self.counts.cumsum(0) - self.counts
+
+    def draw(self, times: int, generator: torch.Generator) -> Tensor:
+        """Draws `times` times: (times, classes, per_class) indices into the labels."""
+        num_classes = torch.full((times,), len(self.counts), device=self.items.device)
+        drawn = draw_without_replacement(num_classes, self.classes, generator).T.flatten()  # (times * classes,)
+        rank = draw_without_replacement(self.counts[drawn], self.per_class, generator)
+        return self.items[rank + self.starts[drawn]].T.reshape(times, self.classes, self.per_class)

@@ -1,0 +1,80 @@
+"""EpisodeStream: the endless sequence of training episodes, drawn and augmented on the data's device."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pml_fewshot.checks import check_at_least_one
+from pml_fewshot.data.dataset import FewShotDataset
+from pml_fewshot.sampling.episodes import Episode, EpisodeIndex, EpisodeSampler, EpisodeSpec
+
+PREFETCH_BATCHES = 64  # drawing 64 60-way episodes costs 25 ms, about what drawing one would
+
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class EpisodeStream:
+    """Yields training episodes without end.
+
+    Args:
+        dataset: images to draw from, on the device of the training.
+        spec: size of an episode.
+        seed: of the episodes and their augmentation.
+        augment: `augment(images (B, C, H, W), generator) -> images`, applied to support and query alike; none when
+            None.
+        episodes_per_batch: episodes in a batch, the E of an Episode.
+
+    `state_dict()` and `load_state_dict()` let a run resume with the very episode that would have come next.
+    """
+
+    def __init__(
+        self,
+        dataset: FewShotDataset,
+        spec: EpisodeSpec,
+        seed: int,
+        augment: Augmentation | None = None,
+        episodes_per_batch: int = 1,
+    ) -> None:
+        check_at_least_one("episodes_per_batch", episodes_per_batch)
+        self.dataset = dataset
+        self.augment = augment
+        self.episodes_per_batch = episodes_per_batch
+        episodes_seed, augmentation_seed = torch.randint(2**62, (2,), generator=torch.Generator().manual_seed(seed))
+        self.augmentation_generator = torch.Generator().manual_seed(int(augmentation_seed))
+        self.sampler = EpisodeSampler(dataset.labels, spec, torch.Generator().manual_seed(int(episodes_seed)))
+        self._block_state = self.sampler.generator.get_state()
+        self._block: EpisodeIndex | None = None
+        self._position = 0  # batches of the block that have been yielded
+
+    def __iter__(self) -> Iterator[Episode]:
+        return self
+
+    def __next__(self) -> Episode:
+        if self._block is None or self._position == PREFETCH_BATCHES:
+            self._block_state = self.sampler.generator.get_state()
+            self._block = self.sampler.sample(PREFETCH_BATCHES * self.episodes_per_batch)
+            self._position = 0
+        start = self._position * self.episodes_per_batch
+        self._position += 1
+        index = self._block[start : start + self.episodes_per_batch]
+        shots = index.support.shape[2]
+        images = self.dataset.floats(torch.cat([index.support, index.query], dim=2))  # (E, W, K+Q, C, H, W)
+        if self.augment is not None:
+            images = self.augment(images.flatten(0, 2), self.augmentation_generator).reshape(images.shape)
+        return Episode(images[:, :, :shots], images[:, :, shots:], self.dataset.labels[index.support[:, :, 0]])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "block_state": self._block_state,
+            "position": self._position,
+            "augmentation_state": self.augmentation_generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sampler.generator.set_state(state["block_state"])
+        self._block_state = state["block_state"]
+        self._block = self.sampler.sample(PREFETCH_BATCHES * self.episodes_per_batch)
+        self._position = state["position"]
+        self.augmentation_generator.set_state(state["augmentation_state"])

@@ -1,0 +1,126 @@
+"""Episodes: what one is (EpisodeSpec, Episode) and how thousands are drawn at once (EpisodeSampler).
+
+Letters in shapes, here and everywhere: E episodes, W ways, K shots, Q queries per class, N = W*Q, M items.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pml_fewshot.checks import UsageError, check_at_least_one
+from pml_fewshot.sampling.class_sampler import ClassSampler
+
+
+@dataclass(frozen=True)
+class EpisodeSpec:
+    """The size of an episode: `ways` classes with `shots` support items and `queries` query items each.
+
+    Raises:
+        UsageError: (a ValueError) one of the three is not an integer of at least 1.
+    """
+
+    ways: int
+    """classes in an episode"""
+    shots: int
+    """support items of each class"""
+    queries: int
+    """query items of each class"""
+
+    def __post_init__(self) -> None:
+        check_at_least_one("ways", self.ways)
+        check_at_least_one("shots", self.shots)
+        check_at_least_one("queries", self.queries)
+
+    def __str__(self) -> str:
+        return f"{self.ways}-way {self.shots}-shot {self.queries}-query"
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A batch of episodes as tensors; labels are implied by the class axis.
+
+    Args:
+        support: (E, W, K, *item) floats, images in [0, 1].
+        query: (E, W, Q, *item) likewise.
+        classes: (E, W) int64, the data set's labels of the classes, to be named in messages; None where unknown.
+    """
+
+    support: Tensor
+    query: Tensor
+    classes: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        s, q = self.support.shape, self.query.shape
+        if len(s) < 4 or len(q) < 4 or s[:2] != q[:2] or s[3:] != q[3:]:
+            raise UsageError(
+                "expected support (E, W, K, *item) and query (E, W, Q, *item) with the same E, W and item shape, got "
+                f"{tuple(s)} and {tuple(q)}; stack the episodes along the first axis and the classes along the second"
+            )
+
+    def to(self, device: torch.device | str) -> "Episode":
+        classes = self.classes.to(device, non_blocking=True) if self.classes is not None else None
+        return Episode(self.support.to(device, non_blocking=True), self.query.to(device, non_blocking=True), classes)
+
+
+@dataclass(frozen=True)
+class EpisodeIndex:
+    """Episodes as indices into a data set: support (E, W, K) and query (E, W, Q), int64."""
+
+    support: Tensor
+    query: Tensor
+
+    def __len__(self) -> int:
+        return len(self.support)
+
+    def __getitem__(self, episodes: slice) -> "EpisodeIndex":
+        return EpisodeIndex(self.support[episodes], self.query[episodes])
+
+    def to(self, device: torch.device | str) -> "EpisodeIndex":
+        return EpisodeIndex(self.support.to(device, non_blocking=True), self.query.to(device, non_blocking=True))
+
+    def hash(self, fingerprint: str = "") -> str:
+        """16 hex digits that identify this list of episodes: equal hashes mean the same items in the same roles.
+
+        Args:
+            fingerprint: of the data set that the indices point into; without it only the indices are identified.
+        """
+        digest = hashlib.blake2b(fingerprint.encode(), digest_size=8)
+        for part in (self.support, self.query):
+            digest.update(str(tuple(part.shape)).encode())
+            digest.update(part.cpu().contiguous().numpy().astype("<i8", copy=False).data)
+        return digest.hexdigest()
+
+
+class EpisodeSampler:
+    """Draws episodes from labelled items: classes without replacement, then their items without replacement.
+
+    All episodes of a call are drawn at once, on the labels' device. Classes may have different sizes. With the same CPU
+    generator state the same episodes come out on every machine and device.
+
+    Args:
+        labels: (M,) int64 class of each item, any values.
+        spec: the episodes' size.
+        generator: source of all randomness; its state moves on with each call.
+
+    Raises:
+        UsageError: labels are not int64, fewer classes than ways, or a class with fewer than shots + queries items
+            (named by its label).
+    """
+
+    def __init__(self, labels: Tensor, spec: EpisodeSpec, generator: torch.Generator) -> None:
+        self.spec = spec
+        self.generator = generator
+        self.classes = ClassSampler(labels, spec.ways, spec.shots + spec.queries, str(spec))
+
+    def sample(self, num_episodes: int) -> EpisodeIndex:
+        """Draws `num_episodes` episodes.
+
+        Returns:
+            EpisodeIndex(support (E, W, K), query (E, W, Q)), indices into the labels. Within an episode the classes
+            are distinct, and support and query are disjoint.
+        """
+        check_at_least_one("num_episodes", num_episodes)
+        index = self.classes.draw(num_episodes, self.generator)
+        return EpisodeIndex(index[..., : self.spec.shots], index[..., self.spec.shots :])

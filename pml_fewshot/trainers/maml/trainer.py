@@ -1,0 +1,245 @@
+"""MAMLTrainer: initial weights from which a few gradient steps learn a new task (Finn et al. 2017)."""
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pytorch_metric_learning.distances import BaseDistance
+from torch import Tensor, nn
+
+from pml_fewshot.checks import UsageError, check_at_least_one, check_choice
+from pml_fewshot.data.dataset import FewShotDataset, Splits
+from pml_fewshot.embedders.eval_mode import eval_mode
+from pml_fewshot.evaluation.heads import Head
+from pml_fewshot.instantiate import Part, instantiate
+from pml_fewshot.sampling.batches import BatchSpec
+from pml_fewshot.sampling.episodes import Episode, EpisodeSpec
+from pml_fewshot.trainers.base import FewShotTrainer
+from pml_fewshot.trainers.maml.autograd import WithGradient
+from pml_fewshot.trainers.maml.inner_loop import InnerLoop, LearnedRates, Parallel, TaskLoss, as_task_loss, task_losses
+from pml_fewshot.trainers.maml.task_parallel import Weights, labels_of, max_tasks_per_chunk
+from pml_fewshot.trainers.pml_compat import distance_of
+
+BatchNorm = Literal["transductive", "inductive"]
+Learned = tuple[Tensor, Sequence[Tensor], Tensor, Tensor]  # summed loss, its gradients, logits and labels
+
+
+class MAMLTrainer(FewShotTrainer):
+    """Trains a classifier's weights such that a few gradient steps on a support set make it classify the queries.
+
+    The network is called functionally (`torch.func`): no task patches, copies or changes it. What a task would change
+    in its buffers is thrown away, and batch norm uses the statistics of the batch at hand, never running ones.
+
+    Args:
+        network: module from images (B, *item) to logits (B, W), such as
+            `nn.Sequential(Conv4(in_channels=1), nn.Linear(64, 5))`.
+        inner_lr: learning rate of the inner loop; the paper has 0.4 for Omniglot and 0.01 for miniImageNet.
+        inner_steps: gradient steps of the inner loop in training.
+        eval_inner_steps: those at test time; `inner_steps` when None.
+        first_order: leave out the second derivatives (the paper's section 5.2): less time and memory.
+        learn_inner_lr: train the inner learning rates too, one "per_layer" or "per_layer_per_step" (MAML++). A layer is
+            a module with its weight and bias; steps beyond those of training use the last step's.
+        loss: of the queries, a function or module `loss(outputs, labels)`, any PML loss too; cross-entropy when None.
+        batch_norm: "transductive" normalizes a query by the statistics of all queries of the episode, as the paper's
+            figures do, which are higher for it. "inductive" takes those of the support set, so that the other queries
+            do not matter. The support set is normalized by its own in both. (Statistics over a batch that a network
+            takes without `F.batch_norm` are not seen.)
+        task_chunk: tasks run at a time, each chunk with its own backward pass, so that memory does not grow with the
+            batch: when None up to 8 on a CPU and 64 on a GPU, fewer of large images. 1 needs the least memory.
+        inner_loss: of the support set; `loss` when None. Parameters of its own are trained by second order alone.
+        step_weights: weight of the queries' loss after each inner step (MAML++'s multi-step loss); when None only
+            the loss after the last step counts.
+        checkpoint_steps: keep nothing of an inner step but its weights, and recompute it in the backward pass.
+        adapt: what the inner loop changes, as beginnings of parameters' names; everything when None. The head alone,
+            `("1.",)` in the network above, is ANIL (Raghu et al. 2020).
+        reptile: move the weights towards the adapted ones instead of along MAML's gradient (Nichol et al. 2018). The
+            inner loop then takes support and queries together, all of them in each step.
+        head: classifies queries by adapted embeddings, for a network that gives those (`nearest_prototype` and others);
+            None where it gives logits.
+        parallel: how a chunk of tasks is run: "grouped" convolutions, "vmap" or a "loop", all with the same gradients.
+            "auto" is vmap on a GPU and grouped on a CPU where the network allows them, else the loop.
+
+    Frozen parameters are neither adapted nor trained. Dropout draws from torch's global generator, so its draws depend
+    on the size of chunks and the way to run tasks; it is off in `classify`. A step waits for a GPU only in the first
+    forward pass, to try out how the network can be run and, with one shot, to see that the inner loss learns.
+
+    Raises:
+        UsageError: an option out of range, options that exclude each other, nothing to adapt.
+
+    Source: Finn, Abbeel and Levine 2017, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks";
+    MAML++ is Antoniou, Edwards and Storkey 2019, "How to train your MAML".
+    """
+
+    def __init__(
+        self,
+        network: Part[nn.Module],
+        inner_lr: float,
+        inner_steps: int = 1,
+        eval_inner_steps: int | None = None,
+        first_order: bool = False,
+        learn_inner_lr: LearnedRates | None = None,
+        loss: TaskLoss | None = None,
+        batch_norm: BatchNorm = "transductive",
+        task_chunk: int | None = None,
+        inner_loss: TaskLoss | None = None,
+        step_weights: Sequence[float] | None = None,
+        checkpoint_steps: bool = False,
+        adapt: Sequence[str] | None = None,
+        reptile: bool = False,
+        head: Head | None = None,
+        parallel: Parallel = "auto",
+    ) -> None:
+        super().__init__()
+        check_at_least_one("inner_steps", inner_steps)
+        check_at_least_one("eval_inner_steps", inner_steps if eval_inner_steps is None else eval_inner_steps)
+        check_at_least_one("task_chunk", 1 if task_chunk is None else task_chunk)
+        check_choice("batch_norm", batch_norm, ("transductive", "inductive"))
+        if reptile and (learn_inner_lr or step_weights or first_order or checkpoint_steps or adapt):
+            others = "learn_inner_lr, step_weights, first_order, checkpoint_steps or adapt"
+            raise UsageError(f"expected reptile alone, got it with {others}; leave out what is of MAML's gradient")
+        self.step_weights = [0.0] * (inner_steps - 1) + [1.0] if step_weights is None else list(step_weights)
+        if len(self.step_weights) != inner_steps or not min(self.step_weights) >= 0 < sum(self.step_weights):
+            wanted = f"{inner_steps} step_weights of at least 0, and not all of them 0"
+            raise UsageError(f"expected {wanted}, got {step_weights}; give one for each of the inner_steps")
+        built = instantiate(network)
+        if not isinstance(built, nn.Module):
+            raise UsageError(f"expected network as an nn.Module, got {built!r}; call it, or wrap it in partial")
+        self.loss = as_task_loss(F.cross_entropy if loss is None else loss)
+        support_loss = self.loss if inner_loss is None else as_task_loss(inner_loss)
+        self.inner = InnerLoop(
+            built, support_loss, head is None, inner_lr, inner_steps, learn_inner_lr, adapt, checkpoint_steps, parallel
+        )
+        self.inner_steps, self.eval_inner_steps = inner_steps, eval_inner_steps or inner_steps
+        self.first_order, self.reptile = first_order, reptile
+        self.batch_norm, self.task_chunk, self.head = batch_norm, task_chunk, head
+        self._last_accuracy: Tensor | None = None
+
+    @property
+    def network(self) -> nn.Module:
+        return self.inner.network
+
+    @property
+    def distance(self) -> BaseDistance | None:
+        return distance_of(self.loss) if isinstance(self.loss, nn.Module) else None
+
+    @property
+    def divergence_hint(self) -> str:
+        return f"lower the inner learning rate ({self.inner.inner_lr:g})"
+
+    @property
+    def transductive(self) -> bool:
+        """Whether the queries of an episode inform each other: through the statistics of batch norm."""
+        return self.inner.normalizes and self.batch_norm == "transductive"
+
+    def with_batch_norm(self, batch_norm: BatchNorm) -> "MAMLTrainer":
+        """The same weights under one or the other protocol, so that both can be reported."""
+        check_choice("batch_norm", batch_norm, ("transductive", "inductive"))
+        other = copy.copy(self)
+        other.batch_norm = batch_norm
+        return other
+
+    def forward(self, batch: Episode) -> Tensor:
+        """Returns the mean loss over the tasks of a batch of episodes.
+
+        Its gradient is computed here, one chunk of tasks after the other, and handed on by `backward()`.
+        """
+        if not isinstance(batch, Episode):
+            raise UsageError(f"expected an Episode, got a {type(batch).__name__}; use train_spec=EpisodeSpec(...)")
+        tasks, chunk = len(batch.support), self.task_chunk or max_tasks_per_chunk(batch.support, batch.query)
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        sums = [torch.zeros_like(parameter) for parameter in parameters]
+        total, accuracies = batch.query.new_zeros(()), []
+        for support, query in zip(batch.support.split(chunk), batch.query.split(chunk), strict=True):
+            with torch.enable_grad():
+                learn = self._reptile if self.reptile else self._maml
+                loss, gradients, logits, labels = learn(support, query, parameters)
+            total += loss.detach()
+            accuracies.append((logits.argmax(dim=2) == labels).float().mean(dim=1))
+            for summed, gradient in zip(sums, gradients, strict=True):
+                summed += gradient
+        self._last_accuracy = torch.cat(accuracies).mean()
+        return WithGradient.apply(total / tasks, [summed / tasks for summed in sums], *parameters)
+
+    def _maml(self, support: Tensor, query: Tensor, parameters: list[nn.Parameter]) -> Learned:
+        """The summed loss of T tasks, support (T, W, K, *item) and query (T, W, Q, *item)."""
+        queries, labels = query.flatten(1, 2), labels_of(query)
+        loss = query.new_zeros(())
+        start = self.inner.weights(len(support))
+        steps = self.inner.steps(start, support, self.inner_steps, second_order=not self.first_order)
+        for step_weight, weights in zip(self.step_weights, steps, strict=True):
+            if step_weight > 0:
+                final, outputs = weights, self._query_outputs(weights, support, queries)
+                loss = loss + step_weight * task_losses(self.loss, outputs, labels).sum()
+        with torch.no_grad():
+            logits = self._logits(final, support, outputs).detach()
+        return loss, torch.autograd.grad(loss, parameters, materialize_grads=True), logits, labels
+
+    def _reptile(self, support: Tensor, query: Tensor, parameters: list[nn.Parameter]) -> Learned:
+        """Likewise; the step from the adapted weights back to the start is the gradient (Nichol et al. 2018, eq. 2)."""
+        images = torch.cat([support, query], dim=2)
+        labels = labels_of(images)
+        with torch.no_grad():
+            start = self.inner.weights(len(images))
+            end = self.inner.adapt_to(images, self.inner_steps)
+            moved = {id(p): (start[name] - end[name]).sum(dim=0) for name, p in self.network.named_parameters()}
+            outputs = self.inner.outputs(end, images.flatten(1, 2), images.shape[1])
+            loss = task_losses(self.loss, outputs, labels).sum()
+            logits = self._logits(end, images, outputs)
+        return loss, [moved.get(id(p), torch.zeros_like(p)) for p in parameters], logits, labels
+
+    def bank(self, dataset: FewShotDataset) -> Tensor:
+        """A whole set's images, (M, *item) uint8: each episode adapts to its own."""
+        return dataset.images.to(next(self.parameters()).device)
+
+    def classify(self, support: Tensor, query: Tensor, inner_steps: int | None = None) -> Tensor:
+        """Adapts to support (E, W, K, *item) and scores queries (E, N, *item): logits (E, N, W).
+
+        Images are floats in [0, 1]. `inner_steps` is `eval_inner_steps` when None; 0 leaves the weights as they are.
+        """
+        steps = self.eval_inner_steps if inner_steps is None else inner_steps
+        if steps < 0:
+            raise UsageError(
+                f"expected inner_steps of at least 0, got {steps}; 0 classifies by the weights as they are"
+            )
+        if torch.is_inference_mode_enabled():
+            raise UsageError("expected no torch.inference_mode(), for classify takes gradients; use torch.no_grad()")
+        chunk = self.task_chunk or max_tasks_per_chunk(support, query)
+        logits = []
+        with eval_mode(self), torch.no_grad():
+            for own, queries in zip(support.split(chunk), query.split(chunk), strict=True):
+                weights = self.inner.adapt_to(own, steps)
+                logits.append(self._logits(weights, own, self._query_outputs(weights, own, queries)))
+        return torch.cat(logits)
+
+    def accuracy(self, batch: Episode) -> Tensor | None:
+        """The accuracy on the queries (Reptile: on all images) of the episodes last given to `forward`, a scalar."""
+        return self._last_accuracy
+
+    def check(self, splits: Splits, specs: Sequence[EpisodeSpec | BatchSpec]) -> None:
+        """Raises a UsageError where the network, made for so many ways, does not fit the episodes of a spec."""
+        for spec in specs:
+            if not isinstance(spec, EpisodeSpec):
+                raise UsageError(f"expected train_spec as an EpisodeSpec, got {spec}; MAML trains on episodes")
+            images = torch.rand(1, spec.ways, 1, *splits.test.item_shape, generator=torch.Generator().manual_seed(0))
+            images = images.to(next(self.parameters()))
+            self.classify(images, images.squeeze(2), inner_steps=0)
+
+    def exports(self) -> dict[str, nn.Module]:
+        return {"network.safetensors": self.network}
+
+    def loss_parameters(self) -> Iterable[nn.Parameter]:
+        return self.loss.parameters() if isinstance(self.loss, nn.Module) else ()
+
+    def _query_outputs(self, weights: Weights, support: Tensor, query: Tensor) -> Tensor:
+        """Outputs (T, N, D) for queries (T, N, *item) by the weights of T tasks with support (T, W, K, *item)."""
+        normalized_by = support.flatten(1, 2) if self.batch_norm == "inductive" else None
+        return self.inner.outputs(weights, query, support.shape[1], normalized_by)
+
+    def _logits(self, weights: Weights, support: Tensor, outputs: Tensor) -> Tensor:
+        """Queries' outputs (T, N, D) as logits (T, N, W)."""
+        if self.head is None:
+            return outputs
+        embedded = self.inner.outputs(weights, support.flatten(1, 2), support.shape[1]).unflatten(1, support.shape[1:3])
+        return self.head(embedded, outputs, self.distance)

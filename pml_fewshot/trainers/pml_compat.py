@@ -1,0 +1,161 @@
+"""What pytorch-metric-learning (PML) 2.9 does not do by itself: a new release of it is one diff in this file.
+
+Its samplers draw from a global generator: that alone is the business of `sampling.batch_stream`.
+"""
+
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+from pytorch_metric_learning import losses
+from pytorch_metric_learning.distances import BaseDistance
+from torch import Tensor, nn
+
+from pml_fewshot.checks import UsageError
+
+WITHOUT_LABELS = (losses.ManifoldLoss, losses.SelfSupervisedLoss, losses.VICRegLoss)
+WITH_LABELS = (losses.BaseMetricLossFunction, losses.MultipleLosses, losses.CrossBatchMemory)  # all others, and ours
+WITH_MEMORY = losses.CrossBatchMemory | losses.DynamicSoftMarginLoss
+REMEMBERED = "remembered"
+
+
+def distance_of(loss: nn.Module) -> BaseDistance | None:
+    """The distance of a PML loss, of the loss within a wrapper, or of the first of MultipleLosses."""
+    if hasattr(loss, "distance"):
+        return loss.distance
+    within = getattr(loss, "loss", None) or getattr(loss, "losses", None)
+    if isinstance(within, nn.ModuleDict | nn.ModuleList):
+        within = next(iter(within.values() if isinstance(within, nn.ModuleDict) else within), None)
+    return distance_of(within) if isinstance(within, nn.Module) else None
+
+
+def num_classes(part: nn.Module) -> int:
+    """For how many classes a PML loss has weights; 0 for any other module."""
+    if not isinstance(part, losses.BaseMetricLossFunction):
+        return 0
+    if isinstance(part, losses.NormalizedSoftmaxLoss):  # it and ProxyNCALoss keep no number
+        return part.W.shape[1]
+    if isinstance(part, losses.ProxyNCALoss):
+        return len(part.proxies)
+    if isinstance(part, losses.MarginLoss):  # one margin, or one for each class
+        return part.beta.numel() if part.beta.numel() > 1 else 0
+    return getattr(part, "num_classes", 0)
+
+
+def check_batch(loss: nn.Module, size: int, largest_label: int) -> None:
+    """Raises a UsageError when a loss has no weights for a batch's largest label, or no memory for its size."""
+    for part in loss.modules():
+        classes = num_classes(part)
+        if classes and largest_label >= classes:
+            raise UsageError(
+                f"expected labels below {classes}, the num_classes of {type(part).__name__}, got label "
+                f"{largest_label}; give it num_classes={largest_label + 1}, len(splits.train.class_names), or more"
+            )
+        if isinstance(part, losses.CrossBatchMemory) and size > part.memory_size:
+            raise UsageError(
+                f"expected batches of at most {part.memory_size}, the memory_size of CrossBatchMemory, got {size} "
+                "items; make the memory larger, of several batches"
+            )
+
+
+def check_supports_ref_emb(loss: nn.Module) -> None:
+    """Raises a UsageError naming the loss when it has no place for a support set, or takes it wrongly."""
+    kind: Any = type(loss)  # (mypy does not know that classes of modules can be hashed)
+    why = _why_no_ref_emb(kind)
+    if why:
+        raise _not_on_episodes(loss, why)
+    if isinstance(loss, losses.MarginLoss):  # the only one that takes a support set and has something of each class
+        check_no_classes_kept(loss)
+
+
+def check_no_classes_kept(loss: nn.Module) -> None:
+    """Raises a UsageError naming the part of a loss that keeps something of each class from step to step.
+
+    The labels of an episode are places in it: the next episode's class 0 is another class.
+    """
+    for part in loss.modules():
+        if isinstance(part, losses.CrossBatchMemory) or num_classes(part):
+            raise _not_on_episodes(part, "it keeps something of each class, and an episode's labels are places in it")
+
+
+def check_remembers_nothing(loss: nn.Module) -> None:
+    """Raises a UsageError naming the part of a loss that would carry something from one task to the next (MAML)."""
+    for part in loss.modules():
+        if isinstance(part, WITH_MEMORY):
+            raise UsageError(
+                f"expected a loss that remembers nothing, got {type(part).__name__}; take another for MAML"
+            )
+
+
+@cache
+def _why_no_ref_emb(kind: Any) -> str:
+    if issubclass(kind, losses.ThresholdConsistentMarginLoss):  # otherwise it would train, on wrong pairs
+        return "PML looks the support's indices up among the queries"
+    arguments = inspect.signature(kind.forward).parameters
+    missing = [name for name in ("labels", "ref_emb", "ref_labels") if name not in arguments]
+    if missing:
+        return f"its forward has no argument {missing[0]}"
+    # A loss refuses by calling one of these; looking for the call tells before the first step, and by no error's text.
+    calls = kind.compute_loss.__code__.co_names if issubclass(kind, losses.BaseMetricLossFunction) else ()
+    refused = {"ref_not_supported": "ref_emb", "labels_not_supported": "labels"}
+    return next((f"it takes no {argument}" for call, argument in refused.items() if call in calls), "")
+
+
+def _not_on_episodes(loss: nn.Module, why: str) -> UsageError:
+    return UsageError(
+        f"expected a loss that compares queries with a support set (PML's ref_emb), got {type(loss).__name__}: {why}; "
+        "train it on ordinary batches, MetricTrainer with train_spec=BatchSpec(classes, per_class), or take a loss of "
+        "pairs, triplets or prototypes"
+    )
+
+
+def zero_without_pairs(module: nn.Module) -> None:
+    """Makes NCALoss, alone or among others, zero for a batch without two items of a class, where PML's is NaN."""
+    for part in module.modules():
+        if isinstance(part, losses.NCALoss) and not isinstance(part, losses.ProxyNCALoss):  # that has its proxies
+            part.register_forward_hook(_zero_without_pairs)
+
+
+def _zero_without_pairs(loss: nn.Module, args: tuple[Any, ...], value: Tensor) -> Tensor:
+    if len(args) != 3:  # (embeddings, labels, mined): with a support set or a memory there is something to compare with
+        return value
+    labels = args[1]
+    pairs = (labels.unsqueeze(1) == labels).sum() - len(labels)
+    return torch.where(pairs > 0, value, torch.zeros_like(value))  # no wait for a GPU
+
+
+def persist_pml_state(module: nn.Module) -> None:
+    """Makes `module.state_dict()` hold what its losses remember and PML leaves out, so that a run can resume.
+
+    Of CrossBatchMemory the place that the next batch goes to, and whether it is full; of DynamicSoftMarginLoss the
+    running histogram.
+    """
+    for part in module.modules():
+        if isinstance(part, WITH_MEMORY):
+            part.register_state_dict_post_hook(_add)
+            part.register_load_state_dict_pre_hook(_take)
+
+
+def _add(loss: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    if isinstance(loss, losses.CrossBatchMemory):
+        state[prefix + REMEMBERED] = torch.tensor([loss.queue_idx, int(loss.has_been_filled)])
+    else:
+        state[prefix + REMEMBERED] = loss.hist_.detach().clone()  # type: ignore[operator]
+
+
+def _take(loss: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    remembered = state.pop(prefix + REMEMBERED, None)
+    if remembered is None:  # two trainers share the loss, and its state was taken already
+        return
+    if isinstance(loss, losses.CrossBatchMemory):
+        loss.queue_idx, loss.has_been_filled = int(remembered[0]), bool(remembered[1])
+    else:
+        loss.hist_ = remembered.clone()
+
+
+def detach_histogram(module: nn.Module) -> None:
+    """DynamicSoftMarginLoss keeps the last step's graph in its histogram: the next backward would fail."""
+    for part in module.modules():
+        if isinstance(part, losses.DynamicSoftMarginLoss):
+            part.hist_ = part.hist_.detach()

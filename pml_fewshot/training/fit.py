@@ -1,0 +1,152 @@
+"""fit: the only training loop."""
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from tqdm import tqdm
+
+from pml_fewshot.checks import ExistingFileError, UsageError, check_at_least_one
+from pml_fewshot.embedders.eval_mode import eval_mode
+from pml_fewshot.evaluation.episodic import EpisodicResult
+from pml_fewshot.io.checkpoint import load_checkpoint
+from pml_fewshot.training.early_stopping import EarlyStopping
+from pml_fewshot.training.interruption import StopOnSignal, TrainingInterrupted
+from pml_fewshot.training.state import RECORDED, History, Recorder, TrainingState
+
+LOG_EVERY = 20  # steps between two readings of the loss, each of which waits for the GPU
+
+
+def fit(
+    trainer: nn.Module,
+    batches: Iterable[Any],
+    optimizer: Optimizer,
+    steps: int,
+    *,
+    scheduler: LRScheduler | ReduceLROnPlateau | None = None,
+    validate: Callable[[], EpisodicResult] | None = None,
+    validate_every: int = 1000,
+    patience: int | None = None,
+    loss_patience: int | None = None,
+    clip_norm: float | None = None,
+    bf16: bool = False,
+    recorder: Recorder | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 500,
+    resume: bool = False,
+    progress: bool = True,
+) -> History:
+    """Trains for `steps` steps; with a validation the trainer ends with the best weights seen, else with the last.
+
+    Args:
+        trainer: `trainer(batch)` is the scalar loss. Where it needs no gradient the step is skipped and counted.
+        batches: as many batches as steps, or an endless stream; each has a method `to(device)`.
+        optimizer: over the trainer's parameters.
+        steps: in all, with those of earlier sessions.
+        scheduler: stepped after every step; ReduceLROnPlateau after every validation, by its error (its accuracy in
+            mode "max"): it ends the training when a rate should fall below its `min_lr`.
+        validate: gives the accuracy on validation episodes, every `validate_every` steps and after the last.
+        patience, loss_patience: end the training early; see EarlyStopping.
+        clip_norm: largest L2 norm of the gradient.
+        bf16: autocast to bfloat16 on CUDA; on a CPU it does not pay.
+        recorder: gets losses, rates and accuracies as "train" and "validation".
+        checkpoint: file of the state to resume from, written after the first step, every `checkpoint_every` steps,
+            after each validation, at the end and when interrupted.
+        resume: continue from `checkpoint` where that file exists. Batches with a `state_dict` continue exactly, a list
+            after what was trained on; any other endless iterator must stand there already.
+        progress: show a bar.
+
+    Ctrl-C or SIGTERM ends training after the current step (and validation); a second one ends it at once.
+
+    Raises:
+        TrainingDiverged: NaN or infinity; names step, learning rate and classes. The checkpoint is of a step before it.
+        TrainingInterrupted: (a KeyboardInterrupt) Ctrl-C or SIGTERM; `checkpoint` holds the last step.
+        CannotWriteError: (an OSError) the disk is full or the folder read-only; `checkpoint` is as it was.
+        UsageError: a wrong option, too few batches, another's checkpoint, or one (FileExistsError) without resume.
+    """
+    plateau = scheduler if isinstance(scheduler, ReduceLROnPlateau) else None
+    stopper = EarlyStopping(validate is not None, patience, loss_patience, plateau)
+    for name, count in {"steps": steps, "validate_every": validate_every, "checkpoint_every": checkpoint_every}.items():
+        check_at_least_one(name, count)
+    if clip_norm is not None and not clip_norm > 0:
+        raise UsageError(f"expected clip_norm above 0, got {clip_norm}; use None not to clip")
+    if not any(parameter.requires_grad for parameter in trainer.parameters()):
+        raise UsageError("expected a parameter to train, got none that requires a gradient; unfreeze some, or evaluate")
+    if resume and checkpoint is None:
+        raise UsageError("expected a checkpoint to resume from, got none; pass checkpoint=...")
+    found = checkpoint is not None and Path(checkpoint).exists()
+    if found and not resume:
+        raise ExistingFileError(f"expected no file at {checkpoint}, got one; pass resume=True, or name another file")
+    device = next(trainer.parameters()).device
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type == "cuda")
+    state = TrainingState(trainer, optimizer, scheduler, batches, stopper)
+    if checkpoint is not None and found:
+        state.load_state_dict(load_checkpoint(checkpoint))
+        if recorder is not None:  # a process that was killed may have recorded more than it saved
+            recorder.forget_after(state.history.steps, RECORDED)
+    history = state.history
+    started = time.perf_counter() - history.seconds
+    source = state.remaining_batches()
+    bar = tqdm(total=steps, initial=history.steps, desc="training", unit="step", disable=not progress, mininterval=1)
+    if not trainer.training:  # else modes stay as they are: a batch norm may have been frozen by hand
+        trainer.train()
+    with bar, StopOnSignal() as signal:
+        stopping = False
+        while history.steps < steps and not state.stopped_early and not stopping:
+            batch = next(source, None)
+            if batch is None:
+                raise UsageError(f"expected {steps} batches, got {history.steps}; lower steps, or pass a stream")
+            rate = float(optimizer.param_groups[0]["lr"])
+            state.note(train_step(trainer, batch.to(device), optimizer, clip_norm, autocast), rate, batch)
+            if scheduler is not None and plateau is None:
+                scheduler.step()
+            bar.update()
+            stopping = signal.received is not None  # asked once, so that the step it ends with is saved
+            validation_due = validate is not None and due(history.steps, validate_every, steps)
+            checkpoint_due = validation_due or history.steps == 1 or due(history.steps, checkpoint_every, steps)
+            log_due = checkpoint_due or due(history.steps, LOG_EVERY, steps)
+
+            if log_due or stopping:
+                state.raise_if_diverged(checkpoint)
+            if log_due:
+                bar.set_postfix(state.log(batch, recorder))
+            if validate is not None and (validation_due or state.stopped_early):
+                with eval_mode(trainer):
+                    result = validate()
+                state.log_validation(result.mean, result.ci95, recorder)
+                stopping = signal.received is not None
+            if checkpoint is not None and (checkpoint_due or stopping or state.stopped_early):
+                history.seconds = time.perf_counter() - started
+                state.save(checkpoint, recorder)
+    history.seconds = time.perf_counter() - started
+    state.restore_best()
+    trainer.eval()
+    if signal.received:
+        where = f", saved in {checkpoint}" if checkpoint else ""
+        raise TrainingInterrupted(f"interrupted by {signal.received.name} after step {history.steps}{where}")
+    return history
+
+
+def train_step(
+    trainer: nn.Module, batch: Any, optimizer: Optimizer, clip_norm: float | None, autocast: torch.autocast
+) -> Tensor | None:
+    """One update of the weights; returns the loss, or None where the batch held nothing to learn from."""
+    optimizer.zero_grad(set_to_none=True)
+    with autocast:
+        loss: Tensor = trainer(batch)
+    if not loss.requires_grad:
+        return None
+    loss.backward()
+    if clip_norm is not None:
+        nn.utils.clip_grad_norm_(trainer.parameters(), clip_norm)
+    optimizer.step()
+    return loss.detach()
+
+
+def due(step: int, every: int, steps: int) -> bool:
+    return step == steps or step % every == 0

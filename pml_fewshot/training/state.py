@@ -1,0 +1,310 @@
+"""What a training has done so far (History) and all that it needs to resume exactly (TrainingState)."""
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from pml_fewshot.checks import UsageError
+from pml_fewshot.io.checkpoint import check_weights, save_checkpoint
+from pml_fewshot.sampling.batch_stream import BatchStream
+from pml_fewshot.sampling.episode_stream import EpisodeStream
+from pml_fewshot.training.early_stopping import EarlyStopping
+from pml_fewshot.training.interruption import TrainingDiverged
+
+FORMAT_VERSION = 3  # of state_dict: raise it when its entries change
+KEYS = {"trainer", "optimizer", "early_stopping", "best", "pending", "history", "kinds"}
+ALL_STEPS = "all steps"  # why a training ended that was not stopped early
+RECORDED = ("train", "validation")  # groups of records
+NAMED_CLASSES = 10  # at most, in the message about a NaN
+
+
+@dataclass
+class History:
+    """What happened in a training.
+
+    Args:
+        losses: (step, mean loss of the steps since the entry before).
+        validations: (step, mean accuracy, half its 95 % interval).
+        best_step: step of the weights that the trainer holds at the end.
+        stopped: why it ended: "all steps", "no improvement", "loss no longer falling" or "learning rate at its
+            lowest".
+        steps: steps taken, over all sessions.
+        skipped: steps among them whose batch held nothing to learn from (no pair for the miner or the loss); the
+            weights stayed as they were.
+        retries: how often it diverged and went back to a checkpoint with a lower learning rate.
+        seconds: time in training and validation, over all sessions.
+    """
+
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    validations: list[tuple[int, float, float]] = field(default_factory=list)
+    best_step: int = 0
+    stopped: str = ALL_STEPS
+    steps: int = 0
+    skipped: int = 0
+    retries: int = 0
+    seconds: float = 0.0
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A trainer, an optimizer, a scheduler, a stream of batches: anything whose state can be saved and restored."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> object: ...
+
+
+class Recorder(Protocol):
+    """Where losses, rates and accuracies are recorded, by group and step."""
+
+    def record(self, group: str, step: int, **values: float) -> None: ...
+
+    def save(self) -> None: ...
+
+    def forget_after(self, step: int, groups: Sequence[str]) -> None: ...
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """What a trainer may tell beside its loss; every FewShotTrainer does."""
+
+    divergence_hint: str
+
+    def accuracy(self, batch: Any) -> Tensor | None: ...
+
+
+class StepRecord(NamedTuple):
+    """A step that learned something, kept until the next log step, because reading its loss waits for the GPU."""
+
+    step: int
+    loss: Tensor
+    learning_rate: float
+    classes: Tensor | None  # labels in its batch, where known
+
+
+class TrainingState:
+    """The trainer, optimizer, scheduler and batches of a training, its history, and the best weights so far."""
+
+    def __init__(
+        self,
+        trainer: nn.Module,
+        optimizer: Stateful,
+        scheduler: Stateful | None,
+        batches: Iterable[Any],
+        stopper: EarlyStopping,
+    ) -> None:
+        self.trainer = trainer
+        self.batches = batches
+        self.stopper = stopper
+        self.parts: dict[str, Stateful] = {"trainer": trainer, "optimizer": optimizer, "early_stopping": stopper}
+        if scheduler is not None:
+            self.parts["scheduler"] = scheduler
+        if isinstance(batches, Stateful):
+            self.parts["batches"] = batches
+        self.history = History()
+        self.best: dict[str, Any] | None = None  # weights of the best validation, or of the lowest loss
+        self.pending: list[StepRecord] = []
+
+    def remaining_batches(self) -> Iterator[Any]:
+        """The batches that follow the steps taken."""
+        source = iter(self.batches)
+        if "batches" not in self.parts and not isinstance(self.batches, Iterator):
+            return islice(source, self.history.steps, None)  # a list starts from its beginning again
+        return source
+
+    def note(self, loss: Tensor | None, learning_rate: float, batch: Any) -> None:
+        """Counts a step; its loss, None where nothing was learned, is read at the next log step."""
+        self.history.steps += 1
+        if loss is None:
+            self.history.skipped += 1
+            return
+        classes = batch.classes if hasattr(batch, "classes") and torch.is_tensor(batch.classes) else None
+        self.pending.append(StepRecord(self.history.steps, loss, learning_rate, classes))
+
+    @property
+    def stopped_early(self) -> bool:
+        return self.history.stopped != ALL_STEPS
+
+    def log(self, batch: Any, recorder: Recorder | None) -> dict[str, str]:
+        """Reads and records the mean loss since the last log step, which waits for the GPU once.
+
+        Returns:
+            What to show of it.
+        """
+        step = self.history.steps
+        values: dict[str, float] = {}
+        if self.pending:
+            values["loss"] = torch.stack([record.loss for record in self.pending]).double().mean().item()
+            accuracy = self.trainer.accuracy(batch) if isinstance(self.trainer, Reporting) else None
+            values |= {} if accuracy is None else {"accuracy": accuracy.item()}
+            self.history.losses.append((step, values["loss"]))
+            if self.stopper.is_best_loss(values["loss"], step):
+                self.keep_weights()
+            if recorder is not None:
+                rate, skipped = self.pending[-1].learning_rate, self.history.skipped
+                recorder.record("train", step, **values, learning_rate=rate, skipped=skipped)
+            self.pending.clear()
+        self.history.stopped = self.stopper.reason_after_log(step) or ALL_STEPS
+        return {name: f"{value:.4f}" for name, value in values.items()}
+
+    def log_validation(self, mean: float, ci95: float, recorder: Recorder | None) -> None:
+        """Records a validation, keeps the weights where it is the best, and stops where it says so."""
+        self.history.validations.append((self.history.steps, mean, ci95))
+        if self.stopper.accuracy.offer(mean, self.history.steps):
+            self.keep_weights()
+        if recorder is not None:
+            recorder.record("validation", self.history.steps, accuracy=mean, ci95=ci95)
+        reason = self.stopper.reason_after_validation(mean)
+        if reason and not self.stopped_early:
+            self.history.stopped = reason
+
+    def raise_if_diverged(self, checkpoint: str | Path | None) -> None:
+        """Raises TrainingDiverged, with the best weights restored, where a loss or weight became NaN or infinite."""
+        if not self.pending:
+            return
+        losses = torch.stack([record.loss for record in self.pending])
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        if not bad and all(p.isfinite().all() for p in self.trainer.parameters()):
+            return
+        names = self.batches.dataset.class_names if isinstance(self.batches, EpisodeStream | BatchStream) else ()
+        record = self.pending[bad[0] if bad else -1]
+        what = f"a loss of {record.loss.item()} at" if bad else "a NaN or infinite weight after"
+        where = f" on a batch of {_listed(record.classes, names)}" if record.classes is not None else ""
+        kept = (
+            f"the last good state is in {checkpoint}" if checkpoint and Path(checkpoint).exists() else "none was kept"
+        )
+        hint = self.trainer.divergence_hint if isinstance(self.trainer, Reporting) else ""
+        self.restore_best()
+        raise TrainingDiverged(
+            f"expected a finite loss, got {what} step {record.step} (learning rate {record.learning_rate:g}){where}; "
+            f"{kept}; lower the learning rate, {hint + ', ' if hint else ''}clip the gradient (clip_norm), let `run` "
+            "retry (retries), or look for NaN in the data"
+        )
+
+    def save(self, checkpoint: str | Path, recorder: Recorder | None) -> None:
+        if recorder is not None:
+            recorder.save()  # first: what is recorded beyond the checkpoint is dropped on resuming
+        save_checkpoint(checkpoint, self.state_dict())
+
+    def keep_weights(self) -> None:
+        """Keeps a copy of the weights as the best so far."""
+        now = self.trainer.state_dict()
+        if self.best is None or self.best.keys() != now.keys():
+            self.best = copy.deepcopy(now)
+        else:
+            for name, value in now.items():
+                if _same_shape(self.best[name], value):
+                    # in place: new tensors at each best would fragment the memory that steps use
+                    self.best[name].copy_(value)
+                else:  # a lazy weight that has its shape now, or what get_extra_state gave
+                    self.best[name] = copy.deepcopy(value)
+        self.history.best_step = self.history.steps
+
+    def restore_best(self) -> None:
+        """Gives the trainer the best weights so far; it keeps the last ones where none were kept."""
+        if self.best is None:
+            self.history.best_step = self.history.steps
+        else:
+            self.trainer.load_state_dict(self.best)
+
+    def state_dict(self) -> dict[str, Any]:
+        history = asdict(self.history)
+        # as tensors: torch.load with weights_only takes seconds for a structure of millions of numbers
+        history["losses"] = torch.tensor(self.history.losses, dtype=torch.float64).reshape(-1, 2)
+        history["validations"] = torch.tensor(self.history.validations, dtype=torch.float64).reshape(-1, 3)
+        return {
+            "format_version": FORMAT_VERSION,
+            "kinds": self._kinds(),
+            **{name: part.state_dict() for name, part in self.parts.items()},
+            "best": self.best,
+            "pending": [list(record) for record in self.pending],
+            "history": history,
+            "torch_generator": torch.get_rng_state(),  # dropout and PML's miners draw from it
+            "cuda_generators": torch.cuda.get_rng_state_all(),  # empty where there is no GPU
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        history = history_of(state)
+        if state["kinds"] != self._kinds():
+            raise UsageError(f"expected the checkpoint's {state['kinds']}, got {self._kinds()}; pass what the run had")
+        check_weights(self.trainer.state_dict(), state["trainer"], "the checkpoint")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.best = state["best"]
+        device = next(self.trainer.parameters()).device
+        self.pending = [
+            StepRecord(step, loss.to(device), rate, classes if classes is None else classes.to(device))
+            for step, loss, rate, classes in state["pending"]
+        ]
+        self.history = history
+        torch.set_rng_state(state["torch_generator"])
+        if state["cuda_generators"] and torch.cuda.is_available():  # a GPU's run may resume on a CPU, and vice versa
+            torch.cuda.set_rng_state_all(state["cuda_generators"][: torch.cuda.device_count()])
+
+    def _kinds(self) -> dict[str, str]:
+        """Classes of all parts but the trainer: another would take the state silently, or fail over it in a step."""
+        return {name: type(part).__qualname__ for name, part in self.parts.items() if name != "trainer"}
+
+
+def history_of(state: dict[str, Any]) -> History:
+    """The history in a training's state_dict.
+
+    Raises:
+        UsageError: it is the state of something else, or of another version.
+    """
+    version = state.get("format_version", "none (pml_fewshot 0.5 or before)")
+    if version != FORMAT_VERSION:
+        raise UsageError(
+            f"expected a training's checkpoint of format {FORMAT_VERSION}, got format {version}; resume with the "
+            "version that wrote it (config.txt names it), or start a new run"
+        )
+    missing = sorted(KEYS - state.keys())
+    if missing:
+        raise UsageError(f"expected a training's checkpoint, got one without {', '.join(missing)}; use another file")
+    stored = dict(state["history"])
+    stored["losses"] = [(int(step), loss) for step, loss in stored["losses"].tolist()]
+    stored["validations"] = [(int(step), mean, ci95) for step, mean, ci95 in stored["validations"].tolist()]
+    return History(**stored)
+
+
+def load_trained(trainer: nn.Module, state: dict[str, Any]) -> None:
+    """Gives a trainer the weights that a finished training ends with: the best validated, else the last."""
+    history_of(state)
+    weights = state["trainer"] if state["best"] is None else state["best"]
+    check_weights(trainer.state_dict(), weights, "the checkpoint")
+    trainer.load_state_dict(weights)
+
+
+def lower_learning_rate(state: dict[str, Any], factor: float) -> None:
+    """Multiplies the learning rates in a training's state_dict, of optimizer and scheduler, and counts a retry."""
+    for group in state["optimizer"]["param_groups"]:
+        group |= {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
+    schedulers = [state.get("scheduler", {})]
+    for scheduler in schedulers:
+        for name in ("base_lrs", "_last_lr"):
+            if name in scheduler:
+                scheduler[name] = [rate * factor for rate in scheduler[name]]
+        schedulers += scheduler.get("_schedulers", [])  # of SequentialLR and ChainedScheduler
+    state["history"]["retries"] += 1
+
+
+def _same_shape(kept: Any, now: Any) -> bool:
+    if not torch.is_tensor(kept) or not torch.is_tensor(now):
+        return False
+    return not is_lazy(kept) and not is_lazy(now) and kept.shape == now.shape
+
+
+def _listed(classes: Tensor, names: Sequence[str]) -> str:
+    labels = classes.unique().tolist()
+    listed = ", ".join(
+        f"{label} {names[label]}" if label < len(names) else str(label) for label in labels[:NAMED_CLASSES]
+    )
+    more = f" and {len(labels) - NAMED_CLASSES} more" if len(labels) > NAMED_CLASSES else ""
+    return f"class{'es' if len(labels) > 1 else ''} {listed}{more}"

@@ -1,0 +1,26 @@
+"""What several tests of loaders need."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pml_fewshot.data.dataset import FewShotDataset, Splits
+
+
+def entries(cache: Path) -> list[str]:
+    """The cache's entries and whatever else lies there, hidden too, but for the locks."""
+    names = os.listdir(cache) if cache.exists() else []  # noqa: PTH208
+    return sorted(name for name in names if not name.endswith("-lock"))
+
+
+def parts(splits: Splits) -> dict[str, FewShotDataset]:
+    return {name: part for name in ("train", "val", "test") if (part := getattr(splits, name)) is not None}
+
+
+def real_root(file: str) -> Path:
+    """The folder of the real data sets; skips where the file is not there."""
+    root = Path(os.environ.get("PML_FEWSHOT_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+    if not (root / file).is_file():
+        pytest.skip(f"no {file} in {root}; set PML_FEWSHOT_DATA to the data folder")
+    return root

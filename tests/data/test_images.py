@@ -1,0 +1,243 @@
+"""read_image: every mode, against values computed by hand from the pixels written; read_images and open_images."""
+
+import struct
+import warnings
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pml_fewshot.checks import UsageError
+from pml_fewshot.data import images
+from pml_fewshot.data.images import BrokenImageError, open_images, read_image, read_images
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    file = BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def noise(height: int, width: int, *channels: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, *channels), dtype=np.uint8)
+
+
+def test_an_image_of_the_right_size_passes_unchanged_with_channels_first():
+    pixels = noise(84, 84, 3)
+    image = read_image(saved(Image.fromarray(pixels)), 84, 3, "f")
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image, pixels.transpose(2, 0, 1))
+    gray = saved(Image.fromarray(pixels[:, :, 0]))
+    np.testing.assert_array_equal(read_image(gray, 84, 1, "f"), pixels[None, :, :, 0])
+    np.testing.assert_array_equal(read_image(gray, 84, 3, "f"), np.stack([pixels[:, :, 0]] * 3))
+    bits = pixels[:, :, 0] > 127
+    np.testing.assert_array_equal(read_image(saved(Image.fromarray(bits)), 84, 1, "f")[0], bits * np.uint8(255))
+
+
+@pytest.mark.parametrize(
+    ("mode", "color", "kind", "options", "expected"),
+    [
+        ("P", 1, "PNG", {}, GREEN),
+        ("P", 1, "GIF", {}, GREEN),
+        ("P", 1, "PNG", {"transparency": 1}, WHITE),
+        ("P", 1, "PNG", {"transparency": 0}, GREEN),
+        ("P", 1, "PNG", {"transparency": bytes([255, 51])}, (204, 255, 204)),  # 51 / 255 = a fifth, four fifths white
+        ("RGBA", (*RED, 255), "PNG", {}, RED),
+        ("RGBA", (*RED, 51), "PNG", {}, (255, 204, 204)),
+        ("LA", (0, 51), "PNG", {}, (204, 204, 204)),
+        ("RGB", RED, "PNG", {"transparency": RED}, WHITE),
+        ("CMYK", (0, 255, 255, 0), "TIFF", {}, RED),
+    ],
+)
+def test_palettes_are_looked_up_transparent_parts_laid_on_white_and_cmyk_converted(
+    mode: str, color: tuple[int, ...], kind: str, options: dict[str, object], expected: tuple[int, ...]
+):
+    image = Image.new(mode, (2, 2), color)
+    if mode == "P":
+        image.putpalette([*RED, *GREEN, *BLUE])
+    content = saved(image, kind, **options)
+    assert tuple(read_image(content, 2, 3, "f")[:, 0, 0]) == expected
+    luma = expected[0] * 0.299 + expected[1] * 0.587 + expected[2] * 0.114
+    assert read_image(content, 2, 1, "f")[0, 0, 0] == pytest.approx(luma, abs=1)
+
+
+SIXTEEN = np.array([[0, 257, 128], [129, 32768, 65535], [65406, 65407, 300]], dtype=np.uint16)
+EIGHT = np.array([[0, 1, 0], [1, 128, 255], [254, 255, 1]])  # nearest to value / 257
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "32-bit TIFF"])  # Pillow opens the first two as I;16, then as I
+def test_sixteen_bit_gray_is_scaled_and_not_clipped(kind: str):
+    deep = SIXTEEN.astype(np.int32) if kind.startswith("32") else SIXTEEN
+    content = saved(Image.fromarray(deep), kind.split()[-1])
+    np.testing.assert_array_equal(read_image(content, 3, 1, "f"), EIGHT[None])
+    np.testing.assert_array_equal(read_image(content, 3, 3, "f"), np.stack([EIGHT] * 3))
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(70000, np.int32), (-1, np.int32), (1, np.float32)])
+def test_pixels_of_no_known_range_are_an_error(value: int, dtype: type):
+    content = saved(Image.fromarray(np.full((2, 2), value, dtype)), "TIFF")
+    with pytest.raises(BrokenImageError, match=r"expected a readable image at deep\.tif, got .* no known range"):
+        read_image(content, 2, 1, "deep.tif")
+
+
+# Where the stored pixels stand in the picture seen, from the EXIF standard's table of orientations.
+UPRIGHT = {
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: np.transpose,
+    6: lambda a: np.rot90(a, -1),  # stored lying on its left side: turn it clockwise
+    7: lambda a: np.rot90(np.transpose(a), 2),
+    8: lambda a: np.rot90(a),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_orientation_is_applied(orientation: int):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = saved(Image.fromarray(SIXTEEN), exif=exif)
+    np.testing.assert_array_equal(read_image(content, 3, 1, "f")[0], UPRIGHT[orientation](EIGHT))
+    corners = np.kron([[0, 80], [160, 240]], np.ones((16, 16))).astype(np.uint8)
+    photo = read_image(saved(Image.fromarray(corners), "JPEG", exif=exif, quality=100), 32, 1, "f")[0]
+    np.testing.assert_allclose(photo, UPRIGHT[orientation](corners), atol=3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 17), (17, 10)])
+def test_the_center_square_is_kept(height: int, width: int):
+    pixels = noise(height, width)
+    top, left = (height - 10) // 2, (width - 10) // 2
+    image = read_image(saved(Image.fromarray(pixels)), 10, 1, "f")
+    np.testing.assert_array_equal(image[0], pixels[top : top + 10, left : left + 10])
+
+
+def test_scaling_keeps_shape_and_place_and_shrinking_averages():
+    pixels = np.zeros((100, 300, 3), np.uint8)
+    pixels[:, 100:150] = RED  # the left half of the center square
+    for size in (20, 250):
+        image = read_image(saved(Image.fromarray(pixels)), size, 3, "f")
+        assert image.shape == (3, size, size)
+        assert image[0, :, : size // 2 - 2].min() == 255
+        assert image[0, :, size // 2 + 2 :].max() == 0
+    board = (np.indices((80, 80)).sum(0) % 2 * 255).astype(np.uint8)  # nearest neighbor would give 0 or 255
+    inner = read_image(saved(Image.fromarray(board)), 10, 1, "f")[0, 1:-1, 1:-1]
+    assert np.abs(inner.astype(int) - 127).max() <= 3
+
+
+PNG = saved(Image.fromarray(noise(30, 30, 3)))
+JPEG = saved(Image.fromarray(noise(30, 30, 3)), "JPEG")
+BOMB = struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 54, 0, 0, 54, 40, 40_000, 40_000, 1, 24, 0, 0, 0, 0, 0, 0)  # a BMP
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no image", PNG[:200], PNG[:20], JPEG[:300], BOMB, saved(Image.new("RGB", (9, 9)), "PCX")]
+)
+def test_broken_content_names_the_file(content: bytes):
+    with pytest.raises(
+        BrokenImageError, match=r"readable image at a/b\.png, got .+; replace the file or take"
+    ) as error:
+        read_image(content, 30, 3, "a/b.png")
+    assert error.value.__cause__ is not None
+
+
+def test_damage_anywhere_gives_an_image_or_the_named_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)  # a damaged head may claim more: that takes seconds
+    for whole in (JPEG, PNG, saved(Image.fromarray(SIXTEEN), "TIFF")):
+        for place in range(0, len(whole), 37):
+            content = bytearray(whole)
+            content[place] ^= 0xFF
+            with warnings.catch_warnings(action="ignore"):  # any other error than BrokenImageError would fail here
+                (image,) = read_images(["f"], lambda _, damaged=bytes(content): damaged, 5, 3, Path(), True)
+            assert image is None or image.shape == (3, 5, 5)
+
+
+@pytest.mark.parametrize(("size", "channels"), [(0, 3), (2.5, 3), (8, 2), (8, 4)])
+def test_wrong_sizes_and_channels_are_errors_of_the_call_and_not_of_the_file(size: int, channels: int):
+    with pytest.raises(UsageError, match=r"expected (image_size|channels)") as error:
+        read_image(PNG, size, channels, "f")
+    assert not isinstance(error.value, BrokenImageError)
+
+
+def test_many_images_keep_their_order_and_are_read_only_a_little_ahead(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(images, "CHUNK", 4)
+    names, asked = [str(i) for i in range(30)], []
+
+    def read(name: str) -> bytes:
+        asked.append(name)
+        return b"" if name == "7" else saved(Image.new("L", (2, 2), int(name)))
+
+    found = read_images(names, read, 2, 1, Path("place"), skip_broken=True)
+    assert np.max(next(found)) == 0
+    assert len(asked) <= 4
+    assert [image if image is None else image.max() for image in found] == [*range(1, 7), None, *range(8, 30)]
+    with pytest.raises(BrokenImageError, match="at place/7, got"):
+        list(read_images(names, read, 2, 1, Path("place")))
+
+
+def test_what_reading_a_file_raises_is_no_broken_image():
+    def read(_: str) -> bytes:
+        raise PermissionError(13, "not yours", "a.png")
+
+    with pytest.raises(PermissionError, match="not yours"):
+        list(read_images(["a.png"], read, 2, 1, Path(), skip_broken=True))
+
+
+FILES = (
+    "b/x.JPG",
+    "a/deep/ü y.jpeg",
+    "a/notes.txt",
+    "a/._z.png",
+    ".git/q.png",
+    "__MACOSX/a/y.png",
+    "top.webp",
+    "a.npy",
+)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_images_are_found_by_suffix_in_folders_and_zips_and_hidden_ones_ignored(tmp_path: Path, kind: str):
+    path = tmp_path / kind
+    if kind == "folder":
+        for name in FILES:
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_text(name)
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "x.png").write_text("linked/x.png")
+        (path / "linked").symlink_to(tmp_path / "elsewhere")
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in (*FILES, "linked/x.png"):
+                archive.writestr(name, name)
+    with open_images(path) as (names, read):
+        assert names == ["a/deep/ü y.jpeg", "b/x.JPG", "linked/x.png", "top.webp"]
+        assert [read(name).decode() for name in names] == names
+    assert {each.name for each in tmp_path.iterdir()} <= {kind, "elsewhere"}  # nothing is unpacked
+
+
+def damaged(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_broken_zip_is_named_when_it_is_opened_or_read(tmp_path: Path, method: int):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("x.png", PNG)
+    whole = path.read_bytes()
+    for content in (whole[:10], whole[: len(whole) // 2], damaged(whole, 36), damaged(whole, 300)):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=r"expected a whole zip file at .*a\.zip, got a broken one .*; delete it"):
+            read_all(path)
+    with pytest.raises(FileNotFoundError):
+        read_all(tmp_path / "none.zip")
+
+
+def read_all(path: Path) -> list[bytes]:
+    with open_images(path) as (names, read):
+        return [read(name) for name in names]

@@ -1,0 +1,257 @@
+"""exact_search against a full sort of distances written out in numpy in float64."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pytorch_metric_learning.distances import (
+    BaseDistance,
+    CosineSimilarity,
+    DotProductSimilarity,
+    LpDistance,
+    SNRDistance,
+)
+from torch import Tensor
+
+from pml_fewshot.checks import UsageError
+from pml_fewshot.evaluation import search as module
+from pml_fewshot.evaluation.search import Ranking, exact_search, product
+
+
+def rows(count: int, dims: int, seed: int) -> Tensor:
+    """Rows of quite different lengths, so that cosine, dot product and Euclid rank differently."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = 0.2 + 3 * torch.rand(count, 1, generator=generator)
+    return torch.randn(count, dims, generator=generator) * lengths
+
+
+def unit(values: np.ndarray, p: float = 2) -> np.ndarray:
+    return values / (np.abs(values) ** p).sum(axis=-1, keepdims=True) ** (1 / p)
+
+
+def euclid(query: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    return np.sqrt(((query - reference) ** 2).sum(axis=1))
+
+
+def snr(query: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    return np.var(query - reference, axis=-1, ddof=1) / np.var(query, axis=-1, ddof=1)
+
+
+RawLp = partial(LpDistance, normalize_embeddings=False)
+RawDot = partial(DotProductSimilarity, normalize_embeddings=False)
+
+# PML distance, and the same as "smaller is nearer" of one query (D,) and all references (M, D)
+Far = Callable[[np.ndarray, np.ndarray], np.ndarray]
+DISTANCES: dict[str, tuple[BaseDistance | None, Far]] = {
+    "none": (None, euclid),
+    "power 0.5": (RawLp(power=0.5), lambda q, r: ((q - r) ** 2).sum(1)),
+    "normalized": (LpDistance(), lambda q, r: ((unit(q) - unit(r)) ** 2).sum(1)),
+    "cosine": (CosineSimilarity(), lambda q, r: -(unit(r) @ unit(q))),
+    "dot": (RawDot(), lambda q, r: -(r @ q)),
+    "dot cubed": (RawDot(power=3), lambda q, r: -((r @ q) ** 3)),
+    "dot squared": (RawDot(power=2), lambda q, r: -((r @ q) ** 2)),
+    "p=1": (RawLp(p=1), lambda q, r: np.abs(q - r).sum(1)),
+    "p=1, normalized": (LpDistance(p=1), lambda q, r: np.abs(unit(q, 1) - unit(r, 1)).sum(1)),
+    "p=4": (RawLp(p=4), lambda q, r: ((q - r) ** 4).sum(1)),
+    "dot, p=1": (DotProductSimilarity(p=1), lambda q, r: -(unit(r, 1) @ unit(q, 1))),
+    "SNR": (SNRDistance(normalize_embeddings=False), snr),
+}
+WAYS = ("tiles", "faiss")
+way = pytest.mark.parametrize("way", WAYS)
+
+
+@pytest.fixture
+def go(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes all searches that can take the way that is named."""
+
+    def set_way(name: str) -> None:
+        monkeypatch.setattr(module, "FEW_QUERIES", 0 if name == "tiles" else 10**9)
+        monkeypatch.setattr(module, "MANY_NEIGHBORS", 10**9)
+
+    return set_way
+
+
+def small_tiles(patch: pytest.MonkeyPatch, side: int) -> None:
+    patch.setattr(module, "FEW_QUERIES", 0)
+    patch.setattr(module, "MANY_NEIGHBORS", 10**9)
+    for name, value in {"STEP": 2, "GROUP": 2, "CPU_TILE": side}.items():
+        patch.setattr(module, name, value)
+
+
+def search(query: Tensor, reference: Tensor | None, k: int, name: str = "none") -> Tensor:
+    return exact_search(query, reference, k, Ranking.of(DISTANCES[name][0]))
+
+
+def all_distances(query: Tensor, reference: Tensor, name: str = "none") -> np.ndarray:
+    r = reference.double().numpy()
+    return np.stack([DISTANCES[name][1](q, r) for q in query.double().numpy()])
+
+
+def assert_nearest(found: Tensor, distances: np.ndarray, k: int) -> None:
+    """Compares by distance, for float32 may swap two references that are all but equally far."""
+    assert found.shape == (len(distances), k)
+    assert found.dtype == torch.int64
+    assert all(len(set(row)) == k for row in found.tolist())
+    nearest = np.take_along_axis(distances, found.numpy(), axis=1)
+    np.testing.assert_allclose(nearest, np.sort(distances, axis=1)[:, :k], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+@way
+def test_neighbors_equal_a_full_sort(name: str, way: str, go: Callable[[str], None]):
+    go(way)
+    query, reference = rows(25, 5, 0), rows(60, 5, 1)
+    for k in (1, 7, 60):
+        assert_nearest(search(query, reference, k, name), all_distances(query, reference, name), k)
+
+
+def test_a_subclass_keeps_its_own_formula():
+    class FirstOnly(LpDistance):
+        def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+            return (query_emb[:, None, 0] - ref_emb[None, :, 0]).abs()
+
+    query, reference = rows(10, 5, 0), rows(30, 5, 1)
+    found = exact_search(query, reference, 4, Ranking.of(FirstOnly(normalize_embeddings=False)))
+    assert torch.equal(found, (query[:, None, 0] - reference[None, :, 0]).abs().argsort(dim=1)[:, :4])
+
+
+def test_a_set_among_itself_computes_each_pair_once(monkeypatch: pytest.MonkeyPatch):
+    calls: list[tuple[int, int]] = []
+
+    def counted(a: Tensor, b: Tensor) -> Tensor:
+        calls.append((len(a), len(b)))
+        return product(a, b)
+
+    points = rows(40, 3, 0)
+    small_tiles(monkeypatch, 16)  # 3 x 3 tiles
+    monkeypatch.setattr(module, "product", counted)
+    search(points, points, 2)
+    assert calls == [(14, 14)] * 9
+    calls.clear()
+    search(points, None, 2)
+    assert len(calls) == 6
+
+
+@given(
+    name=st.sampled_from(["none", "dot", "p=1"]),
+    count=st.integers(1, 90),
+    queries=st.integers(0, 40),  # 0: the references among themselves
+    dims=st.integers(1, 3),
+    side=st.sampled_from([4, 8, 16, 30, 2048]),
+    faiss_block=st.sampled_from([0, 7, 30, 2048]),  # 0: by tiles
+    share=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None, max_examples=150, derandomize=True)
+def test_small_integers_are_ranked_as_by_a_stable_sort_in_tiles_and_blocks_of_any_size(
+    name: str, count: int, queries: int, dims: int, side: int, faiss_block: int, share: float, seed: int
+):
+    """Their distances are exact in float32, so that equally near ones must come in the order of their index."""
+    generator = torch.Generator().manual_seed(seed)
+    reference = torch.randint(-1, 3, (count, dims), generator=generator).float()
+    query = torch.randint(-1, 3, (queries, dims), generator=generator).float() if queries else reference
+    k = max(1, round(share**3 * count))
+    with pytest.MonkeyPatch.context() as patch:
+        small_tiles(patch, side)
+        patch.setattr(module, "FEW_QUERIES", 10**9 if faiss_block else 0)
+        patch.setattr(module, "FAISS_BLOCK", faiss_block)
+        found = search(query, reference if queries else None, k, name)
+    expected = all_distances(query, reference, name).argsort(axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(found.numpy(), expected)
+
+
+@pytest.mark.parametrize("among", ["itself", "a copy", "few queries"])
+def test_copies_of_any_point_come_in_order_in_tiles_of_the_real_size(among: str):
+    """The products of a point with its copies must not depend on where in which tile they are."""
+    generator = torch.Generator().manual_seed(0)
+    distinct = torch.randn(50, 128, generator=generator)
+    pick = torch.randint(50, (module.CPU_TILE + 5,), generator=generator)
+    points = distinct[pick]
+    order = all_distances(distinct, distinct).round(9)[:, pick].argsort(axis=1, kind="stable")
+    queries = slice(-4, None) if among == "few queries" else slice(None)
+    found = search(points[queries], None if among == "itself" else points.clone(), 20)
+    np.testing.assert_array_equal(found.numpy(), order[pick, :20][queries])
+
+
+@pytest.mark.parametrize("count", [1, 5, 19, 20, 40])
+@pytest.mark.parametrize("name", ["none", "p=1"])
+def test_embeddings_far_from_the_origin_are_ranked_right(name: str, count: int):
+    query, reference = rows(count, 8, 0) + 1e4, rows(150, 8, 1) + 1e4
+    for k in (10, 100):
+        assert_nearest(search(query, reference, k, name), all_distances(query, reference, name), k)
+    assert_nearest(search(query, None, 1, name), all_distances(query, query, name), 1)
+
+
+@way
+def test_one_item_far_off_does_not_spoil_the_order_of_the_others(way: str, go: Callable[[str], None]):
+    """Distances among the others are exact to float32, wherever that one is."""
+    go(way)
+    query, reference = rows(19, 8, 0), rows(200, 8, 1)
+    reference[5] = 1e7
+    assert_nearest(search(query, reference, 3), all_distances(query, reference), 3)
+
+
+@pytest.mark.parametrize("name", ["none", "cosine", "p=1"])
+def test_embeddings_of_any_float_type_and_layout_are_searched(name: str, tmp_path: Path):
+    query, reference = rows(40, 6, 0), rows(90, 6, 1)
+    expected = search(query, reference, 5, name)
+    assert torch.equal(search(query.double(), reference.double(), 5, name), expected)
+    assert torch.equal(search(query.T.contiguous().T.requires_grad_(), reference, 5, name), expected)
+    wide = torch.stack([reference, rows(90, 6, 3)], dim=2)
+    assert torch.equal(search(query, wide[..., 0], 5, name), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(search(query, reference, 5, name), expected)
+    half = reference.half()
+    assert torch.equal(search(half, None, 5, name), search(half.float(), None, 5, name))
+    np.save(tmp_path / "rows.npy", reference.numpy())
+    mapped = torch.from_numpy(np.load(tmp_path / "rows.npy", mmap_mode="r+"))
+    assert torch.equal(search(query, mapped, 5, name), expected)
+    assert torch.equal(search(mapped, None, 5, name), search(reference, None, 5, name))
+
+
+def test_a_distance_that_is_not_a_number_is_refused():
+    query, reference = rows(6, 4, 0), rows(9, 4, 1)
+    query[2] = 1.0  # a signal without variance: SNR divides by 0
+    reference[3] = 1.0
+    with pytest.raises(UsageError, match=r"^expected finite distances by SNRDistance\(.*, got NaN.*, first in row 2"):
+        search(query, reference, 3, "SNR")
+
+
+@pytest.mark.parametrize("name", ["none", "dot", "cosine"])
+@pytest.mark.parametrize("which", [0, 1])
+@way
+def test_embeddings_whose_squared_length_overflows_are_refused(
+    name: str, which: int, way: str, go: Callable[[str], None]
+):
+    go(way)
+    sets = rows(10, 4, 0), rows(160, 4, 1)
+    sets[which][4] = 1e25
+    with pytest.raises(UsageError, match=r"^expected finite lengths of the embeddings in float32, got "):
+        search(*sets, 3, name)
+
+
+def test_no_queries_have_no_neighbors():
+    for k in (3, 8):
+        for name in ("none", "p=1"):
+            assert search(torch.empty(0, 4), rows(9, 4, 0), k, name).shape == (0, k)
+
+
+def test_a_ranking_is_the_simplest_with_the_order_of_the_distance():
+    for distance, kind, normalize, text in (
+        (None, "euclidean", False, "euclidean"),
+        (LpDistance(), "euclidean", True, "LpDistance(p=2, power=1, normalized)"),
+        (RawLp(power=2), "euclidean", False, "LpDistance(p=2, power=2)"),
+        (LpDistance(power=-1), "distance", False, "LpDistance(p=2, power=-1, normalized)"),
+        (LpDistance(p=3), "distance", False, "LpDistance(p=3, power=1, normalized)"),
+        (CosineSimilarity(), "inner product", True, "CosineSimilarity(p=2, power=1, normalized)"),
+        (RawDot(), "inner product", False, "DotProductSimilarity(p=2, power=1)"),
+        (DotProductSimilarity(power=2), "distance", False, "DotProductSimilarity(p=2, power=2, normalized)"),
+        (SNRDistance(), "distance", False, "SNRDistance(p=2, power=1, normalized)"),
+    ):
+        ranking = Ranking.of(distance)
+        assert (ranking.kind, ranking.normalize, str(ranking)) == (kind, normalize, text)

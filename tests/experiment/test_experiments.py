@@ -1,0 +1,81 @@
+"""Every file in experiments/: an honest record that names its command and runs from end to end."""
+
+import importlib
+import inspect
+import os
+import pkgutil
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import experiments
+from pml_fewshot.checks import MissingFileError
+from pml_fewshot.data.dataset import FewShotDataset, Splits
+from pml_fewshot.experiment.config import ExperimentConfig
+from pml_fewshot.experiment.run import run
+from pml_fewshot.sampling.batches import BatchSpec
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = [module.name for module in pkgutil.iter_modules(experiments.__path__) if not module.ispkg]
+MODULES = [name for name in COMMANDS if name != "benchmark_embeddings"]  # which trains nothing and has no config
+DATA_ROOT = Path(os.environ.get("PML_FEWSHOT_DATA", ROOT / ".." / "shared" / "data")).resolve()
+
+
+def parts(value: Any) -> list[Any]:
+    """A part and all in it: functions, arguments and keywords of partials, members of tuples."""
+    inner = (value.func, *value.args, *value.keywords.values()) if isinstance(value, partial) else value
+    inner = inner.values() if isinstance(inner, dict) else inner if isinstance(inner, list | tuple) else ()
+    return [value, *(part for each in inner for part in parts(each))]
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_experiment_is_an_honest_record_and_names_its_command(module: str) -> None:
+    loaded = importlib.import_module(f"experiments.{module}")
+    assert f"python -m experiments.{module}" in (loaded.__doc__ or "")
+    configs = [loaded.CONFIG, *getattr(loaded, "CONFIGS", ())] if module in MODULES else []
+    assert module not in MODULES or configs[0].name == module
+    for config in configs:
+        found = [part for field in fields(config) for part in parts(getattr(config, field.name))]
+        assert not any(getattr(part, "__name__", "") == "<lambda>" for part in found), "its description says nothing"
+        assert not any(isinstance(part, nn.Module) for part in found), "made before the seed is set: use a partial"
+
+
+def few(splits: Splits) -> Splits:
+    """20 classes and 20 items of each: enough for two steps of anything."""
+
+    def cut(dataset: FewShotDataset) -> FewShotDataset:
+        some = dataset.select_classes(range(min(20, len(dataset.class_names))))
+        keep = torch.cat([(some.labels == label).nonzero().flatten()[:20] for label in range(len(some.class_names))])
+        return FewShotDataset(some.images[keep], some.labels[keep], some.class_names, some.note)
+
+    return Splits(cut(splits.train), cut(splits.val) if splits.val else None, cut(splits.test))
+
+
+@pytest.mark.parametrize(
+    "module", [name if name == "quickstart" else pytest.param(name, marks=pytest.mark.slow) for name in MODULES]
+)
+def test_experiment_runs_for_two_steps(module: str, tmp_path: Path) -> None:
+    config: ExperimentConfig = importlib.import_module(f"experiments.{module}").CONFIG
+    needs_root = "root" in inspect.signature(config.data).parameters
+    try:
+        splits = few(config.data(root=DATA_ROOT) if needs_root else config.data())
+    except MissingFileError as error:
+        pytest.skip(f"its data is not in {DATA_ROOT}: {error}")
+    # fewer classes than in the file, which only cost time; shots, queries and support_rotations are those of the file
+    spec = config.train_spec
+    if isinstance(spec, BatchSpec):
+        spec = replace(spec, classes=5)
+    elif "maml" not in module:  # its network has as many outputs as the file's ways
+        spec = replace(spec, ways=min(spec.ways, 5))
+    small = replace(config, train_spec=spec, steps=2, num_episodes=10, val_episodes=10, device="cpu")
+    table = run(replace(small, data=lambda: splits, run_dir=tmp_path / "run"))
+    own = [row for row in table.rows if row.method == config.name and row.figure == "accuracy"]
+    assert len(own) == len(config.eval_specs)
+    assert all(0 <= row.value <= 1 for row in table.rows)
+    part = "network" if "maml" in module else "embedder"
+    assert (tmp_path / "run" / f"{part}.safetensors").is_file()

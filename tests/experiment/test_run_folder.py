@@ -1,0 +1,216 @@
+"""The run folder: one writer at a time, never written over, the same config and data; what a full disk does to it."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+import torch
+
+from pml_fewshot.checks import ExistingFileError, LockedError, MissingFileError, UsageError
+from pml_fewshot.data.dataset import FewShotDataset
+from pml_fewshot.experiment import run_folder
+from pml_fewshot.experiment.run import run
+from pml_fewshot.experiment.run_folder import environment, open_run, read_config
+from pml_fewshot.io.atomic import CannotWriteError
+from tests import tiny_experiments
+from tests.killing import outcome
+from tests.tiny_experiments import TINY_EXPERIMENTS, Finished, tiny_set
+
+ROOT = Path(__file__).parents[2]
+TINY = replace(TINY_EXPERIMENTS["protonet"], steps=4)
+
+
+@pytest.fixture
+def copied(finished: Finished, tmp_path: Path) -> Finished:
+    """A finished run of one's own."""
+    shutil.copytree(finished.folder, tmp_path / "run")
+    return finished._replace(folder=tmp_path / "run", config=replace(finished.config, run_dir=tmp_path / "run"))
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    """Changes config.json, with its checksum."""
+    stored = {**read_config(folder), **changes}
+    stored["checksum"] = run_folder._checksum(stored)
+    (folder / "config.json").write_text(json.dumps(stored))
+
+
+# --- one writer -------------------------------------------------------------------------------------------------------
+
+# locks the folder that it is given, says so, and waits to be killed
+HOLDER = """
+import sys, time
+from dataclasses import replace
+from pathlib import Path
+from pml_fewshot.experiment.run_folder import open_run
+from tests.tiny_experiments import TINY_EXPERIMENTS
+with open_run(replace(TINY_EXPERIMENTS["protonet"], run_dir=Path(sys.argv[1])), False):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_runs_in_one_process_cannot_write_one_folder(tmp_path: Path) -> None:
+    config = replace(TINY, run_dir=tmp_path / "run")
+    with open_run(config, False), pytest.raises(LockedError, match=r"^expected a run folder that no other process"):
+        run(config)
+    assert run(config).rows
+
+
+@pytest.mark.slow
+def test_two_processes_cannot_write_one_folder_and_a_dead_one_holds_no_lock(tmp_path: Path) -> None:
+    config = replace(TINY, run_dir=tmp_path / "run")
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        for resume in (False, True):
+            with pytest.raises(BlockingIOError, match=r"^expected a run folder that no other process writes"):
+                run(config, resume)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+        holder.send_signal(signal.SIGKILL)
+    assert run(config).rows
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_of_other_files_is_refused_and_left_as_it_was(resume: bool, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    message = "a run, an empty folder or none" if resume else "a new or empty run folder"
+    with pytest.raises(UsageError if resume else ExistingFileError, match=f"expected {message}"):
+        run(replace(TINY, run_dir=tmp_path / "run"), resume=resume)
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+    with pytest.raises(FileExistsError, match=r"expected a folder at .*thesis\.txt, got a file"):
+        run(replace(TINY, run_dir=tmp_path / "run" / "thesis.txt"), resume=resume)
+
+
+def test_a_second_run_into_one_folder_raises_and_touches_nothing(finished: Finished) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.folder.iterdir()}
+    with pytest.raises(
+        ExistingFileError, match=r"expected a new or empty run folder, got .*; name another with --run-dir"
+    ):
+        run(finished.config)
+    assert {path: path.stat().st_mtime_ns for path in finished.folder.iterdir()} == before
+
+
+def test_what_a_process_killed_at_its_very_start_left_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for name in (".lock", ".config.json.tmp", "config.txt"):
+        (tmp_path / "run" / name).write_text("")
+    assert run(replace(TINY, run_dir=tmp_path / "run")).rows
+
+
+# --- the same run -----------------------------------------------------------------------------------------------------
+
+
+def test_another_config_is_refused_and_its_fields_are_named(finished: Finished) -> None:
+    other = replace(finished.config, seed=8, validate_every=5, device="auto", data_root=Path("elsewhere"))
+    with pytest.raises(UsageError, match=r"expected the config of the run in .*, got another seed, validate_every;"):
+        run(other, resume=True)
+
+
+def test_other_data_are_refused_and_the_sets_named(copied: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copied.folder / "figures.csv").unlink()  # as if it had been killed during its evaluation
+
+    def one_pixel_off(prefix: str, classes: int, seed: int) -> FewShotDataset:
+        dataset = tiny_set(prefix, classes, seed)
+        if prefix in changed[-1]:
+            dataset.images[3, 0, 1, 2] ^= 1
+        return dataset
+
+    monkeypatch.setattr(tiny_experiments, "tiny_set", one_pixel_off)
+    changed = [""]
+    for prefixes, named in (("c", "test"), ("ab", "train, val")):
+        changed.append(prefixes)
+        with pytest.raises(UsageError, match=rf"expected the data of the run in .*, got other images, .* in {named};"):
+            run(copied.config, resume=True)
+    changed.append("")
+    assert run(copied.config, resume=True).rows == copied.table.rows
+
+
+def test_another_environment_is_noted_and_recorded(copied: Finished, capsys: pytest.CaptureFixture[str]) -> None:
+    now = environment(torch.device("cpu"))
+    rewrite(copied.folder, sessions=[{**now, "threads": "99"}])
+    for _ in range(2):
+        (copied.folder / "figures.csv").unlink()
+        run(copied.config, resume=True)
+    assert capsys.readouterr().out.count("note: threads: 99 then") == 1  # the second time nothing has changed
+    assert read_config(copied.folder)["sessions"] == [{**now, "threads": "99"}, now]
+    assert "threads 99\n" in (copied.folder / "config.txt").read_text()
+
+
+def test_packages_and_git_that_are_not_installed_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_found(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(run_folder, "version", not_found)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = environment(torch.device("cpu"))
+    assert found["pml_fewshot"] == "not installed"
+    assert found["git commit"].startswith("unknown")
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda text: text.replace('"num_episodes": 30', '"num_episodes": 31'), "got another checksum"),
+        (lambda text: text[: len(text) // 2], "got JSONDecodeError"),
+        (lambda text: "[" * 100_000, "got RecursionError"),
+    ],
+    ids=["changed", "cut", "deep"],
+)
+def test_a_damaged_config_json_is_one_error(harm, message: str, copied: Finished) -> None:  # type: ignore[no-untyped-def]
+    text = (copied.folder / "config.json").read_text()
+    (copied.folder / "config.json").write_text(harm(text))
+    with pytest.raises(UsageError, match=f"expected config.json in .* as it was written, {message}.*; restore"):
+        run(copied.config, resume=True)
+
+
+def test_a_missing_or_older_config_json_is_one_error(copied: Finished) -> None:
+    with pytest.raises(MissingFileError, match=r"expected .*config\.json, got no such file"):
+        read_config(copied.folder / "nowhere")
+    stored = {"config": {}, "data": {}, "machine": {}}
+    (copied.folder / "config.json").write_text(json.dumps({**stored, "checksum": run_folder._checksum(stored)}))
+    with pytest.raises(UsageError, match=r"expected a run of version 0\.6 in"):
+        read_config(copied.folder)
+
+
+# --- a disk that refuses ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [pytest.param(4_000, marks=pytest.mark.slow), 16_000])
+def test_full_disk_is_one_error_and_the_run_resumes_where_there_is_room_again(
+    limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file may grow above the limit: first a file of records is too large, then a checkpoint."""
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # TensorBoard's thread may die of it
+    config = replace(TINY, run_dir=tmp_path / "run", steps=30)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(CannotWriteError, match=r"^expected to write .*(File too large|disk I/O error)"):
+            run(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.rglob(".*.tmp"))
+    run(config, resume=True)
+    run(replace(config, run_dir=tmp_path / "whole"))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_a_folder_that_cannot_be_made_is_one_error() -> None:
+    before = os.geteuid()
+    with pytest.raises(CannotWriteError, match=r"^expected to write .*Permission denied"):  # noqa: PT012
+        os.seteuid(before or 65534)  # nobody, where root runs this
+        try:
+            run(replace(TINY, run_dir=Path("/run_of_nobody")))
+        finally:
+            os.seteuid(before)

@@ -1,0 +1,119 @@
+"""sweep: one table of several experiments, and what happens to those that failed or were interrupted."""
+
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_metric_learning.losses import ArcFaceLoss, ContrastiveLoss, NTXentLoss
+
+from pml_fewshot.checks import UsageError
+from pml_fewshot.evaluation.table import ResultTable
+from pml_fewshot.experiment.config import swap
+from pml_fewshot.experiment.run import run
+from pml_fewshot.experiment.run_folder import open_run
+from pml_fewshot.experiment.sweep import sweep, sweep_main
+from pml_fewshot.sampling.batches import BatchSpec
+from pml_fewshot.trainers.metric import MetricTrainer
+from tests.tiny_experiments import EMBEDDER, tiny
+
+TINY = tiny(
+    "tiny", partial(MetricTrainer, EMBEDDER), train_spec=BatchSpec(4, 3), steps=6, validate_every=100, num_episodes=60
+)
+GOOD = [swap(TINY, name="contrastive", loss=ContrastiveLoss), swap(TINY, name="ntxent", loss=NTXentLoss)]
+BAD = swap(TINY, name="too few classes", loss=partial(ArcFaceLoss, num_classes=2, embedding_size=8))
+
+
+def accuracies(table: ResultTable) -> dict[str, float]:
+    return {row.method: row.value for row in table.rows if row.figure == "accuracy"}
+
+
+def test_every_experiment_is_a_line_as_if_run_alone_the_best_first(tmp_path: Path) -> None:
+    table = sweep(GOOD, tmp_path / "all")
+    alone = {c.name: run(replace(c, run_dir=tmp_path / f"{c.name} alone")).rows for c in GOOD}
+    assert {name: [row for row in table.rows if row.method == name] for name in alone} == alone
+    values = list(accuracies(table).values())
+    assert values == sorted(values, reverse=True)
+    assert len(set(values)) == 2, "a tie would show no order"
+    assert (tmp_path / "all" / "results.md").read_text() == str(table)
+    assert sweep(GOOD[::-1], tmp_path / "all").rows == table.rows
+
+
+def test_one_that_fails_is_a_line_and_the_next_one_begins_and_it_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = sweep([BAD, GOOD[0]], tmp_path)
+    assert set(accuracies(first)) == {"contrastive"}
+    assert list(first.failures) == [BAD.name]
+    assert "| too few classes | failed: UsageError: expected " in (tmp_path / "results.md").read_text()
+    assert "failed: UsageError" in (tmp_path / "results.csv").read_text()
+    assert "Traceback" in capsys.readouterr().err
+    from pml_fewshot.experiment import run as run_module
+
+    trained, real = [], run_module.fit
+    monkeypatch.setattr(run_module, "fit", lambda *a, **k: trained.append(1) or real(*a, **k))
+    better = swap(BAD, loss=partial(ArcFaceLoss, num_classes=8, embedding_size=8))
+    second = sweep([GOOD[0], better], tmp_path)
+    assert len(trained) == 1
+    assert accuracies(second)["contrastive"] == accuracies(first)["contrastive"]
+    assert second.failures == {}
+    assert set(accuracies(second)) == {"contrastive", BAD.name}
+
+
+def test_an_interrupted_one_resumes_and_ends_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = sweep(GOOD, tmp_path / "whole")
+    real, seen = MetricTrainer.forward, []
+
+    def interrupted(self: MetricTrainer, batch: Any) -> torch.Tensor:
+        seen.append(1)
+        if len(seen) == 9:  # the third step of the second experiment
+            raise KeyboardInterrupt
+        return real(self, batch)
+
+    monkeypatch.setattr(MetricTrainer, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="the same command again continues"):
+        sweep(GOOD, tmp_path / "parts")
+    assert not (tmp_path / "parts" / "ntxent" / "figures.csv").exists()
+    again = sweep(GOOD, tmp_path / "parts")
+    assert len(seen) == 9 + 5, "the first was read, the second resumed after its first step, where its checkpoint is"
+    assert again.rows == whole.rows
+
+
+def test_another_config_in_the_same_folder_and_two_of_one_name_are_refused(tmp_path: Path) -> None:
+    sweep(GOOD[:1], tmp_path)
+    table = sweep([replace(GOOD[0], seed=7)], tmp_path)
+    assert table.rows == []
+    assert "another seed" in table.failures["contrastive"]
+    with pytest.raises(UsageError, match="names that are all different"):
+        sweep([GOOD[0], GOOD[0]], tmp_path)
+
+
+def test_the_command_line_chooses_and_names_the_folder_by_steps_episodes_and_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sweep", "--steps", "2", "--seed", "5", "--only", "ntxent"])
+    table = sweep_main("two_losses", GOOD)
+    assert list(accuracies(table)) == ["ntxent"]
+    assert {row.seed for row in table.rows if row.ways} == {5}
+    text = (tmp_path / "runs" / "two_losses" / "2_steps_60_episodes_seed5" / "ntxent" / "config.txt").read_text()
+    assert "steps = 2" in text
+    monkeypatch.setattr(sys, "argv", ["sweep", "--only", "ntxnet"])
+    with pytest.raises(SystemExit, match="did you mean 'ntxent'"):
+        sweep_main("two_losses", GOOD)
+
+
+def test_what_another_process_is_running_is_left_to_it(tmp_path: Path) -> None:
+    with open_run(replace(GOOD[1], run_dir=tmp_path / "ntxent"), True):
+        table = sweep(GOOD, tmp_path)
+    assert accuracies(table).keys() == {"contrastive"}
+    assert table.failures == {"ntxent": "another process is running it"}
+    # that process ends: what it finished is in the table that the next sweep of the others writes
+    run(replace(GOOD[1], run_dir=tmp_path / "ntxent"), resume=True)
+    again = sweep([BAD, *GOOD], tmp_path, only=["contrastive"])
+    assert accuracies(again).keys() == {"contrastive", "ntxent"}
+    assert not again.failures

@@ -1,0 +1,255 @@
+"""Loop, vmap and grouped convolutions: one result and one gradient, for every network that they take."""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pml_fewshot.checks import UsageError
+from pml_fewshot.embedders.embedder import Embedder
+from pml_fewshot.embedders.resnet12 import ResNet12
+from pml_fewshot.trainers.maml import inner_loop
+from pml_fewshot.trainers.maml.batch_statistics import BatchStatistics
+from pml_fewshot.trainers.maml.grouped_tasks import NotGroupable
+from pml_fewshot.trainers.maml.task_parallel import fastest, grouped, loop, max_tasks_per_chunk, normalizes, vmap
+from tests.trainers.maml.small_maml import SIZE, TASKS, close, convolutions, trainer
+
+ITEMS = 4
+RUNS = {"vmap": vmap, "grouped": grouped, "grouped, channels last": partial(grouped, channels_last=True)}
+
+
+class Residual(nn.Module):
+    """What users write: a sum of two paths, a mean over the image, view(size(0), -1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.norm = nn.BatchNorm2d(4, track_running_stats=False)
+        self.head = nn.Linear(4, 3, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out = F.leaky_relu(self.first(images))
+        out = out + self.norm(self.second(out))
+        return self.head(out.mean(dim=(2, 3)).view(out.size(0), -1))
+
+
+def strided() -> nn.Module:
+    layers = [nn.Conv2d(1, 4, 3, stride=2, dilation=2), nn.BatchNorm2d(4, affine=False), nn.ELU(), nn.AvgPool2d(2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Tanh(), nn.Linear(4, 3))
+
+
+def normalized_perceptron() -> nn.Module:
+    layers = [nn.Linear(SIZE * SIZE, 5), nn.BatchNorm1d(5), nn.ReLU(inplace=True), nn.Linear(5, 3)]
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+def weights_of(network: nn.Module) -> dict[str, Tensor]:
+    """Other weights for each task, as leaves of a graph."""
+    torch.manual_seed(1)
+    named = network.named_parameters()
+    return {
+        name: (p.detach() + 0.1 * torch.randn(TASKS, *p.shape, dtype=p.dtype)).requires_grad_() for name, p in named
+    }
+
+
+def images() -> Tensor:
+    return torch.rand(TASKS, ITEMS, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def gradients_twice(outputs: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """First and second derivatives of a function of the outputs, each as one vector."""
+    first = torch.autograd.grad(outputs.square().sum(), list(weights.values()), create_graph=True)
+    second = torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), list(weights.values()))
+    return torch.cat([g.flatten() for g in first]), torch.cat([g.flatten() for g in second])
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(
+    ("make", "num_stat_items"),
+    [
+        (convolutions, None),
+        (convolutions, 3),
+        (partial(Embedder, trunk=convolutions()), None),
+        (partial(ResNet12, in_channels=1, widths=(2, 3, 4, 5)), None),
+        (Residual, 3),
+        (strided, None),
+        (normalized_perceptron, None),
+        (normalized_perceptron, 3),
+    ],
+)
+def test_every_way_to_run_gives_the_loops_outputs_and_gradients(
+    run: Callable[..., Tensor], make: Callable[[], nn.Module], num_stat_items: int | None
+) -> None:
+    torch.manual_seed(0)
+    network = make().double().train()
+    weights = weights_of(network)
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    expected = loop(network, weights, images(), num_stat_items)
+    outputs = run(network, weights, images(), num_stat_items)
+    torch.testing.assert_close(outputs, expected, rtol=1e-10, atol=1e-12)
+    for one, other in zip(gradients_twice(outputs, weights), gradients_twice(expected, weights), strict=True):
+        assert close(one, other, 1e-9)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in network.named_buffers())
+
+
+def test_the_stock_batch_norm_under_vmap_would_be_wrong() -> None:
+    """The reason to decompose it: with a gradient within vmap and one outside, the second derivative is off."""
+    torch.manual_seed(0)
+    blocks = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), nn.Flatten()]
+    network = nn.Sequential(*blocks, nn.Linear(4 * 14 * 14, 3)).double()
+    labels = torch.tensor([0, 1, 2, 0])
+
+    def task_loss(weights: dict[str, Tensor], own_images: Tensor, decomposed: bool) -> Tensor:
+        """The loss after one inner step."""
+
+        def loss(weights: dict[str, Tensor]) -> Tensor:
+            with BatchStatistics(ITEMS, decomposed=decomposed):
+                return F.cross_entropy(functional_call(network, weights, (own_images,)), labels)
+
+        slopes = torch.func.grad(loss)(weights)
+        return loss({name: weights[name] - 0.4 * slopes[name] for name in weights})
+
+    def meta_gradient(decomposed: bool, in_parallel: bool) -> Tensor:
+        weights = dict(network.named_parameters())
+        of_task = partial(task_loss, weights, decomposed=decomposed)
+        losses = (
+            torch.func.vmap(of_task)(images()) if in_parallel else torch.stack([of_task(task) for task in images()])
+        )
+        return torch.cat([g.flatten() for g in torch.autograd.grad(losses.sum(), list(weights.values()))])
+
+    right = meta_gradient(decomposed=False, in_parallel=False)
+    assert not close(meta_gradient(decomposed=False, in_parallel=True), right, 1e-4)
+    assert close(meta_gradient(decomposed=True, in_parallel=True), right, 1e-9)
+
+
+class Calling(nn.Module):
+    """A convolution, and then what is asked for."""
+
+    def __init__(self, call: Callable[["Calling", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.register_buffer("offset", torch.ones(ITEMS, TASKS, 14, 14))
+        self.scale = nn.Parameter(torch.ones(1, 1, 1))
+        self.conv = nn.Conv2d(1, 1, 3)
+        self.call, self.calls = call, count()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.call(self, self.conv(images))
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        Calling(lambda net, x: x.flatten(1).softmax(dim=1)),
+        Calling(lambda net, x: x * net.scale),
+        Calling(lambda net, x: x + net.offset),
+        Calling(lambda net, x: F.relu(net.offset)),
+        Calling(lambda net, x: x.flatten()),
+        Calling(lambda net, x: x.view(-1, 7)),
+        Calling(lambda net, x: x.mean(1)),
+        Calling(lambda net, x: x.mean(axis=(2, 3))),
+        Calling(lambda net, x: F.max_pool2d(x.flatten(1), 2)),  # (B, D) is (C, H, W) without a C to it
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4)),
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 4, 3)),
+        nn.Linear(SIZE, 2),
+    ],
+)
+def test_what_may_mix_tasks_is_refused(network: nn.Module) -> None:
+    with pytest.raises(NotGroupable, match="known to work on tasks side by side"):
+        grouped(network, weights_of(network), images().float())
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+def test_batch_statistics_are_those_of_the_batch_or_of_its_first_items(affine: bool, decomposed: bool) -> None:
+    norm = nn.BatchNorm2d(3, affine=affine, eps=0.1).double().eval()
+    nn.init.constant_(norm.running_mean, 7)  # never used
+    if affine:
+        nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
+        nn.init.normal_(norm.bias, generator=torch.Generator().manual_seed(1))
+    items = torch.rand(6, 3, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for num_stat_items in (None, 4):
+        seen = items[:num_stat_items]
+        mean, variance = seen.mean((0, 2, 3)), seen.var((0, 2, 3), correction=0)
+        with BatchStatistics(6, num_stat_items, decomposed):
+            normalized = norm(items)
+        torch.testing.assert_close(normalized, F.batch_norm(items, mean, variance, norm.weight, norm.bias, eps=0.1))
+
+
+def test_statistics_of_the_first_items_are_those_of_their_patches() -> None:
+    """A batch norm's input may have several rows for each item."""
+    norm = nn.BatchNorm1d(3).double()
+    patches = torch.rand(6, 5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)  # 6 items
+    with BatchStatistics(6, 4):
+        rows = norm(patches.flatten(0, 1)).unflatten(0, (6, 5))
+        torch.testing.assert_close(rows, norm(patches.transpose(1, 2)).transpose(1, 2))
+        with pytest.raises(UsageError, match="as many rows of batch norm for each item, got 7 rows for 6 items"):
+            norm(torch.rand(7, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (convolutions, "grouped"),
+        (normalized_perceptron, "grouped"),
+        (lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, momentum=None), nn.Flatten()), "grouped"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Dropout(0.5)), "grouped"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.LayerNorm(SIZE * SIZE)), "loop"),
+        (lambda: Calling(lambda net, x: (x + torch.rand_like(x) if net.training else x).flatten(1)), "loop"),
+        (lambda: Calling(lambda net, x: (x.relu() if next(net.calls) < 2 else x).flatten(1)), "loop"),  # mixes silently
+    ],
+)
+def test_the_fastest_way_that_a_network_allows(make: Callable[[], nn.Module], expected: str) -> None:
+    torch.manual_seed(0)
+    network = make().double().train()
+    state, buffers = torch.get_rng_state(), {name: buffer.clone() for name, buffer in network.named_buffers()}
+    assert fastest(network, images()[0]) == expected
+    assert torch.equal(torch.get_rng_state(), state)
+    assert network.training
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in network.named_buffers())
+
+
+def test_the_fastest_way_is_decided_for_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once and for all by the first images, which may have been on a CPU before the trainer moved to a GPU."""
+    asked = []
+
+    def decide(network: nn.Module, images: Tensor) -> str:
+        asked.append(images.device.type)
+        return {"cpu": "grouped", "meta": "vmap"}[images.device.type]
+
+    monkeypatch.setattr(inner_loop, "fastest", decide)
+    monkeypatch.setattr(inner_loop, "normalizes", lambda network, images: True)
+    inner = trainer().inner
+    modes = [inner.mode(images()[0].to(device)) for device in ("cpu", "meta", "cpu", "meta")]
+    assert modes == ["grouped", "vmap", "grouped", "vmap"]
+    assert asked == ["cpu", "meta"]
+    assert trainer(parallel="loop").inner.mode(images()[0]) == "loop"
+
+
+@pytest.mark.parametrize(
+    ("shape", "queries", "tasks"),
+    [((1, 28, 28), 15, 4), ((1, 28, 28), 1, 8), ((3, 84, 84), 5, 1), ((3, 224, 224), 15, 1), ((64,), 15, 8)],
+)
+def test_fewer_tasks_of_large_images_are_run_at_a_time(shape: tuple[int, ...], queries: int, tasks: int) -> None:
+    support, query = torch.empty(20, 5, 1, *shape), torch.empty(20, 5, queries, *shape)
+    assert max_tasks_per_chunk(support, query) == max_tasks_per_chunk(support, query.flatten(1, 2)) == tasks
+
+
+def test_batch_norm_is_seen_wherever_it_is_called() -> None:
+    maml = trainer(lambda: Calling(lambda net, x: F.batch_norm(x, None, None, training=True).flatten(1)))
+    assert not maml.transductive  # as far as can be told from the outside
+    maml.inner.mode(images()[0])
+    assert maml.transductive
+    assert not normalizes(nn.Flatten(), images()[0])
+
+
+@pytest.mark.parametrize("run", [loop, vmap, grouped])
+def test_dropout_differs_between_tasks(run: Callable[..., Tensor]) -> None:
+    outputs = run(nn.Sequential(nn.Flatten(), nn.Dropout(0.5)), {}, torch.ones(2, 1, 1, 8, 8))
+    assert outputs.shape == (2, 1, 64)
+    assert not torch.equal(outputs[0], outputs[1])
