@@ -46,7 +46,6 @@ def fit(
     Args:
         trainer: `trainer(batch)` is the scalar loss. Where it needs no gradient the step is skipped and counted.
         batches: as many batches as steps, or an endless stream; each has a method `to(device)`.
-        optimizer: over the trainer's parameters.
         steps: in all, with those of earlier sessions.
         scheduler: stepped after every step; ReduceLROnPlateau after every validation, by its error (its accuracy in
             mode "max"): it ends the training when a rate should fall below its `min_lr`.
@@ -59,7 +58,6 @@ def fit(
             after each validation, at the end and when interrupted.
         resume: continue from `checkpoint` where that file exists. Batches with a `state_dict` continue exactly, a list
             after what was trained on; any other endless iterator must stand there already.
-        progress: show a bar.
 
     Ctrl-C or SIGTERM ends training after the current step (and validation); a second one ends it at once.
 
