@@ -175,7 +175,7 @@ class EpisodicTrainer(FewShotTrainer):
 
     def batch_loss(self, batch: Batch) -> Tensor:
         """Loss of an ordinary batch by its labels."""
-        if batch.labels.is_cpu:  # there it would be a wait in each step; `check` has looked at all labels
+        if batch.labels.is_cpu:  # on a GPU each step would wait for it; `check` has looked at all labels of the set
             pml_compat.check_batch(self.loss, len(batch.labels), int(batch.labels.max()))
         embeddings = self.embed(batch.images)
         with torch.autocast(embeddings.device.type, enabled=False):
