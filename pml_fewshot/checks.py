@@ -33,12 +33,6 @@ class LockedError(UsageError, BlockingIOError):
     """Another process is writing there."""
 
 
-def require(condition: bool, expected: str, got: object, do: str) -> None:
-    """Raises a UsageError "expected .., got ..; do .." unless the condition holds."""
-    if not condition:
-        raise UsageError(f"expected {expected}, got {got}; {do}")
-
-
 def check_at_least_one(name: str, value: int) -> None:
     """Raises a UsageError unless value is an integer of at least 1 (a bool is not)."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:

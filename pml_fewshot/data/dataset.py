@@ -1,4 +1,4 @@
-"""Labelled images in one tensor (FewShotDataset) and their division into classes to train and evaluate on (Splits)."""
+"""Labeled images in one tensor (FewShotDataset) and their division into classes to train and evaluate on (Splits)."""
 
 import copy
 import hashlib
@@ -112,7 +112,7 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         return digest.hexdigest()
 
     def select_classes(self, classes: Sequence[int]) -> "FewShotDataset":
-        """Returns the items of the numbered classes, relabelled from 0 in the order given."""
+        """Returns the items of the numbered classes, relabeled from 0 in the order given."""
         if not len(classes):
             raise UsageError("expected at least one class, got none; give the indices of the classes to keep")
         new_label = torch.full((len(self.class_names),), -1, device=self.device)

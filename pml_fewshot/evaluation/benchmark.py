@@ -79,18 +79,18 @@ def benchmark(
         for training in trainings:
             with eval_mode(training) if isinstance(training, nn.Module) else nullcontext():
                 alone = isinstance(training, EmbeddingBank)
-                labelled, bank = embed(training, None if alone else dataset)
-                given = () if alone else (labelled, bank)
+                labeled, bank = embed(training, None if alone else dataset)
+                given = () if alone else (labeled, bank)
                 evaluators = [EpisodicEvaluator(spec, num_episodes, seed, head=head) for spec in specs]
                 episodic.append([evaluator.evaluate(training, *given) for evaluator in evaluators])
                 if tester is not None and bank.ndim == 2:
-                    embeddings = EmbeddingBank(bank, labelled.labels.to(bank.device), labelled.fingerprint())
+                    embeddings = EmbeddingBank(bank, labeled.labels.to(bank.device), labeled.fingerprint())
                     retrieved.append(_ranked_by(tester, training).test(embeddings, reference))
         context = RowContext(
             name,
             split,
-            len(torch.unique(labelled.labels)),
-            "; ".join(text for text in (getattr(labelled, "note", ""), note) if text),
+            len(torch.unique(labeled.labels)),
+            "; ".join(text for text in (getattr(labeled, "note", ""), note) if text),
             getattr(trainings[0], "transductive", False),
             (time.perf_counter() - start) / len(trainings) if timed else None,
         )

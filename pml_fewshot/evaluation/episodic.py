@@ -147,8 +147,8 @@ class EpisodicEvaluator:
             UsageError: the set has too few classes or items for the spec, or the bank or the logits hold NaN.
         """
         with eval_mode(trainer) if isinstance(trainer, nn.Module) else nullcontext():
-            labelled, bank = embed(trainer, dataset, bank)
-            labels = labelled.labels.cpu()
+            labeled, bank = embed(trainer, dataset, bank)
+            labels = labeled.labels.cpu()
             if len(bank) != len(labels):
                 raise UsageError(f"expected a bank of {len(labels)} items, got {len(bank)}; encode this very data set")
             check_finite(bank, "bank")
@@ -165,7 +165,7 @@ class EpisodicEvaluator:
             per_episode,
             self.spec,
             self.seed,
-            drawn.hash(labelled.fingerprint()),
+            drawn.hash(labeled.fingerprint()),
             *(_confusion(labels, drawn, predicted) if confusion else ()),
         )
 
@@ -238,7 +238,7 @@ def adaptation_curve(
 def embed(
     method: Method, dataset: FewShotDataset | EmbeddingBank | None, bank: Tensor | None = None
 ) -> tuple[FewShotDataset | EmbeddingBank, Tensor]:
-    """The labelled set that a method is evaluated on, and the method's bank (M, *item) of it."""
+    """The labeled set that a method is evaluated on, and the method's bank (M, *item) of it."""
     if isinstance(method, EmbeddingBank):
         if dataset is not None or bank is not None:
             raise UsageError("expected a bank alone, got a data set beside it; leave one out")

@@ -36,16 +36,15 @@ class Recorder:
         """Notes values of one step; `save` puts them on disk.
 
         Raises:
-            UsageError: the group's name is not a plain lower-case word or is a word of SQL.
+            UsageError: the group's name is not a plain lower-case word, or is an SQL keyword.
             CannotWriteError: (an OSError) TensorBoard could not write earlier rows.
         """
         if group not in self._groups:
             _check_name(group)
             self._groups.add(group)
         row = {"step": step, **{name: float(value) for name, value in values.items()}}
-        with translate_write_errors(
-            self._folder
-        ):  # TensorBoard writes in a thread, whose errors come with the next row
+        # TensorBoard writes in a thread of its own, whose errors come with the next row
+        with translate_write_errors(self._folder):
             if self._has_tensorboard and self._keeper.tensorboard_writer is None:
                 self._keeper.tensorboard_writer = self._tensorboard()
             self._keeper.update_records(row, global_iteration=step, parent_name=group)
@@ -125,10 +124,10 @@ def _check_name(group: str) -> None:
             if re.fullmatch(r"[a-z][a-z_]*", group):
                 connection.execute(f"CREATE TABLE {group} (step)")
                 return
-        except sqlite3.OperationalError:  # a word of SQL
+        except sqlite3.OperationalError:  # an SQL keyword
             pass
     raise UsageError(
-        f"expected a group of lower-case letters and underscores that is no word of SQL, got {group!r}; name it train, "
+        f"expected a group named in lower-case letters and underscores, no SQL keyword, got {group!r}; call it train, "
         "validation or the like"
     )
 

@@ -1,4 +1,4 @@
-"""BatchStream: the endless sequence of ordinary labelled training batches, drawn and augmented on the data's device."""
+"""BatchStream: the endless sequence of ordinary labeled training batches, drawn and augmented on the data's device."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator

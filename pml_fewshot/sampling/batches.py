@@ -1,4 +1,4 @@
-"""Ordinary labelled batches: what one is made of (BatchSpec) and the batch itself (Batch).
+"""Ordinary labeled batches: what one is made of (BatchSpec) and the batch itself (Batch).
 
 Letters in shapes: B items of a batch, C H W image.
 """
@@ -47,7 +47,7 @@ class BatchSpec:
 
 @dataclass(frozen=True)
 class Batch:
-    """Labelled images.
+    """Labeled images.
 
     Args:
         images: (B, C, H, W) floats in [0, 1].

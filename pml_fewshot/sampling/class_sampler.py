@@ -58,7 +58,7 @@ def _shuffled(slot: Tensor, size: int) -> Tensor:
 
 
 class ClassSampler:
-    """Draws distinct classes, and distinct items of each, from labelled items, by batched operations.
+    """Draws distinct classes, and distinct items of each, from labeled items, by batched operations.
 
     Classes may have different sizes. With the same CPU generator state the same items come out on every machine and
     device.

@@ -94,7 +94,7 @@ class EpisodeIndex:
 
 
 class EpisodeSampler:
-    """Draws episodes from labelled items: classes without replacement, then their items without replacement.
+    """Draws episodes from labeled items: classes without replacement, then their items without replacement.
 
     All episodes of a call are drawn at once, on the labels' device. Classes may have different sizes. With the same CPU
     generator state the same episodes come out on every machine and device.

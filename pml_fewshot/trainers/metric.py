@@ -1,4 +1,4 @@
-"""MetricTrainer: any PML loss, with or without a miner, on ordinary labelled batches or on episodes."""
+"""MetricTrainer: any PML loss, with or without a miner, on ordinary labeled batches or on episodes."""
 
 import torch
 from pytorch_metric_learning.losses import ManifoldLoss, MultiSimilarityLoss

@@ -17,7 +17,7 @@ from pml_fewshot.trainers.pml_compat import check_no_classes_kept
 class SiameseTrainer(EpisodicTrainer):
     """Trains embedder and similarity so that pairs of one class are told from pairs of two.
 
-    An episode's support and queries, or an ordinary batch, are one set of labelled images; the loss (or the miner)
+    An episode's support and queries, or an ordinary batch, are one set of labeled images; the loss (or the miner)
     chooses pairs among them.
 
     Args:

@@ -133,7 +133,7 @@ class TrainingState:
         return self.history.stopped != ALL_STEPS
 
     def log(self, batch: Any, recorder: Recorder | None) -> dict[str, str]:
-        """Reads and records the mean loss since the last log step, which waits for the GPU once.
+        """Reads and records the mean loss since the last log step, and the accuracy; each waits for the GPU once.
 
         Returns:
             What to show of it.
@@ -171,7 +171,7 @@ class TrainingState:
             return
         losses = torch.stack([record.loss for record in self.pending])
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
-        if not bad and all(p.isfinite().all() for p in self.trainer.parameters()):
+        if not bad and torch.stack([p.isfinite().all() for p in self.trainer.parameters()]).all():
             return
         names = self.batches.dataset.class_names if isinstance(self.batches, EpisodeStream | BatchStream) else ()
         record = self.pending[bad[0] if bad else -1]

@@ -17,7 +17,7 @@ from pml_fewshot.data import cache
 from pml_fewshot.data.cache import Source, cached_sets
 from pml_fewshot.data.dataset import FewShotDataset
 from pml_fewshot.io.atomic import CannotWriteError
-from tests.data.helpers import entries
+from tests.data.loading import entries
 
 
 class Made:

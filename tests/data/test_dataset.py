@@ -1,4 +1,4 @@
-"""FewShotDataset, concat and Splits: contents, memory maps, checksums, relabelling, rotations and refusals."""
+"""FewShotDataset, concat and Splits: contents, memory maps, checksums, relabeling, rotations and refusals."""
 
 import hashlib
 from pathlib import Path

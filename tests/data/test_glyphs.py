@@ -12,7 +12,7 @@ from pml_fewshot.checks import MissingFileError
 from pml_fewshot.data import glyphs
 from pml_fewshot.data.dataset import Splits
 from pml_fewshot.data.glyphs import load_glyphs
-from tests.data.helpers import parts
+from tests.data.loading import parts
 
 FONT_FOLDER = Path(get_data_path()) / "fonts" / "ttf"
 OUTLINES = dict[str, dict[str, bytes]]

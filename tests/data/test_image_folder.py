@@ -9,7 +9,7 @@ from PIL import Image
 from pml_fewshot.checks import MissingFileError, UsageError
 from pml_fewshot.data.dataset import FewShotDataset, Splits
 from pml_fewshot.data.image_folder import load_image_folder
-from tests.data.helpers import entries, parts
+from tests.data.loading import entries, parts
 
 
 def write(file: Path, shade: int) -> None:

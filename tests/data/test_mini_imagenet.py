@@ -13,7 +13,7 @@ from pml_fewshot.checks import MissingFileError, UsageError
 from pml_fewshot.data import mini_imagenet
 from pml_fewshot.data.dataset import Splits
 from pml_fewshot.data.mini_imagenet import CLASSES, load_mini_imagenet
-from tests.data.helpers import entries, parts, real_root
+from tests.data.loading import entries, parts, real_root
 
 SIZE = 8
 

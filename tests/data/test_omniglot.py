@@ -15,7 +15,7 @@ from pml_fewshot.checks import MissingFileError, UsageError
 from pml_fewshot.data import omniglot
 from pml_fewshot.data.dataset import Splits
 from pml_fewshot.data.omniglot import load_omniglot
-from tests.data.helpers import entries, parts, real_root
+from tests.data.loading import entries, parts, real_root
 
 # Character -> its two drawings: the made-up set has all roles of the Vinyals split.
 BACKGROUND = ("Angelic/character01", "Angelic/character02", "Hebrew/character01")

@@ -47,7 +47,7 @@ HEADS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def labelled(sizes: tuple[int, ...] = (7, 12, 9, 8, 20, 11), seed: int = 0) -> FewShotDataset:
+def labeled(sizes: tuple[int, ...] = (7, 12, 9, 8, 20, 11), seed: int = 0) -> FewShotDataset:
     """Random images in classes of different sizes whose items do not stand together."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.tensor([c for c, size in enumerate(sizes) for _ in range(size)])
@@ -66,7 +66,7 @@ def clouds(dataset: FewShotDataset, spread: float = 1.2) -> Tensor:
 
 def bank_of() -> EmbeddingBank:
     """Labels that no float64 and no int32 can tell apart, negative ones, and an order that is not the data set's."""
-    dataset, labels = labelled(), torch.tensor([2**60 + 1, -7, 2**60, 0, 2**60 + 2, -(2**40)])
+    dataset, labels = labeled(), torch.tensor([2**60 + 1, -7, 2**60, 0, 2**60 + 2, -(2**40)])
     return EmbeddingBank(clouds(dataset), labels[dataset.labels])
 
 
@@ -145,7 +145,7 @@ def test_each_accuracy_equals_that_of_a_loop(spec: EpisodeSpec):
 @pytest.mark.parametrize("shots", [1, 3])
 def test_each_accuracy_equals_scikit_learns_on_the_same_episode(shots: int):
     """At one shot the nearest mean is the nearest neighbor."""
-    dataset, spec = labelled(), EpisodeSpec(4, shots, 4)
+    dataset, spec = labeled(), EpisodeSpec(4, shots, 4)
     bank = clouds(dataset)
     result = EpisodicEvaluator(spec, 60).evaluate(Method(bank), dataset)
     for e, (support, query) in enumerate(zip(*vars(drawn(dataset.labels, spec, 60)).values(), strict=True)):
@@ -178,7 +178,7 @@ def test_the_interval_covers_a_known_accuracy_as_often_as_it_says():
 
 
 def test_rotated_embeddings_give_the_same_noise_gives_chance_and_one_hot_embeddings_give_1():
-    dataset = labelled()
+    dataset = labeled()
     bank = clouds(dataset)
     rotation = torch.linalg.qr(torch.randn(DIMS, DIMS, generator=torch.Generator().manual_seed(1)).double()).Q
     noise = torch.randn(bank.shape, generator=torch.Generator().manual_seed(2))
@@ -222,7 +222,7 @@ def test_the_confusion_matrix_counts_as_a_loop():
 
 def test_images_are_gathered_as_floats_in_0_to_1():
     """The bank of a method that adapts to each episode is the images themselves."""
-    dataset = labelled()
+    dataset = labeled()
     seen: list[tuple[Tensor, Tensor]] = []
 
     def head(support: Tensor, query: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ def test_images_are_gathered_as_floats_in_0_to_1():
 
 
 def test_a_set_and_its_bank_are_the_same_episodes_and_another_set_is_not():
-    dataset, embedder, evaluator = labelled(), Embedder(nn.Flatten()), EpisodicEvaluator(SPEC, 10)
+    dataset, embedder, evaluator = labeled(), Embedder(nn.Flatten()), EpisodicEvaluator(SPEC, 10)
     before = torch.get_rng_state()
     bank = embedder.encode(dataset)
     trainer = Method(bank.embeddings)
@@ -269,7 +269,7 @@ def test_a_set_and_its_bank_are_the_same_episodes_and_another_set_is_not():
 
 @pytest.mark.parametrize("name", HEADS)
 def test_a_head_replaces_the_trainers_own_and_classifies_banks(name: str):
-    dataset, head = labelled(), HEADS[name]
+    dataset, head = labeled(), HEADS[name]
     bank = EmbeddingBank(clouds(dataset), dataset.labels)
     trainer = Method(bank.embeddings)
     evaluator = EpisodicEvaluator(SPEC, 20, head=head)
@@ -282,7 +282,7 @@ def test_a_head_replaces_the_trainers_own_and_classifies_banks(name: str):
 
 
 def test_a_head_gets_the_trainers_distance():
-    dataset = labelled((30,) * 6)
+    dataset = labeled((30,) * 6)
     trainer = ProtoNetTrainer(Embedder(nn.Flatten()), PrototypicalLoss(distance=CosineSimilarity(), scale=10))
     own = EpisodicEvaluator(SPEC, 300).evaluate(trainer, dataset)
     with_head = partial(EpisodicEvaluator, SPEC, 300)
@@ -312,7 +312,7 @@ def test_heads_of_two_arguments_are_called_without_the_distance():
         noted,
     ]
     for head in heads:
-        EpisodicEvaluator(SPEC, 5, head=head).evaluate(trainer, labelled())
+        EpisodicEvaluator(SPEC, 5, head=head).evaluate(trainer, labeled())
     assert seen == [(), (1.0,), (trainer.distance,), (trainer.distance,)]
 
 
@@ -335,7 +335,7 @@ class Dropping(nn.Module):
 
 
 def test_methods_are_evaluated_in_eval_mode_and_get_their_modes_back():
-    dataset, method = labelled(), Dropping()
+    dataset, method = labeled(), Dropping()
     running = method.norm.running_mean.clone()
     in_training = EpisodicEvaluator(SPEC, 50).evaluate(method, dataset)
     assert [part.training for part in method.modules()] == [True, False, True, True]
@@ -357,7 +357,7 @@ def test_an_adaptation_curve_evaluates_each_number_of_steps_on_the_same_episodes
             logits = super().classify(support, query)
             return logits if inner_steps == 2 else logits.flip(2) if inner_steps == 1 else 0 * logits
 
-    dataset = labelled()
+    dataset = labeled()
     before, first, second = adaptation_curve(Adapting(clouds(dataset)), dataset, SPEC, 40, seed=1)
     expected = EpisodicEvaluator(SPEC, 40, seed=1).evaluate(Method(clouds(dataset)), dataset)
     assert (before.mean, second.mean) == (0.25, expected.mean)
@@ -390,7 +390,7 @@ def test_neither_chunk_nor_threads_change_anything(name: str):
 
 @pytest.mark.usefixtures("two_threads")
 def test_only_functions_and_trainers_that_say_so_are_called_in_threads():
-    dataset, mine = labelled(), threading.get_ident()
+    dataset, mine = labeled(), threading.get_ident()
     threads: set[int] = set()
     torch_threads: set[int] = set()
 
@@ -428,7 +428,7 @@ def test_only_functions_and_trainers_that_say_so_are_called_in_threads():
 
 @pytest.mark.usefixtures("two_threads")
 def test_a_distance_without_weights_yet_gets_them_once():
-    bank = EmbeddingBank(bank_of().embeddings.float(), labelled().labels)
+    bank = EmbeddingBank(bank_of().embeddings.float(), labeled().labels)
     distance = WeightedL1Similarity()
     lazy = EpisodicEvaluator(SPEC, 40, head=partial(nearest_neighbour, distance=distance)).evaluate(bank)
     head = partial(nearest_neighbour, distance=WeightedL1Similarity(dim=DIMS))
@@ -448,7 +448,7 @@ def test_an_error_in_a_thread_is_the_heads_own():
 
 
 def test_a_chunk_holds_at_least_one_episode_and_the_callers_own_comes_first(monkeypatch: pytest.MonkeyPatch):
-    dataset = labelled()
+    dataset = labeled()
     for floats, chunk, expected in (
         (3 * FLOATS + 1, None, [3, 3, 3, 1]),
         (1, None, [1] * 10),
@@ -480,7 +480,7 @@ def test_what_is_not_finite_is_counted_and_refused():
 
 
 def test_what_does_not_fit_together_is_refused():
-    dataset, bank = labelled(), bank_of()
+    dataset, bank = labeled(), bank_of()
     evaluator, trainer = EpisodicEvaluator(SPEC, 10), Method(torch.zeros(5, 2))
     for beside in ((dataset,), (bank, torch.zeros(5, 2))):
         with pytest.raises(UsageError, match="expected a bank of 67 items, got 5; encode this very data set"):

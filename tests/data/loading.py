@@ -1,4 +1,4 @@
-"""What several tests of loaders need."""
+"""What loaders give and leave: the parts of splits, the cache's entries; and where the real data sets are."""
 
 import os
 from pathlib import Path
