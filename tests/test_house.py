@@ -81,7 +81,7 @@ def test_no_two_modules_import_each_other() -> None:
 
 
 def test_few_files_stand_at_the_top_and_their_names_say_what_they_hold() -> None:
-    assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 6
+    assert len(list(PACKAGE.glob("*.py"))) <= 6
     assert {path.stem for path in FILES} & {"utils", "util", "common", "helpers", "misc"} == set()
 
 
@@ -101,17 +101,8 @@ def test_trainers_are_told_apart_by_nobody() -> None:
 
 def test_every_name_of_the_contract_is_public_and_every_public_name_is_there() -> None:
     assert set(CONTRACT.split()) - set(pml_fewshot.__all__) == set()
-    assert pml_fewshot.__all__ == sorted(set(pml_fewshot.__all__))
-    assert set(pml_fewshot.__all__) == set(pml_fewshot.MODULE_OF)
     for name in pml_fewshot.__all__:
-        assert getattr(pml_fewshot, name).__module__ == f"pml_fewshot.{pml_fewshot.MODULE_OF[name]}", name
-
-
-def test_type_checkers_see_the_names_where_they_are() -> None:
-    for node in ast.walk(TREES[PACKAGE / "__init__.py"]):
-        if isinstance(node, ast.ImportFrom) and node.module != "pml_fewshot.environment" and "pml_" in str(node.module):
-            for alias in node.names:
-                assert f"pml_fewshot.{pml_fewshot.MODULE_OF[alias.name]}" == node.module
+        assert getattr(pml_fewshot, name).__module__.startswith("pml_fewshot."), name
 
 
 def test_importing_the_package_imports_nothing_heavy_beside_torch() -> None:
@@ -124,16 +115,7 @@ def test_importing_the_package_imports_nothing_heavy_beside_torch() -> None:
 # --- randomness and safety --------------------------------------------------------------------------------------------
 
 DRAWS = {"rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal", "poisson"}
-DRAWS_IN_PLACE = {
-    "random_",
-    "uniform_",
-    "normal_",
-    "bernoulli_",
-    "exponential_",
-    "cauchy_",
-    "log_normal_",
-    "geometric_",
-}
+OTHER_DRAWS = {"random", "uniform", "exponential", "cauchy", "log_normal", "geometric"}  # in place alone
 OF_NO_GENERATOR = {"rand_like", "randn_like", "randint_like", "seed"}
 
 
@@ -144,7 +126,9 @@ def hidden_draws(tree: ast.AST) -> list[int]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             owner, name = ast.unparse(node.func.value), node.func.attr
             passed = any(keyword.arg == "generator" for keyword in node.keywords)
-            draws = (owner == "torch" and name in DRAWS) or (name in DRAWS_IN_PLACE and "init" not in owner)
+            draws = (owner == "torch" and name in DRAWS) or (
+                name.endswith("_") and name[:-1] in DRAWS | OTHER_DRAWS and "init" not in owner
+            )
             if (draws and not passed) or (owner == "torch" and name in OF_NO_GENERATOR):
                 lines.append(node.lineno)
     return lines

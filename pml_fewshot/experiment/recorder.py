@@ -4,7 +4,7 @@ import importlib.util
 import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +86,8 @@ class Recorder:
         except UsageError:
             raise
         except (sqlite3.Error, ValueError) as error:
-            raise UsageError(
-                f"expected the records in {self._folder} as they were written, got damaged ones ({error}); restore "
-                "logs.db and the CSV files from a copy, or remove them to continue without what was recorded"
-            ) from error
+            got = f"got damaged ones ({error}); restore logs.db and the CSV files from a copy, or remove them"
+            raise UsageError(f"expected the records in {self._folder} as they were written, {got}") from error
 
     def close(self) -> None:
         """Saves, and closes TensorBoard's file."""
@@ -119,17 +117,11 @@ class _ClosedDatabase(DBManager):
 
 def _check_name(group: str) -> None:
     """Raises a UsageError unless record-keeper can make a file and an unquoted SQL table of a group's name."""
-    with closing(sqlite3.connect(":memory:")) as connection:
-        try:
-            if re.fullmatch(r"[a-z][a-z_]*", group):
-                connection.execute(f"CREATE TABLE {group} (step)")
-                return
-        except sqlite3.OperationalError:  # an SQL keyword
-            pass
-    raise UsageError(
-        f"expected a group named in lower-case letters and underscores, no SQL keyword, got {group!r}; call it train, "
-        "validation or the like"
-    )
+    with closing(sqlite3.connect(":memory:")) as connection, suppress(sqlite3.OperationalError):  # of an SQL keyword
+        if re.fullmatch(r"[a-z][a-z_]*", group):
+            connection.execute(f"CREATE TABLE {group} (step)")
+            return
+    raise UsageError(f"expected a group named in lower-case letters, no SQL keyword, got {group!r}; call it train")
 
 
 def _delete_later_rows(connection: sqlite3.Connection, step: int, groups: Sequence[str]) -> None:

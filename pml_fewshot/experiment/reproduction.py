@@ -47,8 +47,8 @@ def reproduce(
 ) -> Reproduction:
     """Evaluates the weights of a finished run again, on the same episodes, and compares every figure.
 
-    Nothing in the folder is changed, and nothing in it is run: the experiment is yours, and must be the same as the
-    folder's but for what the command line changes (steps, seed, episodes, specs), which comes from the folder.
+    Nothing in the folder is changed, and nothing in it is run: the experiment is yours, and must be the folder's but
+    for what the command line changes (steps, seed, episodes, specs), which comes from the folder.
 
     Args:
         folder: of the run.
@@ -65,7 +65,7 @@ def reproduce(
     config = with_stored_options(config, stored["config"])
     if not RunFolder(folder, config, stored).finished:
         raise MissingFileError(f"expected a finished run in {folder}, got one without a table; finish it with --resume")
-    check_same(config, stored, folder)
+    check_same(config, stored, folder, may_change=())
     root = Path(data_root) if data_root is not None else config.data_root
     prepared = prepare(replace(config, data_root=root, device=device))
     check_data(prepared.splits, stored, folder)
@@ -84,14 +84,13 @@ def reproduce(
 
 def with_stored_options(config: ExperimentConfig, stored: Mapping[str, Any]) -> ExperimentConfig:
     """The config with the numbers that the command line may have changed, as a run's description has them."""
+
+    def as_stored(spec: Any, then: Mapping[str, Any]) -> Any:
+        return replace(spec, **{each.name: then[each.name] for each in fields(spec) if each.name in then})
+
     options: dict[str, Any] = {name: stored[name] for name in ("steps", "seed", "num_episodes")}
-    options["train_spec"] = _with_numbers(config.train_spec, stored["train_spec"])
-    options["eval_specs"] = tuple(_with_numbers(config.eval_specs[0], each) for each in stored["eval_specs"])
-    return replace(config, **options)
-
-
-def _with_numbers(spec: Any, numbers: Mapping[str, Any]) -> Any:
-    return replace(spec, **{each.name: numbers[each.name] for each in fields(spec) if each.name in numbers})
+    evals = tuple(as_stored(config.eval_specs[0], each) for each in stored["eval_specs"])
+    return replace(config, train_spec=as_stored(config.train_spec, stored["train_spec"]), eval_specs=evals, **options)
 
 
 def find_config(folder: str | Path, module: str = "") -> ExperimentConfig:

@@ -63,40 +63,33 @@ class RunFolder:
         Raises:
             UsageError: the data are not, to the pixel, those that the run began with.
         """
-        config, session = describe(self.config), environment(device)
-        stored = self.stored or {"module": module_name("__main__"), "sessions": [session], "changes": []}
-        sessions, changes = list(stored["sessions"]), list(stored["changes"])
-        if self.stored:
+        config, sessions, changes = describe(self.config), [environment(device)], []
+        if stored := self.stored:
             check_data(splits, stored, self.path)
-            environment_notes, then = environment_changes(stored, device), stored["config"]
-            sessions += [session] if environment_notes else []
+            then, notes = stored["config"], environment_changes(stored, device)
             changed = changed_fields(self.config, stored)
-            config_notes = [
-                f"after step {self.steps}: {name} {config[name]}, {then.get(name)} before" for name in changed
-            ]
-            changes += config_notes
-            for note in (*environment_notes, *config_notes):
-                print(f"note: {note}")
+            changes = [f"after step {self.steps}: {name} {config[name]}, {then.get(name)} before" for name in changed]
+            print(*(f"note: {note}\n" for note in (*notes, *changes)), sep="", end="")
+            sessions, changes = stored["sessions"] + (sessions if notes else []), stored["changes"] + changes
         about = {"config": config, "data": _described(splits), "sessions": sessions, "changes": changes}
-        self._write(**{**stored, **about})
+        self._write({"module": module_name("__main__"), **stored, **about})
 
     def finish(self, table: ResultTable) -> None:
         """Writes the table, then that it is of the config's steps and evaluation."""
         table.write(self.path)
-        self._write(finished=self._result())
+        self._write({**self.stored, "finished": self._result()})
 
     def _result(self) -> dict[str, Any]:
         return {name: describe(getattr(self.config, name)) for name in ("steps", *EVALUATION)}
 
-    def _write(self, **changes: Any) -> None:
-        self.stored = {**self.stored, **changes}
+    def _write(self, stored: dict[str, Any]) -> None:
+        self.stored = stored
         lines = [f"{each.name} = {getattr(self.config, each.name)!r}" for each in fields(self.config)]
         lines = [re.sub(r" at 0x[0-9a-f]+", "", line) for line in lines]  # an address says nothing
-        data = self.stored["data"].items()
-        lines += ["", *(f"{role} = {each['shown']}, checksum {each['checksum']}" for role, each in data)]
-        for session in self.stored["sessions"]:
-            lines += ["", *(f"{name} {value}" for name, value in session.items())]
-        write_text(self.path / "config.txt", "\n".join([*lines, "", *self.stored["changes"]]).strip() + "\n")
+        sets = [f"{role} = {each['shown']}, checksum {each['checksum']}" for role, each in self.stored["data"].items()]
+        sessions = [[f"{name} {value}" for name, value in each.items()] for each in self.stored["sessions"]]
+        parts = ["\n".join(part) for part in (lines, sets, *sessions, self.stored["changes"])]
+        write_text(self.path / "config.txt", "\n\n".join(parts).strip() + "\n")
         # last: it says that a run has begun here
         write_text(self.path / "config.json", json.dumps({**self.stored, "checksum": _checksum(self.stored)}, indent=1))
 
@@ -127,10 +120,8 @@ def open_run(config: ExperimentConfig, resume: bool) -> Iterator[RunFolder]:
         try:
             lock.acquire()
         except Timeout as error:
-            raise LockedError(
-                f"expected a run folder that no other process writes, got {path}, which one does; wait for its end, or "
-                "name another folder with --run-dir"
-            ) from error
+            message = f"expected a run folder that no other process writes, got {path}; wait, or name another folder"
+            raise LockedError(message) from error
     try:
         yield _checked(RunFolder(path, config), resume)
     except BaseException:
@@ -154,8 +145,7 @@ def _checked(folder: RunFolder, resume: bool) -> RunFolder:
         return folder
     if not resume:
         raise ExistingFileError(
-            f"expected a new or empty run folder, got {path}, which holds another run or other files; name "
-            "another with --run-dir, or resume that run with --resume"
+            f"expected a new or empty run folder, got {path} with files in it; name another with --run-dir, or --resume"
         )
     if path / "config.json" not in files:
         raise UsageError(f"expected a run, an empty folder or none at {path}, got other files; name another folder")
@@ -164,10 +154,8 @@ def _checked(folder: RunFolder, resume: bool) -> RunFolder:
     if folder.checkpoint.exists() and not folder.finished:
         folder.steps = history_of(load_checkpoint(folder.checkpoint)).steps
         if folder.steps > config.steps:
-            raise UsageError(
-                f"expected at least the {folder.steps} steps that the run in {path} has made, got {config.steps}; "
-                "raise --steps, or name another folder for a new run"
-            )
+            made = f"{folder.steps} steps that the run in {path} has made"
+            raise UsageError(f"expected at least the {made}, got {config.steps}; raise --steps, or start a new run")
     return folder
 
 
@@ -200,18 +188,14 @@ def changed_fields(config: ExperimentConfig, stored: Mapping[str, Any]) -> list[
     return [name for name, value in now.items() if name not in ("object", *PLACE) and value != then.get(name)]
 
 
-def check_same(
-    config: ExperimentConfig, stored: Mapping[str, Any], folder: Path, may_change: Sequence[str] = ()
-) -> None:
+def check_same(config: ExperimentConfig, stored: Mapping[str, Any], folder: Path, may_change: Sequence[str]) -> None:
     """Raises a UsageError that names the fields, but those that may change, in which a config is not that of a run."""
     changed = [name for name in changed_fields(config, stored) if name not in may_change]
     if describe(config.eval_specs[:1]) != stored["config"]["eval_specs"][:1]:
         changed.append("eval_specs[0]")
     if changed:
-        raise UsageError(
-            f"expected the config of the run in {folder}, got another {', '.join(changed)}; make it as config.txt has "
-            "it, or name another folder for a new run"
-        )
+        got = f"got another {', '.join(changed)}; make it as config.txt has it, or start a new run"
+        raise UsageError(f"expected the config of the run in {folder}, {got}")
 
 
 def check_data(splits: Splits, stored: Mapping[str, Any], folder: Path) -> None:
@@ -219,10 +203,8 @@ def check_data(splits: Splits, stored: Mapping[str, Any], folder: Path) -> None:
     then, now = stored["data"], _described(splits)
     changed = [role for role in now if now[role]["checksum"] != then[role]["checksum"]]
     if changed:
-        raise UsageError(
-            f"expected the data of the run in {folder}, got other images, labels or classes in {', '.join(changed)}; "
-            "use the data that config.txt names, or start a new run"
-        )
+        got = f"got other images, labels or classes in {', '.join(changed)}; use what config.txt names, or a new folder"
+        raise UsageError(f"expected the data of the run in {folder}, {got}")
 
 
 def _described(splits: Splits) -> dict[str, dict[str, str]]:

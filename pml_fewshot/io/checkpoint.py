@@ -40,20 +40,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise MissingFileError(f"expected a checkpoint at {path}, got no such file; look into the run folder")
     content, seal, written = path.read_bytes().rpartition(SEAL)
-    if not seal or written != checksum([content]).encode():
-        raise UsageError(
-            f"expected a checkpoint at {path}, got a file that is broken or that this version did not write; use "
-            "another checkpoint or train again"
-        )
-    try:
-        # (a learned distance that has not seen embeddings yet has an UninitializedParameter)
-        with torch.serialization.safe_globals([UninitializedParameter]):
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its unpickler happens to meet
-        raise UsageError(
-            f"expected a checkpoint of tensors, numbers, texts, lists and dicts at {path}, got {_first_line(error)}; "
-            "use a checkpoint that fit wrote"
-        ) from error
+    damage = "" if seal and written == checksum([content]).encode() else "a broken file, or one of another version"
+    if not damage:
+        try:  # (a learned distance that has not seen embeddings yet has an UninitializedParameter)
+            with torch.serialization.safe_globals([UninitializedParameter]):
+                return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except Exception as error:  # noqa: BLE001 (torch raises whatever its unpickler happens to meet)
+            damage = str(error).partition("\n")[0] or type(error).__name__
+    raise UsageError(f"expected a checkpoint that fit wrote at {path}, got {damage}; use another, or train again")
 
 
 def export_embedder(path: str | Path, embedder: nn.Module) -> None:
@@ -82,17 +76,14 @@ def load_embedder(path: str | Path, embedder: nn.Module) -> None:
 
     Raises:
         MissingFileError: there is no such file.
-        UsageError: the file is broken or has another checksum than was written, or a weight (which is named) is
-            missing, unknown, of another shape or type, or not finite.
+        UsageError: the file is broken, or a weight (which is named) is missing, unknown, of another shape or type, or
+            not finite.
     """
     stored, _ = read_tensors(path)
     check_weights(embedder.state_dict(), stored, str(path))
     for name, value in stored.items():
         if not torch.isfinite(value).all():
-            raise UsageError(
-                f"expected finite weights in {path}, got NaN or infinity in {name}; use the weights of a training that "
-                "did not diverge"
-            )
+            raise UsageError(f"expected finite weights in {path}, got NaN or infinity in {name}; use an earlier file")
     embedder.load_state_dict(stored)
 
 
@@ -116,13 +107,7 @@ def check_weights(own: Mapping[str, Any], stored: Mapping[str, Any], where: str)
 
 
 def _describe(weights: Mapping[str, Any], name: str) -> str:
-    if name not in weights:
-        return "nothing"
-    value = weights[name]
-    if not isinstance(value, torch.Tensor):
-        return type(value).__name__
-    return f"{value.dtype} of shape {tuple(value.shape)}".removeprefix("torch.")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+    value = weights.get(name, "nothing")
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}".removeprefix("torch.")
+    return type(value).__name__ if name in weights else value

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from pml_fewshot.checks import UsageError
 from pml_fewshot.io.checkpoint import check_weights, save_checkpoint
@@ -27,7 +26,7 @@ NAMED_CLASSES = 10  # at most, in the message about a NaN
 
 @dataclass
 class History:
-    """What happened in a training.
+    """What happened in a training, over all its sessions.
 
     Args:
         losses: (step, mean loss of the steps since the entry before).
@@ -35,11 +34,10 @@ class History:
         best_step: step of the weights that the trainer holds at the end.
         stopped: why it ended: "all steps", "no improvement", "loss no longer falling" or "learning rate at its
             lowest".
-        steps: steps taken, over all sessions.
-        skipped: steps among them whose batch held nothing to learn from (no pair for the miner or the loss); the
-            weights stayed as they were.
+        steps: steps taken.
+        skipped: steps among them whose batch held nothing to learn from (no pair for the miner or the loss).
         retries: how often it diverged and went back to a checkpoint with a lower learning rate.
-        seconds: time in training and validation, over all sessions.
+        seconds: time in training and validation.
     """
 
     losses: list[tuple[int, float]] = field(default_factory=list)
@@ -133,11 +131,7 @@ class TrainingState:
         return self.history.stopped != ALL_STEPS
 
     def log(self, batch: Any, recorder: Recorder | None) -> dict[str, str]:
-        """Reads and records the mean loss since the last log step, and the accuracy; each waits for the GPU once.
-
-        Returns:
-            What to show of it.
-        """
+        """Reads, records and returns the mean loss since the last log step and the accuracy; each waits for a GPU."""
         step = self.history.steps
         values: dict[str, float] = {}
         if self.pending:
@@ -173,20 +167,25 @@ class TrainingState:
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
         if not bad and torch.stack([p.isfinite().all() for p in self.trainer.parameters()]).all():
             return
-        names = self.batches.dataset.class_names if isinstance(self.batches, EpisodeStream | BatchStream) else ()
         record = self.pending[bad[0] if bad else -1]
-        what = f"a loss of {record.loss.item()} at" if bad else "a NaN or infinite weight after"
-        where = f" on a batch of {_listed(record.classes, names)}" if record.classes is not None else ""
-        kept = (
-            f"the last good state is in {checkpoint}" if checkpoint and Path(checkpoint).exists() else "none was kept"
-        )
+        got = f"a loss of {record.loss.item()} at" if bad else "a NaN or infinite weight after"
+        exists = checkpoint is not None and Path(checkpoint).exists()
+        kept = f"the last good state is in {checkpoint}" if exists else "none was kept"
         hint = self.trainer.divergence_hint if isinstance(self.trainer, Reporting) else ""
         self.restore_best()
         raise TrainingDiverged(
-            f"expected a finite loss, got {what} step {record.step} (learning rate {record.learning_rate:g}){where}; "
-            f"{kept}; lower the learning rate, {hint + ', ' if hint else ''}clip the gradient (clip_norm), let `run` "
-            "retry (retries), or look for NaN in the data"
+            f"expected a finite loss, got {got} step {record.step} (learning rate {record.learning_rate:g})"
+            f"{self._listed(record.classes)}; {kept}; lower the learning rate, {hint + ', ' if hint else ''}clip the "
+            "gradient (clip_norm), let `run` retry (retries), or look for NaN in the data"
         )
+
+    def _listed(self, classes: Tensor | None) -> str:
+        if classes is None:
+            return ""
+        names = self.batches.dataset.class_names if isinstance(self.batches, EpisodeStream | BatchStream) else ()
+        listed = [f"{label} {names[label]}" if names else str(label) for label in classes.unique().tolist()]
+        more = f" and {len(listed) - NAMED_CLASSES} more" if len(listed) > NAMED_CLASSES else ""
+        return f" on a batch of classes {', '.join(listed[:NAMED_CLASSES])}{more}"
 
     def save(self, checkpoint: str | Path, recorder: Recorder | None) -> None:
         if recorder is not None:
@@ -195,16 +194,7 @@ class TrainingState:
 
     def keep_weights(self) -> None:
         """Keeps a copy of the weights as the best so far."""
-        now = self.trainer.state_dict()
-        if self.best is None or self.best.keys() != now.keys():
-            self.best = copy.deepcopy(now)
-        else:
-            for name, value in now.items():
-                if _same_shape(self.best[name], value):
-                    # in place: new tensors at each best would fragment the memory that steps use
-                    self.best[name].copy_(value)
-                else:  # a lazy weight that has its shape now, or what get_extra_state gave
-                    self.best[name] = copy.deepcopy(value)
+        self.best = copy.deepcopy(self.trainer.state_dict())
         self.history.best_step = self.history.steps
 
     def restore_best(self) -> None:
@@ -265,8 +255,7 @@ def history_of(state: dict[str, Any]) -> History:
             f"expected a training's checkpoint of format {FORMAT_VERSION}, got format {version}; resume with the "
             "version that wrote it (config.txt names it), or start a new run"
         )
-    missing = sorted(KEYS - state.keys())
-    if missing:
+    if missing := sorted(KEYS - state.keys()):
         raise UsageError(f"expected a training's checkpoint, got one without {', '.join(missing)}; use another file")
     stored = dict(state["history"])
     stored["losses"] = [(int(step), loss) for step, loss in stored["losses"].tolist()]
@@ -288,23 +277,7 @@ def lower_learning_rate(state: dict[str, Any], factor: float) -> None:
         group |= {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
     schedulers = [state.get("scheduler", {})]
     for scheduler in schedulers:
-        for name in ("base_lrs", "_last_lr"):
-            if name in scheduler:
-                scheduler[name] = [rate * factor for rate in scheduler[name]]
+        rates = scheduler.keys() & {"base_lrs", "_last_lr"}
+        scheduler |= {name: [rate * factor for rate in scheduler[name]] for name in rates}
         schedulers += scheduler.get("_schedulers", [])  # of SequentialLR and ChainedScheduler
     state["history"]["retries"] += 1
-
-
-def _same_shape(kept: Any, now: Any) -> bool:
-    if not torch.is_tensor(kept) or not torch.is_tensor(now):
-        return False
-    return not is_lazy(kept) and not is_lazy(now) and kept.shape == now.shape
-
-
-def _listed(classes: Tensor, names: Sequence[str]) -> str:
-    labels = classes.unique().tolist()
-    listed = ", ".join(
-        f"{label} {names[label]}" if label < len(names) else str(label) for label in labels[:NAMED_CLASSES]
-    )
-    more = f" and {len(labels) - NAMED_CLASSES} more" if len(labels) > NAMED_CLASSES else ""
-    return f"class{'es' if len(labels) > 1 else ''} {listed}{more}"

@@ -68,7 +68,7 @@ def test_database_and_csv_hold_each_row_once_after_save(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("without_tensorboard")
 @pytest.mark.parametrize("group", ["order", "sqlite_x", "5way", "val/acc", "", "Train", "../x", "_x", "a;b", "é"])
 def test_names_that_cannot_be_a_table_or_file_are_refused(group: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"expected a group named in lower-case letters .*; call it train"):
+    with pytest.raises(UsageError, match=r"expected a group named in lower-case letters.*; call it train"):
         Recorder(tmp_path).record(group, 1, loss=0.5)
 
 

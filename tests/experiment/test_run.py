@@ -390,9 +390,9 @@ def test_a_schedule_over_the_steps_follows_the_curve_of_the_new_number(tmp_path:
 def test_a_field_that_a_later_version_adds_is_compared_with_its_default(finished: Finished) -> None:
     stored = read_config(finished.folder)
     del stored["config"]["bf16"], stored["config"]["loss_lr"]
-    check_same(finished.config, stored, finished.folder)
+    check_same(finished.config, stored, finished.folder, ())
     with pytest.raises(UsageError, match=r"expected the config of the run in .*, got another loss_lr; make it as"):
-        check_same(replace(finished.config, loss_lr=2.0), stored, finished.folder)
+        check_same(replace(finished.config, loss_lr=2.0), stored, finished.folder, ())
 
 
 # --- divergence -------------------------------------------------------------------------------------------------------

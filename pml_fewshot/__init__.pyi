@@ -1,0 +1,63 @@
+# What `pml_fewshot` offers: read by type checkers and, for the lazy imports of __init__.py, at run time.
+
+from .checks import UsageError as UsageError
+from .data.augmentation import RandomAffine as RandomAffine
+from .data.dataset import FewShotDataset as FewShotDataset
+from .data.dataset import Splits as Splits
+from .data.glyphs import load_glyphs as load_glyphs
+from .data.image_folder import load_image_folder as load_image_folder
+from .data.mini_imagenet import load_mini_imagenet as load_mini_imagenet
+from .data.omniglot import load_omniglot as load_omniglot
+from .distances.weighted_l1 import WeightedL1Similarity as WeightedL1Similarity
+from .embedders.bank import EmbeddingBank as EmbeddingBank
+from .embedders.bank import load_bank as load_bank
+from .embedders.bank import save_bank as save_bank
+from .embedders.conv4 import Conv4 as Conv4
+from .embedders.embedder import Embedder as Embedder
+from .embedders.resnet12 import ResNet12 as ResNet12
+from .embedders.torchvision_trunk import TorchvisionTrunk as TorchvisionTrunk
+from .evaluation.benchmark import benchmark as benchmark
+from .evaluation.episodic import EpisodicEvaluator as EpisodicEvaluator
+from .evaluation.episodic import adaptation_curve as adaptation_curve
+from .evaluation.gallery import Gallery as Gallery
+from .evaluation.heads import nearest_neighbour as nearest_neighbour
+from .evaluation.heads import nearest_prototype as nearest_prototype
+from .evaluation.linear_heads import (
+    cosine_classifier as cosine_classifier,
+)
+from .evaluation.linear_heads import (
+    logistic_regression as logistic_regression,
+)
+from .evaluation.linear_heads import (
+    ridge_regression as ridge_regression,
+)
+from .evaluation.retrieval import RetrievalTester as RetrievalTester
+from .evaluation.statistics import compare as compare
+from .evaluation.table import ResultTable as ResultTable
+from .experiment.command_line import main as main
+from .experiment.config import ExperimentConfig as ExperimentConfig
+from .experiment.config import swap as swap
+from .experiment.run import run as run
+from .experiment.sweep import sweep as sweep
+from .io.checkpoint import export_embedder as export_embedder
+from .io.checkpoint import load_embedder as load_embedder
+from .losses.dense import DenseNTXentLoss as DenseNTXentLoss
+from .losses.dense import DenseTripletMarginLoss as DenseTripletMarginLoss
+from .losses.matching import MatchingLoss as MatchingLoss
+from .losses.pair_verification import PairVerificationLoss as PairVerificationLoss
+from .losses.prototypical import PrototypicalLoss as PrototypicalLoss
+from .sampling.batch_stream import BatchStream as BatchStream
+from .sampling.batches import Batch as Batch
+from .sampling.batches import BatchSpec as BatchSpec
+from .sampling.episode_stream import EpisodeStream as EpisodeStream
+from .sampling.episodes import Episode as Episode
+from .sampling.episodes import EpisodeSampler as EpisodeSampler
+from .sampling.episodes import EpisodeSpec as EpisodeSpec
+from .trainers.maml.trainer import MAMLTrainer as MAMLTrainer
+from .trainers.matching import MatchingTrainer as MatchingTrainer
+from .trainers.metric import MetricTrainer as MetricTrainer
+from .trainers.protonet import ProtoNetTrainer as ProtoNetTrainer
+from .trainers.siamese import SiameseTrainer as SiameseTrainer
+from .training.fit import fit as fit
+
+__version__: str
