@@ -60,11 +60,9 @@ def check_finite(values: Tensor, what: str, do: str = "") -> None:
     finite = torch.cat([torch.isfinite(block.flatten(1)).all(dim=1) for block in values.unsqueeze(1).split(BLOCK_ROWS)])
     bad = (~finite).nonzero().flatten().tolist()
     if bad:  # none: the sum of finite values overflowed
+        got = f"got NaN or infinity in {len(bad)} of {len(values)} rows, first in row {bad[0]}"
         do = do or "look at what produced them (a diverged training, a division by zero)"
-        raise UsageError(
-            f"expected finite {what}, got NaN or infinity in {len(bad)} of {len(values)} rows, first in row {bad[0]}; "
-            f"{do}"
-        )
+        raise UsageError(f"expected finite {what}, {got}; {do}")
 
 
 def check_labels(labels: Tensor, length: int, what: str) -> None:
@@ -75,20 +73,17 @@ def check_labels(labels: Tensor, length: int, what: str) -> None:
             f"expected {what} labels as an int64 tensor, got {got}; use torch.as_tensor(labels).long()"
         )
     if labels.shape != (length,):
-        raise UsageError(
-            f"expected {what} labels of shape ({length},), got shape {tuple(labels.shape)}; give one for each item"
-        )
+        raise UsageError(f"expected {what} labels of shape ({length},), got shape {tuple(labels.shape)}; give one each")
 
 
 def check_enough_items(labels: Tensor, counts: Tensor, needed: int, what: str) -> None:
     """Raises a UsageError naming the first class (by its label) that has fewer than `needed` items."""
     short = (counts < needed).nonzero().flatten()
     if len(short):
-        first = short[0]
+        count, label = counts[short[0]].item(), labels[short[0]].item()
         raise UsageError(
-            f"expected at least {needed} items ({what}) in every class, got {counts[first].item()} in class "
-            f"{labels[first].item()} ({len(short)} of {len(counts)} classes have too few); ask for fewer shots or "
-            "queries, or leave the small classes out"
+            f"expected at least {needed} items ({what}) in every class, got {count} in class {label} ({len(short)} of "
+            f"{len(counts)} classes have too few); ask for fewer shots or queries, or leave the small classes out"
         )
 
 
@@ -98,7 +93,5 @@ def check_disjoint(groups: Sequence[tuple[str, Sequence[str]]]) -> None:
     for group, names in groups:
         for name in names:
             if owner.setdefault(name, group) != group:
-                raise UsageError(
-                    f"expected splits without a common class, got class {name!r} in {owner[name]} and in {group}; "
-                    "put each class into one split"
-                )
+                got = f"class {name!r} in {owner[name]} and in {group}"
+                raise UsageError(f"expected splits without a common class, got {got}; put each class into one split")

@@ -23,11 +23,8 @@ TOP_PAD = 256 * 2**20  # bytes taken from the system at a time
 # OpenBLAS's name for the kernels of each instruction set that torch reports
 OPENBLAS_CORES = {"AVX2": "Haswell", "AVX512": "SkylakeX"}
 
-# torchvision's compiled operators, which are for detection and never called here
-TORCHVISION_SCHEMAS = {
-    "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-}
+# torchvision's compiled operators nms and qnms, which are for detection and never called here
+TORCHVISION_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 def keep_freed_memory() -> bool:
@@ -88,9 +85,8 @@ def execute_faiss(exec_module: Callable[[ModuleType], None], module: ModuleType)
 def execute_torchvision(exec_module: Callable[[ModuleType], None], module: ModuleType) -> None:
     """Loads torchvision, declaring its operators where that fails for lack of them.
 
-    A CPU build of torch beside the registry's CUDA build of torchvision cannot load torchvision's C++ operators, and
-    the import fails with "operator torchvision::nms does not exist". With their schemas declared, transforms, models
-    and downloads work.
+    A CPU build of torch beside a CUDA build of torchvision cannot load torchvision's operators: the import fails with
+    "operator torchvision::nms does not exist". With their schemas declared, transforms, models and downloads work.
     """
     try:
         exec_module(module)
@@ -99,13 +95,12 @@ def execute_torchvision(exec_module: Callable[[ModuleType], None], module: Modul
             raise
         for name in [name for name in sys.modules if name.startswith("torchvision.")]:
             del sys.modules[name]  # half-imported by the failed attempt
-        for name, schema in TORCHVISION_SCHEMAS.items():
-            torch.library.define(f"torchvision::{name}", schema)
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", TORCHVISION_SCHEMA)
         exec_module(module)
 
 
 def prepare_imports() -> None:
     """Installs the hooks, once a process; a module that is imported already stays as it is."""
     if not any(isinstance(finder, ImportHook) for finder in sys.meta_path):
-        hooks = [ImportHook("faiss", execute_faiss), ImportHook("torchvision", execute_torchvision)]
-        sys.meta_path[:0] = hooks
+        sys.meta_path[:0] = [ImportHook("faiss", execute_faiss), ImportHook("torchvision", execute_torchvision)]

@@ -39,7 +39,7 @@ RETRY_FACTOR = 0.5  # of the learning rate, each time that a training diverged
 
 @dataclass
 class Prepared:
-    """An experiment whose parts are made and fit together; nothing is trained yet."""
+    """An experiment whose parts are made and fit together."""
 
     config: ExperimentConfig
     device: torch.device
@@ -93,10 +93,8 @@ def _run(folder: RunFolder) -> ResultTable:
     print(f"{folder.config.name}: {prepared.stream.dataset} on {prepared.device}, run folder {folder.path}")
     history = train(prepared, folder)
     skipped = f", {history.skipped} steps skipped: nothing to learn from in their batches" if history.skipped else ""
-    print(
-        f"trained {history.steps} steps in {history.seconds / 60:.1f} minutes ({history.stopped}), weights of step "
-        f"{history.best_step}{skipped}"
-    )
+    done = f"trained {history.steps} steps in {history.seconds / 60:.1f} minutes ({history.stopped})"
+    print(f"{done}, weights of step {history.best_step}{skipped}")
     for name, part in prepared.trainer.exports().items():
         export_embedder(folder.path / name, part)
     table = evaluate(prepared, history)
@@ -129,14 +127,14 @@ def prepare(config: ExperimentConfig) -> Prepared:
     for part in trainer.exports().values():
         check_exportable(part)
     _rehearse(config, trainer, splits.test)
-    splits = replace(splits, test=_on_device_if_small(splits.test, device))
-    val = val if val is None else _on_device_if_small(val, device)
-    stream = _stream(config, _on_device_if_small(train, device), trainer)
+    train, test = _on_device_if_small(train, device), _on_device_if_small(splits.test, device)
+    val = val and _on_device_if_small(val, device)
+    stream = _stream(config, train, trainer)
     optimizer = config.optimizer(trainer.parameter_groups(config.loss_lr))
     scheduler = _scheduler(config, optimizer)
     validate = partial(evaluator.evaluate, trainer, val) if val is not None else None
     tester = _instance(config.retrieval)
-    return Prepared(config, device, splits, trainer, stream, optimizer, scheduler, validate, tester)
+    return Prepared(config, device, replace(splits, test=test), trainer, stream, optimizer, scheduler, validate, tester)
 
 
 def train(prepared: Prepared, folder: RunFolder) -> History:
@@ -172,8 +170,8 @@ def train(prepared: Prepared, folder: RunFolder) -> History:
                     raise
                 lower_learning_rate(state, RETRY_FACTOR)
                 save_checkpoint(checkpoint, state)
-                event = str(error).partition(";")[0]
-                print(f"{event}; back to step {history_of(state).steps} with half the learning rate")
+                step = state["history"]["steps"]
+                print(f"{str(error).partition(';')[0]}; back to step {step} with half the learning rate")
 
 
 def evaluate(prepared: Prepared, history: History) -> ResultTable:
@@ -226,10 +224,8 @@ def _scheduler(config: ExperimentConfig, optimizer: Optimizer) -> Any:
     before = {group["lr"] for group in optimizer.param_groups}
     scheduler = config.scheduler(optimizer, **given)
     if len(before) > len({group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}):
-        raise UsageError(
-            f"expected a scheduler that keeps loss_lr={config.loss_lr}, got {type(scheduler).__name__}, which sets one "
-            "rate for all; give it one for the embedder and one for the loss (max_lr=[..., ...])"
-        )
+        got = f"got {type(scheduler).__name__}, which sets one for all; give it two (max_lr=[..., ...])"
+        raise UsageError(f"expected a scheduler that keeps loss_lr={config.loss_lr}, {got}")
     return scheduler
 
 
@@ -245,10 +241,7 @@ def _rehearse(config: ExperimentConfig, trainer: FewShotTrainer, test: FewShotDa
 
 
 def _on_device_if_small(dataset: FewShotDataset, device: torch.device) -> FewShotDataset:
-    """The set on the GPU where that takes less than a quarter of its free memory; batches are moved where it does not.
-
-    A memory-mapped set may be larger than any memory.
-    """
+    """The set on the GPU where that takes less than a quarter of its free memory; else batches are moved."""
     if device.type != "cuda" or dataset.images.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
         return dataset
     return dataset.to(device)
@@ -262,19 +255,16 @@ def _stream(config: ExperimentConfig, train: FewShotDataset, trainer: FewShotTra
 
 
 def _stretch_schedule(prepared: Prepared, checkpoint: Path) -> None:
-    """Gives a checkpoint the learning rates of a schedule over more steps than it was trained with.
-
-    A cosine that has ended would stay at zero, or rise again.
-    """
-    if prepared.scheduler is None:
+    """Gives a checkpoint the rates of a schedule over more steps: a cosine that has ended would rise again."""
+    if (scheduler := prepared.scheduler) is None:
         return
-    state, now = load_checkpoint(checkpoint), prepared.scheduler.state_dict()
+    state, now = load_checkpoint(checkpoint), scheduler.state_dict()
     if all(state["scheduler"].get(name) == now.get(name) for name in ("T_max", "total_steps")):
         return
     prepared.optimizer.step()  # without gradients, so it moves nothing: schedulers want it to come first
     for _ in range(state["history"]["steps"]):
-        prepared.scheduler.step()
-    state["scheduler"] = prepared.scheduler.state_dict()
+        scheduler.step()
+    state["scheduler"] = scheduler.state_dict()
     for stored, group in zip(state["optimizer"]["param_groups"], prepared.optimizer.param_groups, strict=True):
         stored |= {name: value for name, value in group.items() if name != "params"}  # OneCycleLR sets momentum too
     retries, state["history"]["retries"] = state["history"]["retries"], 0

@@ -20,8 +20,7 @@ def sweep(configs: Sequence[ExperimentConfig], folder: str | Path, only: Sequenc
     """Runs every experiment in a folder of its own below `folder`, and returns one table, the best first.
 
     The table is written after each experiment, as results.md and the rest. Called again with the same folder it reads
-    what is finished, resumes what was interrupted and tries again what failed: an experiment that fails is a line that
-    says why, and the next one begins.
+    what is finished, resumes what was interrupted and tries again what failed, which is a line that says why.
 
     Args:
         configs: the experiments.
@@ -38,7 +37,7 @@ def sweep(configs: Sequence[ExperimentConfig], folder: str | Path, only: Sequenc
     folder = Path(folder)
     to_run = [c for c in configs if not only or c.name in only or (folder / c.name / "figures.csv").exists()]
     failures: dict[str, str] = {}
-    elsewhere: list[str] = []
+    elsewhere: dict[str, str] = {}
     table = ResultTable()
     for number, config in enumerate(to_run, start=1):
         print(f"\n[{number} of {len(to_run)}] {config.name}", flush=True)
@@ -48,7 +47,7 @@ def sweep(configs: Sequence[ExperimentConfig], folder: str | Path, only: Sequenc
             event = stop.event if isinstance(stop, TrainingInterrupted) else "interrupted"
             raise TrainingInterrupted(event, "the same command again continues") from stop
         except LockedError:
-            elsewhere.append(config.name)
+            elsewhere[config.name] = "another process is running it"
         except Exception as error:  # noqa: BLE001 (whatever it is, it must not cost hours of other experiments)
             traceback.print_exc()
             failures[config.name] = f"{type(error).__name__}: {error}"
@@ -56,8 +55,8 @@ def sweep(configs: Sequence[ExperimentConfig], folder: str | Path, only: Sequenc
         with FileLock(folder / ".lock"):  # another process may run other experiments of this sweep
             finished = [name for name in names if (folder / name / "figures.csv").exists() and name not in failures]
             rows = [row for name in finished for row in ResultTable.read(folder / name).rows]
-            running = {name: "another process is running it" for name in elsewhere if name not in finished}
-            table = ResultTable(rows, {**failures, **running}).best_first()
+            running = {name: line for name, line in elsewhere.items() if name not in finished}
+            table = ResultTable(rows, failures | running).best_first()
             table.write(folder)
     print(f"\n{table}\nwritten to {folder / 'results.md'}")
     return table

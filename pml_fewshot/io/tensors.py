@@ -53,10 +53,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except PermissionError:
         raise
     except Exception as error:  # on broken files readers raise whatever their code happens to meet
-        raise UsageError(
-            f"expected a safetensors file at {path}, got a broken one ({str(error) or type(error).__name__}); write or "
-            "export it again"
-        ) from error
+        got = str(error) or type(error).__name__
+        raise UsageError(f"expected a safetensors file at {path}, got a broken one ({got}); write it again") from error
     return tensors, texts
 
 
