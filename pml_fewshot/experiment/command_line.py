@@ -5,20 +5,19 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any
+from typing import Annotated, TypeVar
 
 import tyro
 
 from pml_fewshot.checks import UsageError
 from pml_fewshot.evaluation.table import ResultTable
-from pml_fewshot.experiment.config import Device, ExperimentConfig
+from pml_fewshot.experiment.config import ExperimentConfig
 from pml_fewshot.experiment.run import run
-from pml_fewshot.sampling.batches import BatchSpec
-from pml_fewshot.sampling.episodes import EpisodeSpec
 from pml_fewshot.training.interruption import TrainingDiverged, TrainingInterrupted
+
+Options = TypeVar("Options")
 
 RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command with --resume continues
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -37,27 +36,8 @@ class _EvalSpec:
 
 
 @dataclass(frozen=True)
-class SharedOptions:
-    """What may differ between two runs of one experiment or sweep; everything else is edited in its file."""
-
-    steps: int
-    """training steps"""
-    seed: int
-    """of weights, training data, augmentation and test episodes"""
-    num_episodes: int
-    """test episodes of each spec"""
-    device: Device
-    """auto: CUDA where there is one"""
-    data_root: Path | None
-    """folder of the data; PML_FEWSHOT_DATA, else data/, when not given"""
-
-
-@dataclass(frozen=True)
-class _Options(SharedOptions):
-    run_dir: Path | None
-    """folder of this run; a new one below runs/ when not given"""
-    train_spec: EpisodeSpec | BatchSpec
-    """size of a training episode or batch"""
+class _Options:
+    config: Annotated[ExperimentConfig, tyro.conf.arg(name="")]
     eval_spec: _EvalSpec = field(default_factory=_EvalSpec)
     resume: bool = False
     """continue the run in --run-dir, or start it; with more --steps train a finished one longer"""
@@ -69,19 +49,17 @@ def main(config: ExperimentConfig) -> ResultTable:
     Exit codes: 0, 1 after an error, 75 when Ctrl-C or SIGTERM interrupted a run that --resume continues, 130 when
     there was nothing yet to resume.
     """
-    names = [each.name for each in fields(_Options) if each.name not in ("eval_spec", "resume")]
-    options = tyro.cli(
-        _Options,
-        default=_Options(**{name: getattr(config, name) for name in names}),
-        description=f"Runs the experiment {config.name}.",
-        config=(tyro.conf.AvoidSubcommands,),  # train_spec is of the experiment's own class
-    )
     with one_line_errors():
-        changes: dict[str, Any] = {name: getattr(options, name) for name in names}
+        options = parse(_Options(config), f"Runs the experiment {config.name}.")
         given = {name: value for name, value in vars(options.eval_spec).items() if value is not None}
-        if given:
-            changes["eval_specs"] = (replace(config.eval_specs[0], **given),)
-        return run(replace(config, **changes), options.resume)
+        specs = (replace(config.eval_specs[0], **given),) if given else config.eval_specs
+        return run(replace(options.config, eval_specs=specs), options.resume)
+
+
+def parse(default: Options, description: str) -> Options:
+    """The dataclass with what the command line changes of it; fields that are `Fixed` are no options."""
+    flags = (tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed)  # (train_spec is of the experiment's own class)
+    return tyro.cli(type(default), default=default, description=description, config=flags)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import nn
 from torch.optim import Optimizer
+from tyro.conf import Fixed
 
 from pml_fewshot.checks import UsageError, check_at_least_one, check_choice
 from pml_fewshot.data.dataset import Splits
@@ -38,24 +39,25 @@ class ExperimentConfig:
     """All that defines an experiment.
 
     Parts are `functools.partial` of real classes, which `run` calls after it has set the seed. They may be instances
-    too: every run copies them, but weights that they hold do not depend on the seed.
+    too: every run copies them, but weights that they hold do not depend on the seed. What is `Fixed` is edited in the
+    file; the command line may change the rest.
 
     Raises:
         UsageError: a number out of range, or an argument of a partial that its class does not have.
     """
 
-    name: str
+    name: Fixed[str]
     """folder of its runs, and its name in tables"""
-    data: Callable[..., Splits]
+    data: Fixed[Callable[..., Splits]]
     """loader; gets the data root as `root` where it still needs that argument"""
-    trainer: Callable[..., FewShotTrainer] | FewShotTrainer
+    trainer: Fixed[Callable[..., FewShotTrainer] | FewShotTrainer]
     """ProtoNetTrainer and the like, with embedder, loss and miner; gets `num_classes`, the number of training classes,
     where it still needs that argument"""
-    optimizer: Callable[..., Optimizer]
+    optimizer: Fixed[Callable[..., Optimizer]]
     """called with the trainer's parameter groups"""
     train_spec: EpisodeSpec | BatchSpec
     """size of a training episode, or of an ordinary batch for MetricTrainer and SiameseTrainer"""
-    eval_specs: tuple[EpisodeSpec, ...]
+    eval_specs: Fixed[tuple[EpisodeSpec, ...]]
     """sizes of the test episodes; validation uses the first"""
     steps: int
     """training steps"""
@@ -63,13 +65,13 @@ class ExperimentConfig:
     """of weights, training episodes, augmentation and test episodes"""
     episodes_per_batch: int = 1
     """episodes in a training batch: MAML wants many, for the metric methods one large one is better"""
-    sampler: SamplerFactory | None = None
+    sampler: Fixed[SamplerFactory | None] = None
     """factory of a PML sampler that chooses the items of ordinary batches in place of our own; see BatchStream"""
     loss_lr: float | None = None
     """learning rate of the loss's own parameters (proxies, class weights, margins); the optimizer's when None"""
-    scheduler: Callable[..., Any] | None = None
+    scheduler: Fixed[Callable[..., Any] | None] = None
     """called with the optimizer; gets the steps as `T_max` (CosineAnnealingLR) where it still needs that argument"""
-    augment: Augmentation | None = None
+    augment: Fixed[Augmentation | None] = None
     """`augment(images, generator)`, an object like RandomAffine(), distorts the training images"""
     train_on_validation: bool = False
     """join the validation classes to the training classes, as Snell et al. do for final figures: nothing is left to
@@ -92,9 +94,9 @@ class ExperimentConfig:
     """test episodes of each spec"""
     val_episodes: int = 1000
     """validation episodes: enough to choose a checkpoint by"""
-    retrieval: Callable[[], RetrievalTester] | RetrievalTester | None = RetrievalTester
+    retrieval: Fixed[Callable[[], RetrievalTester] | RetrievalTester | None] = RetrievalTester
     """k-NN figures over the test classes, ranked by the loss's distance; none when None"""
-    extra_evaluations: Callable[..., ResultTable] | None = None
+    extra_evaluations: Fixed[Callable[..., ResultTable] | None] = None
     """`extra_evaluations(trainer, splits, config)` gives more rows, from other classes or sizes of episodes"""
     device: Device = "auto"
     """auto: CUDA where there is one"""
@@ -129,6 +131,9 @@ class ExperimentConfig:
             raise UsageError(
                 f"expected train_spec=BatchSpec(...) with a sampler, got {self.train_spec!r}; leave the sampler out"
             )
+
+
+OPTIONS = [each.name for each in fields(ExperimentConfig) if not hasattr(each.type, "__metadata__")]  # not Fixed
 
 
 def swap(config: ExperimentConfig, name: str | None = None, **parts: Any) -> ExperimentConfig:

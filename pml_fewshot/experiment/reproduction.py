@@ -15,9 +15,9 @@ import tyro
 from pml_fewshot.checks import MissingFileError, UsageError
 from pml_fewshot.evaluation.table import ResultRow, ResultTable
 from pml_fewshot.experiment.command_line import one_line_errors
-from pml_fewshot.experiment.config import Device, ExperimentConfig
+from pml_fewshot.experiment.config import OPTIONS, Device, ExperimentConfig
 from pml_fewshot.experiment.run import evaluate, prepare
-from pml_fewshot.experiment.run_folder import RunFolder, check_data, check_same, environment_changes, read_config
+from pml_fewshot.experiment.run_folder import PLACE, RunFolder, check_data, check_same, environment_changes, read_config
 from pml_fewshot.io.checkpoint import load_checkpoint, load_embedder
 from pml_fewshot.training.state import history_of, load_trained
 
@@ -48,7 +48,7 @@ def reproduce(
     """Evaluates the weights of a finished run again, on the same episodes, and compares every figure.
 
     Nothing in the folder is changed, and nothing in it is run: the experiment is yours, and must be the folder's but
-    for what the command line changes (steps, seed, episodes, specs), which comes from the folder.
+    for what the command line changes (steps, seed and other numbers), which comes from the folder.
 
     Args:
         folder: of the run.
@@ -88,9 +88,10 @@ def with_stored_options(config: ExperimentConfig, stored: Mapping[str, Any]) -> 
     def as_stored(spec: Any, then: Mapping[str, Any]) -> Any:
         return replace(spec, **{each.name: then[each.name] for each in fields(spec) if each.name in then})
 
-    options: dict[str, Any] = {name: stored[name] for name in ("steps", "seed", "num_episodes")}
-    evals = tuple(as_stored(config.eval_specs[0], each) for each in stored["eval_specs"])
-    return replace(config, train_spec=as_stored(config.train_spec, stored["train_spec"]), eval_specs=evals, **options)
+    options: dict[str, Any] = {name: stored[name] for name in OPTIONS if name in stored and name not in PLACE}
+    options["train_spec"] = as_stored(config.train_spec, stored["train_spec"])
+    options["eval_specs"] = tuple(as_stored(config.eval_specs[0], each) for each in stored["eval_specs"])
+    return replace(config, **options)
 
 
 def find_config(folder: str | Path, module: str = "") -> ExperimentConfig:

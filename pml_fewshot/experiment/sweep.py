@@ -2,16 +2,17 @@
 
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from filelock import FileLock
 
 from pml_fewshot.checks import LockedError, UsageError, check_choice
 from pml_fewshot.evaluation.table import ResultTable
-from pml_fewshot.experiment.command_line import SharedOptions, one_line_errors
-from pml_fewshot.experiment.config import ExperimentConfig
+from pml_fewshot.experiment.command_line import one_line_errors, parse
+from pml_fewshot.experiment.config import OPTIONS, ExperimentConfig
 from pml_fewshot.experiment.run import run
 from pml_fewshot.training.interruption import TrainingInterrupted
 
@@ -63,26 +64,24 @@ def sweep(configs: Sequence[ExperimentConfig], folder: str | Path, only: Sequenc
 
 
 @dataclass(frozen=True)
-class _Options(SharedOptions):
+class _Options:
+    config: Annotated[ExperimentConfig, tyro.conf.arg(name="")]
     only: tuple[str, ...] = ()
     """names of the experiments to run; all when not given"""
-    folder: Path | None = None
-    """folder of the sweep; runs/<name>/<steps>_steps_<episodes>_episodes_seed<seed> when not given"""
 
 
 def sweep_main(name: str, configs: Sequence[ExperimentConfig]) -> ResultTable:
-    """Runs the sweep with what the command line changes of it (`--help` lists the options).
+    """Runs the sweep with what the command line changes of all its experiments (`--help` lists the options).
 
-    The same command again continues where it was interrupted: the folder is named by steps, episodes and seed. Exit
-    codes are those of `main`.
+    `--run-dir` is the folder of the sweep, by default named by steps, episodes and seed, so that the same command again
+    continues where it was interrupted. Exit codes are those of `main`.
     """
-    names = [each.name for each in fields(SharedOptions)]
-    default = _Options(**{each: getattr(configs[0], each) for each in names})
-    options = tyro.cli(_Options, default=default, description=f"Runs {len(configs)} experiments: {name}.")
     with one_line_errors():
+        options = parse(_Options(configs[0]), f"Runs {len(configs)} experiments: {name}.")
         for wanted in options.only:
             check_choice("the name of an experiment", wanted, [config.name for config in configs])
-        length = f"{options.steps}_steps_{options.num_episodes}_episodes_seed{options.seed}"
-        folder = options.folder or Path("runs") / name / length
-        changes = {each: getattr(options, each) for each in names}
+        own = options.config
+        changes = {each: getattr(own, each) for each in OPTIONS if getattr(own, each) != getattr(configs[0], each)}
+        length = f"{own.steps}_steps_{own.num_episodes}_episodes_seed{own.seed}"
+        folder = own.run_dir or Path("runs") / name / length
         return sweep([replace(config, **changes) for config in configs], folder, options.only)
