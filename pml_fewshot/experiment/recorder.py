@@ -18,10 +18,7 @@ STEP_COLUMN = b"~iteration~"  # as record-keeper calls the step, in the first co
 
 
 class Recorder:
-    """Records numbers by group and step into a folder: logs.db (a table for each group), <group>.csv, TensorBoard.
-
-    TensorBoard's event files are written where the package `tensorboard` is installed.
-    """
+    """Records numbers by group and step into a folder: logs.db (a table for each group), <group>.csv, TensorBoard."""
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
@@ -33,12 +30,7 @@ class Recorder:
         self._first_step = 0  # TensorBoard hides what earlier sessions recorded from here on
 
     def record(self, group: str, step: int, **values: float) -> None:
-        """Notes values of one step; `save` puts them on disk.
-
-        Raises:
-            UsageError: the group's name is not a plain lower-case word, or is an SQL keyword.
-            CannotWriteError: (an OSError) TensorBoard could not write earlier rows.
-        """
+        """Notes values of one step; `save` puts them on disk. A group is a plain lower-case word, no SQL keyword."""
         if group not in self._groups:
             _check_name(group)
             self._groups.add(group)
@@ -50,11 +42,7 @@ class Recorder:
             self._keeper.update_records(row, global_iteration=step, parent_name=group)
 
     def save(self) -> None:
-        """Writes what was recorded since the last time.
-
-        Raises:
-            CannotWriteError: (an OSError) the disk is full, or the folder read-only.
-        """
+        """Writes what was recorded since the last time."""
         with translate_write_errors(self._folder):
             self._keeper.save_records()
             for group in self._groups & {file.stem for file in self._folder.glob("*.csv")}:
@@ -66,10 +54,7 @@ class Recorder:
         """Drops later steps from some groups, with lines that a killed process left half-written.
 
         What is not saved yet is dropped from all groups. TensorBoard's curves of all groups continue from there too.
-
-        Raises:
-            UsageError: the records on disk are damaged.
-            CannotWriteError: (an OSError) the disk is full, or the folder read-only.
+        Damaged records are a UsageError.
         """
         self._keeper.record_writer.records = self._keeper.record_writer.get_empty_nested_dict()
         self._close_tensorboard()
@@ -90,7 +75,6 @@ class Recorder:
             raise UsageError(f"expected the records in {self._folder} as they were written, {got}") from error
 
     def close(self) -> None:
-        """Saves, and closes TensorBoard's file."""
         self.save()
         self._close_tensorboard()
 

@@ -24,17 +24,14 @@ from pml_fewshot.training.state import history_of, load_trained
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What came of evaluating a run again.
-
-    Args:
-        table: the figures as they come out now.
-        differences: a line for each stored figure, or file of weights, that is not the same; none is success.
-        changes: what is another version, commit, device or number of threads than in the run.
-    """
+    """What came of evaluating a run again."""
 
     table: ResultTable
+    """the figures as they come out now"""
     differences: list[str]
+    """a line for each stored figure, or file of weights, that is not the same; none is success"""
     changes: list[str]
+    """what is another version, commit, device or number of threads than in the run"""
 
     def __str__(self) -> str:
         count = f"{len(self.differences)} differences" if self.differences else "every one is the same"
@@ -51,8 +48,7 @@ def reproduce(
     for what the command line changes (steps, seed and other numbers), which comes from the folder.
 
     Args:
-        folder: of the run.
-        config: of the run.
+        folder, config: of the run.
         data_root: where the data are now; where the config says when None.
         device: auto: CUDA where there is one. Another one than the run's may change the last digits.
 

@@ -34,19 +34,12 @@ PACKAGES = ("pml_fewshot", "torch", "torchvision", "pytorch-metric-learning", "f
 
 @dataclass
 class RunFolder:
-    """A folder that only this process writes.
-
-    Args:
-        path: of the folder.
-        config: of the run.
-        stored: what `read_config` gives; empty for a new run.
-        steps: steps in the checkpoint, 0 where there is none.
-    """
+    """A folder that only this process writes."""
 
     path: Path
     config: ExperimentConfig
-    stored: dict[str, Any] = field(default_factory=dict)
-    steps: int = 0
+    stored: dict[str, Any] = field(default_factory=dict)  # what `read_config` gives; empty for a new run
+    steps: int = 0  # in the checkpoint, 0 where there is none
 
     @property
     def checkpoint(self) -> Path:
@@ -58,11 +51,7 @@ class RunFolder:
         return self.stored.get("finished") == self._result() and (self.path / "figures.csv").exists()
 
     def begin(self, splits: Splits, device: torch.device) -> None:
-        """Writes config.json and config.txt, for a resumed run with what has changed since the last session.
-
-        Raises:
-            UsageError: the data are not, to the pixel, those that the run began with.
-        """
+        """Writes config.json and config.txt, for a resumed run (of the same data) with what has changed since then."""
         config, sessions, changes = describe(self.config), [environment(device)], []
         if stored := self.stored:
             check_data(splits, stored, self.path)
@@ -99,13 +88,7 @@ def open_run(config: ExperimentConfig, resume: bool) -> Iterator[RunFolder]:
     """Yields the folder for a run: `config.run_dir`, else a new one below runs/<name>/ named by time and seed.
 
     The operating system holds its lock, and releases it when the process dies. After an error before the first
-    checkpoint all that was made is removed again.
-
-    Raises:
-        ExistingFileError: the folder holds a run or other files, and is not to be resumed.
-        UsageError: there is nothing to resume, or a run of another config, or of more steps.
-        LockedError: another process is writing the folder.
-        CannotWriteError: it cannot be made.
+    checkpoint all that was made is removed again. Raises what `run` says of the folder.
     """
     if resume and config.run_dir is None:
         raise UsageError("expected the folder of a run to resume, got none; name it with --run-dir")
@@ -160,12 +143,7 @@ def _checked(folder: RunFolder, resume: bool) -> RunFolder:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Reads config.json: "module", "config" (by `describe`), "data", "sessions", "changes", and "finished" at its end.
-
-    Raises:
-        MissingFileError: there is none.
-        UsageError: it is damaged, or of another version.
-    """
+    """Reads config.json: "module", "config" (by `describe`), "data", "sessions", "changes"; "finished" in the end."""
     path = folder / "config.json"
     if not path.is_file():
         raise MissingFileError(f"expected {path}, got no such file; name the folder of a run")

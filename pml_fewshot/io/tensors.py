@@ -31,12 +31,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, on the CPU, and the texts beside them. Verifies the checksum where there is one.
-
-    Raises:
-        MissingFileError: there is no such file.
-        UsageError: a broken file, or another checksum than was written.
-    """
+    """The tensors, on the CPU, and the texts beside them. Verifies the checksum where there is one."""
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(f"expected a safetensors file at {path}, got no such file; check the path")

@@ -18,11 +18,10 @@ class BestScore:
 
     def offer(self, score: float, step: int) -> bool:
         """Takes in the score of a step; returns whether it is the best so far."""
+        self.since += 1
         if score > self.score:
             self.score, self.step, self.since = score, step, 0
-            return True
-        self.since += 1
-        return False
+        return self.since == 0
 
 
 class EarlyStopping:
@@ -42,9 +41,7 @@ class EarlyStopping:
         for name, limit in (("patience", patience), ("loss_patience", loss_patience)):
             check_at_least_one(name, 1 if limit is None else limit)
         if not validated and (plateau is not None or patience is not None):
-            raise UsageError(
-                "expected validate=... for ReduceLROnPlateau and patience, got none; pass it, or drop them"
-            )
+            raise UsageError("expected validate=... for ReduceLROnPlateau and patience, got none; pass it or drop them")
         self.validated = validated
         self.patience = patience
         self.loss_patience = loss_patience
@@ -76,11 +73,7 @@ class EarlyStopping:
 
 
 def step_plateau(plateau: ReduceLROnPlateau, accuracy: float) -> bool:
-    """Steps the scheduler by a validation's error (its accuracy in mode "max").
-
-    Returns:
-        Whether it asked for lower learning rates where they cannot fall any more.
-    """
+    """Steps the scheduler by a validation's error; returns whether it asked for rates that cannot fall any more."""
     groups = zip(plateau.optimizer.param_groups, plateau.min_lrs, strict=True)
     # torch leaves a rate as it is when the change would be no larger than eps
     at_lowest = all(g["lr"] - max(g["lr"] * plateau.factor, lowest) <= plateau.eps for g, lowest in groups)

@@ -12,12 +12,7 @@ class TrainingDiverged(ArithmeticError):
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM ended the training; its checkpoint, if it has one, holds the last step.
-
-    Args:
-        event: what happened, and where the state was saved.
-        resume_hint: how to resume, where that is known.
-    """
+    """Ctrl-C or SIGTERM ended the training (`event`); its checkpoint, if it has one, holds the last step."""
 
     def __init__(self, event: str, resume_hint: str = "") -> None:
         super().__init__("; ".join(text for text in (event, resume_hint) if text))
