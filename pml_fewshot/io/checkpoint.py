@@ -40,14 +40,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise MissingFileError(f"expected a checkpoint at {path}, got no such file; look into the run folder")
     content, seal, written = path.read_bytes().rpartition(SEAL)
-    damage = "" if seal and written == checksum([content]).encode() else "a broken file, or one of another version"
-    if not damage:
-        try:  # (a learned distance that has not seen embeddings yet has an UninitializedParameter)
-            with torch.serialization.safe_globals([UninitializedParameter]):
-                return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except Exception as error:  # noqa: BLE001 (torch raises whatever its unpickler happens to meet)
-            damage = str(error).partition("\n")[0] or type(error).__name__
-    raise UsageError(f"expected a checkpoint that fit wrote at {path}, got {damage}; use another, or train again")
+    if not seal or written != checksum([content]).encode():
+        raise UsageError(f"expected a checkpoint at {path}, got a broken file, or one of another version; use another")
+    try:  # (a learned distance that has not seen embeddings yet has an UninitializedParameter)
+        with torch.serialization.safe_globals([UninitializedParameter]):
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its unpickler happens to meet
+        data = "tensors, numbers, texts, lists and dicts"
+        raise UsageError(f"expected a checkpoint of {data} at {path}, got more; use one that fit wrote") from error
 
 
 def export_embedder(path: str | Path, embedder: nn.Module) -> None:
