@@ -35,7 +35,7 @@ def benchmark(
     note: str = "",
     split: str = "test",
 ) -> ResultTable:
-    """Evaluates every method, in eval mode, on the same episodes and by the same retrieval.
+    """Evaluates every method, in eval mode, on the same episodes and by the same retrieval, a line each in the table.
 
     Args:
         methods: an Embedder, a trainer (anything with `bank` and `classify`) or an EmbeddingBank; or a mapping of names
@@ -52,17 +52,12 @@ def benchmark(
         note: what a reader must know beside the data set's own note.
         split: what the classes are called in the table.
 
-    Returns:
-        A table with a line a method, in the order given.
-
     Raises:
         UsageError: a set that cannot give the episodes, trainings of one method on different episodes, NaN.
         UsageTypeError: an embedder or a trainer without data, or methods without names.
     """
     if isinstance(methods, Sequence):
-        raise UsageTypeError(
-            "expected one method or a mapping of names to methods, got a sequence; name each: {'a': a}"
-        )
+        raise UsageTypeError("expected one method or a mapping of names to methods, got a sequence; name each of them")
     if not isinstance(methods, Mapping):
         methods = {type(methods).__name__: methods}
     if not methods:
@@ -86,14 +81,10 @@ def benchmark(
                 if tester is not None and bank.ndim == 2:
                     embeddings = EmbeddingBank(bank, labeled.labels.to(bank.device), labeled.fingerprint())
                     retrieved.append(_ranked_by(tester, training).test(embeddings, reference))
-        context = RowContext(
-            name,
-            split,
-            len(torch.unique(labeled.labels)),
-            "; ".join(text for text in (getattr(labeled, "note", ""), note) if text),
-            getattr(trainings[0], "transductive", False),
-            (time.perf_counter() - start) / len(trainings) if timed else None,
-        )
+        notes = "; ".join(filter(None, (getattr(labeled, "note", ""), note)))
+        transductive = getattr(trainings[0], "transductive", False)
+        seconds = (time.perf_counter() - start) / len(trainings) if timed else None
+        context = RowContext(name, split, len(torch.unique(labeled.labels)), notes, transductive, seconds)
         for results in zip(*episodic, strict=True):
             table.add_episodic(context, *results)
         if retrieved:
@@ -103,8 +94,7 @@ def benchmark(
 
 def _ranked_by(tester: RetrievalTester, method: Method) -> RetrievalTester:
     """The tester, ranking by a trainer's distance where it has none of its own."""
-    if tester.distance is not None:
-        return tester
     ranked = copy.copy(tester)  # the caller's own may serve another method
-    ranked.distance = getattr(method, "distance", None)
+    if ranked.distance is None:
+        ranked.distance = getattr(method, "distance", None)
     return ranked

@@ -22,10 +22,8 @@ from pml_fewshot.embedders.eval_mode import eval_mode
 from pml_fewshot.evaluation.heads import Head, nearest_prototype
 from pml_fewshot.sampling.episodes import EpisodeIndex, EpisodeSampler, EpisodeSpec
 
-# Floats gathered at a time by default. 4 MiB stay in a CPU's cache while they are scored. A GPU gets a share of its
-# free memory; heads need several times what is gathered, some for every pair of items.
-CPU_CHUNK = 2**20
-SHARE_OF_FREE_MEMORY = 1 / 32
+CPU_CHUNK = 2**20  # floats gathered at a time by default: 4 MiB stay in the cache while they are scored
+SHARE_OF_FREE_MEMORY = 1 / 32  # of a GPU's: heads need several times what is gathered, some for every pair of items
 
 
 class FewShotMethod(Protocol):
@@ -43,6 +41,7 @@ class FewShotMethod(Protocol):
 
 
 Method = Embedder | FewShotMethod | EmbeddingBank
+Labeled = FewShotDataset | EmbeddingBank
 Classify = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -50,16 +49,10 @@ Classify = Callable[[Tensor, Tensor], Tensor]
 class EpisodicResult:
     """Accuracy over episodes, as fractions of 1.
 
-    Args:
-        mean: mean accuracy over the episodes.
-        ci95: half the width of its 95 % confidence interval, 1.96 standard errors of the mean over episodes.
-        per_episode: (E,) accuracy of each episode, on the CPU, for paired comparisons.
-        spec: size of the episodes.
-        seed: of the episodes.
-        episodes_hash: identifies the list of episodes; results with equal hashes are on the same episodes.
-        classes: (C,) labels of the set's classes, ascending, where the confusion matrix was asked for.
-        confusion: (C, C) int64, how many queries of each class (row) were taken for each class (column), over all
-            episodes, where it was asked for.
+    `ci95` is half the width of the mean's 95 % interval, 1.96 standard errors over the episodes; `per_episode` (E,) is
+    on the CPU, for paired comparisons; results with equal `episodes_hash` are on the same episodes. Where it was asked
+    for, `confusion` (C, C) counts how many queries of each class (row) were taken for each (column) of the labels
+    `classes` (C,), ascending, over all episodes.
     """
 
     mean: float
@@ -72,11 +65,7 @@ class EpisodicResult:
     confusion: Tensor | None = None
 
     def per_class(self) -> tuple[Tensor, Tensor]:
-        """Labels (C,) of the classes and the accuracy (C,) on each one's queries, NaN where no episode drew it.
-
-        Raises:
-            UsageError: the confusion matrix was not asked for.
-        """
+        """Labels (C,) of the classes and the accuracy (C,) on each one's queries, NaN where no episode drew it."""
         if self.classes is None or self.confusion is None:
             raise UsageError("expected a result with its confusion matrix, got none; use evaluate(..., confusion=True)")
         return self.classes, self.confusion.diagonal() / self.confusion.sum(dim=1)
@@ -85,56 +74,44 @@ class EpisodicResult:
         return f"{100 * self.mean:.2f} +- {100 * self.ci95:.2f} % ({self.spec}, {len(self.per_episode)} episodes)"
 
 
+@dataclass(eq=False)
 class EpisodicEvaluator:
     """Evaluates on a fixed list of episodes: the same seed gives the same episodes on every machine and device.
 
     Args:
         spec: size of the episodes.
-        num_episodes: 10,000 by default; with 600 the interval is wider than the difference of most methods (0.2 points
-            at 98.9 % on Omniglot, more where the accuracy is lower).
+        num_episodes: with 600 the interval is wider than the difference of most methods (0.2 points at 98.9 %).
         seed: of the episodes.
         chunk: episodes scored at a time, one chunk after the other. When None, as many as fill a CPU's cache (in each
             thread), or a share of a GPU's free memory. The result does not depend on it.
         head: replaces the method's own `classify`, and nearest_prototype for embedders and banks. It is called
-            `head(support (E, W, K, D), query (E, N, D), distance)` with the method's own distance, or without the third
-            where it takes only two: `partial(nearest_prototype, distance=CosineSimilarity())` keeps its own. On a CPU
-            functions run in several threads at once, so they must not keep anything between calls.
+            `head(support (E, W, K, D), query (E, N, D), distance)` with the method's own distance, or without where it
+            takes two: `partial(nearest_prototype, distance=CosineSimilarity())` keeps its own. On a CPU functions run
+            in several threads at once, so they must not keep anything between calls.
     """
 
-    def __init__(
-        self,
-        spec: EpisodeSpec,
-        num_episodes: int = 10_000,
-        seed: int = 0,
-        chunk: int | None = None,
-        head: Head | Classify | None = None,
-    ) -> None:
-        check_at_least_one("num_episodes", num_episodes)
-        if num_episodes == 1:
-            raise UsageError("expected num_episodes above 1, got 1; an interval needs at least two episodes")
-        if chunk is not None:
-            check_at_least_one("chunk", chunk)
-        self.spec = spec
-        self.num_episodes = num_episodes
-        self.seed = seed
-        self.chunk = chunk
-        self.head = head
+    spec: EpisodeSpec
+    num_episodes: int = 10_000
+    seed: int = 0
+    chunk: int | None = None
+    head: Head | Classify | None = None
 
-    def check(self, dataset: FewShotDataset | EmbeddingBank) -> None:
+    def __post_init__(self) -> None:
+        check_at_least_one("num_episodes", self.num_episodes)
+        if self.num_episodes == 1:
+            raise UsageError("expected num_episodes above 1, got 1; an interval needs at least two episodes")
+        if self.chunk is not None:
+            check_at_least_one("chunk", self.chunk)
+
+    def check(self, dataset: Labeled) -> None:
         """Raises the UsageError that `evaluate` would, when the set has too few classes or items for the spec."""
         EpisodeSampler(dataset.labels, self.spec, torch.Generator())
 
     @torch.no_grad()
     def evaluate(
-        self,
-        trainer: Method,
-        dataset: FewShotDataset | EmbeddingBank | None = None,
-        bank: Tensor | None = None,
-        confusion: bool = False,
+        self, trainer: Method, dataset: Labeled | None = None, bank: Tensor | None = None, confusion: bool = False
     ) -> EpisodicResult:
-        """Evaluates a method on episodes of `dataset`, or a bank of embeddings on its own: `evaluate(bank)`.
-
-        It is in eval mode meanwhile, whatever mode its parts were in, and they are given back as they were.
+        """Evaluates a method in eval mode, whose parts get their modes back; an EmbeddingBank alone: `evaluate(bank)`.
 
         Args:
             trainer: a trainer, or anything with `bank(dataset)` and `classify(support, query)`; or an Embedder, or an
@@ -155,10 +132,7 @@ class EpisodicEvaluator:
             with one_thread_each():
                 sampler = EpisodeSampler(labels, self.spec, torch.Generator().manual_seed(self.seed))
                 drawn = sampler.sample(self.num_episodes)
-            per_episode, predicted = self._score(
-                bank, drawn.to(bank.device), *_classifier(trainer, self.head), confusion
-            )
-        check_finite(per_episode, "logits of each episode", _hint(trainer))
+            per_episode, predicted = self._score(trainer, bank, drawn.to(bank.device), confusion)
         return EpisodicResult(
             per_episode.mean().item(),
             (1.96 * per_episode.std() / len(per_episode) ** 0.5).item(),
@@ -169,13 +143,11 @@ class EpisodicEvaluator:
             *(_confusion(labels, drawn, predicted) if confusion else ()),
         )
 
-    def _score(
-        self, bank: Tensor, episodes: EpisodeIndex, classify: Classify, thread_safe: bool, predictions: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _score(self, method: Method, bank: Tensor, episodes: EpisodeIndex, predictions: bool) -> tuple[Tensor, Tensor]:
         """The accuracies (E,), and where they are wanted the predicted ways (E, N), else (E, 0); on the CPU."""
+        classify, thread_safe = _classifier(method, self.head)
         true_way = torch.arange(self.spec.ways, device=bank.device).repeat_interleave(self.spec.queries)
-        # Written into one tensor: what each chunk leaves between the large blocks that it frees would make holes too
-        # small for the next chunk's, and the process grow by gigabytes.
+        # one tensor, for small ones left between a chunk's large blocks would make the process grow by gigabytes
         with torch.inference_mode(False):  # which belongs to a thread
             accuracies = torch.empty(len(episodes), dtype=torch.float64, device=bank.device)
             predicted = torch.empty(len(episodes), len(true_way) * predictions, dtype=torch.int64, device=bank.device)
@@ -185,12 +157,9 @@ class EpisodicEvaluator:
         def score(start: int) -> None:
             part = episodes[start : start + chunk]
             logits = classify(_gather(bank, part.support), _gather(bank, part.query).flatten(1, 2))
-            expected = (len(part), len(true_way), self.spec.ways)
-            if logits.shape != expected:
-                raise UsageError(
-                    f"expected logits (E, N, W) of shape {expected}, got {tuple(logits.shape)}; return one logit for "
-                    "every query and class"
-                )
+            wanted, got = (len(part), len(true_way), self.spec.ways), tuple(logits.shape)
+            if got != wanted:
+                raise UsageError(f"expected logits (E, N, W) of shape {wanted}, got {got}; return one a query and way")
             ways = logits.argmax(dim=2)
             # argmax over NaN would be an accuracy of 1 / ways; kept on the device, so that nothing waits for a copy
             finite = torch.isfinite(logits.sum(dim=(1, 2), dtype=torch.float64))
@@ -206,7 +175,9 @@ class EpisodicEvaluator:
         with ThreadPoolExecutor(threads) as pool, one_thread_each() if in_threads else nullcontext():
             score(starts[0])  # before the threads start: a lazy distance gets its weights here
             list((pool.map if threads > 1 else map)(score, starts[1:]))
-        return accuracies.cpu(), predicted.cpu()
+        accuracies = accuracies.cpu()
+        check_finite(accuracies, "logits of each episode", getattr(method, "divergence_hint", ""))
+        return accuracies, predicted.cpu()
 
     def _default_chunk(self, bank: Tensor) -> int:
         floats = CPU_CHUNK
@@ -220,33 +191,25 @@ class EpisodicEvaluator:
 def adaptation_curve(
     trainer: Any, dataset: FewShotDataset, spec: EpisodeSpec, num_episodes: int = 1000, seed: int = 0
 ) -> list[EpisodicResult]:
-    """Evaluates before the inner loop and after each of its steps at test time, all on the same episodes.
+    """Evaluates a MAMLTrainer before the inner loop and after each of its `eval_inner_steps`, on the same episodes.
 
-    Args:
-        trainer: a MAMLTrainer; its `eval_inner_steps` are the steps.
-        dataset: classes to evaluate on.
-        spec: size of the episodes.
-        num_episodes: 1,000 show the shape of the curve. Each number of steps starts from the beginning, so S of them
-            take about S + 1 times as long as one evaluation.
-        seed: of the episodes.
+    1,000 episodes show the shape of the curve. Each number of steps starts from the beginning, so S of them take about
+    S + 1 times as long as one evaluation.
     """
     bank = trainer.bank(dataset)
     after = [partial(trainer.classify, inner_steps=steps) for steps in range(trainer.eval_inner_steps + 1)]
     return [EpisodicEvaluator(spec, num_episodes, seed, head=head).evaluate(trainer, dataset, bank) for head in after]
 
 
-def embed(
-    method: Method, dataset: FewShotDataset | EmbeddingBank | None, bank: Tensor | None = None
-) -> tuple[FewShotDataset | EmbeddingBank, Tensor]:
+def embed(method: Method, dataset: Labeled | None, bank: Tensor | None = None) -> tuple[Labeled, Tensor]:
     """The labeled set that a method is evaluated on, and the method's bank (M, *item) of it."""
     if isinstance(method, EmbeddingBank):
         if dataset is not None or bank is not None:
             raise UsageError("expected a bank alone, got a data set beside it; leave one out")
         return method, method.embeddings
     if dataset is None:
-        raise UsageTypeError(
-            f"expected a data set to evaluate {type(method).__name__} on, got none; give images or an EmbeddingBank"
-        )
+        what = f"a data set to evaluate {type(method).__name__} on"
+        raise UsageTypeError(f"expected {what}, got none; give images or an EmbeddingBank")
     if bank is not None:
         return dataset, bank
     if isinstance(dataset, EmbeddingBank):
@@ -258,9 +221,8 @@ def embed(
 def one_thread_each() -> Iterator[None]:
     """Has the operations of this thread, and of threads that start meanwhile, use one thread each.
 
-    An operation on two threads waits for both at its end. Where other processes use the cores, one of the two is often
-    not running, and a thousand short operations take 20 times as long as on one thread: 10,000 episodes from a 64-d
-    bank 5 s instead of 0.3. Threads that each score chunks of their own wait for nobody.
+    An operation on two threads waits for both at its end, and where other processes use the cores, one is often not
+    running: 10,000 episodes from a 64-d bank take 5 s instead of 0.3. Threads with chunks of their own wait for nobody.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -283,10 +245,6 @@ def _classifier(method: Method, head: Head | Classify | None) -> tuple[Classify,
     takes_distance = any(p.kind != p.KEYWORD_ONLY and (p.name == "distance" or p.default is p.empty) for p in third)
     more = (getattr(method, "distance", None),) if takes_distance else ()
     return lambda support, query: head(support, query, *more), inspect.isfunction(function)
-
-
-def _hint(method: Method) -> str:
-    return getattr(method, "divergence_hint", "")
 
 
 def _gather(bank: Tensor, index: Tensor) -> Tensor:

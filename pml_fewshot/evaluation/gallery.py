@@ -36,13 +36,13 @@ class Gallery:
     """References to be searched, with their labels, in a faiss index.
 
     Args:
-        bank: the references; its embeddings may be a memory-mapped file, of which a block at a time is read. "flat",
-            "ivf", "ivfpq" and "hnsw" hold all floats in memory; "IVF4096,SQ8" a quarter, "IVF4096,PQ32" 32 bytes each.
+        bank: the references, read a block at a time (a memory map may be larger than memory). "flat", "ivf", "ivfpq"
+            and "hnsw" hold all floats in memory; "IVF4096,SQ8" a quarter, "IVF4096,PQ32" 32 bytes each.
         index: "flat": exact. "ivf": inverted lists. "ivfpq": inverted lists of 4-bit product codes, the best of which
             are compared again by their floats; several times faster than "ivf". "hnsw": a graph, fast to search and
-            slow to build. Or any description of faiss's index factory ("Flat", "IVF4096,SQ8", "OPQ32,IVF1024,PQ32").
-        parameters: of the index, in faiss's own form: "nprobe=64", "efConstruction=100,efSearch=64",
-            "nprobe=256,k_factor_rf=20". `recipe` chooses what is not given by the gallery's size.
+            slow to build. Or any description of faiss's index factory ("IVF4096,SQ8", "OPQ32,IVF1024,PQ32").
+        parameters: in faiss's own form: "nprobe=64", "efConstruction=100,efSearch=64", "nprobe=256,k_factor_rf=20".
+            `recipe` chooses what is not given by the gallery's size.
         distance: PML distance that ranks: Euclid (when None), cosine or dot product, which is all that faiss knows.
         seed: of the sample that the index is trained on.
 
@@ -64,8 +64,8 @@ class Gallery:
         self.ranking = Ranking.of(distance)
         if self.ranking.kind == "distance":
             raise UsageError(
-                f"expected Euclid, cosine or dot product for index {index!r}, got {distance}; search the bank itself "
-                "(RetrievalTester with index='flat'), which works with any PML distance"
+                f"expected Euclid, cosine or dot product for index {index!r}, got {distance}; RetrievalTester searches "
+                "by any PML distance with index='flat'"
             )
         if len(bank) == 0:
             raise UsageError("expected at least one reference, got none; give a bank with items")
@@ -86,8 +86,7 @@ class Gallery:
             reason = re.split(r"\.cpp:\d+: ", str(error).splitlines()[0])[-1]  # without the place in faiss's source
             raise UsageError(
                 f"expected an index and parameters that faiss can build, got {index!r} with {parameters!r} for {count} "
-                f"references of {dims} dimensions ({reason}); choose one of {', '.join(INDEXES)}, or see faiss's wiki "
-                "on the index factory"
+                f"references of {dims} dimensions ({reason}); use one of {', '.join(INDEXES)}, or see faiss's wiki"
             ) from error
         self.add(bank)
 
@@ -95,7 +94,7 @@ class Gallery:
         return len(self.labels)
 
     def __str__(self) -> str:
-        return " ".join(text for text in (self.description, self.parameters) if text)
+        return f"{self.description} {self.parameters}".strip()
 
     def add(self, bank: EmbeddingBank) -> None:
         """Adds references, a block at a time; their indices continue those already there."""
@@ -105,11 +104,9 @@ class Gallery:
         self.labels = torch.cat([self.labels, bank.labels.cpu()])
 
     def search(self, query: Tensor, k: int) -> Tensor:
-        """Finds the k nearest references of queries (N, D), nearest first.
+        """Indices (N, k), in `labels`, of the references nearest to queries (N, D), nearest first.
 
-        Returns:
-            (N, k) int64 indices in the order of adding (`gallery.labels[index]` are their labels); -1, which is no
-            index, where the inverted lists that were searched hold fewer.
+        -1, which is no index, where the inverted lists that were searched hold fewer.
         """
         check_at_least_one("k", k)
         self._check_width(query, "queries")
@@ -119,7 +116,7 @@ class Gallery:
         return torch.from_numpy(self.faiss_index.search(self._rows(query), k)[1])
 
     def save(self, folder: str | Path) -> None:
-        """Writes the gallery to a new folder, index.faiss and labels.safetensors: all of it or nothing.
+        """Writes index.faiss and labels.safetensors to a new folder: both or nothing.
 
         Raises:
             ExistingFileError: the folder exists.
@@ -131,21 +128,17 @@ class Gallery:
         if folder.exists():
             raise ExistingFileError(f"expected a new folder for the gallery, got {folder}, which exists; name another")
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        index = temporary / "index.faiss"
         try:
             with translate_write_errors(folder):
                 shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had the same number
                 temporary.mkdir(parents=True)
                 # through Python's file: faiss's own only prints that its last bytes could not be written
-                with (temporary / "index.faiss").open("wb") as file:
+                with index.open("wb") as file:
                     faiss.write_index(self.faiss_index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
-                fsync(temporary / "index.faiss")
-                metadata = {
-                    "index": _file_checksum(temporary / "index.faiss"),
-                    "description": self.description,
-                    "parameters": self.parameters,
-                    "normalize": self.ranking.normalize,
-                }
-                texts = {"gallery": json.dumps(metadata)}
+                fsync(index)
+                about = {"index": _file_checksum(index), "description": self.description, "parameters": self.parameters}
+                texts = {"gallery": json.dumps(about | {"normalize": self.ranking.normalize})}
                 write_tensors(temporary / "labels.safetensors", {"labels": self.labels}, texts)
                 temporary.rename(folder)
                 fsync(folder.parent)
@@ -163,32 +156,27 @@ class Gallery:
         """
         import faiss
 
-        folder = Path(folder)
-        for name in ("index.faiss", "labels.safetensors"):
-            if not (folder / name).is_file():
-                raise MissingFileError(f"expected {name} in {folder}, got none; make one by Gallery(bank).save(folder)")
-        tensors, texts = read_tensors(folder / "labels.safetensors")
-        metadata = json.loads(texts.get("gallery", "{}"))
-        written, found = metadata.get("index"), _file_checksum(folder / "index.faiss")
+        index, labels = (Path(folder) / name for name in ("index.faiss", "labels.safetensors"))
+        for path in (index, labels):
+            if not path.is_file():
+                raise MissingFileError(f"expected {path.name} in {folder}, got none; make it by Gallery(bank).save(..)")
+        tensors, texts = read_tensors(labels)
+        about = json.loads(texts.get("gallery", "{}"))
+        written, found = about.get("index"), _file_checksum(index)
         if written != found:
-            raise UsageError(
-                f"expected a gallery in {folder}, got an index with checksum {found} beside labels of one with "
-                f"{written}: damaged, or files of two galleries; build it again"
-            )
+            got = f"an index with checksum {found}, not {written} as its labels say"
+            raise UsageError(f"expected a gallery in {folder}, got {got}: damage, or of two galleries; build it again")
         gallery = cls.__new__(cls)
-        gallery.labels = tensors["labels"]
-        gallery.faiss_index = faiss.read_index(str(folder / "index.faiss"))
+        gallery.labels, gallery.faiss_index = tensors["labels"], faiss.read_index(str(index))
         euclidean = gallery.faiss_index.metric_type == faiss.METRIC_L2
-        gallery.ranking = Ranking("euclidean" if euclidean else "inner product", metadata["normalize"])
-        gallery.description, gallery.parameters = metadata["description"], metadata["parameters"]
+        gallery.ranking = Ranking("euclidean" if euclidean else "inner product", about["normalize"])
+        gallery.description, gallery.parameters = about["description"], about["parameters"]
         return gallery
 
     def _check_width(self, embeddings: Tensor, what: str) -> None:
-        width = self.faiss_index.d
-        if embeddings.ndim != 2 or embeddings.shape[1] != width:
-            raise UsageError(
-                f"expected {what} of shape (N, {width}), got {tuple(embeddings.shape)}; use one embedder for both"
-            )
+        width, shape = self.faiss_index.d, tuple(embeddings.shape)
+        if len(shape) != 2 or shape[1] != width:
+            raise UsageError(f"expected {what} of shape (N, {width}), got {shape}; use one embedder for both")
 
     def _rows(self, embeddings: Tensor) -> np.ndarray:
         return self.ranking.prepare(embeddings).cpu().contiguous().numpy()
@@ -196,15 +184,9 @@ class Gallery:
 
 @dataclass(frozen=True)
 class IndexRecall:
-    """Share of the true neighbors that an approximate index found, over a sample of queries.
+    """How often an approximate index's nearest neighbor is the true one, and its share of the true k nearest.
 
-    Compared by index: where the references hold copies, another copy of a true neighbor does not count.
-
-    Args:
-        at_1: how often its nearest neighbor is the true one.
-        at_k: share of the true k nearest among its k.
-        k: neighbors searched.
-        sample: queries compared.
+    Over `sample` queries. Compared by index: another copy of a true neighbor does not count.
     """
 
     at_1: float
@@ -214,7 +196,7 @@ class IndexRecall:
 
     @staticmethod
     def of(found: Tensor, exact: Tensor) -> "IndexRecall":
-        """Compares the neighbors (N, k) that an index found with those of exact search, both as indices."""
+        """Compares the indices (N, k) that an index found with those of exact search."""
         ordered = found.sort(dim=1).values
         position = torch.searchsorted(ordered, exact.contiguous()).clamp_(max=ordered.shape[1] - 1)
         at_k = (ordered.gather(1, position) == exact).double().mean().item()
@@ -234,22 +216,19 @@ def recipe(index: str, count: int, dims: int) -> tuple[str, str]:
     """faiss's description and parameters of an index for `count` references of `dims` dimensions.
 
     About 4 sqrt(count) lists, following faiss's guidelines, each with at least the 39 training points that faiss wants.
-    "ivf" searches a sixteenth of the lists, "ivfpq", which scans them several times faster, an eighth. Product codes
-    have 4 bits for every two dimensions, and ten times k of the best are compared again by their floats; where there
-    are too few references to train them on, codes of 8 bits a dimension take their place.
+    "ivf" searches a sixteenth of them, "ivfpq", several times faster, an eighth. Its codes have 4 bits for every two
+    dimensions (8 for each where there are too few references to train on); ten times k are compared again by floats.
     """
     lists = max(1, min(int(4 * count**0.5), count // 39))
-    if index == "flat":
-        return "Flat", ""
-    if index == "ivf":
-        return f"IVF{lists},Flat", f"nprobe={min(lists, max(8, lists // 16))}"
-    if index == "hnsw":
-        return "HNSW32", "efConstruction=100,efSearch=128"
-    if index == "ivfpq":
-        codes = max(m for m in range(1, max(1, dims // 2) + 1) if dims % m == 0)
-        kind = "SQ8" if count < MIN_FOR_CODES else f"PQ{codes}x4fsr"
-        return f"IVF{lists},{kind},RFlat", f"nprobe={min(lists, max(8, lists // 8))},k_factor_rf=10"
-    return index, ""
+    codes = max(m for m in range(1, max(1, dims // 2) + 1) if dims % m == 0)
+    kind = "SQ8" if count < MIN_FOR_CODES else f"PQ{codes}x4fsr"
+    ours = {
+        "flat": ("Flat", ""),
+        "ivf": (f"IVF{lists},Flat", f"nprobe={min(lists, max(8, lists // 16))}"),
+        "ivfpq": (f"IVF{lists},{kind},RFlat", f"nprobe={min(lists, max(8, lists // 8))},k_factor_rf=10"),
+        "hnsw": ("HNSW32", "efConstruction=100,efSearch=128"),
+    }
+    return ours.get(index, (index, ""))
 
 
 def training_sample(count: int, description: str, generator: torch.Generator) -> Tensor:

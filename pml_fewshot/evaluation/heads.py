@@ -1,7 +1,7 @@
 """Heads: stateless classifiers of episodes by similarity to their support, batched over episodes.
 
-Each maps support (E, W, K, D) and query (E, N, D) to logits (E, N, W). Those that fit a linear classifier to each
-episode's support are in linear_heads.py.
+Each maps support (E, W, K, D) and query (E, N, D) to logits (E, N, W), by any PML distance. Those that fit a linear
+classifier to each episode's support are in linear_heads.py.
 """
 
 from collections.abc import Callable
@@ -13,37 +13,26 @@ from torch.nn.parameter import is_lazy
 
 from pml_fewshot.checks import UsageError, check_at_least_one
 
-# head(support, query, distance) -> logits; a head takes any PML distance, squared Euclidean when None
 Head = Callable[[Tensor, Tensor, BaseDistance | None], Tensor]
 
 
 def nearest_prototype(support: Tensor, query: Tensor, distance: BaseDistance | None = None) -> Tensor:
     """Scores each query by its similarity to the mean of each class's support (Snell et al. 2017).
 
-    Args:
-        support: (E, W, K, D)
-        query: (E, N, D)
-        distance: any PML distance; squared Euclidean when None.
-
-    Returns:
-        Logits (E, N, W).
+    Support (E, W, K, D) and query (E, N, D) give logits (E, N, W); squared Euclidean when `distance` is None.
     """
     return similarities(query, support.mean(dim=2), distance)
 
 
 def nearest_neighbour(support: Tensor, query: Tensor, distance: BaseDistance | None = None) -> Tensor:
-    """Scores each query by its similarity to the nearest support item of each class.
-
-    Arguments and result as in `nearest_prototype`; the two are the same at one shot.
-    """
+    """Scores each query by its similarity to the nearest support item of each class."""
     return similarities_to_each(support, query, distance).amax(dim=3)
 
 
 def mean_similarity(support: Tensor, query: Tensor, distance: BaseDistance | None = None) -> Tensor:
     """Scores each query by the mean of its similarities to a class's support items.
 
-    Arguments and result as in `nearest_prototype`. With logits as similarities (SiameseTrainer) it is the mean evidence
-    that query and class belong together.
+    With logits as similarities (SiameseTrainer) it is the mean evidence that query and class belong together.
     """
     return similarities_to_each(support, query, distance).mean(dim=3)
 
@@ -53,9 +42,8 @@ def soft_nearest_neighbour(
 ) -> Tensor:
     """Scores each class by its share of a softmax over all support items (Vinyals et al. 2016, equation 1).
 
-    Arguments and result as in `nearest_prototype`; the logits are logarithms of sums over the class of
-    exp(similarity / temperature), so that their softmax is the share. A bounded similarity such as cosine wants a
-    temperature of about 0.1, or every item counts for nearly the same.
+    The logits are logarithms of sums over the class of exp(similarity / temperature), so that their softmax is the
+    share. A bounded similarity such as cosine wants a temperature of about 0.1, or every item counts nearly the same.
     """
     if not temperature > 0:
         raise UsageError(f"expected a temperature above 0, got {temperature}; raise it")
@@ -65,8 +53,8 @@ def soft_nearest_neighbour(
 def k_nearest_neighbours(support: Tensor, query: Tensor, distance: BaseDistance | None = None, k: int = 3) -> Tensor:
     """Scores each class by how many of the query's k nearest support items are of it.
 
-    Arguments and result as in `nearest_prototype`. Of classes with the same number the one with the nearest item wins:
-    the logits are the number plus a fraction that falls with the rank of the class's nearest item.
+    Of classes with the same number the one with the nearest item wins: the logits are the number plus a fraction that
+    falls with the rank of the class's nearest item.
 
     Raises:
         UsageError: k below 1 or above the W * K support items.

@@ -1,9 +1,10 @@
 """Heads that fit a linear classifier to each episode's support, for all episodes of a chunk at once.
 
-Support (E, W, K, D) and query (E, N, D) give logits (E, N, W). All work in the space that the S = W * K support items
-span, where the problem has S unknowns a class instead of D. They solve it in float64, because the Gram matrix of
-linearly dependent float32 embeddings is not quite positive definite. A penalty counts relative to the squared norms of
-the embeddings: normalize the bank (`EmbeddingBank.normalized`), as is the custom (Tian et al. 2020), or choose it.
+Support (E, W, K, D) and query (E, N, D) give logits (E, N, W); `distance` is not used, but there for every head's form.
+All work in the space that the S = W * K support items span, with S unknowns a class instead of D, and in float64,
+because the Gram matrix of linearly dependent float32 embeddings is not quite positive definite. A penalty, on the
+squared norm of the weights, counts relative to the squared norms of the embeddings: normalize the bank
+(`EmbeddingBank.normalized`), as is the custom (Tian et al. 2020), or choose it.
 """
 
 import torch
@@ -22,14 +23,7 @@ def cosine_classifier(
 ) -> Tensor:
     """Scores by the cosine to each class's weight, the mean of its normalized support (Qi et al. 2018, imprinting).
 
-    Args:
-        support: (E, W, K, D)
-        query: (E, N, D)
-        distance: not used; it is there to have every head's form.
-        scale: of the logits, which the accuracy does not depend on.
-
-    Returns:
-        Logits (E, N, W).
+    The accuracy does not depend on the logits' `scale`.
     """
     weights = F.normalize(F.normalize(support, dim=3).mean(dim=2), dim=2)
     return scale * F.normalize(query, dim=2) @ weights.transpose(1, 2)
@@ -40,10 +34,7 @@ def ridge_regression(
 ) -> Tensor:
     """Least squares onto +1 for an item's own and -1 for every other class, with an intercept (Bertinetto et al. 2019).
 
-    The closed form (X X^T + penalty I)^-1 Y over centered embeddings, the same as scikit-learn's
-    RidgeClassifier(alpha=penalty).
-
-    Arguments and result as in `cosine_classifier`; `penalty` is on the squared norm of the weights.
+    The same as scikit-learn's RidgeClassifier(alpha=penalty): (X X^T + penalty I)^-1 Y over centered embeddings.
 
     Raises:
         UsageError: a penalty below 1e-8.
@@ -52,9 +43,8 @@ def ridge_regression(
     gram, query_gram, is_class = _gram(support, query)
     targets = 2 * is_class - 1
     middle = targets.mean(dim=0)
-    eye = torch.eye(gram.shape[1], device=gram.device, dtype=gram.dtype)
-    factor = torch.linalg.cholesky(gram + penalty * eye)
-    dual = torch.cholesky_solve((targets - middle).expand(len(gram), -1, -1), factor)
+    gram.diagonal(dim1=1, dim2=2).add_(penalty)
+    dual = torch.cholesky_solve((targets - middle).expand(len(gram), -1, -1), torch.linalg.cholesky(gram))
     return query_gram @ dual.to(query_gram) + middle.to(query_gram)
 
 
@@ -65,11 +55,8 @@ def logistic_regression(
 
     Minimizes the summed cross-entropy plus penalty / 2 times the squared norm of the weights, the same as
     scikit-learn's LogisticRegression(C=1 / penalty, fit_intercept=False) on centered embeddings (for two classes, where
-    that has one weight vector instead of two, C=2 / penalty).
-
-    Arguments and result as in `cosine_classifier`; `penalty` is on the squared norm of the weights, and `steps` are
-    those of Newton's method, each shortened where a full one would raise the loss: 10 reach float32's precision on
-    normalized embeddings.
+    that has one weight vector instead of two, C=2 / penalty). Each of the `steps` is shortened where a full one would
+    raise the loss; 10 reach float32's precision on normalized embeddings.
 
     Raises:
         UsageError: a penalty below 1e-8 or steps below 1.
@@ -77,10 +64,10 @@ def logistic_regression(
     _check_penalty(penalty)
     check_at_least_one("steps", steps)
     gram, query_gram, is_class = _gram(support, query)
-    eye = torch.eye(gram.shape[1], device=gram.device, dtype=gram.dtype)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal += 1e-10 * diagonal.mean(dim=1, keepdim=True).clamp(min=1e-12)
     # gram = L L^T: rows of L (E, S, S) are the support in coordinates of its own span, where weights (E, S, W) live
-    spread = gram.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=1e-12)
-    root = torch.linalg.cholesky(gram + 1e-10 * spread[:, None, None] * eye)
+    root = torch.linalg.cholesky(gram)
     weights = gram.new_zeros(*gram.shape[:2], is_class.shape[1])
 
     def loss(weights: Tensor) -> Tensor:
@@ -120,12 +107,6 @@ def _check_penalty(penalty: float) -> None:
 
 def _newton_step(root: Tensor, shares: Tensor, gradient: Tensor, penalty: float) -> Tensor:
     """Solves Hessian x step = gradient to a hundredth by conjugate gradients, at most S * (W - 1) or 30 of them."""
-
-    def hessian(direction: Tensor) -> Tensor:
-        moved = root @ direction
-        moved = shares * (moved - (shares * moved).sum(dim=2, keepdim=True))
-        return root.transpose(1, 2) @ moved + penalty * direction
-
     step, residual, direction = torch.zeros_like(gradient), gradient, gradient
     norm = first = residual.square().sum(dim=(1, 2), keepdim=True)
     least = torch.finfo(norm.dtype).tiny
@@ -133,7 +114,9 @@ def _newton_step(root: Tensor, shares: Tensor, gradient: Tensor, penalty: float)
         moving = norm > 1e-4 * first
         if not moving.any():
             break
-        image = hessian(direction)
+        moved = root @ direction
+        moved = shares * (moved - (shares * moved).sum(dim=2, keepdim=True))
+        image = root.transpose(1, 2) @ moved + penalty * direction  # Hessian x direction
         length = norm / (direction * image).sum(dim=(1, 2), keepdim=True).clamp(min=least) * moving
         step = step + length * direction
         residual = residual - length * image
@@ -143,14 +126,10 @@ def _newton_step(root: Tensor, shares: Tensor, gradient: Tensor, penalty: float)
 
 
 def _gram(support: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Products of centered support items (E, S, S), of queries with them (E, N, S), and each item's class (S, W).
-
-    The first and the last in float64.
-    """
+    """Products of centered support items (E, S, S), of queries with them (E, N, S), and each item's class (S, W)."""
     ways, shots = support.shape[1:3]
-    items = support.flatten(1, 2)
-    middle = items.mean(dim=1, keepdim=True)
-    items = items - middle
+    middle = support.flatten(1, 2).mean(dim=1, keepdim=True)
+    items = support.flatten(1, 2) - middle
     exact = items.double()
     is_class = torch.eye(ways, device=items.device, dtype=exact.dtype).repeat_interleave(shots, dim=0)
     return exact @ exact.transpose(1, 2), (query - middle) @ items.transpose(1, 2), is_class

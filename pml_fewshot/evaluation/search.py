@@ -14,10 +14,8 @@ from torch import Tensor
 
 from pml_fewshot.checks import check_finite
 
-# A tile of 2,048 x 2,048 similarities is 16 MiB, large enough for the matrix product and small enough for a third-level
-# cache. On a GPU 16,384 x 16,384 are 1 GiB.
-CPU_TILE = 2048
-CUDA_TILE = 16384
+CPU_TILE = 2048  # on a side, 16 MiB: large enough for the matrix product, small enough for a third-level cache
+CUDA_TILE = 16384  # 1 GiB
 STEP = 64  # of a tile's sides: matrix products are fastest in multiples of it
 GROUP = 16  # similarities of which only the largest bounds the k-th best
 FAISS_BLOCK = 2**17  # references at a time
@@ -29,13 +27,10 @@ MANY_NEIGHBORS = 32
 
 @dataclass(frozen=True)
 class Ranking:
-    """How a PML distance orders references.
+    """How a PML distance (None: plain Euclid) orders references.
 
-    Args:
-        kind: "euclidean" and "inner product" are what faiss and a matrix product can rank by; "distance" calls the PML
-            distance block by block.
-        normalize: scale rows to length 1 first.
-        distance: the PML distance; None for plain Euclid.
+    "euclidean" and "inner product" are what faiss and a matrix product can rank by, of rows scaled to length 1 with
+    `normalize`; "distance" calls the PML distance block by block.
     """
 
     kind: Literal["euclidean", "inner product", "distance"]
@@ -58,8 +53,7 @@ class Ranking:
     def prepare(self, rows: Tensor, center: Tensor | None = None) -> Tensor:
         """Rows (N, D) as float32, normalized where the ranking wants it, less a center (D,); copies only if it must.
 
-        Raises:
-            UsageError: a squared length overflows float32: products of such rows would be NaN, which has no order.
+        A UsageError where a squared length overflows float32: products would be NaN, which has no order.
         """
         rows = rows.detach().float()
         if self.normalize:
@@ -72,8 +66,7 @@ class Ranking:
     def center(self, reference: Tensor) -> Tensor | None:
         """A point (D,) amid the references for Euclid: the median of a sample, which no outlier moves.
 
-        |q - r|^2 = |q|^2 - 2 qr + |r|^2 cancels badly where embeddings lie far from the origin and near each other, so
-        the center is subtracted first.
+        |q - r|^2 = |q|^2 - 2 qr + |r|^2 cancels badly far from the origin, so the center is subtracted first.
         """
         sample = reference[:: max(1, len(reference) // 1000)]
         return self.prepare(sample).median(dim=0).values if self.kind == "euclidean" else None
@@ -101,11 +94,11 @@ def exact_search(query: Tensor, reference: Tensor | None, k: int, ranking: Ranki
         reference: (M, D), in memory, memory-mapped or on a GPU; read block by block. None: the queries themselves, each
             of which then finds itself too; Euclid and inner product compute each pair once, which halves the time.
         k: neighbors, at most M.
-        ranking: the order; similarities are computed in float32.
+        ranking: the order, in float32.
 
     Returns:
-        (N, k) int64 indices into the references, on the references' device. Memory besides: a tile, up to four times
-        as large for a large k, or faiss's k + 1 distances and indices a query.
+        (N, k) int64 indices, on the references' device. Memory besides: a tile, up to four times as large for a large
+        k, or faiss's k + 1 distances and indices a query.
     """
     references = query if reference is None else reference
     queries = query.to(references.device)
@@ -135,10 +128,9 @@ def _by_faiss(query: Tensor, reference: Tensor, k: int, ranking: Ranking) -> Ten
             far, order = far.sort(dim=1, stable=True)
             far, index = far[:, : k + 1], index.gather(1, order[:, : k + 1])
     same = far[:, 1:] == far[:, :-1]  # faiss takes any of equally near ones, in any order
-    tied = same[:, :-1].any(dim=1)
-    index[tied], order = index[tied].sort(dim=1)
-    index[tied] = index[tied].gather(1, far[tied].gather(1, order).argsort(dim=1, stable=True))
-    cut = same[:, -1]
+    tied, cut = same[:, :-1].any(dim=1), same[:, -1]
+    order = torch.from_numpy(np.lexsort((index[tied].numpy(), far[tied].numpy())))
+    index[tied] = index[tied].gather(1, order)
     if cut.any():
         index[cut, :k] = _by_tiles(query[cut], reference, k, ranking)
     return index[:, :k]
@@ -149,8 +141,8 @@ def _by_tiles(query: Tensor, reference: Tensor, k: int, ranking: Ranking, symmet
     tile, step = CUDA_TILE if reference.is_cuda else CPU_TILE, STEP
     if ranking.kind == "distance":  # some (SNR) hold all differences of a tile, D numbers a pair
         tile, step = max(1, int(tile / reference.shape[1] ** 0.5)), GROUP
-    # All tiles have one shape, for products may differ in the last bit from shape to shape, and copies of an item would
-    # not be equally near. So a set is divided evenly, and its last block filled up by copies of its first row.
+    # All tiles have one shape, or copies of an item would not be equally near: products differ by a last bit. So a set
+    # is divided evenly, and its last block filled up by copies of its first row.
     wide = min(16 * tile, tile * tile // max(1, len(query)))  # for few queries
     columns = _even_part(len(reference), max(tile, 4 * GROUP * k, wide), step)
     rows = _even_part(len(query), max(1, min(tile, 4 * tile * tile // columns)), step)
@@ -168,16 +160,17 @@ def _by_tiles(query: Tensor, reference: Tensor, k: int, ranking: Ranking, symmet
         return lengths.div_(-2)
 
     symmetric = symmetric and rows == columns
-    best = _Best(-(-len(query) // rows) * rows, k, reference.device)
+    best = torch.full((-(-len(query) // rows) * rows, k), -torch.inf, device=reference.device)
+    index = torch.full_like(best, -1, dtype=torch.int64)
     for i in range(0, len(query), rows):
         row_block = block(query, i, rows)
         for j in range(i if symmetric else 0, len(reference), columns):
             column_block = block(reference, j, columns)
             both = ranking.similarity(row_block, column_block)
             if symmetric and j > i:
-                best.offer(j, both + offset(row_block, i).unsqueeze(1), i, dim=0)
-            best.offer(i, both.add_(offset(column_block, j)), j)
-    return best.index[: len(query)]
+                _offer(both + offset(row_block, i)[:, None], i, best[j : j + rows], index[j : j + rows], dim=0)
+            _offer(both.add_(offset(column_block, j)), j, best[i : i + rows], index[i : i + rows])
+    return index[: len(query)]
 
 
 def _even_part(count: int, largest: int, step: int) -> int:
@@ -186,58 +179,41 @@ def _even_part(count: int, largest: int, step: int) -> int:
     return max(1, -(-count // (step * parts))) * step
 
 
-class _Best:
-    """The k most similar references found so far for each of N queries, best first.
+def _offer(tile: Tensor, first: int, best: Tensor, index: Tensor, dim: int = 1) -> None:
+    """Takes similarities (R, C) of queries to the references from `first` on into their `best` and its `index` (R, k).
 
-    References are offered in the order of their index, so of equally similar ones the earlier stand first.
+    References come in the order of their index, so of equally similar ones the earlier stand first. `dim` is their
+    axis, 0 for a tile (C, R), and C a multiple of GROUP.
     """
-
-    def __init__(self, queries: int, k: int, device: torch.device) -> None:
-        self.k = k
-        self.value = torch.full((queries, k), -torch.inf, device=device)
-        self.index = torch.full((queries, k), -1, device=device)
-
-    def offer(self, start: int, tile: Tensor, first: int, dim: int = 1) -> None:
-        """Takes in similarities (R, C) of the queries from `start` on to the references from `first` on.
-
-        `dim` is the axis of the references, whose number C is a multiple of GROUP: 0 for a tile (C, R).
-        """
-        similarities = tile if dim == 1 else tile.T
-        rows = slice(start, start + len(similarities))
-        floor = self.value[rows, -1]
-        if first == 0 and GROUP * self.k > similarities.shape[1]:
-            values, index = similarities.sort(dim=1, descending=True, stable=True)
-            self.value[rows], self.index[rows] = values[:, : self.k], index[:, : self.k]
-            return
-        if first == 0:  # k groups hold k items at least as large as the k-th of their largest
-            largest = tile.unflatten(dim, (GROUP, -1)).amax(dim)
-            floor = largest.topk(self.k, dim=dim).values.select(dim, -1).nextafter(floor)
-        one, other = _above(tile, floor.unsqueeze(dim))
-        if len(one) == 0:
-            return
-        query, column = one, other
-        if dim == 0:
-            query, order = other.sort(stable=True)
-            column = one[order]
-        # a table with a row for each query with hits: the best so far, then the hits in the order of their index
-        touched, row, counts = query.unique_consecutive(return_inverse=True, return_counts=True)
-        place = self.k + torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[row]
-        values = self.value.new_full((len(touched), self.k + int(counts.max())), -torch.inf)
-        index = torch.full_like(values, -1, dtype=torch.int64)
-        values[:, : self.k], index[:, : self.k] = self.value[touched + start], self.index[touched + start]
-        values[row, place], index[row, place] = similarities[query, column], column + first
-        values, order = values.sort(dim=1, descending=True, stable=True)
-        self.value[touched + start] = values[:, : self.k]
-        self.index[touched + start] = index.gather(1, order[:, : self.k])
-
-
-def _above(values: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of each value (R, C) above a floor that broadcasts, row by row."""
-    if values.is_cuda:
-        flat = (values > floor).flatten().nonzero().squeeze(1)
+    similarities, k = tile if dim == 1 else tile.T, best.shape[1]
+    if first == 0 and GROUP * k > similarities.shape[1]:
+        values, order = similarities.sort(dim=1, descending=True, stable=True)
+        best[:], index[:] = values[:, :k], order[:, :k]
+        return
+    floor = best[:, -1]
+    if first == 0:  # k groups hold k items at least as large as the k-th of their largest
+        largest = tile.unflatten(dim, (GROUP, -1)).amax(dim)
+        floor = largest.topk(k, dim=dim).values.select(dim, -1).nextafter(floor)
+    floor = floor.unsqueeze(dim)
+    if tile.is_cuda:
+        flat = (tile > floor).flatten().nonzero().squeeze(1)
     else:  # numpy finds the few of many in half the time
-        flat = torch.from_numpy(np.flatnonzero(values.numpy() > floor.numpy()))
-    return flat // values.shape[1], flat % values.shape[1]
+        flat = torch.from_numpy(np.flatnonzero(tile.numpy() > floor.numpy()))
+    if len(flat) == 0:
+        return
+    query, column = flat // tile.shape[1], flat % tile.shape[1]
+    if dim == 0:
+        (query, order), column = column.sort(stable=True), query
+        column = column[order]
+    # a row for each query: the best so far, then those above in the order of their index
+    counts = query.bincount(minlength=len(best))
+    place = k + torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
+    values = torch.cat([best, best.new_full((len(best), int(counts.max())), -torch.inf)], dim=1)
+    indices = torch.full_like(values, -1, dtype=torch.int64)
+    indices[:, :k] = index
+    values[query, place], indices[query, place] = similarities[query, column], column + first
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    best[:], index[:] = values[:, :k], indices.gather(1, order[:, :k])
 
 
 def _lengths(rows: Tensor) -> Tensor:
@@ -249,8 +225,8 @@ def _lengths(rows: Tensor) -> Tensor:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a (N, D) times b (M, D) transposed, (N, M).
 
-    On a CPU as a 1 x 1 convolution: oneDNN uses AVX-512 on every processor that has it, while the MKL in torch's
-    matrix product keeps to AVX2 where the processor is not Intel's (AMD EPYC, 2,048 x 2,048 x 512: 430 GFLOPS to 190).
+    On a CPU as a 1 x 1 convolution: oneDNN uses AVX-512 wherever the processor has it, the MKL of torch's product only
+    on Intel's (AMD EPYC, 2,048 x 2,048 x 512: 430 GFLOPS to 190).
     """
     if a.is_cuda or not torch.backends.mkldnn.is_available():
         return a @ b.T

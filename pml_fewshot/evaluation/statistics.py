@@ -13,12 +13,9 @@ from pml_fewshot.evaluation.retrieval import RetrievalResult
 
 @dataclass(frozen=True)
 class Comparison:
-    """Paired difference of two accuracies, as fractions of 1.
+    """Mean of the first accuracy minus the second over the same episodes, a fraction of 1, and half its 95 % interval.
 
-    Args:
-        difference: mean over the episodes of the first's accuracy minus the second's.
-        ci95: half its 95 % interval, 1.96 standard errors of the mean of the differences.
-        num_episodes: how many episodes both were evaluated on.
+    `ci95` is 1.96 standard errors of the mean of the differences.
     """
 
     difference: float
@@ -32,40 +29,27 @@ class Comparison:
 
     def __str__(self) -> str:
         verdict = "significant" if self.significant else "not significant, the interval holds 0"
-        return (
-            f"{100 * self.difference:+.2f} +- {100 * self.ci95:.2f} points on the same {self.num_episodes:,} episodes: "
-            f"{verdict} (95 %)"
-        )
+        points = f"{100 * self.difference:+.2f} +- {100 * self.ci95:.2f} points"
+        return f"{points} on the same {self.num_episodes:,} episodes: {verdict} (95 %)"
 
 
 def compare(a: EpisodicResult, b: EpisodicResult) -> Comparison:
-    """Compares two results episode by episode: the difficulty of an episode, most of the spread, cancels out.
-
-    Raises:
-        UsageError: the results are on different episodes.
-    """
+    """Compares results on the same episodes one by one: an episode's difficulty, most of the spread, cancels out."""
     if a.episodes_hash != b.episodes_hash:
-        first, second = (f"{result.spec}, seed {result.seed}, {result.episodes_hash}" for result in (a, b))
+        got = " and ".join(f"{result.spec}, seed {result.seed}, {result.episodes_hash}" for result in (a, b))
         raise UsageError(
-            f"expected two results on the same episodes (equal episodes_hash), got {first} and {second}; evaluate both "
-            "with one spec, number of episodes and seed on one data set"
+            f"expected two results on the same episodes (equal episodes_hash), got {got}; evaluate both with one spec, "
+            "number of episodes and seed on one data set"
         )
-    difference, ci95 = average([a.per_episode - b.per_episode])
-    return Comparison(difference, ci95, len(a.per_episode))
+    return Comparison(*average([a.per_episode - b.per_episode]), len(a.per_episode))
 
 
 def average(trainings: Sequence[Tensor]) -> tuple[float, float]:
     """Mean of a figure and half its 95 % interval, NaN where there is only one value.
 
-    Args:
-        trainings: for each training (seed) of a method the values (N,) of the same N episodes or queries.
-
-    Returns:
-        The mean over all, and the root of the sum of two squares: 1.96 standard errors over the N (of each one's mean
-        over the trainings), and where there are several trainings Student's t times the standard error of their means.
-
-    Raises:
-        UsageError: trainings with different numbers of episodes.
+    `trainings` are for each training (seed) of a method the values (N,) of the same N episodes or queries. The interval
+    is the root of the sum of two squares: 1.96 standard errors over the N (of each one's mean over the trainings), and
+    where there are several trainings Student's t times the standard error of their means.
     """
     sizes = sorted({len(values) for values in trainings})
     if len(sizes) > 1:

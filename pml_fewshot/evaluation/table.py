@@ -1,15 +1,17 @@
 """ResultTable: figures of episodes and of retrieval side by side, each with its interval and its protocol."""
 
+import csv
+import io
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
-from pml_fewshot.checks import MissingFileError, UsageError
+from pml_fewshot.checks import MissingFileError, UsageError, check_choice
 from pml_fewshot.evaluation.episodic import EpisodicResult
 from pml_fewshot.evaluation.retrieval import RetrievalResult
 from pml_fewshot.evaluation.statistics import average, average_metric
-from pml_fewshot.evaluation.table_formats import ResultRow, figures_csv, latex, markdown, methods_csv, read_figures_csv
+from pml_fewshot.evaluation.table_formats import ResultRow, arrange, layout
 from pml_fewshot.io.atomic import write_text
 
 
@@ -45,18 +47,28 @@ class ResultTable:
 
         Raises:
             MissingFileError: there is no figures.csv.
-            UsageError: it is no table of figures.
+            UsageError: it has other columns, a line of another length, or a value of another type.
         """
         path = Path(folder) / "figures.csv"
         if not path.is_file():
             raise MissingFileError(f"expected a finished run in {folder}, got no figures.csv; finish it with --resume")
-        return cls(read_figures_csv(path.read_bytes()))
+        names = [field.name for field in fields(ResultRow)]
+        table = cls()
+        try:
+            reader = csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8"), newline=""), strict=True)
+            if reader.fieldnames != names:
+                raise ValueError(f"columns {reader.fieldnames}, not {names}")
+            for cells in reader:
+                if None in cells or None in cells.values():
+                    raise ValueError(f"line {reader.line_num} has not {len(names)} cells")
+                table.rows.append(ResultRow(**{f.name: _parsed(cells[f.name], f.type) for f in fields(ResultRow)}))
+        except (csv.Error, ValueError) as error:
+            raise UsageError(f"expected figures in {path}, got a broken table ({error}); evaluate again") from error
+        return table
 
     def best_first(self) -> "ResultTable":
         """The same rows, methods in descending order of the figure that came first for each of them."""
-        first: dict[str, float] = {}
-        for row in self.rows:
-            first.setdefault(row.method, row.value)
+        first = {row.method: row.value for row in reversed(self.rows)}
         return ResultTable(sorted(self.rows, key=lambda row: -first[row.method]), self.failures)
 
     def add_episodic(self, context: RowContext, *trainings: EpisodicResult) -> None:
@@ -64,16 +76,14 @@ class ResultTable:
         first = trainings[0]
         hashes = sorted({result.episodes_hash for result in trainings})
         if len(hashes) > 1:
-            raise UsageError(
-                f"expected trainings evaluated on the same episodes, got {hashes}; use one spec, seed and set"
-            )
+            raise UsageError(f"expected trainings evaluated on the same episodes, got {hashes}; use one spec and seed")
         value, ci95 = average([result.per_episode for result in trainings])
         row = ResultRow(
             **context.shared,
+            **asdict(first.spec),
             figure="accuracy",
             value=value,
             ci95=ci95,
-            **asdict(first.spec),
             count=len(first.per_episode),
             seed=first.seed,
             protocol="transductive" if context.transductive else "inductive",
@@ -97,26 +107,47 @@ class ResultTable:
                 count=first.num_queries,
                 protocol=first.protocol,
                 ranking=first.ranking,
-                note="; ".join(text for text in (context.note, excluded) if text),
+                note="; ".join(filter(None, (context.note, excluded))),
                 trained=len(trainings),
             )
             self.rows.append(row)
 
     def markdown(self) -> str:
         """A line a method, a column a figure, in percent with 95 % intervals; the conditions below."""
-        return markdown(self.rows, self.failures)
+        (head, *body), conditions = layout(self.rows, self.failures)
+        lines = (" | ".join(cell.replace("|", r"\|") for cell in line) for line in (head, ["---"] * len(head), *body))
+        return "".join(f"| {line} |\n" for line in lines) + "".join(f"\n{condition}\n" for condition in conditions)
 
     def latex(self) -> str:
         """The same as a LaTeX tabular with the rules of booktabs; the conditions as comments."""
-        return latex(self.rows, self.failures)
+        cells, conditions = layout(self.rows, self.failures)
+        special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+        escapes = str.maketrans(special | {character: f"\\{character}" for character in "&%$#_{}"})
+        escaped = ([cell.translate(escapes).replace("+-", r"$\pm$") for cell in line] for line in cells)
+        head, *body = (" & ".join(line) + r" \\" for line in escaped)
+        comments = [r"% needs \usepackage{booktabs}", *(f"% {condition}" for condition in conditions)]
+        begin = rf"\begin{{tabular}}{{l{'r' * (len(cells[0]) - 1)}}}"
+        end = "\\end{tabular}\n"
+        return "\n".join([*comments, begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", end])
 
     def csv(self) -> str:
         """Comma-separated values at full precision, a line a method, four columns a figure."""
-        return methods_csv(self.rows, self.failures)
+        columns, lines = arrange(self.rows)
+        about = ["method", "split", "classes", "trained", "seconds"]
+        parts = {"": "value", "_ci95": "ci95", "_count": "count", "_protocol": "conditions"}
+        table = []
+        for figures in lines.values():
+            rows = figures.values()
+            cells = {name: getattr(next(iter(rows)), name) for name in about}
+            cells["note"] = "; ".join(dict.fromkeys(row.note for row in rows if row.note))
+            cells |= {row.column + part: getattr(row, name) for row in rows for part, name in parts.items()}
+            table.append(cells)
+        table += [{"method": name, "note": f"failed: {why}"} for name, why in self.failures.items()]
+        return _csv([*about, "note", *(column + part for column in columns for part in parts)], table)
 
     def figures_csv(self) -> str:
         """Comma-separated values at full precision, a line a figure, with all of a ResultRow."""
-        return figures_csv(self.rows)
+        return _csv([field.name for field in fields(ResultRow)], map(asdict, self.rows))
 
     def write(self, folder: str | Path) -> None:
         """Writes results.csv, results.md, and last figures.csv, whose presence marks a finished run."""
@@ -126,3 +157,19 @@ class ResultTable:
 
     def __str__(self) -> str:
         return self.markdown()
+
+
+def _parsed(text: str, kind: Any) -> Any:
+    if kind in (int | None, float | None):
+        return None if text == "" else get_args(kind)[0](text)
+    if get_origin(kind) is Literal:
+        check_choice("the cell", text, get_args(kind))
+    return kind(text) if kind in (int, float) else text
+
+
+def _csv(names: list[str], table: Iterable[dict[str, Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return out.getvalue()

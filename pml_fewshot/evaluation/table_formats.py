@@ -1,13 +1,9 @@
-"""ResultRow, and the texts of many: Markdown, LaTeX and CSV with a line a method, and CSV with a line a figure."""
+"""ResultRow: one figure with all that is needed to read it; and how rows are laid out in lines and columns."""
 
-import csv
-import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args, get_origin
-
-from pml_fewshot.checks import UsageError, check_choice
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 TITLES = {
     "precision_at_1": "P@1",
@@ -23,8 +19,7 @@ class ResultRow:
     """One figure with all that is needed to read and to repeat it; what does not apply is None or empty.
 
     Args:
-        method: what was evaluated.
-        figure: accuracy, precision_at_1, ...
+        method, figure: what was evaluated, and accuracy, precision_at_1, ...
         value: mean, a fraction of 1; `ci95` is half its 95 % interval.
         ways, shots, queries, seed: of the episodes.
         count: episodes, or queries for retrieval, that the mean is over.
@@ -65,93 +60,13 @@ class ResultRow:
         """How the figure came about."""
         seed = "" if self.seed is None else f"seed {self.seed}"
         episodes = self.episodes_hash and f"episodes {self.episodes_hash}"
-        return ", ".join(text for text in (self.protocol, self.ranking, seed, episodes) if text)
+        return ", ".join(filter(None, (self.protocol, self.ranking, seed, episodes)))
 
 
 Lines = dict[str, dict[str, ResultRow]]  # name of a method on one set of classes -> its figures by column
 
 
-def markdown(rows: Sequence[ResultRow], failures: Mapping[str, str]) -> str:
-    """Figures in percent with 95 % intervals, a line for each failure, and below what the figures are means of."""
-    (head, *body), conditions = _layout(rows, failures)
-    lines = (" | ".join(cell.replace("|", r"\|") for cell in line) for line in (head, ["---"] * len(head), *body))
-    return "".join(f"| {line} |\n" for line in lines) + "".join(f"\n{condition}\n" for condition in conditions)
-
-
-def latex(rows: Sequence[ResultRow], failures: Mapping[str, str]) -> str:
-    """A tabular with the rules of booktabs; what the figures are means of as comments."""
-    cells, conditions = _layout(rows, failures)
-    special: dict[str, str | int | None] = {character: "\\" + character for character in "&%$#_{}"}
-    special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    escaped = ([cell.translate(str.maketrans(special)).replace("+-", r"$\pm$") for cell in line] for line in cells)
-    head, *body = (" & ".join(line) + r" \\" for line in escaped)
-    return "\n".join(
-        [
-            r"% needs \usepackage{booktabs}",
-            *(f"% {condition}" for condition in conditions),
-            rf"\begin{{tabular}}{{l{'r' * (len(cells[0]) - 1)}}}",
-            *(r"\toprule", head, r"\midrule", *body, r"\bottomrule"),
-            "\\end{tabular}\n",
-        ]
-    )
-
-
-def methods_csv(rows: Sequence[ResultRow], failures: Mapping[str, str]) -> str:
-    """A line a method: of each figure the value, its interval, what it is a mean of and how it came about."""
-    columns, lines = _grid(rows)
-    about = ["method", "split", "classes", "trained", "seconds"]
-    parts = {"": "value", "_ci95": "ci95", "_count": "count", "_protocol": "conditions"}
-    table = []
-    for figures in lines.values():
-        first = next(iter(figures.values()))
-        cells = {name: getattr(first, name) for name in about}
-        cells["note"] = "; ".join(dict.fromkeys(row.note for row in figures.values() if row.note))
-        for column, row in figures.items():
-            cells |= {column + part: getattr(row, name) for part, name in parts.items()}
-        table.append(cells)
-    table += [{"method": name, "note": f"failed: {why}"} for name, why in failures.items()]
-    return _csv([*about, "note", *(column + part for column in columns for part in parts)], table)
-
-
-def figures_csv(rows: Sequence[ResultRow]) -> str:
-    """A line a figure, with all that its row holds."""
-    return _csv([f.name for f in fields(ResultRow)], map(asdict, rows))
-
-
-def read_figures_csv(content: bytes) -> list[ResultRow]:
-    """The rows that figures_csv wrote.
-
-    Raises:
-        UsageError: other columns, a line of another length, or a value of another type.
-    """
-    names = [f.name for f in fields(ResultRow)]
-    try:
-        reader = csv.DictReader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
-        if reader.fieldnames != names:
-            raise UsageError(f"expected the columns {names}, got {reader.fieldnames}; read a figures.csv")
-        rows = []
-        for cells in reader:
-            if None in cells or None in cells.values():
-                raise UsageError(
-                    f"expected {len(names)} cells in line {reader.line_num}, got another number; restore it"
-                )
-            rows.append(ResultRow(**{f.name: _parsed(cells[f.name], f.type) for f in fields(ResultRow)}))
-    except UsageError:
-        raise
-    except (csv.Error, ValueError) as error:
-        raise UsageError(f"expected a table of figures, got a broken one ({error}); evaluate again") from error
-    return rows
-
-
-def _parsed(text: str, kind: Any) -> Any:
-    if kind in (int | None, float | None):
-        return None if text == "" else get_args(kind)[0](text)
-    if get_origin(kind) is Literal:
-        check_choice("the cell", text, get_args(kind))
-    return kind(text) if kind in (int, float) else text
-
-
-def _grid(rows: Sequence[ResultRow]) -> tuple[dict[str, str], Lines]:
+def arrange(rows: Sequence[ResultRow]) -> tuple[dict[str, str], Lines]:
     """Columns, name -> title, and lines, each in the order of their first rows."""
     columns: dict[str, str] = {}
     lines: Lines = {}
@@ -173,23 +88,23 @@ def _grid(rows: Sequence[ResultRow]) -> tuple[dict[str, str], Lines]:
     return columns, lines
 
 
-def _layout(rows: Sequence[ResultRow], failures: Mapping[str, str]) -> tuple[list[list[str]], list[str]]:
-    """Cells, of which the first line is the head, and what the figures are means of."""
-    columns, lines = _grid(rows)
-    seconds = {name: next(iter(figures.values())).seconds for name, figures in lines.items()}
-    timed = ["seconds"] if any(value is not None for value in seconds.values()) else []
+def layout(rows: Sequence[ResultRow], failures: Mapping[str, str]) -> tuple[list[list[str]], list[str]]:
+    """Cells in percent with 95 % intervals, of which the first line is the head, and what the figures are means of."""
+    columns, lines = arrange(rows)
+    seconds = [next(iter(figures.values())).seconds for figures in lines.values()]
+    timed = [] if seconds.count(None) == len(seconds) else ["seconds"]
     head = ["method", *(columns.values() or ["figures"][: len(failures)]), *timed]
     cells = [head]
-    for name, figures in lines.items():
-        taken = [f"{seconds[name]:.2f}" if seconds[name] is not None else "" for _ in timed]
-        cells.append([name, *(_cell(figures.get(column)) for column in columns), *taken])
+    for (name, figures), taken in zip(lines.items(), seconds, strict=True):
+        of_columns = (_cell(figures[column]) if column in figures else "" for column in columns)
+        cells.append([name, *of_columns, *("" if taken is None else f"{taken:.2f}" for _ in timed)])
     for name, why in failures.items():
         cells.append([_one_line(name), f"failed: {_one_line(why)}", *[""] * (len(head) - 2)])
     return cells, _conditions(lines)
 
 
 def _conditions(lines: Lines) -> list[str]:
-    """What the figures are means of and how they came about: what holds for all lines, then what holds for some."""
+    """How the figures came about: what holds for all lines, then what holds for some."""
     texts: dict[str, list[str]] = {}
     for name, figures in lines.items():
         rows = list(figures.values())
@@ -207,19 +122,9 @@ def _conditions(lines: Lines) -> list[str]:
     return ["; ".join(["%, +- 95 % intervals", *common]), *named] if lines else []
 
 
-def _cell(row: ResultRow | None) -> str:
-    if row is None:
-        return ""
+def _cell(row: ResultRow) -> str:
     return f"{100 * row.value:.2f}" + ("" if math.isnan(row.ci95) else f" +- {100 * row.ci95:.2f}")
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _csv(names: list[str], table: Iterable[dict[str, Any]]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return out.getvalue()

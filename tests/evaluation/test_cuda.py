@@ -11,10 +11,7 @@ from pml_fewshot.evaluation.linear_heads import logistic_regression, ridge_regre
 from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.sampling.episodes import EpisodeSpec
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
 
 def bank() -> EmbeddingBank:

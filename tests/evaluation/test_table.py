@@ -2,9 +2,9 @@
 
 import csv
 import io
-import math
 import re
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,9 +75,6 @@ def read(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text)))
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
-
-
 def test_an_episodic_row_holds_all_that_is_needed_to_repeat_it():
     table = filled((RowContext("MAML", "val", 20, "a note", transductive=True, seconds=1.5), episodic()))
     row = table.rows[0]
@@ -85,8 +82,8 @@ def test_an_episodic_row_holds_all_that_is_needed_to_repeat_it():
     ci95 = 1.96 * (0.09 * share * (1 - share) * 10_000 / 9_999) ** 0.5 / 100
     assert (row.value, row.ci95) == (pytest.approx(1 - 0.3 * share, abs=1e-12), pytest.approx(ci95, abs=1e-12))
     own = {"method": "ProtoNet", "figure": "accuracy", "value": row.value, "ci95": row.ci95, "count": 10_000}
-    spec = {"ways": 5, "shots": 1, "queries": 15, "seed": 3, "episodes_hash": HASH}
-    assert row == ResultRow(**own, **spec, split="test", classes=1692, protocol="inductive")  # type: ignore[arg-type]
+    own |= {"ways": 5, "shots": 1, "queries": 15, "seed": 3, "episodes_hash": HASH}
+    assert row == ResultRow(**own, split="test", classes=1692, protocol="inductive")  # type: ignore[arg-type]
     context = {"method": "MAML", "split": "val", "classes": 20, "note": "a note", "seconds": 1.5}
     assert table.rows[-1] == replace(row, **context, protocol="transductive")  # type: ignore[arg-type]
 
@@ -100,7 +97,6 @@ def test_a_retrieval_result_gives_a_row_for_each_figure():
     assert precision.ci95 == pytest.approx(1.96 * (squares / 3) ** 0.5 / 2, abs=1e-12)
     assert (recall.figure, recall.value, recall.ci95) == ("recall_at_4", 1, 0)
     assert (nmi.figure, nmi.value, nmi.count) == ("NMI", 0.25, 4)
-    assert math.isnan(nmi.ci95)
     assert grid(table.markdown())[-1][3] == "25.00"
     assert read(table.csv())[0]["NMI_ci95"] == "nan"
     for row in table.rows:
@@ -110,7 +106,7 @@ def test_a_retrieval_result_gives_a_row_for_each_figure():
         assert (row.protocol, row.ranking) == ("leave-one-out", "exact, Euclid")
 
 
-def test_several_trainings_are_one_row_with_their_mean():
+def test_several_trainings_on_the_same_episodes_are_one_row_with_their_mean():
     table = filled((RowContext("x", "test", 3), episodic(wrong=510)))
     alone = table.rows.pop()
     table.add_episodic(RowContext("x", "test", 3), episodic(), episodic(wrong=610), episodic(wrong=510))
@@ -120,15 +116,9 @@ def test_several_trainings_are_one_row_with_their_mean():
     assert (accuracy.value, precision.value) == pytest.approx((1 - 0.3 * 510 / 10_000, 0.4375), abs=1e-12)
     assert accuracy.count == 10_000
     assert accuracy.ci95 > alone.ci95  # it holds the chance of training too
-
-
-def test_trainings_on_different_episodes_raise():
     for other in (episodic(count=5_000), episodic(seed=4)):  # fewer; as many of them, but others by their hash
         with pytest.raises(UsageError, match=r"expected .*trainings evaluated on the same episodes"):
             ResultTable().add_episodic(RowContext("x", "test", 3), episodic(), other)
-
-
-# --- Markdown ---------------------------------------------------------------------------------------------------------
 
 
 def test_markdown_gives_percent_with_interval_and_the_conditions_below():
@@ -141,6 +131,7 @@ def test_markdown_gives_percent_with_interval_and_the_conditions_below():
         "4 queries, leave-one-out, exact, Euclid\n"
     )
     assert str(filled()) == filled().markdown()
+    assert ResultTable().markdown() == "| method |\n| --- |\n"
 
 
 def test_two_methods_have_a_line_each_and_what_holds_for_both_is_said_once():
@@ -148,8 +139,7 @@ def test_two_methods_have_a_line_each_and_what_holds_for_both_is_said_once():
     assert head == ["method", "5-way 1-shot", "MAP@R", "recall@4", "20-way 5-shot"]
     assert set(rule) == {"---"}
     assert proto == ["ProtoNet", "98.77 +- 0.12", "43.75 +- 41.84", "100.00 +- 0.00", ""]
-    assert (other[0], other[2:4]) == ("Other", ["", ""])
-    assert re.fullmatch(r"98\.47 \+- \d+\.\d\d", other[1])
+    assert (other[0], other[1][:9], other[2:4]) == ("Other", "98.47 +- ", ["", ""])
     assert below(two_methods()) == [
         "%, +- 95 % intervals; test, 1,692 classes; 10,000 episodes of 15 queries a class, seed 3, inductive",
         "ProtoNet: 4 queries, leave-one-out, exact, Euclid",
@@ -174,9 +164,15 @@ def test_every_figure_has_a_cell_in_a_line_of_its_method_split_and_protocol(cont
     assert {len(line) for line in lines} == {4}
 
 
+def test_retrieval_of_a_transductive_method_stands_in_its_line():
+    table, context = ResultTable(), RowContext("MAML", "test", 1692, transductive=True)
+    table.add_episodic(context, episodic())
+    table.add_retrieval(context, retrieval())
+    assert [line[0] for line in grid(table.markdown())[2:]] == ["MAML (transductive)"]
+
+
 def test_titles_are_those_of_papers_and_name_the_queries_where_they_differ():
-    names = ("precision_at_1", "r_precision", "mean_average_precision_at_r", "mean_average_precision")
-    names += ("mean_reciprocal_rank", "recall_at_10")
+    names = ("precision_at_1", "r_precision", "mean_average_precision", "mean_reciprocal_rank", "recall_at_10")
     table = filled((RowContext("ProtoNet", "test", 1692), episodic(EpisodeSpec(5, 1, 10))))
     result = RetrievalResult({name: torch.ones(2).double() for name in names}, torch.zeros(2).long(), 0, 1)
     table.add_retrieval(RowContext("x", "test", 3), result)
@@ -185,18 +181,13 @@ def test_titles_are_those_of_papers_and_name_the_queries_where_they_differ():
 
 
 def test_seconds_stand_only_where_a_method_was_timed():
-    assert "seconds" not in filled().markdown() + filled().latex()
     table = filled((RowContext("timed", "test", 1692, seconds=12.345), episodic()))
     head, _, plain, timed = grid(table.markdown())
     assert (head[-1], plain[-1], timed[-1]) == ("seconds", "", "12.35")
     assert [row["seconds"] for row in read(table.csv())] == ["", "12.345"]
 
 
-# --- CSV and LaTeX ----------------------------------------------------------------------------------------------------
-
-
 def test_results_csv_has_a_line_a_method_with_every_value_to_the_last_digit():
-    """The form that programs outside of this repository read."""
     table = two_methods()
     table.rows[0] = replace(table.rows[0], value=1 / 3, ci95=0.1 + 0.2)
     proto, other = read(table.csv())
@@ -213,6 +204,7 @@ def test_results_csv_has_a_line_a_method_with_every_value_to_the_last_digit():
     assert proto["5way_1shot_15query_protocol"] == f"inductive, seed 3, episodes {HASH}"
     assert proto["recall_at_4_protocol"] == "leave-one-out, exact, Euclid"
     assert [proto["20way_5shot_15query" + part] for part in parts] == [""] * 4
+    assert ResultTable().csv() == ",".join(ABOUT) + "\n"
 
 
 def test_latex_is_a_tabular_with_the_conditions_as_comments():
@@ -231,12 +223,6 @@ def test_latex_is_a_tabular_with_the_conditions_as_comments():
     ]
 
 
-def test_an_empty_table_has_its_heads():
-    assert ResultTable().figures_csv() == ",".join(FIGURE_COLUMNS) + "\n"
-    assert ResultTable().csv() == ",".join(ABOUT) + "\n"
-    assert ResultTable().markdown() == "| method |\n| --- |\n"
-
-
 def test_a_failure_is_a_line_of_each_text():
     table = filled()
     table.failures["broken | loss"] = "ValueError: 100 %,\nof nothing"
@@ -249,65 +235,50 @@ def test_a_failure_is_a_line_of_each_text():
     assert grid(alone.markdown()) == [["method", "figures"], ["---"] * 2, ["broken", "failed: why"]]
 
 
-# --- written, read again, sorted --------------------------------------------------------------------------------------
-
-
-def test_a_written_table_is_read_to_the_last_digit(tmp_path: Path):
+def test_a_written_table_is_read_to_the_last_digit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     table = two_methods()
-    odd = {
-        "method": 'a, "b"\r\nc;| \N{GREEK SMALL LETTER ALPHA}',
-        "note": 'said "so", twice\nand again',
-        "value": 1 / 3,
-    }
-    table.rows[0] = replace(table.rows[0], **odd, seconds=0.1 + 0.2, trained=3)  # type: ignore[arg-type]
+    odd = {"method": 'a, "b"\r\nc;| \N{GREEK SMALL LETTER ALPHA}', "note": 'said "so", twice\nand again'}
+    table.rows[0] = replace(table.rows[0], **odd, value=1 / 3, seconds=0.1 + 0.2, trained=3)  # type: ignore[arg-type]
     table.rows[1] = replace(table.rows[1], ci95=float("nan"), seconds=0.1 + 0.2, trained=3)
     table.write(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"results.csv", "results.md", "figures.csv"}
     assert (tmp_path / "results.csv").read_bytes().decode() == table.csv()
     assert (tmp_path / "results.md").read_bytes().decode() == table.markdown()
-    assert read(table.figures_csv())[1].keys() == {field.name for field in fields(ResultRow)} == set(FIGURE_COLUMNS)
+    assert ResultTable().figures_csv() == ",".join(FIGURE_COLUMNS) + "\n"
     again = ResultTable.read(tmp_path)
     assert repr(again.rows) == repr(table.rows)  # by repr, in which NaN equals NaN
-    assert (again.csv(), again.markdown()) == (table.csv(), table.markdown())
-
-
-def test_figures_csv_comes_last_for_it_marks_a_finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     written: list[str] = []
     monkeypatch.setattr("pml_fewshot.evaluation.table.write_text", lambda path, text: written.append(path.name))
-    filled().write(tmp_path)
-    assert written[-1] == "figures.csv"
+    table.write(tmp_path)
+    assert written[-1] == "figures.csv"  # which marks a finished run
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: "", "expected the columns"),
-        (lambda text: text.replace("method,", "name,", 1), "expected the columns"),
-        (lambda text: text.replace("inductive", "inductiv"), "did you mean 'inductive'"),
-        (lambda text: text.replace(",10000,", ",many,"), "expected a table of figures, got a broken one"),
-        (lambda text: text.replace(",10000,", ","), "expected 17 cells in line 2"),
-        (lambda text: text + '"', "expected a table of figures, got a broken one"),
-        (lambda text: text.encode() + b"\xff", "expected a table of figures, got a broken one"),
+        (lambda text: b"", r"columns None, not \['method'"),
+        (lambda text: text.replace(b"method,", b"name,", 1), r"columns \['name', .*, not \['method'"),
+        (lambda text: text.replace(b"inductive", b"inductiv"), "did you mean 'inductive'"),
+        (lambda text: text.replace(b",10000,", b",many,"), "many"),
+        (lambda text: text.replace(b",10000,", b","), "line 2 has not 17 cells"),
+        (lambda text: text + b'"', "unexpected end"),
+        (lambda text: text + b"\xff", "decode byte 0xff"),
     ],
 )
-def test_what_is_no_table_of_figures_raises(change: object, message: str, tmp_path: Path):
-    changed = change(filled().figures_csv())  # type: ignore[operator]
-    (tmp_path / "figures.csv").write_bytes(changed if isinstance(changed, bytes) else changed.encode())
-    with pytest.raises(UsageError, match=message):
-        ResultTable.read(tmp_path)
-
-
-def test_a_folder_without_a_table_raises(tmp_path: Path):
+def test_what_is_no_table_of_figures_raises(change: Callable[[bytes], bytes], message: str, tmp_path: Path):
     with pytest.raises(MissingFileError, match=r"got no figures\.csv"):
+        ResultTable.read(tmp_path)
+    (tmp_path / "figures.csv").write_bytes(change(filled().figures_csv().encode()))
+    with pytest.raises(UsageError, match=rf"^expected figures in .*figures\.csv, got a broken table \(.*{message}"):
         ResultTable.read(tmp_path)
 
 
 def test_best_first_sorts_methods_by_their_first_figure_and_keeps_their_rows_together():
     table = two_methods()
     table.rows.insert(0, replace(table.rows[0], method="worst", value=0.5))
+    table.rows.append(replace(table.rows[0], figure="NMI", value=1.0))
     table.failures["broken"] = "why"
     best = table.best_first()
-    assert [row.method for row in best.rows] == ["ProtoNet"] * 3 + ["Other"] * 2 + ["worst"]
+    assert [row.method for row in best.rows] == ["ProtoNet"] * 3 + ["Other"] * 2 + ["worst"] * 2
     assert [row.figure for row in best.rows[:3]] == [row.figure for row in filled().rows]
     assert best.failures == {"broken": "why"}
-    assert table.rows[0].method == "worst"  # the table itself stays as it was
