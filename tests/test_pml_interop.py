@@ -1,11 +1,6 @@
-"""Our losses, embedder, distance and data set inside PML's own trainer, hooks, tester and inference.
-
-PML's trainer is held against a plain loop, its tester and AccuracyCalculator against RetrievalTester, its inference
-against loops over `Embedder.encode`.
-"""
+"""Our losses, embedder, distance and data set inside PML's own trainer, hooks, tester and inference."""
 
 import copy
-import itertools
 import math
 import sqlite3
 import sys
@@ -13,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -45,14 +40,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with require
 
 CPU = torch.device("cpu")
 CLASSES, PER_CLASS, BATCH, DIMS = 6, 4, 24, 8
-LOSSES: dict[str, Callable[[], nn.Module]] = {
-    "prototypical": PrototypicalLoss,
-    "matching": partial(MatchingLoss, scale=5, learn_scale=True),
-    "dense NTXent": DenseNTXentLoss,
-    "dense triplet": DenseTripletMarginLoss,
-    "pair verification": PairVerificationLoss,
-}
-each_loss = pytest.mark.parametrize("name", LOSSES)
+MATCHING = partial(MatchingLoss, scale=5, learn_scale=True)
+LOSSES = [PrototypicalLoss, MATCHING, DenseNTXentLoss, DenseTripletMarginLoss, PairVerificationLoss]
 
 
 def noisy_set(classes: int, per_class: int, seed: int) -> FewShotDataset:
@@ -82,14 +71,6 @@ def seeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def no_tensorboard_import(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`get_record_keeper` imports tensorboard (seconds, where it is installed) even when it is to write none of it."""
-    stand_in = ModuleType("torch.utils.tensorboard")
-    stand_in.SummaryWriter = None  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
-
-
 def small_embedder() -> Embedder:
     """8 x 8 to 8 dimensions; train and eval mode differ."""
     torch.manual_seed(1)
@@ -104,24 +85,23 @@ def random_similarity(hidden: int | None = None) -> WeightedL1Similarity:
     return similarity
 
 
-# --- our losses in MetricLossOnly -------------------------------------------------------------------------------------
+def adam(*parts: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam([p for part in parts for p in part.parameters()], lr=0.01)
 
 
-def adam(part: nn.Module) -> torch.optim.Optimizer | None:
-    learned = [p for p in part.parameters() if p.requires_grad]
-    return torch.optim.Adam(learned, lr=0.01) if learned else None
+def sampler() -> MPerClassSampler:
+    return MPerClassSampler(TRAIN.labels, PER_CLASS, BATCH, length_before_new_iter=BATCH * 6)
 
 
-def pml_trainer(embedder: Embedder, loss: nn.Module, dataset: FewShotDataset, **options: Any) -> MetricLossOnly:
-    optimizers = {"trunk_optimizer": adam(embedder), "metric_loss_optimizer": adam(loss)}
-    steps = options.setdefault("iterations_per_epoch", 3)
+def pml_trainer(embedder: Embedder, loss: nn.Module, **options: Any) -> MetricLossOnly:
     return MetricLossOnly(
         models={"trunk": embedder},
-        optimizers={name: optimizer for name, optimizer in optimizers.items() if optimizer is not None},
+        optimizers={"trunk_optimizer": adam(embedder, loss)},
         batch_size=BATCH,
         loss_funcs={"metric_loss": loss},
-        dataset=dataset,
-        sampler=MPerClassSampler(dataset.labels, PER_CLASS, BATCH, length_before_new_iter=BATCH * steps * 2),
+        dataset=TRAIN,
+        sampler=sampler(),
+        iterations_per_epoch=3,
         dataloader_num_workers=0,
         data_device=CPU,
         **options,
@@ -147,46 +127,36 @@ def weights(*parts: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for part in parts for p in part.parameters()]
 
 
-@each_loss
-def test_the_trainer_of_pml_takes_the_steps_of_a_plain_loop(name: str) -> None:
+@pytest.mark.parametrize("make", LOSSES)
+def test_the_trainer_of_pml_takes_the_steps_of_a_plain_loop(make: Callable[[], nn.Module]) -> None:
     """Same batches, losses and weights as our MetricTrainer under a loop: nothing of ours depends on who trains."""
-    embedder, loss = small_embedder(), LOSSES[name]()
+    embedder, loss = small_embedder(), make()
     before, twin = weights(embedder), MetricTrainer(copy.deepcopy(embedder), copy.deepcopy(loss))
-    trainer = pml_trainer(embedder, loss, TRAIN)
-    losses = train(trainer)
-    optimizers = [made for made in (adam(twin.embedder), adam(twin.loss)) if made is not None]
+    losses, expected, optimizer = train(pml_trainer(embedder, loss)), [], adam(twin)
     seed_all()
-    order = MPerClassSampler(TRAIN.labels, PER_CLASS, BATCH, length_before_new_iter=BATCH * 6)
-    expected = []
-    for index in torch.tensor(list(order)).split(BATCH):
+    for index in torch.tensor(list(sampler())).split(BATCH):
         value = twin.train()(Batch(TRAIN.images[index] / 255, TRAIN.labels[index]))
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+        optimizer.zero_grad()
         value.backward()
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
         expected.append(value.item())
     assert losses == pytest.approx(expected, rel=1e-4)
-    for theirs, ours in zip(weights(embedder, loss), weights(twin.embedder, twin.loss), strict=True):
-        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(weights(embedder, loss), weights(twin), rtol=1e-3, atol=1e-4)
     assert not any(torch.equal(p, old) for p, old in zip(embedder.parameters(), before, strict=True))
     assert losses[-1] < losses[0]
 
 
-# --- PML's hooks and record-keeper ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["matching", "pair verification"])
-def test_what_the_hooks_of_pml_save_is_trained_further_as_if_never_interrupted(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [MATCHING, PairVerificationLoss])
+def test_what_the_hooks_of_pml_save_is_trained_further_as_if_never_interrupted(make: Any, tmp_path: Path) -> None:
     """Embedder and loss, its generator of pairs and its lazy weights too, come back from PML's .pth files."""
     hooks = logging_presets.HookContainer(record_keeper=None)
-    trainer, again = (pml_trainer(small_embedder(), LOSSES[name](), TRAIN) for _ in range(2))
+    trainer, again = (pml_trainer(small_embedder(), make()) for _ in range(2))
     train(trainer, epochs=1)
     hooks.save_models(trainer, str(tmp_path), 1)
     nn.init.zeros_(again.models["trunk"].trunk[1].weight)
     assert hooks.load_latest_saved_models(again, str(tmp_path), CPU) == 2
     for each in (trainer, again):  # PML's sampler shuffles its own list of classes: each pass begins from the last one
-        each.sampler = MPerClassSampler(TRAIN.labels, PER_CLASS, BATCH, length_before_new_iter=BATCH * 6)
+        each.sampler = sampler()
     assert train(again, epochs=1) == pytest.approx(train(trainer, epochs=1), rel=1e-5)
 
 
@@ -210,16 +180,17 @@ def figures(accuracies: dict[str, float]) -> dict[str, float]:
     return {metric: accuracies[f"{metric}_level0"] for metric in METRICS}
 
 
-@pytest.mark.usefixtures("no_tensorboard_import")
-def test_the_hooks_of_pml_record_evaluate_and_save(tmp_path: Path) -> None:
+def test_the_hooks_of_pml_record_evaluate_and_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every second loss, the learned scale, the tester's figures after each epoch and the models are on disk."""
+    # `get_record_keeper` imports tensorboard (seconds, where it is installed) even when it is to write none of it
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=None))
     records, models = tmp_path / "records", tmp_path / "models"
     keeper, _, tensorboard = logging_presets.get_record_keeper(str(records))
     hooks = logging_presets.get_hook_container(keeper, log_freq=2, primary_metric="r_precision")
     assert tensorboard is None
     tester = pml_tester(end_of_testing_hook=hooks.end_of_testing_hook)
     evaluate = hooks.end_of_epoch_hook(tester, {"val": TEST}, str(models))
-    embedder, loss = small_embedder(), LOSSES["matching"]()
+    embedder, loss = small_embedder(), MATCHING()
     ours, scales = [], []  # our tester's figures after each epoch, the scale at each step
 
     def end_of_epoch(trainer: MetricLossOnly) -> bool:
@@ -230,9 +201,8 @@ def test_the_hooks_of_pml_record_evaluate_and_save(tmp_path: Path) -> None:
         scales.append(loss.scale.item())
         hooks.end_of_iteration_hook(trainer)
 
-    losses = train(
-        pml_trainer(embedder, loss, TRAIN, end_of_iteration_hook=end_of_iteration, end_of_epoch_hook=end_of_epoch)
-    )
+    own = {"end_of_iteration_hook": end_of_iteration, "end_of_epoch_hook": end_of_epoch}
+    losses = train(pml_trainer(embedder, loss, **own))
     history = recorded(records, "loss_histories")
     logged = [0, 2, 3, 5]  # of 3 iterations an epoch those numbered 0 and 2
     assert history["~iteration~"] == logged
@@ -243,12 +213,9 @@ def test_the_hooks_of_pml_record_evaluate_and_save(tmp_path: Path) -> None:
     assert evaluated["epoch"] == [1, 2]
     for metric in METRICS:
         assert evaluated[f"{metric}_level0"] == pytest.approx([epoch[metric] for epoch in ours], abs=1e-3)
-    fresh = pml_trainer(small_embedder(), LOSSES["matching"](), TRAIN)
+    fresh = pml_trainer(small_embedder(), MATCHING())
     assert hooks.load_latest_saved_models(fresh, str(models), CPU) == 3
     assert all(map(torch.equal, weights(*fresh.models.values()), weights(embedder)))
-
-
-# --- PML's tester -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -258,14 +225,13 @@ def test_the_tester_of_pml_and_ours_agree(normalize: bool) -> None:
     uneven = FewShotDataset(TEST.images[kept], TEST.labels[kept], TEST.class_names)
     embedder = small_embedder()
     tester = RetrievalTester(distance=LpDistance(normalize_embeddings=normalize))
-    theirs = pml_tester(normalize_embeddings=normalize).test({"test": uneven}, 1, embedder)["test"]
     ours = tester.test(embedder, uneven)
     assert ours.num_excluded == 1
-    assert dict(ours) == pytest.approx(figures(theirs), abs=1e-3)  # a tie that rounding broke would be 0.0002 or less
     sets = {"query": uneven, "gallery": TEST}
-    tester_of_pml = pml_tester(normalize_embeddings=normalize)
-    theirs = tester_of_pml.test(sets, 1, embedder, splits_to_eval=[("query", ["gallery"])])["query"]
-    assert dict(tester.test(embedder, uneven, TEST)) == pytest.approx(figures(theirs), abs=1e-3)
+    for found, gallery in ((ours, "query"), (tester.test(embedder, uneven, TEST), "gallery")):
+        tester_of_pml = pml_tester(normalize_embeddings=normalize)
+        theirs = tester_of_pml.test(sets, 1, embedder, splits_to_eval=[("query", [gallery])])["query"]
+        assert dict(found) == pytest.approx(figures(theirs), abs=1e-3)  # a tie that rounding broke is 0.0002 or less
 
 
 @pytest.mark.parametrize("hidden", [None, 3], ids=["sum", "MLP"])
@@ -278,9 +244,6 @@ def test_the_tester_of_pml_ranks_by_our_similarity(hidden: int | None) -> None:
     assert dict(RetrievalTester().test(embedder, TEST)) != pytest.approx(theirs, abs=3e-3)
 
 
-# --- PML's inference --------------------------------------------------------------------------------------------------
-
-
 def rows(embedder: Embedder, dataset: FewShotDataset) -> Tensor:
     return embedder.encode(dataset).embeddings.double()
 
@@ -290,29 +253,25 @@ def stacked(dataset: FewShotDataset) -> Tensor:
 
 
 @pytest.mark.parametrize("source", [stacked, lambda dataset: dataset], ids=["tensor", "data set"])
-def test_nearest_neighbors_of_the_inference_model_are_those_of_a_loop(source: Callable[[FewShotDataset], Any]) -> None:
+def test_nearest_neighbors_of_the_inference_model_are_the_nearest(source: Callable[[FewShotDataset], Any]) -> None:
     embedder = small_embedder()
     model = InferenceModel(embedder, normalize_embeddings=False, data_device=CPU)
     model.train_knn(source(TEST))
     distances, nearest = model.get_nearest_neighbors(stacked(TRAIN)[:30], k=4)
-    for i, q in enumerate(rows(embedder, TRAIN)[:30]):
-        far = [float(((q - r) ** 2).sum()) for r in rows(embedder, TEST)]
-        order = sorted(range(len(far)), key=far.__getitem__)[:4]
-        assert nearest[i].tolist() == order
-        assert distances[i].tolist() == pytest.approx([far[j] for j in order], rel=1e-3, abs=1e-5)
+    far = (rows(embedder, TRAIN)[:30].unsqueeze(1) - rows(embedder, TEST)).square().sum(dim=2).sort(dim=1)
+    assert torch.equal(nearest, far.indices[:, :4])
+    torch.testing.assert_close(distances.double(), far.values[:, :4], rtol=1e-3, atol=1e-5)
 
 
-def test_matches_by_our_similarity_are_those_of_a_loop() -> None:
+def test_matches_by_our_similarity_are_those_of_its_formula() -> None:
     embedder, similarity = small_embedder(), random_similarity()
     query, gallery = rows(embedder, TRAIN)[:20], rows(embedder, TEST)[:50]
-    weight, bias = similarity.score.weight.double(), similarity.score.bias.double()
-    scores = [[float(((q - r).abs() * weight).sum() + bias) for r in gallery] for q in query]
-    ordered = sorted(itertools.chain(*scores))[300:700]
-    gap, low = max((high - low, low) for low, high in itertools.pairwise(ordered))
-    threshold = low + gap / 2  # which rounding moves no score across
-    finder = MatchFinder(similarity, threshold)
+    scores = ((query.unsqueeze(1) - gallery).abs() * similarity.score.weight).sum(dim=2) + similarity.score.bias
+    ordered = scores.flatten().sort().values[300:700]
+    widest = ordered.diff().argmax()  # in its middle no score is moved across by rounding
+    finder = MatchFinder(similarity, ordered[widest : widest + 2].mean().item())
     model = InferenceModel(embedder, match_finder=finder, normalize_embeddings=False, data_device=CPU)
     images, others = stacked(TRAIN)[:20], stacked(TEST)[:50]
-    expected = [[score >= threshold for score in row] for row in scores]
-    assert model.get_matches(images, others).tolist() == expected
-    assert model.is_match(images, others[:20]).tolist() == [expected[i][i] for i in range(20)]
+    expected = scores >= finder.threshold
+    assert model.get_matches(images, others).tolist() == expected.tolist()
+    assert model.is_match(images, others[:20]).tolist() == expected.diagonal().tolist()

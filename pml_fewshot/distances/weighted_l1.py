@@ -17,12 +17,8 @@ BLOCK = 2**24  # floats of |q - r| that the MLP holds at a time where no gradien
 class WeightedSum(LazyModuleMixin, nn.Module):
     """Weighs the last dimension and adds a bias: (..., D) -> (...); D is taken from the first input.
 
-    A linear layer with one output, but its weights are a vector: a matrix of one row is taken for a number by PML's
-    record-keeper. They begin at -1 / sqrt(D).
+    The weights are a vector, because PML's record-keeper takes a matrix of one row for a number.
     """
-
-    cls_to_become = None  # it stays what it is when it knows D
-    weight: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +39,7 @@ class WeightedL1Similarity(BaseDistance):
     """Scores each pair of embeddings by a learned weighting of |q - r|: a logit, large where both are of one class.
 
     A similarity (`is_inverted=True`) as PML knows it: it serves PML's pair losses and miners, classifies episodes and
-    ranks retrieval. It is symmetric.
+    ranks retrieval.
 
     Args:
         dim: D of the embeddings. When None it is taken from the first ones seen, and nothing else is; an optimizer may
@@ -55,9 +51,6 @@ class WeightedL1Similarity(BaseDistance):
     negative weights and one for the positive, and never holds (B, R, D); the MLP does where a gradient is wanted.
 
     The weights of the sum begin at -1 / sqrt(D): untrained it ranks as L1 does, with logits of the order of sqrt(D).
-
-    Raises:
-        UsageError: dim or hidden below 1, embeddings of another D.
 
     Source: Koch, Zemel and Salakhutdinov 2015, "Siamese Neural Networks for One-shot Image Recognition", section 3.1,
     where a sigmoid follows; here it is in the loss (PairVerificationLoss).
@@ -77,18 +70,21 @@ class WeightedL1Similarity(BaseDistance):
             # named, because record-keeper names tables after them and SQLite's names must not begin with a digit
             self.score = nn.Sequential(OrderedDict(first=first, relu=nn.ReLU(), last=WeightedSum()))
         if dim is not None:
-            self.initialize(torch.empty(1, dim))
+            self._prepare(dim)
 
-    def initialize(self, embeddings: Tensor) -> None:
-        """Gives weights that have no shape yet the shape that embeddings (B, D) ask for, and their first values."""
-        lazy = [parameter for parameter in self.score.parameters() if is_lazy(parameter)]
-        if lazy:
+    def _prepare(self, *sizes: int) -> None:
+        """Makes the weights for embeddings of D, where they have no shape yet, and refuses others than they are for."""
+        first = next(self.score.parameters())
+        if is_lazy(first):
             with torch.inference_mode(False), torch.no_grad():  # weights made in inference mode could never train
-                self.score(torch.zeros(1, embeddings.shape[1], dtype=lazy[0].dtype, device=lazy[0].device))
+                self.score(torch.zeros(1, sizes[0], dtype=first.dtype, device=first.device))
+        dim = first.shape[-1]  # of (D,), or (hidden, D)
+        if wrong := [size for size in sizes if size != dim]:
+            wanted, got = f"embeddings of {dim} dimensions, as this similarity has weights for", wrong[0]
+            raise UsageError(f"expected {wanted}, got {got}; use the embedder that it was trained with, or a new one")
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
-        self._check(query_emb)
-        self._check(ref_emb)
+        self._prepare(query_emb.shape[1], ref_emb.shape[1])
         if isinstance(self.score, WeightedSum):
             mat = self.score.bias.expand(len(query_emb), len(ref_emb))
             # Differing in some dimensions speaks against one class, in others for it: an L1 distance of each kind.
@@ -111,15 +107,5 @@ class WeightedL1Similarity(BaseDistance):
 
     def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         """(B, D) and (B, D) -> (B,): the score of each query with the reference in its place."""
-        self._check(query_emb)
-        self._check(ref_emb)
+        self._prepare(query_emb.shape[1], ref_emb.shape[1])
         return self.score((query_emb - ref_emb).abs())
-
-    def _check(self, embeddings: Tensor) -> None:
-        self.initialize(embeddings)
-        first = next(self.score.parameters())  # (D,), or (hidden, D)
-        if embeddings.shape[1] != first.shape[-1]:
-            raise UsageError(
-                f"expected embeddings of {first.shape[-1]} dimensions, as this similarity has weights for, got "
-                f"{embeddings.shape[1]}; use the embedder that it was trained with, or a new WeightedL1Similarity()"
-            )

@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,10 @@ class EmbeddingBank:
     """Embeddings of a data set with its labels.
 
     Args:
-        embeddings: (M, D) floats; a tensor over a memory map stays one (`load_bank` makes it).
-        labels: (M,) int64; any values, 64 bits throughout.
+        embeddings: (M, D) floats, all finite; a tensor over a memory map stays one (`load_bank` makes it).
+        labels: (M,) int64, of any values.
         source: fingerprint of the data set that was embedded, which tells that results from the bank and from the set
             are on the same episodes; empty when unknown.
-
-    Raises:
-        UsageError: another shape, labels of another length, or NaN or infinite embeddings (how many, which first).
-        UsageTypeError: labels are not int64 or embeddings not floats.
     """
 
     embeddings: Tensor
@@ -49,26 +45,23 @@ class EmbeddingBank:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> "EmbeddingBank":
-        return EmbeddingBank(self.embeddings.to(device), self.labels.to(device), self.source)
+        return replace(self, embeddings=self.embeddings.to(device), labels=self.labels.to(device))
 
     def fingerprint(self) -> str:
         """16 hex digits that identify the set: its source where known, else a hash of its labels."""
-        if self.source:
-            return self.source
-        return hashlib.blake2b(self.labels.cpu().contiguous().numpy().astype("<i8").data, digest_size=8).hexdigest()
+        labels = self.labels.cpu().contiguous().numpy().astype("<i8")
+        return self.source or hashlib.blake2b(labels.data, digest_size=8).hexdigest()
 
     def centered(self, mean: Tensor) -> "EmbeddingBank":
         """Subtracts a mean (D,) from every row: that of the training classes' bank (Wang et al. 2019, SimpleShot)."""
-        width = self.embeddings.shape[1]
-        if mean.shape != (width,):
-            raise UsageError(
-                f"expected a mean of shape ({width},), got {tuple(mean.shape)}; use bank.embeddings.mean(0)"
-            )
-        return EmbeddingBank(self.embeddings - mean.to(self.embeddings), self.labels, self.source)
+        shape, got = tuple(self.embeddings.shape[1:]), tuple(mean.shape)
+        if shape != got:
+            raise UsageError(f"expected a mean of shape {shape}, got {got}; use bank.embeddings.mean(0)")
+        return replace(self, embeddings=self.embeddings - mean.to(self.embeddings))
 
     def normalized(self) -> "EmbeddingBank":
         """Scales every embedding to length 1; with `centered` before it, SimpleShot's "CL2N"."""
-        return EmbeddingBank(F.normalize(self.embeddings, dim=1), self.labels, self.source)
+        return replace(self, embeddings=F.normalize(self.embeddings, dim=1))
 
 
 def save_bank(path: str | Path, bank: EmbeddingBank) -> None:
@@ -79,29 +72,22 @@ def save_bank(path: str | Path, bank: EmbeddingBank) -> None:
 
 
 def load_bank(
-    path: str | Path,
-    labels: str | Path | None = None,
-    embeddings_key: str | None = None,
-    labels_key: str | None = None,
+    path: str | Path, labels: str | Path | None = None, embeddings_key: str | None = None, labels_key: str | None = None
 ) -> EmbeddingBank:
-    """Reads embeddings and labels from .npy, .npz, .pt (a dict, or a pair), or .safetensors; no file can run code.
+    """Reads embeddings and labels, onto the CPU, from a file that cannot run code.
 
     Args:
-        path: the file. A .npy holds only embeddings and is memory-mapped, read-only (writing to the bank's embeddings
-            would crash the process), so it may be larger than memory.
+        path: .npy, .npz, .pt or .pth (a dict, or a pair), or .safetensors. A .npy holds only embeddings and is
+            memory-mapped, read-only (writing to them would crash the process), so it may be larger than memory.
         labels: file of the labels where they are not in `path`, of any of these formats; for a .npy `<name>_labels.npy`
-            beside it when None.
+            beside it when None. Texts are numbered in alphabetical order.
         embeddings_key: name of the embeddings in the file; when None "embeddings", else the only floats of two axes.
         labels_key: name of the labels; when None "labels", else the only integers (or texts) of one axis.
-
-    Returns:
-        EmbeddingBank on the CPU. Text labels are numbered in alphabetical order.
 
     Raises:
         MissingFileError: there is no such file.
         UsageError: an unknown format, a broken file, one that holds objects other than data or in which it is not
-            clear what the embeddings and labels are, labels of another length, NaN.
-        UsageTypeError: labels are neither integers nor texts, or embeddings no floats.
+            clear what the embeddings and labels are, or what makes no EmbeddingBank.
     """
     path = Path(path)
     tensors, source = _read(path)
@@ -126,28 +112,24 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
         tensors, texts = read_tensors(path)
         return tensors, texts.get("source", "")
     try:
-        if path.suffix in (".pt", ".pth"):
-            parts = torch.load(path, map_location="cpu", weights_only=True)
-            if isinstance(parts, list | tuple) and len(parts) == 2:
-                parts = {"embeddings": parts[0], "labels": parts[1]}
-            elif isinstance(parts, Tensor):
-                parts = {path.stem: parts}
-        elif path.suffix == ".npz":
+        if path.suffix == ".npz":
             with path.open("rb") as file:  # numpy leaves a broken one open
                 parts = dict(np.load(file, allow_pickle=False))
-        else:  # "r": Linux refuses a writable map that is larger than memory, even a private one
+        elif path.suffix == ".npy":  # "r": Linux refuses a writable map that is larger than memory, even a private one
             parts = np.load(path, mmap_mode="r", allow_pickle=False)
-            if isinstance(parts, np.ndarray):
-                parts = {path.stem: parts}
+        else:
+            parts = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(parts, Tensor | np.ndarray):
+            parts = {path.stem: parts}
+        elif isinstance(parts, list | tuple) and len(parts) == 2:
+            parts = {"embeddings": parts[0], "labels": parts[1]}
         return {str(name): _tensor(part) for name, part in parts.items() if _is_array(part)}, ""
     except PermissionError:
         raise
     except Exception as error:  # on broken files readers raise whatever their code happens to meet
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UsageError(
-            f"expected arrays in {path}, got a file that is broken or holds more than data ({reason}); write plain "
-            "arrays of floats and integers, in a dict or as a pair"
-        ) from error
+        got = f"a file that is broken or holds more than data ({reason})"
+        raise UsageError(f"expected arrays in {path}, got {got}; write plain ones, in a dict or as a pair") from error
 
 
 def _is_array(part: Any) -> bool:
@@ -169,16 +151,15 @@ def _tensor(array: Tensor | np.ndarray | list[Any]) -> Tensor:
 
 def _choose(tensors: dict[str, Tensor], key: str | None, wanted: str, path: Path) -> Tensor:
     """The tensor that is meant: the one of that name, else the only one that it can be."""
-    listing = ", ".join(f"{name} {tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items()) or "nothing"
-    if key is not None and key not in tensors:
+    listing = ", ".join(f"{n} {tensor.dtype} {tuple(tensor.shape)}" for n, tensor in tensors.items()) or "nothing"
+    name = wanted if key is None else key
+    if name in tensors:
+        return tensors[name]
+    if key is not None:
         raise UsageError(f"expected {wanted} named {key!r} in {path}, got {listing}; give one of these names")
-    if (key or wanted) in tensors:
-        return tensors[key or wanted]
     axes, what = (2, "floats of two axes") if wanted == "embeddings" else (1, "integers or texts of one axis")
     fitting = [each for each in tensors.values() if each.ndim == axes and each.is_floating_point() == (axes == 2)]
     if len(fitting) != 1:
-        raise UsageError(
-            f"expected one array of {wanted}, {what}, in {path}, got {listing}; say which by {wanted}_key, name it "
-            f"{wanted!r}" + ("" if axes == 2 else ", or give a file of labels")
-        )
+        do = f"say which by {wanted}_key, name it {wanted!r}" + ("" if axes == 2 else ", or give a file of labels")
+        raise UsageError(f"expected one array of {wanted}, {what}, in {path}, got {listing}; {do}")
     return fitting[0]

@@ -13,14 +13,14 @@ from pml_fewshot.checks import UsageError
 class ConvBlock(nn.Module):
     """3x3 convolution, batch norm, 2x2 max-pool, ReLU.
 
-    Pooling comes before the ReLU: the maximum commutes with a monotone function, and the ReLU then has a quarter of the
-    work. At inference (eval mode, no gradient) batch norm is folded into the convolution's weights, which saves a pass
-    over the largest tensors; the result is equal up to rounding.
+    Pooling comes before the ReLU, which then has a quarter of the work and the same result. At inference (eval mode, no
+    gradient) batch norm is folded into the convolution's weights, which saves a pass over the largest tensors; the
+    result is equal up to rounding.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, relu: bool = True) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.relu = relu
+        self.relu = True
         # no bias: batch norm subtracts it again
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
@@ -28,12 +28,12 @@ class ConvBlock(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         norm = self.norm
         if norm.training or norm.running_mean is None or norm.running_var is None or torch.is_grad_enabled():
-            pooled = F.max_pool2d(norm(self.conv(images)), 2)
-            return pooled.relu_() if self.relu else pooled
-        weight, bias = fuse_conv_bn_weights(
-            self.conv.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
-        pooled = F.max_pool2d(F.conv2d(images, weight, bias, padding=1), 2)
+            maps = norm(self.conv(images))
+        else:
+            statistics = norm.running_mean, norm.running_var, norm.eps
+            weight, bias = fuse_conv_bn_weights(self.conv.weight, None, *statistics, norm.weight, norm.bias)
+            maps = F.conv2d(images, weight, bias, padding=1)
+        pooled = F.max_pool2d(maps, 2)
         return pooled.relu_() if self.relu else pooled
 
 
@@ -55,8 +55,7 @@ class Conv4(nn.Module):
     def __init__(self, in_channels: int = 1, channels: int = 64, last_relu: bool = True) -> None:
         super().__init__()
         self.in_channels = in_channels
-        widths = [in_channels, channels, channels, channels, channels]
-        blocks = [ConvBlock(i, o) for i, o in pairwise(widths)]
+        blocks = [ConvBlock(i, o) for i, o in pairwise([in_channels] + 4 * [channels])]
         blocks[-1].relu = last_relu
         self.blocks = nn.Sequential(*blocks)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -64,8 +63,7 @@ class Conv4(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         channels, height, width = images.shape[1:]
         if channels != self.in_channels or min(height, width) < 16:
-            raise UsageError(
-                f"expected images of {self.in_channels} channels and at least 16 x 16 pixels, got {channels} channels "
-                f"of {height} x {width}; set in_channels, or load larger images: four poolings leave nothing of less"
-            )
+            wanted = f"images of {self.in_channels} channels and at least 16 x 16 pixels"
+            got = f"{channels} channels of {height} x {width}"
+            raise UsageError(f"expected {wanted}, got {got}; set in_channels, or load larger images")
         return self.blocks(images.contiguous(memory_format=torch.channels_last)).flatten(1)

@@ -11,8 +11,8 @@ from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.embedders.eval_mode import eval_mode
 from pml_fewshot.instantiate import Part, instantiate
 
-# Default number of images embedded at a time. On a CPU a batch whose largest activation stays near the cache is fastest
-# (64 x 64 x 28 x 28 floats are 13 MB); a GPU wants enough work for all of its units.
+# Images embedded at a time. On a CPU a batch whose largest activation stays near the cache is fastest (64 channels of
+# 28 x 28 floats are 13 MB for 64 images); a GPU wants enough work for all of its units.
 CPU_BATCH = 128
 CUDA_BATCH = 4096
 
@@ -26,9 +26,6 @@ class Embedder(nn.Module):
         projection: module (or partial) from (B, D) to (B, D'), for example `nn.Linear(512, 128)`.
         normalize: scale each embedding to length 1. Off by default: prototypical networks use unbounded Euclidean
             distance, and the distances of PML normalize by themselves where they should.
-
-    Raises:
-        UsageTypeError: trunk or projection is something else, such as a class.
     """
 
     def __init__(
@@ -48,10 +45,9 @@ class Embedder(nn.Module):
         if self.projection is not None:
             embeddings = self.projection(embeddings)
         if embeddings.ndim != 2:
-            raise UsageError(
-                f"expected embeddings of shape (B, D), got shape {tuple(embeddings.shape)} from "
-                f"{type(self.trunk).__name__}; end the trunk with pooling or .flatten(1)"
-            )
+            shape, trunk = tuple(embeddings.shape), type(self.trunk).__name__
+            do = "end the trunk with pooling or .flatten(1)"
+            raise UsageError(f"expected embeddings of shape (B, D), got shape {shape} from {trunk}; {do}")
         return F.normalize(embeddings, dim=1) if self.normalize else embeddings
 
     @property
@@ -65,32 +61,26 @@ class Embedder(nn.Module):
         """Embeds a whole data set in eval mode; modes and device of the embedder are the same afterwards.
 
         Args:
-            dataset: M images with labels.
             batch_size: images at a time; when None 128 on a CPU, 4,096 on a GPU. It changes results only by rounding.
             device: where to compute and to keep the bank; when None the embedder's own.
-
-        Returns:
-            EmbeddingBank(embeddings (M, D), labels (M,)) on that device.
 
         Raises:
             UsageError: an embedding is NaN or infinite.
         """
-        own_device = self.device
-        target = own_device if device is None else torch.device(device)
+        own_device, target = self.device, torch.device(self.device if device is None else device)
         if batch_size is None:
             batch_size = CUDA_BATCH if target.type == "cuda" else CPU_BATCH
         check_at_least_one("batch_size", batch_size)
+        starts = tqdm(range(0, len(dataset), batch_size), "embedding", unit="batch", delay=3, mininterval=1)
         self.to(target)
         try:
             with eval_mode(self):
-                starts = range(0, len(dataset), batch_size)
-                bank: Tensor | None = None  # one tensor: a list of parts would take twice its size when joined
-                for start in tqdm(starts, desc="embedding", unit="batch", delay=3, mininterval=1):
+                bank = torch.empty(0)  # one tensor: a list of parts would take twice its size when joined
+                for start in starts:
                     part = self(dataset.images[start : start + batch_size].to(target).to(torch.float32).div_(255))
-                    if bank is None:
+                    if start == 0:
                         bank = part.new_empty(len(dataset), part.shape[1])
                     bank[start : start + batch_size] = part
         finally:
             self.to(own_device)
-        assert bank is not None  # a data set has images
         return EmbeddingBank(bank, dataset.labels.to(target), dataset.fingerprint())

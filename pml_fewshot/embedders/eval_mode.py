@@ -8,10 +8,7 @@ from torch import nn
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Puts a module and all its submodules into eval mode, and gives each its own mode back at the end.
-
-    (`module.train()` would put all of them into training mode, even a batch norm that the user froze.)
-    """
+    """Puts a module and its parts into eval mode and gives each its own mode back, even a frozen batch norm."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

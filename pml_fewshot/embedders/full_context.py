@@ -10,32 +10,21 @@ class FullContext(nn.Module):
     """Revises the embeddings of an episode, which any network made one by one, in view of its support.
 
     Support: a bidirectional LSTM reads the W * K items as one sequence, class after class; each item becomes the sum of
-    its own embedding and the outputs of the forward and the backward pass at it.
+    its own embedding and the outputs of the forward and the backward pass at it. So the order of classes and of shots
+    matters, and episodes should have both in random order.
 
-    Queries: an LSTM takes `read_steps` steps for each query by itself. Each step reads the embedded support (its mean,
-    weighted by a softmax over the dot products of the state with the items), feeds query and reading to the cell, and
-    adds the query to the cell's output to get the next state; the last state is the result. The first state is the
-    query, with a cell of zeros: the paper leaves this open, but then the query guides its first reading too, and most
-    implementations do it.
-
-    What the results depend on:
-        - The support embeddings depend on the order of the classes and of the shots (the paper treats the support as a
-          sequence here), so episodes should have both in random order.
-        - The queries read the embedded support as a set: permuting the output of `embed_support` changes nothing.
-          Permuting its input changes the queries too, through the support embeddings.
-        - No query depends on another query, and no episode on another episode.
-
-    The softmax has no temperature, as in the paper: with long embeddings it picks a single item.
+    Queries: an LSTM takes `read_steps` steps for each query by itself. Each step reads the embedded support, as a set
+    (its mean, weighted by a softmax over the dot products of the state with the items; without a temperature, as in the
+    paper, so with long embeddings it picks a single item), feeds query and reading to the cell, and adds the query to
+    the cell's output to get the next state; the last state is the result. The first state is the query, with a cell of
+    zeros: the paper leaves this open, but then the query guides its first reading too, and most implementations do it.
 
     Args:
         dim: dimensions D of the embeddings; the LSTMs have the same width because they are added to the embeddings.
-        read_steps: readings of the support for each query, at least 1. With several, one reading guides the next; the
-            cost of a query grows in proportion. At 1 the forget gate of the cell is never trained.
+        read_steps: readings of the support for each query. With several, one reading guides the next; the cost of a
+            query grows in proportion. At 1 the forget gate of the cell is never trained.
 
     Shapes: support (E, W, K, D) and query (E, N, D) -> the same.
-
-    Raises:
-        UsageError: dim or read_steps below 1; embeddings of another number of dimensions or episodes.
 
     Source: Vinyals et al. 2016, appendix A.1 (queries) and A.2 (support).
     """
@@ -44,8 +33,7 @@ class FullContext(nn.Module):
         super().__init__()
         check_at_least_one("dim", dim)
         check_at_least_one("read_steps", read_steps)
-        self.dim = dim
-        self.read_steps = read_steps
+        self.dim, self.read_steps = dim, read_steps
         self.support_lstm = nn.LSTM(dim, dim, batch_first=True, bidirectional=True)
         # The paper concatenates the reading to the state. Here it is concatenated to the query, the cell's input: the
         # gates see input and state only through one sum of linear maps, so this is the same function.
@@ -58,18 +46,15 @@ class FullContext(nn.Module):
     def embed_support(self, support: Tensor) -> Tensor:
         """(E, W, K, D) -> (E, W, K, D), each item in view of all the items before and after it (g of the paper)."""
         self._check_support(support)
-        ways_shots = support.shape[1:3]
         passes, _ = self.support_lstm(support.flatten(1, 2))  # (E, W * K, 2 D), forward and backward side by side
-        return support + passes.unflatten(2, (2, self.dim)).sum(dim=2).unflatten(1, ways_shots)
+        return support + passes.unflatten(2, (2, self.dim)).sum(dim=2).unflatten(1, support.shape[1:3])
 
     def embed_query(self, query: Tensor, support: Tensor) -> Tensor:
         """(E, N, D) -> (E, N, D), each query in view of a support from `embed_support` (f of the paper)."""
         self._check_support(support)
         if query.ndim != 3 or query.shape[::2] != (len(support), self.dim):
-            raise UsageError(
-                f"expected queries of shape ({len(support)}, N, {self.dim}), as in the support, got "
-                f"shape {tuple(query.shape)}; embed both with the same network and take them from the same episodes"
-            )
+            wanted, got = f"({len(support)}, N, {self.dim}), as in the support", f"shape {tuple(query.shape)}"
+            raise UsageError(f"expected queries of shape {wanted}, got {got}; embed both alike, from the same episodes")
         episodes_queries = query.shape[:2]
         items = support.flatten(1, 2)
         query = query.flatten(0, 1)  # an LSTM cell takes one batch dimension
@@ -83,7 +68,5 @@ class FullContext(nn.Module):
 
     def _check_support(self, support: Tensor) -> None:
         if support.ndim != 4 or support.shape[3] != self.dim:
-            raise UsageError(
-                f"expected a support of shape (E, W, K, {self.dim}), got shape {tuple(support.shape)}; set dim to the "
-                "dimensions of the embeddings"
-            )
+            got = f"shape {tuple(support.shape)}"
+            raise UsageError(f"expected a support of shape (E, W, K, {self.dim}), got {got}; set dim to theirs")

@@ -17,9 +17,6 @@ class KochConv(nn.Module):
 
     Shapes: (B, in_channels, 105, 105) -> (B, dim). An image costs 0.9 billion multiplications.
 
-    Raises:
-        UsageError: images of another size or number of channels.
-
     Source: Koch, Zemel and Salakhutdinov 2015, "Siamese Neural Networks for One-shot Image Recognition", figure 4.
     """
 
@@ -44,8 +41,6 @@ class KochConv(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[1:] != (self.in_channels, 105, 105):
             got = " x ".join(map(str, images.shape[1:]))
-            raise UsageError(
-                f"expected images of {self.in_channels} x 105 x 105, got {got}; load them with image_size=105"
-            )
+            raise UsageError(f"expected images of {self.in_channels} x 105 x 105, got {got}; load with image_size=105")
         embeddings = self.linear(self.convolutions(images.contiguous(memory_format=torch.channels_last)).flatten(1))
         return embeddings.sigmoid() if self.sigmoid else embeddings

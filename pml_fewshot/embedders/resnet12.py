@@ -15,16 +15,13 @@ class ResidualBlock(nn.Module):
         widths = [in_channels, out_channels, out_channels, out_channels]
         self.convs = nn.ModuleList(nn.Conv2d(i, o, kernel_size=3, padding=1, bias=False) for i, o in pairwise(widths))
         self.norms = nn.ModuleList(nn.BatchNorm2d(out_channels) for _ in self.convs)
-        self.shortcut = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False), nn.BatchNorm2d(out_channels)
-        )
+        shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
+        self.shortcut = nn.Sequential(shortcut, nn.BatchNorm2d(out_channels))
 
     def forward(self, images: Tensor) -> Tensor:
         out = images
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            if i > 0:
-                out = F.leaky_relu(out, 0.1)
-            out = norm(conv(out))
+            out = norm(conv(out if i == 0 else F.leaky_relu(out, 0.1)))
         # pooling before the activation: the same result (LeakyReLU is monotone) with a quarter of the work
         return F.leaky_relu(F.max_pool2d(out + self.shortcut(images), 2), 0.1)
 

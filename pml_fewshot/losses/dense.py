@@ -14,9 +14,9 @@ from torch import Tensor
 class DenseNTXentLoss(NTXentLoss):
     """PML's NTXentLoss with one softmax denominator per anchor instead of one row of all negatives per positive pair.
 
-    Arguments, value, gradient, miners, reducers and errors are PML's. PML compares every positive pair with every
-    negative pair of the batch, a matrix of (P, N), to find the negatives of its anchor; at 256 items, 4 a class, that
-    is 768 x 64,512. Here the negatives lie in the matrix of (B, R) that the distance gave.
+    All else is PML's. It compares every positive pair with every negative pair of the batch, a matrix of (P, N), to
+    find the negatives of its anchor; at 256 items, 4 a class, that is 768 x 64,512. Here the negatives lie in the
+    matrix of (B, R) that the distance gave.
 
     PML's wrappers (CrossBatchMemory, SelfSupervisedLoss) ask a loss for its class name and refuse this one. Give them
     an NTXentLoss and put this in its place afterwards: `memory.loss = DenseNTXentLoss()`.
@@ -46,12 +46,8 @@ class DenseNTXentLoss(NTXentLoss):
 class DenseTripletMarginLoss(TripletMarginLoss):
     """PML's TripletMarginLoss; all triplets of a batch come from rows of the distance matrix, not from a (B, R, R) one.
 
-    Arguments, value, gradient, miners, reducers and errors are PML's. Only the case of all triplets differs: a miner's
-    tuple, or a number as `triplets_per_anchor`, is PML's own code. With PML's default reducer, the mean of the losses
-    above zero, the list of triplets is not made at all.
-
-    PML's wrappers (CrossBatchMemory, SelfSupervisedLoss) ask a loss for its class name and refuse this one. Give them
-    a TripletMarginLoss and put this in its place afterwards: `wrapper.loss = DenseTripletMarginLoss()`.
+    A miner's tuple, or a number as `triplets_per_anchor`, is PML's own code. With PML's default reducer, the mean of
+    the losses above zero, the list of triplets is not made at all. For PML's wrappers see DenseNTXentLoss.
     """
 
     def compute_loss(
@@ -69,7 +65,11 @@ class DenseTripletMarginLoss(TripletMarginLoss):
             an = self.distance.smallest_dist(an, mat.index_select(0, p))
         violation = self.distance.margin(ap, an) + self.margin
         losses = F.softplus(violation) if self.smooth_loss else F.relu(violation)  # (P, R)
-        if self.reduces_to_mean_above_zero(losses.dtype):
+        reducer = self.reducer  # PML's default, of which nothing but its value is wanted?
+        plain = type(reducer) is AvgNonZeroReducer and reducer.low == 0 and reducer.high is None
+        # Selecting the losses above zero, as it does, takes longer than all else here. In 16 bits the sum would
+        # overflow, or be rounded before it is divided.
+        if plain and not reducer.collect_stats and losses.dtype in (torch.float32, torch.float64):
             # times 0 or 1, because selecting and filling take ten times as long with a mask that is hard to predict
             kept = losses * diffs.to(losses.dtype).index_select(0, a)
             total = kept.sum()
@@ -80,13 +80,3 @@ class DenseTripletMarginLoss(TripletMarginLoss):
         pair, n = torch.where(valid)  # (T,)
         indices = (a.index_select(0, pair), p.index_select(0, pair), n)
         return {"loss": {"losses": losses.masked_select(valid), "indices": indices, "reduction_type": "triplet"}}
-
-    def reduces_to_mean_above_zero(self, dtype: torch.dtype) -> bool:
-        """Whether the reducer is PML's default and nothing but its value is wanted.
-
-        Selecting the losses above zero, as it does, takes longer than all else here. In 16 bits the sum would overflow,
-        or be rounded before it is divided.
-        """
-        reducer = self.reducer
-        plain = type(reducer) is AvgNonZeroReducer and reducer.low == 0 and reducer.high is None
-        return plain and not reducer.collect_stats and dtype in (torch.float32, torch.float64)

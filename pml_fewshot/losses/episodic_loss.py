@@ -27,25 +27,20 @@ class EpisodicLoss(BaseMetricLossFunction):
 
     Args:
         distance: any PML distance.
-        scale: the similarity is multiplied by it before the softmax.
+        scale: the similarity is multiplied by it before the softmax. With a bounded one (cosine, normalized Lp) and a
+            scale of at most 1 that is not learned the softmax cannot get sharp, and the embedder trains worse than it
+            could: a UserWarning.
         learn_scale: make the scale (its logarithm) a parameter, trained with the embedder.
-        reducer: PML reducer; the mean when None. This and the rest are as in every PML loss.
+        reducer: PML reducer of the losses per query (PML's "element" reduction); the mean when None.
         embedding_regularizer: PML regularizer of the queries' embeddings; none when None.
         embedding_reg_weight: its weight.
         collect_stats: keep PML's statistics for a record-keeper; PML's own default when None.
 
     A miner's output weighs the queries by how often they occur in it as anchors (all items, without a support set),
-    as in PML's classification losses. The losses are per query (PML's "element" reduction).
+    as in PML's classification losses.
 
     With a support set and no miner, a step on a GPU waits for no value. So a query whose class has no support item is
-    an error on the CPU, but has the loss NaN on a GPU.
-
-    Raises:
-        UsageError: scale of 0 or below, a query whose class has no support item.
-
-    Warns:
-        UserWarning: a bounded similarity (cosine, normalized Lp) with a scale of at most 1 that is not learned. The
-            softmax over it cannot get sharp, and the embedder trains worse than it could.
+    a UsageError on the CPU, but has the loss NaN on a GPU.
     """
 
     def __init__(
@@ -59,24 +54,17 @@ class EpisodicLoss(BaseMetricLossFunction):
         collect_stats: bool | None = None,
     ) -> None:
         super().__init__(
-            distance=distance,
-            reducer=reducer,
-            embedding_regularizer=embedding_regularizer,
-            embedding_reg_weight=embedding_reg_weight,
-            collect_stats=collect_stats,
+            embedding_regularizer, embedding_reg_weight, distance=distance, reducer=reducer, collect_stats=collect_stats
         )
         if not scale > 0:
-            raise UsageError(
-                f"expected scale above 0, got {scale}; a distance needs no negative scale, it is negated already"
-            )
+            raise UsageError(f"expected scale above 0, got {scale}; give its size: distances are negated without it")
         if scale <= 1 and not learn_scale and (span := similarity_span(self.distance)) < math.inf:
             warnings.warn(
                 f"a softmax over {type(self.distance).__name__} with scale {scale:g} gives the right one of 5 classes "
                 f"at most {1 / (1 + 4 * math.exp(-scale * span)):.2f}; give scale=10 or learn_scale=True",
                 stacklevel=2,
             )
-        log_scale = torch.tensor(float(scale)).log()
-        self.log_scale = torch.nn.Parameter(log_scale, requires_grad=learn_scale)
+        self.log_scale = torch.nn.Parameter(torch.tensor(float(scale)).log(), requires_grad=learn_scale)
 
     @property
     def scale(self) -> Tensor:
@@ -104,20 +92,17 @@ class EpisodicLoss(BaseMetricLossFunction):
         check_labels(ref_labels, len(ref_emb), "support")
         if len(ref_emb) == 0:
             raise UsageError("expected at least one support item, got none; draw some of the queries' classes")
-        classes = sorted_classes(ref_labels)  # (W,)
+        # (W,); on a GPU W is S, with repeats: dropping them would wait for their number
+        classes = torch.unique(ref_labels) if ref_labels.is_cpu else ref_labels.sort().values
         repeated = F.pad(classes[1:] == classes[:-1], (1, 0))  # (W,)
         member = (ref_labels.unsqueeze(1) == classes).to(ref_emb.dtype)  # (S, W)
         target = torch.searchsorted(classes, labels.contiguous()).clamp_(max=len(classes) - 1)  # (B,) first of repeats
         missing = classes[target] != labels
         if missing.is_cpu and missing.any():
-            raise UsageError(
-                "expected a support item for the class of every query, got none for classes "
-                f"{labels[missing].unique()[:5].tolist()}; draw support and query from the same classes"
-            )
-        if with_support:
-            kept = c_f.torch_arange_from_size(embeddings)
-        else:
-            # an item that is alone in its class has nothing of its class to be compared with
+            got = f"none for classes {labels[missing].unique()[:5].tolist()}"
+            raise UsageError(f"expected a support item for the class of every query, got {got}; draw both of the same")
+        kept = c_f.torch_arange_from_size(embeddings)
+        if not with_support:  # an item that is alone in its class has nothing of its class to be compared with
             kept = (member.sum(dim=0)[target] > 1).nonzero().flatten()
             if len(kept) == 0:
                 return self.zero_losses()
@@ -132,11 +117,6 @@ class EpisodicLoss(BaseMetricLossFunction):
         """(B, D) and (R, D) -> (B, R): the distance's values, negated unless it is a similarity already."""
         values = self.distance(queries, references)
         return values if self.distance.is_inverted else -values
-
-
-def sorted_classes(labels: Tensor) -> Tensor:
-    """The classes (W,) among labels (S,); on a GPU W is S, with repeats: dropping them would wait for their number."""
-    return torch.unique(labels) if labels.is_cpu else labels.sort().values
 
 
 def similarity_span(distance: BaseDistance) -> float:

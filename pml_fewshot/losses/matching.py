@@ -17,13 +17,9 @@ class MatchingLoss(EpisodicLoss):
     Args:
         distance: any PML distance; cosine when None, as in the paper. Squared Euclid
             (`LpDistance(normalize_embeddings=False, power=2)`) is not bounded and needs no scale.
-        scale: the similarity is multiplied by it before the softmax. 1 as in the paper, but a softmax over the cosines
-            of 5 classes then gets no sharper than 0.65, which is warned of: give 10 and learn_scale, as MatchingTrainer
-            does.
+        scale: 1 as in the paper, but a softmax over the cosines of 5 classes then gets no sharper than 0.65, which is
+            warned of: give 10 and learn_scale, as MatchingTrainer does.
         learn_scale: and the rest: see EpisodicLoss.
-
-    Raises:
-        UsageError: a query's class has no support item.
 
     Source: Vinyals et al. 2016, "Matching Networks for One Shot Learning", eq. 1 and section 2.1.1.
     """

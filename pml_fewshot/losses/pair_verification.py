@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pytorch_metric_learning.distances import BaseDistance
-from pytorch_metric_learning.losses import GenericPairLoss
+from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.reducers import BaseReducer
 from pytorch_metric_learning.regularizers import BaseRegularizer
 from pytorch_metric_learning.utils import common_functions as c_f
@@ -16,7 +16,7 @@ from pml_fewshot.checks import UsageError
 from pml_fewshot.distances.weighted_l1 import WeightedL1Similarity
 
 
-class PairVerificationLoss(GenericPairLoss):
+class PairVerificationLoss(BaseMetricLossFunction):
     """Computes the binary cross-entropy of pairs: a similarity is the logit that both are of one class.
 
     Args:
@@ -28,16 +28,11 @@ class PairVerificationLoss(GenericPairLoss):
             images each are 71 non-matching ones for one that matches; omniglot_siamese weighs them a third.
         seed: of the draws of pairs. When None it is the seed of torch's own generator (`torch.manual_seed`), from which
             nothing is drawn; `run` sets that to the experiment's. The state of the draws is part of the state_dict.
-        reducer: PML reducer over all pairs; the mean when None. This and the rest are as in every PML loss.
-        embedding_regularizer: PML regularizer of the embeddings; none when None.
-        embedding_reg_weight: its weight.
-        collect_stats: keep PML's statistics for a record-keeper; PML's own default when None.
+        reducer: PML reducer over all pairs, the matching ones first; the mean when None.
+        embedding_regularizer: and the rest: as in every PML loss, see EpisodicLoss.
 
-    A miner's pairs (or triplets, as pairs) are all used. The losses are per pair; reducers see the matching ones first.
-    Without a miner each step on a GPU waits for the list of pairs, as PML's losses of pairs do.
-
-    Raises:
-        UsageError: negative_weight of 0 or below.
+    A miner's pairs (or triplets, as pairs) are all used. Without a miner each step on a GPU waits for the list of
+    pairs, as PML's losses of pairs do.
 
     Source: Koch, Zemel and Salakhutdinov 2015, "Siamese Neural Networks for One-shot Image Recognition", section 3.2.
     """
@@ -54,12 +49,7 @@ class PairVerificationLoss(GenericPairLoss):
         collect_stats: bool | None = None,
     ) -> None:
         super().__init__(
-            mat_based_loss=False,
-            distance=distance,
-            reducer=reducer,
-            embedding_regularizer=embedding_regularizer,
-            embedding_reg_weight=embedding_reg_weight,
-            collect_stats=collect_stats,
+            embedding_regularizer, embedding_reg_weight, distance=distance, reducer=reducer, collect_stats=collect_stats
         )
         if not negative_weight > 0:
             raise UsageError(f"expected negative_weight above 0, got {negative_weight}; 1 weighs all pairs alike")
@@ -76,10 +66,14 @@ class PairVerificationLoss(GenericPairLoss):
         c_f.labels_or_indices_tuple_required(labels, indices_tuple)
         if indices_tuple is None and self.balanced:
             indices_tuple = self._balanced_pairs(labels, ref_labels)
-        pairs = lmu.convert_to_pairs(indices_tuple, labels, ref_labels)
-        if not any(len(indices) for indices in pairs):  # PML's own would also drop a single pair
+        a1, p, a2, n = lmu.convert_to_pairs(indices_tuple, labels, ref_labels)
+        if not len(a1) + len(a2):
             return self.zero_losses()
-        return self.pair_based_loss(self.distance(embeddings, ref_emb), pairs)
+        mat, sign = self.distance(embeddings, ref_emb), 1 if self.distance.is_inverted else -1
+        losses = torch.cat([F.softplus(-sign * mat[a1, p]), self.negative_weight * F.softplus(sign * mat[a2, n])])
+        # PML's reducers know pairs as "pos_pair" or "neg_pair" and treat both alike.
+        indices = (torch.cat([a1, a2]), torch.cat([p, n]))
+        return {"loss": {"losses": losses, "indices": indices, "reduction_type": "pos_pair"}}
 
     def _balanced_pairs(self, labels: Tensor, ref_labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         a1, p, a2, n = lmu.get_all_pairs_indices(labels, ref_labels)
@@ -87,18 +81,6 @@ class PairVerificationLoss(GenericPairLoss):
         matching = torch.randperm(len(a1), generator=self.generator)[:count].to(a1.device)
         other = torch.randperm(len(a2), generator=self.generator)[:count].to(a2.device)
         return a1[matching], p[matching], a2[other], n[other]
-
-    def _compute_loss(self, pos_pairs: Tensor, neg_pairs: Tensor, indices_tuple: Any) -> dict[str, Any]:
-        a1, p, a2, n = indices_tuple
-        sign = 1 if self.distance.is_inverted else -1
-        losses = []  # GenericPairLoss gives a list, [], for pairs of a kind that are not there
-        if len(a1):
-            losses.append(F.softplus(-sign * pos_pairs))
-        if len(a2):
-            losses.append(self.negative_weight * F.softplus(sign * neg_pairs))
-        # PML's reducers know pairs as "pos_pair" or "neg_pair" and treat both alike.
-        indices = (torch.cat([a1, a2]), torch.cat([p, n]))
-        return {"loss": {"losses": torch.cat(losses), "indices": indices, "reduction_type": "pos_pair"}}
 
     def get_extra_state(self) -> Tensor:
         return self.generator.get_state()

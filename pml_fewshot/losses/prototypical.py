@@ -15,14 +15,10 @@ class PrototypicalLoss(EpisodicLoss):
 
     Args:
         distance: any PML distance, between queries (B, D) and prototypes (W, D). Squared Euclid when None, that is
-            `LpDistance(normalize_embeddings=False, power=2)`, as in the paper (note that PML's own default normalizes
-            and does not square).
-        scale: the distance is multiplied by it before the softmax. 1 as in the paper; a bounded similarity such as
-            cosine needs about 10, or the softmax over it cannot get sharp, which is warned of.
+            `LpDistance(normalize_embeddings=False, power=2)`, as in the paper (PML's default normalizes and does not
+            square).
+        scale: 1 as in the paper; a bounded similarity such as cosine needs about 10.
         learn_scale: and the rest: see EpisodicLoss.
-
-    Raises:
-        UsageError: a query's class has no support item.
 
     Source: Snell et al. 2017, "Prototypical Networks for Few-shot Learning", eq. 1-2 and algorithm 1.
     """

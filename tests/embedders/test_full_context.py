@@ -1,28 +1,28 @@
 """FullContext against the paper's equations written out, one item, one step and one gate at a time."""
 
+from functools import partial
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError
 from pml_fewshot.embedders.full_context import FullContext
+from tests.embedders.formulas import Weights
 
 EPISODES, WAYS, SHOTS, QUERIES, DIMS = 3, 4, 2, 5, 6
-Weights = dict[str, Tensor]
 
 
 def episodes(ways: int = WAYS, shots: int = SHOTS, queries: int = QUERIES) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    support = torch.randn(EPISODES, ways, shots, DIMS, generator=generator, dtype=torch.float64)
-    return support, torch.randn(EPISODES, queries, DIMS, generator=generator, dtype=torch.float64)
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return draw(EPISODES, ways, shots, DIMS), draw(EPISODES, queries, DIMS)
 
 
 def network(read_steps: int = 3) -> FullContext:
     """All weights and biases drawn large, so that no gate is near a constant and no two biases are alike."""
     context, generator = FullContext(DIMS, read_steps).double(), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in context.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.6)
+    for parameter in context.parameters():
+        nn.init.normal_(parameter, std=0.6, generator=generator)
     return context
 
 
@@ -35,7 +35,7 @@ def lstm(x: Tensor, h: Tensor, c: Tensor, from_x: Tensor, from_h: Tensor, bias: 
 
 def slow_support(weights: Weights, support: Tensor) -> Tensor:
     """g(x_i, S) of appendix A.2 for one episode (W, K, D): forward pass plus backward pass plus x_i."""
-    items = [support[way, shot] for way in range(support.shape[0]) for shot in range(support.shape[1])]
+    items = [item for way in support for item in way]
     out = list(items)
     for suffix, order in (("", range(len(items))), ("_reverse", reversed(range(len(items))))):
         of = {name: weights[f"support_lstm.{name}_l0{suffix}"] for name in ("weight_ih", "weight_hh")}
@@ -56,8 +56,7 @@ def slow_query(weights: Weights, query: Tensor, support: Tensor, read_steps: int
     h, c = query, torch.zeros(DIMS, dtype=query.dtype)
     for _ in range(read_steps):
         shares = [(h * item).sum().exp() for item in items]
-        total = sum(shares)
-        r = sum(share / total * item for share, item in zip(shares, items, strict=True))
+        r = sum(share / sum(shares) * item for share, item in zip(shares, items, strict=True))
         h_hat, c = lstm(query, torch.cat([h, r]), c, from_query, from_joined, bias)
         h = h_hat + query
     return h
@@ -72,12 +71,8 @@ def test_embeddings_and_gradients_equal_the_equations_written_out(ways: int, sho
     support, query = (part.requires_grad_() for part in episodes(ways, shots, queries))
     own = {name: value.detach().clone().requires_grad_() for name, value in context.named_parameters()}
     embedded = torch.stack([slow_support(own, episode) for episode in support])
-    pairs = zip(query, embedded, strict=True)
-    expected = (
-        embedded,
-        torch.stack([torch.stack([slow_query(own, one, s, read_steps) for one in q]) for q, s in pairs]),
-    )
-    out = context(support, query)
+    queries_by_hand = [slow_query(own, one, s, read_steps) for q, s in zip(query, embedded, strict=True) for one in q]
+    expected, out = (embedded, torch.stack(queries_by_hand).view_as(query)), context(support, query)
     torch.testing.assert_close(out, expected)
     gradients = torch.autograd.grad(sum(part.sin().sum() for part in out), [support, query, *context.parameters()])
     wanted = torch.autograd.grad(sum(part.sin().sum() for part in expected), [support, query, *own.values()])

@@ -3,14 +3,9 @@
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
-from pytorch_metric_learning.distances import (
-    BaseDistance,
-    CosineSimilarity,
-    DotProductSimilarity,
-    LpDistance,
-    SNRDistance,
-)
+from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity, LpDistance, SNRDistance
 from torch import Tensor
 
 from pml_fewshot.distances.weighted_l1 import WeightedL1Similarity
@@ -34,6 +29,8 @@ LOSSES: dict[str, Any] = {
 SQUARED_EUCLID = partial(LpDistance, normalize_embeddings=False, power=2)
 Mined = tuple[Tensor, ...] | None
 Element = tuple[Tensor, tuple[int, ...]]  # a loss, and the numbers of its anchor and of what that is compared with
+each_input = pytest.mark.parametrize("episode", [False, True], ids=["batch", "episode"])
+each_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -79,7 +76,20 @@ def leaves_of(given: tuple[Any, ...]) -> list[Tensor]:
     return [x.requires_grad_() for x in given if isinstance(x, Tensor) and x.is_floating_point()]
 
 
-def similarity(distance: BaseDistance, query: Tensor, reference: Tensor) -> Tensor:
+def outcome(loss: Any, given: tuple[Any, ...], *parameters: Tensor) -> list[Tensor]:
+    """Value and gradients of the embeddings, and of parameters."""
+    leaves = [*leaves_of(given), *parameters]
+    value = loss(*given)
+    return [value, *torch.autograd.grad(value, leaves)]
+
+
+def check_same(got: list[Tensor], expected: list[Tensor], rtol: float = 1e-10) -> None:
+    for mine, theirs in zip(got, expected, strict=True):
+        assert theirs.abs().max() > 1e-3
+        torch.testing.assert_close(mine, theirs, rtol=rtol, atol=rtol)
+
+
+def similarity(distance: Any, query: Tensor, reference: Tensor) -> Tensor:
     """Of one pair, from the distances' definitions; that of a distance is its negative."""
     x, y = query.double(), reference.double()
     if isinstance(distance, WeightedL1Similarity):
@@ -107,7 +117,6 @@ def all_pairs(labels: Tensor, ref_labels: Tensor | None = None) -> tuple[list[tu
 
 def pairs_of(mined: Mined, labels: Tensor, ref_labels: Tensor | None) -> tuple[list[Any], list[Any], list[Any]]:
     """Matching pairs, others and triplets, of what a miner found or else all."""
-    triplets = None
     if mined is None:
         matching, different = all_pairs(labels, ref_labels)
     else:
@@ -115,21 +124,18 @@ def pairs_of(mined: Mined, labels: Tensor, ref_labels: Tensor | None) -> tuple[l
         matching = list(zip(*found[:2], strict=True))
         different = list(zip(found[2 if len(found) == 4 else 0], found[-1], strict=True))
         if len(found) == 3:
-            triplets = list(zip(*found, strict=True))
-    if triplets is None:
-        triplets = [(a, p, n) for a, p in matching for b, n in different if a == b]
-    return matching, different, triplets
+            return matching, different, list(zip(*found, strict=True))
+    return matching, different, [(a, p, n) for a, p in matching for b, n in different if a == b]
 
 
-def class_losses(name: str, distance: BaseDistance, given: tuple[Any, ...]) -> list[Element]:
+def class_losses(name: str, distance: Any, given: tuple[Any, ...]) -> list[Element]:
     """Of each query, minus the logarithm of the probability of its class: Snell et al. eq. 2, Vinyals et al. eq. 1."""
     query, labels, mined, support, support_labels = (*given, None, None)[:5]
     alone = support is None
     support, support_labels = (query, labels) if alone else (support, support_labels)
-    counts = torch.zeros(len(query), dtype=torch.float64)
-    for index in () if mined is None else mined if alone else mined[:: 2 if len(mined) == 4 else 3]:
-        for i in index.tolist():
-            counts[i] += 1
+    anchors = () if mined is None else mined if alone else mined[:: 2 if len(mined) == 4 else 3]
+    named = [i for index in anchors for i in index.tolist()]
+    most = max(map(named.count, named), default=1)
     losses = []
     for i, x in enumerate(query):
         mass: dict[int, Any] = {}
@@ -140,12 +146,12 @@ def class_losses(name: str, distance: BaseDistance, given: tuple[Any, ...]) -> l
                 members = [sum(members) / len(members)]
             mass[c] = sum((SCALE * similarity(distance, x, y)).exp() for y in members)
         if int(labels[i]) in mass:
-            weight = 1.0 if mined is None else counts[i] / counts.max()
+            weight = 1.0 if mined is None else named.count(i) / most
             losses.append((-weight * (mass[int(labels[i])] / sum(mass.values())).log(), (i,)))
     return losses
 
 
-def losses_by_hand(name: str, distance: BaseDistance, given: tuple[Any, ...]) -> list[Element]:
+def losses_by_hand(name: str, distance: Any, given: tuple[Any, ...]) -> list[Element]:
     """All losses of a call, before a reducer."""
     if name in ("prototypical", "matching"):
         return class_losses(name, distance, given)

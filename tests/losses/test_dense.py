@@ -1,25 +1,21 @@
 """The dense losses against PML's own, in value and gradient; loops are in test_loss_contract.py."""
 
 import math
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from pytorch_metric_learning.losses import CrossBatchMemory, NTXentLoss, TripletMarginLoss
-from pytorch_metric_learning.miners import MultiSimilarityMiner, TripletMarginMiner
 from pytorch_metric_learning.reducers import AvgNonZeroReducer, DoNothingReducer, MeanReducer
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from pml_fewshot.losses.dense import DenseNTXentLoss, DenseTripletMarginLoss
-from tests.losses.formulas import SQUARED_EUCLID, leaves_of, normal
+from tests.losses.formulas import SQUARED_EUCLID, each_input, each_precision, leaves_of, normal
 
 NTXENT, TRIPLET = (NTXentLoss, DenseNTXentLoss), (TripletMarginLoss, DenseTripletMarginLoss)
 each_loss = pytest.mark.parametrize("kinds", [NTXENT, TRIPLET], ids=["ntxent", "triplet"])
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-each_input = pytest.mark.parametrize("episode", [False, True], ids=["batch", "episode"])
 LABELS = torch.tensor([2, 0, 2, 5, 0, 2, 7, 5, 0, 2, 5, 5])  # classes of 4, 3, 4 and 1 items, in no order
 REF_LABELS = torch.tensor([5, 5, 0, 2, 9, 2, 0])  # none of class 7, one of an own class 9
 
@@ -52,12 +48,8 @@ def assert_same(kinds: tuple[type, type], given: tuple[Any, ...], **options: Any
 
 
 def mined(kind: str, given: tuple[Any, ...]) -> Any:
-    """What a miner hands to a loss; the tuples that are made by hand repeat and shuffle pairs."""
-    embeddings, labels, _, *support = given
-    if kind == "triplet miner":
-        return TripletMarginMiner(margin=0.3)(embeddings, labels, *support)
-    if kind == "pair miner":
-        return MultiSimilarityMiner(epsilon=0.2)(embeddings, labels, *support)
+    """What a miner may hand to a loss: repeated and shuffled."""
+    _, labels, _, *support = given
     ref_labels = support[1] if support else labels
     if kind == "pairs":  # some negatives twice or three times; anchor 1 has no negative, others no positive
         a1, p, a2, n = lmu.convert_to_pairs(None, labels, ref_labels)
@@ -68,9 +60,9 @@ def mined(kind: str, given: tuple[Any, ...]) -> Any:
     return tuple(index[choice] for index in lmu.get_all_triplets_indices(labels, ref_labels))
 
 
-@each_dtype
+@each_precision
 @each_input
-@pytest.mark.parametrize("tuples", ["triplet miner", "pair miner", "triplets", "pairs"])
+@pytest.mark.parametrize("tuples", ["triplets", "pairs"])
 @each_loss
 def test_mined_tuples(kinds: tuple[type, type], tuples: str, episode: bool, dtype: torch.dtype) -> None:
     given = items(episode, dtype)
@@ -82,9 +74,7 @@ def test_mined_tuples(kinds: tuple[type, type], tuples: str, episode: bool, dtyp
 
 FORMS: dict[str, tuple[tuple[type, type], dict[str, Any]]] = {
     **{f"temperature {t}": (NTXENT, {"temperature": t}) for t in (0.0091, 0.07, 50.0)},
-    "default margin": (TRIPLET, {}),
-    "large margin": (TRIPLET, {"margin": 0.7}),
-    "no triplet beyond the margin": (TRIPLET, {"margin": -3.0}),
+    **{f"margin {m}": (TRIPLET, {"margin": m}) for m in (0.05, 0.7, -3.0)},  # at the last no triplet is beyond it
     "swapped": (TRIPLET, {"swap": True}),
     "smooth": (TRIPLET, {"smooth_loss": True}),
     "smooth and swapped, by cosine": (TRIPLET, {"smooth_loss": True, "swap": True, "distance": CosineSimilarity()}),
@@ -94,7 +84,7 @@ FORMS: dict[str, tuple[tuple[type, type], dict[str, Any]]] = {
 }
 
 
-@each_dtype
+@each_precision
 @each_input
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(form: str, episode: bool, dtype: torch.dtype) -> None:
@@ -105,23 +95,16 @@ def test_forms(form: str, episode: bool, dtype: torch.dtype) -> None:
         assert torch.isfinite(assert_same(kinds, items(episode, dtype), **options)).all()
 
 
-@pytest.mark.parametrize("collect_stats", [True, False])
-def test_statistics_of_the_reducer_are_kept(collect_stats: bool) -> None:
+def test_random_triplets_and_statistics_of_the_reducer_are_those_of_pml() -> None:
     seen = []
     for kind in TRIPLET:
-        loss = kind(reducer=AvgNonZeroReducer(collect_stats=collect_stats))
-        loss(*items(False))
-        seen.append((getattr(loss.reducer, "num_past_filter", 0), getattr(loss.reducer, "losses_size", 0)))
-    assert seen[0] == seen[1] or not collect_stats
-    assert bool(seen[1][0] > 0 and seen[1][1] > 1) is collect_stats
-
-
-def test_random_triplets_are_those_of_pml() -> None:
-    values = []
-    for kind in TRIPLET:
         torch.manual_seed(3)
-        values.append(kind(triplets_per_anchor=5)(*items(False)))
-    assert values[0] == values[1]
+        loss = kind(reducer=AvgNonZeroReducer(collect_stats=True))
+        loss(*items(False))
+        random = kind(triplets_per_anchor=5)(*items(False))
+        seen.append((loss.reducer.num_past_filter, loss.reducer.losses_size, random.item()))
+    assert seen[0] == seen[1]
+    assert seen[0][0] > 0
 
 
 EMPTY, ONE, TWO = torch.zeros(0, dtype=torch.long), torch.tensor([0]), torch.tensor([0, 1])
@@ -136,14 +119,13 @@ EDGES = {
 }
 
 
+@pytest.mark.parametrize("distance", [CosineSimilarity(), LpDistance()])
 @pytest.mark.parametrize("edge", EDGES)
 @each_loss
-def test_edge_cases(kinds: tuple[type, type], edge: str) -> None:
-    labels, found = EDGES[edge]
-    for distance in (CosineSimilarity(), LpDistance()):
-        gradient = outcome(kinds[1](distance=distance), (items(False)[0], labels, found))[1]
-        assert torch.isfinite(gradient).all()
-        assert_same(kinds, (items(False)[0], labels, found), distance=distance)
+def test_edge_cases(kinds: tuple[type, type], edge: str, distance: Any) -> None:
+    given = (items(False)[0], *EDGES[edge])
+    assert_same(kinds, given, distance=distance)
+    assert torch.isfinite(outcome(kinds[1](distance=distance), given)[1]).all()
 
 
 @pytest.mark.parametrize("reducer", [None, MeanReducer()], ids=["default", "mean"])
@@ -161,8 +143,8 @@ def test_a_broken_embedding_gives_what_pml_gives(kinds: tuple[type, type], reduc
 def test_16_bits_neither_overflow_nor_round_twice(dtype: torch.dtype, margin: int, seed: int) -> None:
     """float16 holds neither the sum at 20 nor the number of triplets, 107,520."""
     batch, labels = normal(128, 8, seed=seed, dtype=dtype), torch.arange(16).repeat(8)
-    make = partial(dict, margin=margin, smooth_loss=True, distance=CosineSimilarity())
-    expected, got = (kind(**make())(batch, labels) for kind in TRIPLET)
+    options = {"margin": margin, "smooth_loss": True, "distance": CosineSimilarity()}
+    expected, got = (kind(**options)(batch, labels) for kind in TRIPLET)
     assert 0 < got < 30
     assert got == expected
 

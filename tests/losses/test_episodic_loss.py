@@ -12,17 +12,10 @@ from torch import Tensor
 from pml_fewshot.checks import UsageError
 from pml_fewshot.distances.weighted_l1 import WeightedL1Similarity
 from pml_fewshot.losses.episodic_loss import EpisodicLoss
-from pml_fewshot.losses.matching import MatchingLoss
-from pml_fewshot.losses.prototypical import PrototypicalLoss
-from tests.losses.formulas import BATCH_LABELS, LOSSES, SQUARED_EUCLID, arguments, losses_by_hand, normal
+from tests.losses.formulas import BATCH_LABELS, LOSSES, SQUARED_EUCLID, arguments, each_input, losses_by_hand, normal
 
-each_kind = pytest.mark.parametrize("kind", [PrototypicalLoss, MatchingLoss])
 each_name = pytest.mark.parametrize("name", ["prototypical", "matching"])
-each_input = pytest.mark.parametrize("episode", [False, True], ids=["batch", "episode"])
 BOUNDED = r"^a softmax over {} with scale {} gives the right one of 5 classes at most {:.2f}; give scale=10 or learn"
-
-
-# --- the scale --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -35,12 +28,12 @@ BOUNDED = r"^a softmax over {} with scale {} gives the right one of 5 classes at
         (LpDistance(power=2), 1, 0.93),
     ],
 )
-@each_kind
+@each_name
 def test_a_bounded_similarity_without_a_scale_is_warned_of(
-    kind: type[EpisodicLoss], distance: Any, scale: float, bound: float
+    name: str, distance: Any, scale: float, bound: float
 ) -> None:
     with pytest.warns(UserWarning, match=BOUNDED.format(type(distance).__name__, scale, bound)) as caught:
-        loss = kind(distance, scale=scale)
+        loss = LOSSES[name](distance, scale=scale)
     assert [warning.filename for warning in caught] == [__file__]
     # and the bound is reached: the right class as near as can be, four others as far as can be
     support = torch.tensor([[1.0, 0]] + 4 * [[-1.0, 0]]).double()
@@ -48,14 +41,14 @@ def test_a_bounded_similarity_without_a_scale_is_warned_of(
     assert math.exp(-value.item()) == pytest.approx(bound, abs=0.005)
 
 
-@each_kind
-def test_no_warning_where_the_softmax_can_get_sharp(kind: type[EpisodicLoss]) -> None:
+@each_name
+def test_no_warning_where_the_softmax_can_get_sharp(name: str) -> None:
     """Warnings are errors here."""
-    kind(CosineSimilarity(), scale=10)
-    kind(LpDistance(), learn_scale=True)
+    LOSSES[name](CosineSimilarity(), scale=10)
+    LOSSES[name](LpDistance(), scale=1, learn_scale=True)
     dot = DotProductSimilarity(normalize_embeddings=False)
     for unbounded in (SQUARED_EUCLID(), dot, LpDistance(power=-1), SNRDistance(), WeightedL1Similarity()):
-        kind(unbounded)
+        LOSSES[name](unbounded, scale=1)
 
 
 @each_input
@@ -64,48 +57,37 @@ def test_the_learned_scale_has_the_right_gradient_and_no_other_is_learned(name: 
     loss = LOSSES[name](distance=CosineSimilarity(), scale=10, learn_scale=True).double()
     loss(*arguments(episode)).backward()
     assert loss.scale.item() == pytest.approx(10, rel=1e-6)
-    values = []
+    fixed, values = LOSSES[name](distance=CosineSimilarity(), scale=10).double(), []
+    assert not any(parameter.requires_grad for parameter in fixed.parameters())
     for step in (1e-6, -1e-6):
-        scale = math.exp(loss.log_scale.item() + step)
-        moved = LOSSES[name](distance=CosineSimilarity(), scale=scale).double()
-        assert not any(parameter.requires_grad for parameter in moved.parameters())
-        moved.log_scale.data.fill_(math.log(scale))
-        values.append(moved(*arguments(episode)).item())
+        fixed.log_scale.fill_(loss.log_scale.item() + step)
+        values.append(fixed(*arguments(episode)).item())
     assert abs(values[0] - values[1]) > 1e-9
     assert loss.log_scale.grad.item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5)
 
 
-@pytest.mark.parametrize("scale", [0, -1.0, float("nan")])
-@each_kind
-def test_scale_must_be_above_zero(kind: type[EpisodicLoss], scale: float) -> None:
-    with pytest.raises(UsageError, match=f"expected scale above 0, got {scale}; "):
-        kind(scale=scale)
-
-
-# --- miners' weights, and who takes part ------------------------------------------------------------------------------
-
-
+@pytest.mark.parametrize(
+    ("episode", "mined", "weights"),
+    [
+        # query 1 is an anchor four times, 3 twice, 0 once; the other places index the support
+        (True, ([1, 1, 3, 0, 1, 3, 1], [0, 2, 4, 1, 0, 2, 4], [1, 3, 5, 6, 1, 3, 5]), {0: 0.25, 1: 1, 3: 0.5}),
+        (
+            True,
+            ([0, 1], [1, 2], [0, 4], [3, 3]),
+            {0: 1, 1: 0.5, 4: 0.5},
+        ),  # of pairs both anchors: 0 twice, 1 and 4 once
+        # of a batch all places count; item 2 stands alone in its class and has no loss
+        (False, ([3, 3], [5, 5], [2, 4]), {3: 1, 5: 1, 4: 0.5}),
+        (True, ([], [], []), dict.fromkeys(range(8), 1)),
+    ],
+    ids=["triplets", "pairs", "batch", "nothing mined"],
+)
 @each_name
-def test_mined_items_count_by_how_often_they_occur(name: str) -> None:
-    def mean_of(given: tuple[Any, ...], weights: dict[int, float]) -> Tensor:
-        losses = {i: loss for loss, (i,) in losses_by_hand(name, SQUARED_EUCLID(), given)}
-        return sum(weight * losses[i] for i, weight in weights.items()) / len(losses)
-
-    loss = LOSSES[name](distance=SQUARED_EUCLID())
-    query, labels, _, *support = arguments(True)
-    # query 1 is an anchor four times, 3 twice, 0 once; the other places index the support
-    triplets = tuple(torch.tensor(x) for x in ([1, 1, 3, 0, 1, 3, 1], [0, 2, 4, 1, 0, 2, 4], [1, 3, 5, 6, 1, 3, 5]))
-    expected = mean_of(arguments(True), {0: 0.25, 1: 1, 3: 0.5})
-    torch.testing.assert_close(loss(query, labels, triplets, *support), expected, rtol=1e-6, atol=0)
-    pairs = tuple(torch.tensor(x) for x in ([0, 1], [1, 2], [0, 4], [3, 3]))  # anchors: 0 twice, 1 and 4 once
-    expected = mean_of(arguments(True), {0: 1, 1: 0.5, 4: 0.5})
-    torch.testing.assert_close(loss(query, labels, pairs, *support), expected, rtol=1e-6, atol=0)
-    # of a batch all places count; item 2 stands alone in its class and has no loss
-    triplets = tuple(torch.tensor(x) for x in ([3, 3], [5, 5], [2, 4]))
-    expected = mean_of(arguments(False), {3: 1, 5: 1, 4: 0.5})
-    torch.testing.assert_close(loss(*arguments(False, mined=triplets)), expected, rtol=1e-6, atol=0)
-    nothing = tuple(torch.zeros(0, dtype=torch.long) for _ in range(3))
-    assert loss(query, labels, nothing, *support) == loss(query, labels, None, *support)
+def test_mined_items_count_by_how_often_they_occur(name: str, episode: bool, mined: Any, weights: dict) -> None:
+    losses = {i: loss for loss, (i,) in losses_by_hand(name, SQUARED_EUCLID(), arguments(episode))}
+    expected = sum(weight * losses[i] for i, weight in weights.items()) / len(losses)
+    given = arguments(episode, mined=tuple(torch.tensor(index).long() for index in mined))
+    torch.testing.assert_close(LOSSES[name](distance=SQUARED_EUCLID())(*given), expected, rtol=1e-6, atol=0)
 
 
 @each_name
@@ -117,9 +99,6 @@ def test_only_without_a_support_is_an_item_left_out_of_its_own(name: str) -> Non
     assert len(losses) == 8
     got = LOSSES[name](distance=SQUARED_EUCLID())(*given)
     torch.testing.assert_close(got, torch.stack(losses).mean(), rtol=1e-6, atol=0)
-
-
-# --- what a subclass is given and gives -------------------------------------------------------------------------------
 
 
 class Recorded(EpisodicLoss):
@@ -149,22 +128,20 @@ def test_a_subclass_gives_logits_of_the_classes_in_the_order_of_their_labels() -
     torch.testing.assert_close(got, F.cross_entropy(loss.logits[kept], target[kept]))
 
 
-# --- exceptions -------------------------------------------------------------------------------------------------------
+@each_name
+def test_a_support_without_the_queries_classes_and_a_scale_of_zero_or_below_raise(name: str) -> None:
+    def call(*support: Tensor, label: int = 0) -> None:
+        LOSSES[name](SQUARED_EUCLID())(normal(2, 5, seed=1), torch.tensor([7, label]), None, *support)
 
-
-@pytest.mark.parametrize("missing", [5, -7, 10_000_000_000])  # between, below and above the classes that are there
-@each_kind
-def test_a_query_without_support_raises_and_names_the_class(kind: type[EpisodicLoss], missing: int) -> None:
-    with pytest.raises(UsageError, match=rf"expected a support item .* none for classes \[{missing}\]; draw"):
-        kind(SQUARED_EUCLID())(normal(2, 3), torch.tensor([7, missing]), None, normal(2, 3), torch.tensor([7, 0]))
-
-
-@each_kind
-def test_a_support_that_is_none_raises(kind: type[EpisodicLoss]) -> None:
-    loss, query, labels = kind(SQUARED_EUCLID()), normal(2, 3), torch.tensor([0, 1])
-    with pytest.raises(UsageError, match=r"expected at least one support item, got none; draw"):
-        loss(query, labels, None, torch.zeros(0, 3).double(), torch.zeros(0).long())
+    for missing in (5, -7, 10_000_000_000):  # between, below and above the classes that are there
+        with pytest.raises(UsageError, match=rf"^expected a support item .* none for classes \[{missing}\]; draw"):
+            call(normal(2, 5), torch.tensor([7, 0]), label=missing)
+    with pytest.raises(UsageError, match=r"^expected at least one support item, got none; draw"):
+        call(normal(0, 5), torch.zeros(0).long())
     with pytest.raises(TypeError, match="support labels as an int64 tensor, got a NoneType"):
-        loss(query, labels, None, query.clone())
+        call(normal(2, 5))
     with pytest.raises(TypeError, match=r"support labels as an int64 tensor, got a tensor of torch\.float32"):
-        loss(query, labels, None, query.clone(), torch.tensor([0.0, 1.0]))
+        call(normal(2, 5), torch.tensor([7.0, 0.0]))
+    for scale in (0, -1.0, float("nan")):
+        with pytest.raises(UsageError, match=f"^expected scale above 0, got {scale}; "):
+            LOSSES[name](scale=scale)

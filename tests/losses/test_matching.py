@@ -1,44 +1,36 @@
 """MatchingLoss against PML's NCALoss and the prototypical loss, and far away; loops are in test_loss_contract.py."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.losses import NCALoss
-from torch import Tensor, nn
+from torch import Tensor
 
 from pml_fewshot.losses.matching import MatchingLoss
 from pml_fewshot.losses.prototypical import PrototypicalLoss
-from tests.losses.formulas import DISTANCES, SQUARED_EUCLID, arguments, leaves_of, normal
+from tests.losses.formulas import (
+    DISTANCES,
+    SQUARED_EUCLID,
+    arguments,
+    check_same,
+    each_input,
+    each_precision,
+    normal,
+    outcome,
+)
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-each_input = pytest.mark.parametrize("episode", [False, True], ids=["batch", "episode"])
 cosine_alone = pytest.mark.filterwarnings("ignore:a softmax over")
-
-
-def outcome(loss: nn.Module, given: tuple[Any, ...]) -> list[Tensor]:
-    """Value and gradients."""
-    leaves = leaves_of(given)
-    value = loss(*given)
-    return [value, *torch.autograd.grad(value, leaves)]
-
-
-def assert_same(ours: list[Tensor], theirs: list[Tensor], rtol: float = 1e-10) -> None:
-    assert all(expected.abs().max() > 1e-3 for expected in theirs)
-    for got, expected in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(got, expected, rtol=rtol, atol=rtol)
 
 
 def test_hand_computed_value() -> None:
     # squared distances of the query at 1: 1 to class 0, 4 and 16 to class 1
-    support, labels = torch.tensor([[0.0], [3.0], [5.0]]).double(), torch.tensor([0, 1, 1])
+    query, support = torch.tensor([[1.0]]).double(), torch.tensor([[0.0], [3.0], [5.0]]).double()
     total = math.exp(-1) + math.exp(-4) + math.exp(-16)
     for label, share in ((0, math.exp(-1)), (1, math.exp(-4) + math.exp(-16))):
-        query = torch.tensor([[1.0]]).double()
-        loss = MatchingLoss(SQUARED_EUCLID())(query, torch.tensor([label]), None, support, labels)
-        assert loss.item() == pytest.approx(-math.log(share / total), rel=1e-9)
+        given = (query, torch.tensor([label]), None, support, torch.tensor([0, 1, 1]))
+        assert MatchingLoss(SQUARED_EUCLID())(*given).item() == pytest.approx(-math.log(share / total), rel=1e-9)
 
 
 def test_default_is_cosine_at_scale_one_with_a_warning() -> None:
@@ -53,7 +45,7 @@ def test_default_is_cosine_at_scale_one_with_a_warning() -> None:
 def test_default_is_nca_of_pml_with_cosine(episode: bool) -> None:
     # of a batch's lone item PML gives no loss either, for its share is 0
     theirs = NCALoss(distance=CosineSimilarity())
-    assert_same(outcome(MatchingLoss(), arguments(episode)), outcome(theirs, arguments(episode)))
+    check_same(outcome(MatchingLoss(), arguments(episode)), outcome(theirs, arguments(episode)))
 
 
 @cosine_alone
@@ -61,18 +53,15 @@ def test_default_is_nca_of_pml_with_cosine(episode: bool) -> None:
 def test_at_one_shot_it_equals_the_prototypical_loss_and_nca(distance: str) -> None:
     make = DISTANCES[distance]
     labels, support_labels = torch.arange(4).repeat_interleave(3), torch.tensor([2, 0, 3, 1])
-    outcomes = [
+    ours, *others = (
         outcome(loss, (normal(12, 5, seed=1), labels, None, normal(4, 5, seed=2), support_labels))
         for loss in (MatchingLoss(make()), PrototypicalLoss(make()), NCALoss(distance=make()))
-    ]
-    for other in outcomes[1:]:
-        assert_same(outcomes[0], other, rtol=1e-9)
+    )
+    for other in others:
+        check_same(ours, other, rtol=1e-9)
 
 
-# --- far-away embeddings ----------------------------------------------------------------------------------------------
-
-
-@DTYPES
+@each_precision
 @pytest.mark.parametrize("spread", [10.0, 200.0])  # squared distances of hundreds and of 100,000s
 @each_input
 def test_far_away_embeddings_have_their_loss_and_gradient(episode: bool, spread: float, dtype: torch.dtype) -> None:
@@ -92,28 +81,29 @@ def test_far_away_embeddings_have_their_loss_and_gradient(episode: bool, spread:
         torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
 
 
-@DTYPES
+@each_precision
 def test_a_query_far_from_its_class_and_near_another_is_drawn_to_its_class(dtype: torch.dtype) -> None:
     """exp(-900) is 0 even in float64: NCALoss drops such a query, which has most to learn."""
-    query = torch.tensor([[0.0, 0.0]], dtype=dtype)
-    support = torch.tensor([[30.0, 0.0], [0.0, 0.0], [31.0, 0.0]], dtype=dtype)
+    query, support = torch.tensor([[0.0]], dtype=dtype), torch.tensor([[30.0], [0.0], [31.0]], dtype=dtype)
     given = (query, torch.tensor([1]), None, support, torch.tensor([1, 0, 1]))
-    value, to_query, to_support = outcome(MatchingLoss(SQUARED_EUCLID()), given)
+    value, *gradients = outcome(MatchingLoss(SQUARED_EUCLID()), given)
     assert value.item() == pytest.approx(900, rel=1e-6)
     # both terms of the loss by hand: -2 * 30 towards the nearest of its class; the near item adds nothing
-    torch.testing.assert_close(to_query, torch.tensor([[-60.0, 0.0]], dtype=dtype))
-    torch.testing.assert_close(to_support, torch.tensor([[60.0, 0.0], [0.0, 0.0], [0.0, 0.0]], dtype=dtype))
+    for gradient, wanted in zip(gradients, ([-60.0], [60.0, 0.0, 0.0]), strict=True):
+        torch.testing.assert_close(gradient.flatten(), torch.tensor(wanted, dtype=dtype))
 
 
-@DTYPES
-def test_a_lone_item_far_away_breaks_nothing(dtype: torch.dtype) -> None:
-    labels = torch.tensor([0, 0, 1])
-    for where, expected, slope in (
+@each_precision
+@pytest.mark.parametrize(
+    ("where", "expected", "slope"),
+    [
         ([0.0, 1.0, 40.0], 0.0, [0.0, 0.0, 0.0]),
         # items 0 and 1 have each other at 1600, and the lone one at 1 and at 1521
         ([0.0, 40.0, 1.0], (1600 - 1 + 1600 - 1521) / 2, [-80 + 1.0, 80 - 39.0, -1 + 39.0]),
-    ):
-        batch = torch.tensor(where, dtype=dtype).unsqueeze(1)
-        value, gradient = outcome(MatchingLoss(SQUARED_EUCLID()), (batch, labels))
-        assert value.item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
-        torch.testing.assert_close(gradient.flatten(), torch.tensor(slope, dtype=dtype))
+    ],
+)
+def test_a_lone_item_far_away_breaks_nothing(where: list, expected: float, slope: list, dtype: torch.dtype) -> None:
+    batch = torch.tensor(where, dtype=dtype).unsqueeze(1)
+    value, gradient = outcome(MatchingLoss(SQUARED_EUCLID()), (batch, torch.tensor([0, 0, 1])))
+    assert value.item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    torch.testing.assert_close(gradient.flatten(), torch.tensor(slope, dtype=dtype))

@@ -1,4 +1,4 @@
-"""PairVerificationLoss against torch's own cross-entropy, and its draws; loops are in test_loss_contract.py."""
+"""PairVerificationLoss: its draws, pairs of miners, logits of any size; loops are in test_loss_contract.py."""
 
 import copy
 import io
@@ -7,18 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, LpDistance
 from pytorch_metric_learning.miners import MultiSimilarityMiner
 from pytorch_metric_learning.reducers import DoNothingReducer, SumReducer
-from torch import Tensor
 
 from pml_fewshot.checks import UsageError
 from pml_fewshot.distances.weighted_l1 import WeightedL1Similarity
 from pml_fewshot.losses.pair_verification import PairVerificationLoss
-from tests.losses.formulas import all_pairs, arguments, learned, leaves_of, normal
+from tests.losses.formulas import (
+    LOSSES,
+    all_pairs,
+    arguments,
+    each_input,
+    each_precision,
+    learned,
+    losses_by_hand,
+    normal,
+)
 
-each_input = pytest.mark.parametrize("episode", [False, True], ids=["batch", "episode"])
 Pair = tuple[int, int]
 
 
@@ -29,38 +34,9 @@ def listing(**options: Any) -> PairVerificationLoss:
 def drawn(loss: PairVerificationLoss, given: tuple[Any, ...]) -> list[Pair]:
     """The pairs that a loss with the reducer that does nothing has used, in its order."""
     found = loss(*given)["loss"]
-    a, b = (index.tolist() for index in found["indices"])
-    assert len(a) == len(b) == len(found["losses"])
-    return list(zip(a, b, strict=True))
-
-
-def labels_of(given: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    return given[1::3]
-
-
-# --- the formula ------------------------------------------------------------------------------------------------------
-
-
-@each_input
-@pytest.mark.parametrize("distance", [learned(), CosineSimilarity(), LpDistance()], ids=["ours", "cosine", "Lp"])
-def test_torchs_own_cross_entropy_agrees_in_value_and_gradient(distance: BaseDistance, episode: bool) -> None:
-    outcomes = []
-    for ours in (True, False):
-        given = arguments(episode)
-        leaves = leaves_of(given)
-        if ours:
-            loss = PairVerificationLoss(distance, balanced=False, negative_weight=0.4)(*given)
-        else:
-            logits = distance(leaves[0], leaves[-1]) * (1 if distance.is_inverted else -1)
-            labels = labels_of(given)
-            target = (labels[0].unsqueeze(1) == labels[-1]).double()
-            kept = torch.ones_like(target) if episode else 1 - torch.eye(8).double()
-            weight = kept * (target + 0.4 * (1 - target))
-            loss = F.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum") / kept.sum()
-        outcomes.append((loss, *torch.autograd.grad(loss, [*leaves, *distance.parameters()])))
-    for got, expected in zip(*outcomes, strict=True):
-        assert expected.abs().max() > 1e-3
-        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    pairs = list(zip(*(index.tolist() for index in found["indices"]), strict=True))
+    assert len(pairs) == len(found["losses"])
+    return pairs
 
 
 def test_default_is_the_learned_similarity_over_balanced_pairs_of_equal_weight() -> None:
@@ -70,13 +46,12 @@ def test_default_is_the_learned_similarity_over_balanced_pairs_of_equal_weight()
     assert loss(*given) == PairVerificationLoss(WeightedL1Similarity(5), True, 1.0, torch.initial_seed())(*given)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@each_precision
 def test_logits_of_any_size_have_a_finite_loss_and_gradient(dtype: torch.dtype) -> None:
     similarity = WeightedL1Similarity(1).to(dtype)
     batch, labels = torch.tensor([[0.0], [5000.0], [-3000.0], [1.0]], dtype=dtype), torch.tensor([0, 0, 1, 1])
     loss = PairVerificationLoss(similarity, balanced=False, reducer=SumReducer())
-    with torch.no_grad():
-        similarity.score.weight.fill_(1)
+    similarity.score.weight.data.fill_(1)
     # matching pairs at logits 5000 and 3001 cost nothing; others cost their logits: 3000, 1, 8000, 4999, each twice
     value = loss(batch.requires_grad_(), labels)
     assert value.item() == pytest.approx(2 * (3000 + math.log1p(math.e) + 8000 + 4999), rel=1e-6)
@@ -84,12 +59,8 @@ def test_logits_of_any_size_have_a_finite_loss_and_gradient(dtype: torch.dtype) 
     slope = 1 / (1 + math.exp(-1))
     wanted = torch.tensor([[2 * (1 - slope)], [4.0], [-4.0], [2 * (slope - 1)]], dtype=dtype)
     torch.testing.assert_close(batch.grad, wanted, rtol=1e-5, atol=1e-5)
-    with torch.no_grad():
-        similarity.score.weight.fill_(-1)
+    similarity.score.weight.data.fill_(-1)
     assert loss(batch, labels).item() == pytest.approx(2 * (5000 + 3001 + math.log1p(math.exp(-1))), rel=1e-6)
-
-
-# --- balanced pairs ---------------------------------------------------------------------------------------------------
 
 
 @each_input
@@ -99,33 +70,27 @@ def test_as_many_of_each_kind_are_drawn_as_there_are_of_the_rarer(fewer: str, ep
     if fewer == "others":
         labels = torch.tensor([2, 2, 2, 2, 2, 2, 2, 1])
         given = (given[0], labels, None, *((given[3], labels[1:]) if episode else ()))
-    matching, others = all_pairs(*labels_of(given))
+    matching, others = all_pairs(*given[1::3])
     rare, many = (matching, others) if fewer == "matching" else (others, matching)
-    assert 0 < 2 * len(rare) < len(many)
-    pairs = drawn(listing(seed=1), given)
-    assert len(set(pairs)) == len(pairs) == 2 * len(rare)
     half = len(rare)
+    assert 0 < 2 * half < len(many)
+    pairs = drawn(listing(seed=1), given)
+    assert len(set(pairs)) == len(pairs) == 2 * half
     assert set(pairs[:half]) <= set(matching)  # matching ones first
     assert set(pairs[half:]) <= set(others)
     assert set(rare) <= set(pairs)
     assert set(drawn(listing(seed=2), given)) != set(pairs)
 
 
-@pytest.mark.parametrize("fewer", [True, False], ids=["fewer matching", "fewer others"])
-def test_every_pair_is_as_likely_as_any_other(fewer: bool) -> None:
-    labels = torch.tensor([0, 0, 1, 1, 2, 2] if fewer else [0, 0, 0, 0, 0, 1])
-    given, loss = (normal(6, 5), labels), listing(seed=0)
-    matching, others = all_pairs(labels)
-    counts = dict.fromkeys(matching + others, 0)
-    for _ in range(400):
-        for pair in drawn(loss, given):
-            counts[pair] += 1
-    rare, many = (matching, others) if fewer else (others, matching)
-    assert all(counts[pair] == 400 for pair in rare)
-    # 6 of 24 in each draw, or 10 of 20: 100 or 200 on average, with a standard deviation of 9 or 10
-    average = 100 if fewer else 200
-    assert len(many) == (24 if fewer else 20)
-    assert all(average - 36 < counts[pair] < average + 36 for pair in many)
+@pytest.mark.parametrize(  # 6 of 24 others in each draw, or 10 of 20 matching ones
+    ("labels", "average"), [([0, 0, 1, 1, 2, 2], 100), ([0, 0, 0, 0, 0, 1], 200)], ids=["others", "matching"]
+)
+def test_every_pair_is_as_likely_as_any_other(labels: list[int], average: int) -> None:
+    given, loss = (normal(6, 5), torch.tensor(labels)), listing(seed=0)
+    rare, many = sorted(all_pairs(given[1]), key=len)
+    draws = [pair for _ in range(400) for pair in drawn(loss, given)]
+    assert all(draws.count(pair) == 400 for pair in rare)
+    assert all(average - 36 < draws.count(pair) < average + 36 for pair in many)  # standard deviations are 9 and 10
 
 
 @each_input
@@ -155,16 +120,7 @@ def test_the_draws_are_fixed_by_the_seed_and_the_seed_by_torchs() -> None:
     assert len({str(sequence) for sequence in sequences.values()}) == 3
 
 
-def test_nothing_is_drawn_where_the_pairs_are_given() -> None:
-    given = arguments(False)
-    mined = MultiSimilarityMiner()(*given[:2])
-    for loss, call in ((listing(balanced=False), given), (listing(), arguments(False, mined=mined))):
-        before = loss.get_extra_state()
-        loss(*call)
-        assert torch.equal(loss.get_extra_state(), before)
-
-
-def test_the_next_draw_is_part_of_the_state_and_of_copies() -> None:
+def test_the_next_draw_is_part_of_the_state_and_of_copies_and_nothing_is_drawn_where_pairs_are_given() -> None:
     given, loss = arguments(False), listing(seed=5)
     for _ in range(3):
         loss(*given)
@@ -178,10 +134,12 @@ def test_the_next_draw_is_part_of_the_state_and_of_copies() -> None:
         other = listing(seed=77)
         other(*given)
         other.load_state_dict(kept)
+        other(*arguments(False, mined=MultiSimilarityMiner()(*given[:2])))
+        other.balanced = False
+        other(*given)
+        other.balanced = True
         assert [drawn(other, given) for _ in range(4)] == expected
 
-
-# --- a miner's pairs and triplets -------------------------------------------------------------------------------------
 
 EMPTY = ([], [])
 PAIRS = {
@@ -194,53 +152,36 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("balanced", [True, False])
-@pytest.mark.parametrize("pairs", PAIRS.values(), ids=list(PAIRS))
-def test_all_pairs_of_a_miner_are_used_as_often_as_it_names_them(pairs: Any, balanced: bool) -> None:
-    batch, labels, _ = arguments(False)
-    mined = tuple(torch.tensor(index).long() for pair in pairs for index in pair)
-    expected = [pair for part in pairs for pair in zip(*part, strict=True)]
-    assert drawn(listing(balanced=balanced), (batch, labels, mined)) == expected
-    logits = learned()(batch)
-    losses = [F.softplus(-logits[i, j]) for i, j in zip(*pairs[0], strict=True)]
-    losses += [0.5 * F.softplus(logits[i, j]) for i, j in zip(*pairs[1], strict=True)]
-    got = PairVerificationLoss(learned(), balanced, negative_weight=0.5)(batch, labels, mined)
-    torch.testing.assert_close(got, torch.stack(losses).mean())
+@pytest.mark.parametrize("pairs", PAIRS)
+def test_all_pairs_of_a_miner_are_used_as_often_as_it_names_them(pairs: str, balanced: bool) -> None:
+    given = arguments(False, mined=tuple(torch.tensor(index).long() for pair in PAIRS[pairs] for index in pair))
+    losses, numbers = zip(*losses_by_hand("pairs", learned(), given), strict=True)
+    assert drawn(listing(balanced=balanced), given) == list(numbers)
+    torch.testing.assert_close(LOSSES["pairs"](learned(), balanced=balanced)(*given), torch.stack(losses).mean())
 
 
 @pytest.mark.parametrize("count", [3, 1])
 def test_a_triplet_is_a_matching_pair_and_another_and_needs_no_labels(count: int) -> None:
-    batch = arguments(False)[0]
     triplets = tuple(torch.tensor(index[:count]) for index in ([0, 1, 0], [1, 4, 4], [3, 0, 5]))
     expected = [(0, 1), (1, 4), (0, 4)][:count] + [(0, 3), (1, 0), (0, 5)][:count]
-    assert drawn(listing(), (batch, None, triplets)) == expected
+    assert drawn(listing(), (arguments(False)[0], None, triplets)) == expected
 
 
 @pytest.mark.parametrize("length", [3, 4])
 def test_a_miner_that_found_nothing_gives_zero_loss_and_gradient(length: int) -> None:
     batch, labels, _ = arguments(False)
-    empty = tuple(torch.zeros(0, dtype=torch.long) for _ in range(length))
-    loss = PairVerificationLoss(learned())(batch.requires_grad_(), labels, empty)
+    loss = PairVerificationLoss(learned())(batch.requires_grad_(), labels, (torch.zeros(0).long(),) * length)
     loss.backward()
     assert loss.item() == 0
     assert not batch.grad.any()
 
 
-# --- episodes, and batches without pairs of one kind ------------------------------------------------------------------
-
-
 def test_an_item_among_the_references_is_a_pair_with_itself() -> None:
     """Only where no references are given is an item no pair with itself. This is the smallest episode, too."""
-    batch, labels = normal(2, 5, seed=1), torch.tensor([8, 5])
+    batch, labels = normal(2, 5), torch.tensor([8, 5])
     assert drawn(listing(balanced=False), (batch[:1], labels[:1], None, batch, labels)) == [(0, 0), (0, 1)]
-    assert set(drawn(listing(), (batch, labels, None, batch.clone(), labels.clone()))) == {
-        (0, 0),
-        (1, 1),
-        (0, 1),
-        (1, 0),
-    }
-
-
-# --- learning and exceptions ------------------------------------------------------------------------------------------
+    pairs = drawn(listing(), (batch, labels, None, batch.clone(), labels.clone()))
+    assert sorted(pairs) == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 def test_training_learns_which_dimension_tells_classes_apart_and_from_where_on() -> None:
