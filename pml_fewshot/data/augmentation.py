@@ -18,7 +18,7 @@ class RandomAffine:
 
     Args:
         degrees: rotation, uniform in +- degrees.
-        scale: relative change of size, uniform in 1 +- scale, for each axis on its own.
+        scale: change of size, uniform in 1 +- scale, for each axis on its own.
         shear: degrees, uniform in +- shear, along the horizontal axis.
         translate: shift as a fraction of the size, uniform in +- translate, for each axis.
         flip: mirror half of the images left to right.
@@ -43,12 +43,9 @@ class RandomAffine:
                 raise UsageError(f"expected {name} >= 0, got {getattr(self, name)}; both signs are drawn anyway")
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Returns distorted images of the same shape and type.
+        """Returns distorted images of the same shape (B, C, H, W) and type of floats.
 
-        Args:
-            images: (B, C, H, W) floats.
-            generator: source of the randomness. The numbers are drawn on its own device, so a CPU generator gives the
-                same distortions on every device.
+        The numbers are drawn on the generator's own device, so a CPU generator gives the same ones on every device.
         """
         draw = torch.rand(len(images), 8, generator=generator, device=generator.device).to(images.device)
         plus_minus = 2 * draw - 1

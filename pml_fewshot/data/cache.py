@@ -50,11 +50,10 @@ def cached_sets(
         name: the data set's, the entry's first word.
         source: where the images come from and how they are prepared; another value is another entry.
         files: what they are read from; another name, size or time replaces the entry.
-        read: gives the source's content; called only when the cache does not hold it.
+        read: called only when the cache does not hold the source's content.
         cache_dir: by default `$PML_FEWSHOT_CACHE`, `$XDG_CACHE_HOME/pml_fewshot` or `~/.cache/pml_fewshot`.
-        memory_map: leave the images in the file and check only their number and shape, so that a set larger than
-            memory is not read through at each start. Otherwise they are copied and compared with their checksum, which
-            takes a second a GB.
+        memory_map: leave the images in the file and check only their number and shape, for sets larger than memory.
+            Otherwise they are copied and compared with their checksum, a second a GB.
 
     Raises:
         UsageError: the entry is damaged. It is not rebuilt silently: a disk that loses data should be known.
@@ -75,8 +74,8 @@ def cached_sets(
         if not entry.exists():  # otherwise another process built it while this one waited
             shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
             _write(read(), name, temporary, entry)
-        for outdated in set(folder.glob(f"{prefix}*")) - {entry}:
-            with translate_write_errors(folder):
+        with translate_write_errors(folder):
+            for outdated in set(folder.glob(f"{prefix}*")) - {entry}:
                 shutil.rmtree(outdated)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -105,14 +104,15 @@ def _write(source: Source, name: str, folder: Path, entry: Path) -> None:
                 while content:  # a disk that becomes full takes a part, and gives the reason when asked again
                     content = content[file.write(content) :]
             labels.append(label)
+        shape = (len(labels), *source.item_shape)
         with translate_write_errors(entry):
             file.seek(0)  # the new header is as long: numpy leaves room in it for any length of the first axis
-            np.lib.format.write_array_header_1_0(file, header | {"shape": (len(labels), *source.item_shape)})
+            np.lib.format.write_array_header_1_0(file, header | {"shape": shape})
     sets = _slices(_map_images(folder), torch.tensor(labels), source.sets)
     recorded = [(part, each.class_names, each.checksum()) for part, each in sets.items()]
-    about = {"sets": recorded, "notes": source.notes, "shape": [len(labels), *source.item_shape]}
+    about = json.dumps({"sets": recorded, "notes": source.notes, "shape": shape})
     with translate_write_errors(entry):
-        write_tensors(folder / "rest.safetensors", {"labels": torch.tensor(labels)}, {"about": json.dumps(about)})
+        write_tensors(folder / "rest.safetensors", {"labels": torch.tensor(labels)}, {"about": about})
         fsync(folder / "images.npy")
         folder.rename(entry)
         fsync(entry.parent)
@@ -123,8 +123,8 @@ def _load(entry: Path, memory_map: bool) -> tuple[dict[str, FewShotDataset], dic
         images = _map_images(entry)  # an error where the file is truncated
         tensors, texts = read_tensors(entry / "rest.safetensors")  # which verifies its own checksum
         about = json.loads(texts["about"])
-        if images.dtype != torch.uint8 or list(images.shape) != about["shape"]:
-            raise ValueError(f"{images.dtype} images {tuple(images.shape)}, not {about['shape']} bytes as written")
+        if list(images.shape) != about["shape"]:
+            raise ValueError(f"images of shape {list(images.shape)}, not {about['shape']} as written")
         sets = _slices(images, tensors["labels"], {name: class_names for name, class_names, _ in about["sets"]})
         for name, _, recorded in about["sets"]:
             if not memory_map:
@@ -135,9 +135,9 @@ def _load(entry: Path, memory_map: bool) -> tuple[dict[str, FewShotDataset], dic
     except MemoryError:
         raise
     except Exception as error:  # on broken files numpy raises whatever its code happens to meet
+        got = f"one that cannot be read ({error})"
         raise UsageError(
-            f"expected a whole cache entry in {entry}, got one that cannot be read ({error}); delete that folder and "
-            "run again"
+            f"expected a whole cache entry in {entry}, got {got}; delete that folder and run again"
         ) from error
     return sets, about["notes"]
 

@@ -22,12 +22,12 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
             mmap_mode="c")` or "r") only the images that are asked for are read, but `to`, `select_classes`,
             `with_rotations_as_classes` and `concat` copy into memory, as does giving a slice of a read-only map.
         labels: (M,) int64, indices into class_names.
-        class_names: one name for each class.
+        class_names: one for each class.
         note: what readers of figures from this set must know ("150 of 600 images a class"); kept with the results.
 
     Raises:
-        UsageError: another type or shape of images, labels of another type (UsageTypeError), length or outside of the
-            class names, a repeated name, or a class without an image.
+        UsageError: another type (UsageTypeError), shape or number of images or labels, a label that is no index into
+            the class names, a repeated name, or a class without an image.
     """
 
     recorded_checksum = ""  # what `checksum` gave when a loader stored the images in its cache
@@ -43,21 +43,17 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         check_labels(labels, len(images), "the data set's")
         low, high, classes = int(labels.min()), int(labels.max()), len(class_names)
         if low < 0 or high >= classes:
-            raise UsageError(
-                f"expected labels from 0 to {classes - 1}, indices into the {classes} class names, got labels from "
-                f"{low} to {high}; number the classes from 0 and name each"
-            )
+            wanted, do = f"indices into the {classes} class names", "number the classes from 0 and name each"
+            raise UsageError(f"expected labels as {wanted}, got labels from {low} to {high}; {do}")
         if repeated := [name for name, count in Counter(class_names).items() if count > 1]:
             raise UsageError(f"expected different class names, got {repeated[:3]} more than once; rename them")
         if empty := (torch.bincount(labels, minlength=classes) == 0).nonzero().flatten().tolist():
+            got = f"none in {len(empty)} of {classes}, first {class_names[empty[0]]!r}"
             raise UsageError(
-                f"expected at least one image in every class, got none in {len(empty)} of {classes}, first "
-                f"{class_names[empty[0]]!r}; add images or leave out the names of empty classes"
+                f"expected an image in every class, got {got}; add images or leave out empty classes' names"
             )
-        self.images = images
-        self.labels = labels
-        self.class_names = tuple(class_names)
-        self.note = note
+        self.images, self.labels = images, labels
+        self.class_names, self.note = tuple(class_names), note
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -94,7 +90,7 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         return flat.to(torch.float32).div_(255).reshape(*index.shape, *self.item_shape)
 
     def fingerprint(self) -> str:
-        """16 hex digits of class names, labels and item shape: which set this is, without reading its images."""
+        """16 hex digits of class names, item shape and labels: which set this is, without reading its images."""
         digest = hashlib.blake2b(repr((self.class_names, self.item_shape)).encode(), digest_size=8)
         digest.update(self.labels.cpu().contiguous().numpy().astype("<i8", copy=False).data)
         return digest.hexdigest()
@@ -122,10 +118,9 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         return FewShotDataset(self.images[keep], labels[keep], [self.class_names[c] for c in classes], self.note)
 
     def with_rotations_as_classes(self) -> "FewShotDataset":
-        """Returns four times the classes: each rotated by 0, 90, 180 and 270 degrees is a class of its own.
+        """Returns four times the classes, as in Omniglot papers since Santoro et al. 2016.
 
-        The custom of Omniglot papers since Santoro et al. 2016. Class c rotated by 90 r degrees has label 4 c + r and
-        the name "<name>/rot000" and so on.
+        Class c rotated by 90 r degrees is a class of its own, of label 4 c + r and name "<name>/rot000" and so on.
         """
         images = torch.cat([self.images.rot90(r, dims=(2, 3)) for r in range(4)])
         labels = torch.cat([self.labels * 4 + r for r in range(4)])
@@ -134,11 +129,7 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
 
 
 def concat(datasets: Iterable[FewShotDataset]) -> FewShotDataset:
-    """Returns one set with the items and classes of all, in the order given.
-
-    Raises:
-        UsageError: a class name is in two of them.
-    """
+    """Returns one set with the items and classes of all, in the order given; no class name may be in two of them."""
     datasets = list(datasets)
     starts = np.cumsum([0, *(len(d.class_names) for d in datasets[:-1])]).tolist()
     return FewShotDataset(
@@ -167,8 +158,7 @@ class Splits:
     test: FewShotDataset
 
     def __post_init__(self) -> None:
-        sets = (("train", self.train), ("val", self.val), ("test", self.test))
-        check_disjoint([(name, part.class_names) for name, part in sets if part is not None])
+        check_disjoint([(name, part.class_names) for name, part in vars(self).items() if part is not None])
 
 
 def _writable(images: np.ndarray) -> np.ndarray:

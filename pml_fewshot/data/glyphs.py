@@ -1,7 +1,7 @@
 """Glyphs: the data set that needs no download, letters and digits drawn from the typefaces that matplotlib ships.
 
-A class is a character, its 20 images are drawings of it, each in another typeface and each rotated, slanted,
-scaled and shifted a little. Training, validation and test classes are different scripts, as Omniglot's are alphabets.
+A class is a character, its 20 images are drawings of it in different typefaces, each rotated, slanted, scaled and
+shifted a little. Training, validation and test classes are different scripts, as Omniglot's are alphabets.
 """
 
 import unicodedata
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 from pml_fewshot.checks import MissingFileError
 from pml_fewshot.data.cache import Source, cached_sets
-from pml_fewshot.data.dataset import FewShotDataset, Splits
+from pml_fewshot.data.dataset import Splits
 
 DRAWINGS = 20  # of each class
 IMAGE_SIZE = 28
@@ -38,9 +38,12 @@ MIN_FACES = 12
 # The first word of a character's Unicode name decides. Names that begin otherwise (MICRO SIGN, OHM SIGN, PLANCK
 # CONSTANT, FEMININE ORDINAL INDICATOR, DOUBLE-STRUCK CAPITAL C, SUPERSCRIPT .., MODIFIER LETTER .., COPTIC ..) are left
 # out: most are another letter's shape in a second role, and a Greek mu must not come into training as MICRO SIGN.
-SPLIT_OF_SCRIPT = {
-    **dict.fromkeys(("LATIN", "CYRILLIC", "DIGIT"), "train"),
-    **dict.fromkeys(("ARMENIAN", "GEORGIAN"), "val"),
+SPLITS = {
+    "LATIN": "train",
+    "CYRILLIC": "train",
+    "DIGIT": "train",
+    "ARMENIAN": "val",
+    "GEORGIAN": "val",
     "GREEK": "test",
 }
 
@@ -48,18 +51,17 @@ SPLIT_OF_SCRIPT = {
 def load_glyphs(seed: int = 0, cache_dir: str | Path | None = None) -> Splits:
     """Loads the built-in set: 28 x 28 gray images of letters and digits, ink high, 20 of each class.
 
-    Nothing is downloaded. The first call draws the images, 6 seconds on one core; later ones read the cache (0.02 s).
-    The same seed gives the same images on every machine with the same Pillow and matplotlib, FreeType being in both.
+    The first call draws the images, 6 seconds on one core; later ones read the cache (0.02 s). The same seed gives the
+    same images on every machine with the same Pillow and matplotlib, FreeType being in both.
 
     Args:
-        seed: of all random draws: the faces of each class and the turn, slant, scale and shift of each image.
+        seed: of the faces of each class and the turn, slant, scale and shift of each image.
         cache_dir: where the drawn images are kept; `$PML_FEWSHOT_CACHE` or `~/.cache/pml_fewshot` when None.
 
     Returns:
-        Splits of 884 classes (Latin, Cyrillic, digits) for train, 120 (Armenian, Georgian) for val and 303 (Greek)
-        for test. Class names are Unicode names: `GREEK SMALL LETTER ALPHA`. No two of the classes of val or test are
-        the same shape. But 30 of the 303 Greek letters look like a Latin or Cyrillic one (capital Alpha), which the
-        test set's note says.
+        Splits of 884 classes (Latin, Cyrillic, digits) for train, 120 (Armenian, Georgian) for val and 303 (Greek) for
+        test, with Unicode names: `GREEK SMALL LETTER ALPHA`. No two classes of val or test are the same shape, but 30
+        of the Greek letters look like a Latin or Cyrillic one (capital Alpha), which the test set's note says.
 
     Raises:
         MissingFileError: matplotlib's font folder lacks one of the 21 typefaces.
@@ -69,31 +71,25 @@ def load_glyphs(seed: int = 0, cache_dir: str | Path | None = None) -> Splits:
     faces = _find_faces(Path(matplotlib.get_data_path()) / "fonts" / "ttf")
     key = (seed, RECIPE, PIL.__version__, features.version("freetype2"), *faces.values())
     sets, twins = cached_sets("glyphs", key, faces.values(), lambda: _read(faces, seed), cache_dir)
-    everything = sets["all"]
-
-    def classes(split: str) -> FewShotDataset:
-        part = everything.select_classes([c for c, name in enumerate(everything.class_names) if _split(name) == split])
+    roles = [SPLITS[name.split()[0]] for name in sets["all"].class_names]
+    parts = {split: sets["all"].select_classes([c for c, role in enumerate(roles) if role == split]) for split in twins}
+    for split, part in parts.items():
         part.note = f"{twins[split]} look like a training class" if twins[split] else ""
-        return part
-
-    return Splits(classes("train"), classes("val"), classes("test"))
+    return Splits(**parts)
 
 
 def _find_faces(folder: Path) -> dict[str, Path]:
     faces = {face: folder / f"{face}.ttf" for face in FACES}
-    if missing := [path.name for path in faces.values() if not path.is_file()]:
-        raise MissingFileError(
-            f"expected matplotlib's {len(FACES)} typefaces in {folder}, got no {', '.join(missing)}; install "
-            "matplotlib 3.11 or newer from its wheel (3.10 has no cmti10, and some distributions leave fonts out)"
-        )
+    if missing := ", ".join(path.name for path in faces.values() if not path.is_file()):
+        do = "install matplotlib 3.11 or newer from its wheel (3.10 has no cmti10, some distributions leave fonts out)"
+        raise MissingFileError(f"expected matplotlib's {len(FACES)} typefaces in {folder}, got no {missing}; {do}")
     return faces
 
 
 def _read(faces: dict[str, Path], seed: int) -> Source:
     holders, twins = _characters(_outlines(faces))
-    names = [unicodedata.name(character) for character in holders]
-    shape = (1, IMAGE_SIZE, IMAGE_SIZE)
-    return Source(_drawings(holders, faces, seed), DRAWINGS * len(names), shape, {"all": names}, twins)
+    items, sets = _drawings(holders, faces, seed), {"all": [unicodedata.name(character) for character in holders]}
+    return Source(items, DRAWINGS * len(holders), (1, IMAGE_SIZE, IMAGE_SIZE), sets, twins)
 
 
 def _characters(outlines: dict[str, dict[str, bytes]]) -> tuple[dict[str, list[str]], dict[str, int]]:
@@ -101,28 +97,24 @@ def _characters(outlines: dict[str, dict[str, bytes]]) -> tuple[dict[str, list[s
 
     Nobody can tell the Latin A from the Cyrillic one: twins have exactly the same outline in six faces or more. The
     twin of a class of the same split is left out: 53, all of train. Outlines that differ by a hair stay (13 pairs of
-    train, such as A with diaeresis). Twins of a training class in val and test stay too, for there would be fewer than
-    1,300 classes without them; these are counted.
+    train, such as A with diaeresis). Twins of a training class in val and test stay and are counted, for without them
+    there would be fewer than 1,300 classes.
     """
     classes: dict[str, list[str]] = {}
-    drawn: dict[str, dict[tuple[str, bytes], str]] = {"train": {}, "val": {}, "test": {}}  # outline in a face -> class
+    drawn: dict[tuple[str, str, bytes], str] = {}  # split, face, outline -> class
 
     def is_twin(character: str, split: str) -> bool:
-        alike = Counter(drawn[split][shape] for shape in outlines[character].items() if shape in drawn[split])
-        return max(alike.values(), default=0) >= MIN_FACES // 2
+        alike = Counter(drawn.get((split, *shape)) for shape in outlines[character].items())
+        return any(twin and faces >= MIN_FACES // 2 for twin, faces in alike.items())
 
     for character in sorted(outlines):
-        split = _split(unicodedata.name(character))
+        split = SPLITS[unicodedata.name(character).split()[0]]
         if len(outlines[character]) >= MIN_FACES and not is_twin(character, split):
             classes[character] = list(outlines[character])
             for shape in outlines[character].items():
-                drawn[split].setdefault(shape, character)
-    twins = Counter(_split(unicodedata.name(c)) for c in classes if is_twin(c, "train"))
+                drawn.setdefault((split, *shape), character)
+    twins = Counter(SPLITS[unicodedata.name(c).split()[0]] for c in classes if is_twin(c, "train"))
     return classes, {"train": 0, "val": twins["val"], "test": twins["test"]}
-
-
-def _split(name: str) -> str:
-    return SPLIT_OF_SCRIPT[name.split()[0]]
 
 
 def _outlines(faces: dict[str, Path]) -> dict[str, dict[str, bytes]]:
@@ -133,13 +125,10 @@ def _outlines(faces: dict[str, Path]) -> dict[str, dict[str, bytes]]:
     for face, path in faces.items():
         font = FT2Font(str(path))
         for code, glyph in font.get_charmap().items():
-            character = chr(code)
-            if glyph == 0 or not _is_letter(character) or (face in ASCII_FACES and not character.isascii()):
-                continue
-            font.load_char(code, flags=LoadFlags.NO_SCALE)
-            vertices, _ = font.get_path()
-            if len(vertices):
-                outlines.setdefault(character, {})[face] = vertices.tobytes()
+            if glyph and _is_letter(chr(code)) and (face not in ASCII_FACES or chr(code).isascii()):
+                font.load_char(code, flags=LoadFlags.NO_SCALE)
+                if len(vertices := font.get_path()[0]):
+                    outlines.setdefault(chr(code), {})[face] = vertices.tobytes()
     return outlines
 
 
@@ -149,12 +138,9 @@ def _is_letter(character: str) -> bool:
     A double is a character that NFC turns into another one: U+1F71 is U+03AC, OHM SIGN is the Greek Omega. Names,
     NFC and these categories are as good as fixed by Unicode's stability policy, so Python's version does not matter.
     """
-    category = unicodedata.category(character)
-    return (
-        (category == "Nd" or (category[0] == "L" and category != "Lm"))
-        and unicodedata.name(character, " ").split(" ")[0] in SPLIT_OF_SCRIPT
-        and unicodedata.is_normalized("NFC", character)
-    )
+    kind, script = unicodedata.category(character), unicodedata.name(character, " ").split(" ")[0]
+    letter = kind in ("Lu", "Ll", "Lt", "Lo", "Nd") and script in SPLITS
+    return letter and unicodedata.is_normalized("NFC", character)
 
 
 def _drawings(holders: dict[str, list[str]], faces: dict[str, Path], seed: int) -> Iterator[tuple[np.ndarray, int]]:

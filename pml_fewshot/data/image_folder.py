@@ -32,23 +32,20 @@ def load_image_folder(
 
     Where root holds `train` and `test`, those are the splits (with `val`, `valid` or `validation` as you like).
     Otherwise the classes are split by `seed`. Images in deeper subfolders belong to the class above them; hidden files,
-    files of other kinds, and subfolders without an image are ignored.
+    files of other kinds, and subfolders without an image are ignored. Class names are the subfolders', sorted in each
+    split; val is None where there is none.
 
     Args:
-        root: the folder.
         image_size: height and width in pixels, 84 as in miniImageNet; see `read_image` for the scaling.
         channels: 3 (RGB) or 1 (gray).
         val_fraction: share of the classes for val, rounded, at least one class; 0 for no val.
         test_fraction: share of the classes for test, rounded, at least one class.
         seed: of the draw of classes; the same seed, fractions and class names give the same split everywhere.
-        skip_broken: leave out images that cannot be read, with a warning that counts and names them and a note on the
-            sets; otherwise the first one is an error.
+        skip_broken: leave out images that cannot be read, with a warning that names them and a note on the sets;
+            otherwise the first one is an error.
         memory_map: leave the images in the cache's file and read only what is asked for, for sets larger than memory
             (`FewShotDataset.checksum` can verify them); otherwise they are copied into memory.
         cache_dir: where the decoded images are kept; `$PML_FEWSHOT_CACHE` or `~/.cache/pml_fewshot` when None.
-
-    Returns:
-        Splits with the subfolders' names as class names, sorted in each split; val is None where there is none.
 
     Raises:
         UsageError: no folder (MissingFileError), no images, images outside of class folders, too few classes for the
@@ -75,7 +72,7 @@ def splits_by_folder(names: Sequence[str], path: Path) -> dict[str, Classes] | N
             f"expected images in {path} in the folders train, test and perhaps val only, got them in "
             f"{', '.join(folders[:10])}; move the others, or put all classes side by side to have them split"
         )
-    below = {split: [n for n in names if SPLIT_FOLDERS[n.split("/")[0]] == split] for split in ("train", "val", "test")}
+    below = {role: [n for n in names if SPLIT_FOLDERS[n.split("/")[0]] == role] for role in ("train", "val", "test")}
     return {split: _by_folder(found, path, depth=1) for split, found in below.items() if found}
 
 
@@ -87,8 +84,7 @@ def _by_folder(names: Sequence[str], path: Path, depth: int = 0) -> Classes:
             raise UsageError(f"expected images of {path} in class folders, got {name} in none; move it into one")
         classes.setdefault(parts[depth], []).append(name)
     if not classes:
-        kinds = ", ".join(IMAGE_SUFFIXES)
-        raise UsageError(f"expected images in class folders below {path}, got none; add files {kinds}")
+        raise UsageError(f"expected images in class folders in {path}, got none; add files {', '.join(IMAGE_SUFFIXES)}")
     return dict(sorted(classes.items()))
 
 
@@ -119,13 +115,9 @@ def read_splits(
     cache_dir: str | Path | None,
     note: str = "",
 ) -> Splits:
-    """Returns the splits of the images in a folder or zip, decoded once and cached; see also `cached_sets`.
+    """Returns the splits "train", perhaps "val", and "test" of the images in a folder or zip, decoded once and cached.
 
-    Args:
-        drawn: what the splits were drawn by; as with all arguments before it, another value is another cache entry.
-        splits: "train", "val" (may be missing) and "test", each with its classes.
-        read: gives the content of an image.
-        note: for the three sets.
+    `drawn` is what the splits were drawn by; as with the arguments before it, another value is another cache entry.
     """
     check_disjoint([(split, tuple(classes)) for split, classes in splits.items()])
     by_class = [names for classes in splits.values() for names in classes.values()]

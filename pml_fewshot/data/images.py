@@ -37,28 +37,26 @@ def open_images(path: Path) -> Iterator[tuple[list[str], Read]]:
         files = (Path(parent, name).relative_to(path).as_posix() for parent, _, names in walk for name in names)
         yield _images(files), lambda name: (path / name).read_bytes()
         return
-    try:
+    with _named_if_broken(path):
         archive = zipfile.ZipFile(path)
-    except (FileNotFoundError, PermissionError):
-        raise
-    except Exception as error:  # on a broken zip zipfile raises whatever its code happens to meet
-        raise _broken_zip(path, error) from error
 
     def read(name: str) -> bytes:
-        try:
+        with _named_if_broken(path):
             return archive.read(name)  # which verifies checksums
-        except Exception as error:
-            raise _broken_zip(path, error) from error
 
     with archive:
         yield _images(archive.namelist()), read
 
 
-def _broken_zip(path: Path, error: Exception) -> UsageError:
-    return UsageError(
-        f"expected a whole zip file at {path}, got a broken one ({str(error) or type(error).__name__}); delete it and "
-        "fetch it again"
-    )
+@contextmanager
+def _named_if_broken(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # on a broken zip zipfile raises whatever its code happens to meet
+        got = f"a broken one ({str(error) or type(error).__name__})"
+        raise UsageError(f"expected a whole zip file at {path}, got {got}; delete it and fetch it again") from error
 
 
 def _images(names: Iterable[str]) -> list[str]:
@@ -67,12 +65,7 @@ def _images(names: Iterable[str]) -> list[str]:
 
 
 def read_images(
-    names: Sequence[str],
-    read: Read,
-    image_size: int,
-    channels: int,
-    path: Path,
-    skip_broken: bool = False,
+    names: Sequence[str], read: Read, image_size: int, channels: int, path: Path, skip_broken: bool = False
 ) -> Iterator[np.ndarray | None]:
     """Yields `read_image` of each name in turn, decoded in threads; with skip_broken, None for a broken one."""
 
@@ -118,8 +111,9 @@ def read_image(content: bytes, image_size: int, channels: int, name: str) -> np.
     except MemoryError:
         raise
     except Exception as error:  # on broken content Pillow's readers raise whatever their code happens to meet
+        got = error or type(error).__name__
         raise BrokenImageError(
-            f"expected a readable image at {name}, got {error or type(error).__name__}; replace the file or take it out"
+            f"expected a readable image at {name}, got {got}; replace the file or take it out"
         ) from error
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 

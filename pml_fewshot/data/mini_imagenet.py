@@ -34,8 +34,7 @@ def load_mini_imagenet(
     Args:
         root: the folder to look in, or the zip itself.
         image_size: height and width in pixels; 84 as in every paper, the size of the usual files, which pass unchanged.
-        memory_map: leave the images in the cache's file and read only what is asked for; otherwise they are copied
-            into memory, 1.3 GB for all 60,000.
+        memory_map: leave the images in the cache's file and read only what is asked for, not 1.3 GB for all 60,000.
         cache_dir: where the decoded images are kept; `$PML_FEWSHOT_CACHE` or `~/.cache/pml_fewshot` when None.
 
     Returns:
@@ -44,27 +43,26 @@ def load_mini_imagenet(
 
     Raises:
         MissingFileError: none of the layouts is there, or a list names a missing file.
-        UsageError: a broken zip, list or image, several zips that fit, another number of classes, or (where classes
-            are named by WordNet ids) other classes in a split than Ravi and Larochelle's.
+        UsageError: a broken zip, list or image, several zips that fit, or other classes than Ravi and Larochelle's
+            (their numbers only where the names are no WordNet ids).
     """
     root = Path(root).resolve()
     path = root if root.is_file() else _find(root)
     with open_images(path) as (names, read):
-        full = _in_splits(names)  # from the split's folder on -> full name
-        files = [path] if path.is_file() else [path / name for name in full]
-        splits = splits_by_folder(list(full), path) or {}
-        if not full and (path / "train.csv").is_file():
-            lists = [path / f"{split}.csv" for split in CLASSES]
-            unlisted = set(names)
-            splits = {listing.stem: _listed(listing, unlisted) for listing in lists}
-            full = {name: name for name in names if name not in unlisted}
-            files = [*lists, *(path / name for name in full)]
+        full = _in_splits(names)
+        listed = not full and (path / "train.csv").is_file()
+        lists, unlisted = [path / f"{split}.csv" for split in CLASSES if listed], set(names)
+        for listing in lists:
+            full |= _listed(listing, unlisted)
+        by_folder = splits_by_folder(sorted(full), path) or {}
+        splits = {split: {c: [full[n] for n in own] for c, own in part.items()} for split, part in by_folder.items()}
         _check_classes(splits, path)
         counts = sorted({len(images) for classes in splits.values() for images in classes.values()})
         found = " to ".join(map(str, counts[:1] + counts[1:][-1:]))
         note = "" if counts == [IMAGES] else f"{found} of {IMAGES} images a class"
-        key, content = ("mini_imagenet", path, image_size, 3, False, ()), lambda name: read(full[name])
-        return read_splits(*key, splits, content, files, memory_map, cache_dir, note)
+        files = [path] if path.is_file() else [*lists, *map(path.joinpath, full.values())]
+        key = ("mini_imagenet", path, image_size, 3, False, ())
+        return read_splits(*key, splits, read, files, memory_map, cache_dir, note)
 
 
 def _find(root: Path) -> Path:
@@ -81,50 +79,44 @@ def _find(root: Path) -> Path:
         if zips:
             return zips[0]
     raise MissingFileError(
-        f"expected miniImageNet in {root} or in its subfolder {', '.join(SUBFOLDERS[1:])}: folders train, val and "
-        "test, or images with train.csv, val.csv and test.csv, or a zip, got none of them; name another root "
-        "(--data-root or PML_FEWSHOT_DATA)"
+        f"expected miniImageNet in {root} or its {', '.join(SUBFOLDERS[1:])}: folders train, val and test, or images "
+        "with train.csv, val.csv and test.csv, or a zip, got none; name another root (--data-root or PML_FEWSHOT_DATA)"
     )
 
 
 def _in_splits(names: list[str]) -> dict[str, str]:
-    """The images in split folders, at any depth: their names from that folder on -> the names."""
+    """The images in split folders, at any depth: split/class/name -> their full names."""
     found = (re.search(rf"(?:^|/)((?:{'|'.join(SPLIT_FOLDERS)})/.+)", name) for name in names)
     return {match[1]: match.string for match in found if match}
 
 
-def _listed(path: Path, unlisted: set[str]) -> Classes:
-    """The classes of one of Ravi and Larochelle's lists; removes their images from `unlisted`."""
+def _listed(path: Path, unlisted: set[str]) -> dict[str, str]:
+    """The same for the images in one of Ravi and Larochelle's lists, which it takes out of `unlisted`."""
     if not path.is_file():
         raise MissingFileError(f"expected the list {path}, got none; fetch it")
-    classes: Classes = {}
+    full = {}
     with path.open(encoding="utf-8-sig", newline="") as file:
         for row in csv.DictReader(file):
             if not row.get("filename") or not row.get("label"):
                 raise UsageError(f"expected columns filename,label with values in {path}, got {row}; complete the line")
             name = f"images/{row['filename']}"
             if name not in unlisted:
-                raise MissingFileError(
-                    f"expected {path.parent / name}, an image of {path.name}, got no such file or two lines with it; "
-                    "fetch it, or take the line out"
-                )
+                wanted, do = f"{path.parent / name}, an image of {path.name}", "fetch it, or take the line out"
+                raise MissingFileError(f"expected {wanted}, got no such file or two lines with it; {do}")
             unlisted.remove(name)
-            classes.setdefault(row["label"], []).append(name)
-    return {label: sorted(names) for label, names in sorted(classes.items())}
+            full[f"{path.stem}/{row['label']}/{row['filename']}"] = name
+    return full
 
 
 def _check_classes(splits: dict[str, Classes], path: Path) -> None:
     found = {split: len(classes) for split, classes in splits.items()}
     if found != CLASSES:
-        raise UsageError(
-            f"expected miniImageNet's numbers of classes {CLASSES} in {path}, got {found or 'none'}; fetch the missing "
-            "ones, or read another set with load_image_folder"
-        )
+        do = "fetch the missing ones, or read another set with load_image_folder"
+        raise UsageError(f"expected miniImageNet's numbers of classes {CLASSES} in {path}, got {found or 'none'}; {do}")
     for split, classes in splits.items():
         digest = hashlib.blake2b("\n".join(sorted(classes)).encode(), digest_size=8).hexdigest()
         # under other names than WordNet ids nobody can tell
         if digest != RAVI_LAROCHELLE[split] and any(re.fullmatch(r"n\d{8}", name) for name in classes):
-            raise UsageError(
-                f"expected Ravi and Larochelle's {CLASSES[split]} classes for {split} in {path}, got others "
-                f"({', '.join(sorted(classes)[:3])}, ...); fetch the set again, or read it with load_image_folder"
-            )
+            do = "fetch the set again, or read it with load_image_folder"
+            wanted, got = f"{CLASSES[split]} classes for {split}", ", ".join(sorted(classes)[:3])
+            raise UsageError(f"expected Ravi and Larochelle's {wanted} in {path}, got others ({got}, ...); {do}")

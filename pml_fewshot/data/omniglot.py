@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -37,9 +38,10 @@ def load_omniglot(
 ) -> Splits:
     """Reads Omniglot from its two zips or unpacked folders; ink is high (255), paper 0.
 
+    Class names are `Alphabet/characterNN`, with `/rotDDD` when rotations are classes.
+
     Args:
-        root: folder with images_background and images_evaluation, as zips or folders, in itself or in its subfolder
-            `omniglot`.
+        root: folder that holds images_background and images_evaluation, as zips or folders, or whose `omniglot` does.
         image_size: height and width in pixels; 28 as in most papers (the drawings are 105 x 105), area-averaged.
         split: "vinyals" gives 1,028 / 172 / 423 characters for train / val / test (Vinyals et al. 2016);
             "official" the background set's 964 for train, no val, and the evaluation set's 659 for test.
@@ -47,11 +49,8 @@ def load_omniglot(
         download: first fetch the official zips (14 MB) into `root/omniglot-py`, as torchvision does, where missing.
         cache_dir: where the decoded images are kept; `$PML_FEWSHOT_CACHE` or `~/.cache/pml_fewshot` when None.
 
-    Returns:
-        Splits whose class names are `Alphabet/characterNN`, with `/rotDDD` when rotations are classes.
-
     Raises:
-        MissingFileError: a part is neither there as a zip nor as a folder.
+        MissingFileError: a part is there neither as a zip nor as a folder.
         UsageError: a zip or an image is broken, or a part has another number of characters or drawings than Omniglot.
     """
     check_choice("split", split, ("vinyals", "official"))
@@ -87,10 +86,8 @@ def _find_part(root: Path, part: str, download: bool) -> Path:
     for place in (*places, root / "omniglot-py" / f"{part}.zip"):  # where torchvision puts it
         if place.exists():
             return place
-    raise MissingFileError(
-        f"expected Omniglot's {part}.zip or folder {part} in {root} or {root / 'omniglot'}, got neither; name another "
-        "root (--data-root or PML_FEWSHOT_DATA), or pass download=True to fetch the official zips"
-    )
+    do = "name another root (--data-root or PML_FEWSHOT_DATA), or pass download=True to fetch the official zips"
+    raise MissingFileError(f"expected Omniglot's {part}.zip or folder {part} in {root} or its omniglot, got none; {do}")
 
 
 def _read(parts: dict[str, Path], image_size: int) -> Source:
@@ -99,23 +96,20 @@ def _read(parts: dict[str, Path], image_size: int) -> Source:
     for part, path in parts.items():
         with open_images(path) as (names, _):
             counts = Counter("/".join(name.split("/")[-3:-1]) for name in names)  # keeps the order
-        wrong = [f", {count} drawings of {name}" for name, count in counts.items() if count != DRAWINGS]
+        wrong = [f", {found} drawings of {name}" for name, found in counts.items() if found != DRAWINGS]
         if len(counts) != PARTS[part] or wrong:
-            raise UsageError(
-                f"expected {PARTS[part]} characters of {DRAWINGS} drawings in {path}, got {len(counts)} characters"
-                f"{''.join(wrong[:1])}; unpack or fetch the file again"
-            )
+            wanted, got = f"{PARTS[part]} characters of {DRAWINGS} drawings", f"{len(counts)} characters"
+            raise UsageError(f"expected {wanted} in {path}, got {got}{''.join(wrong[:1])}; unpack or fetch it again")
         class_names += counts
 
     def items() -> Iterator[tuple[np.ndarray, int]]:
-        number = 0
+        number = count()
         for path in parts.values():
             with open_images(path) as (names, read):
                 for drawing in read_images(names, read, DRAWN_SIZE, 1, path):
                     # 105 -> 28 is a factor of 3.75: area averaging keeps thin strokes, nearest neighbor breaks them
                     scaled = Image.fromarray(np.asarray(drawing)[0]).resize((image_size,) * 2, Image.Resampling.BOX)
-                    yield 255 - np.asarray(scaled)[None], number // DRAWINGS
-                    number += 1
+                    yield 255 - np.asarray(scaled)[None], next(number) // DRAWINGS
 
-    count = DRAWINGS * len(class_names)
-    return Source(items(), count, (1, image_size, image_size), {"all": class_names}, {})
+    total = DRAWINGS * len(class_names)
+    return Source(items(), total, (1, image_size, image_size), {"all": class_names}, {})

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,12 @@ from pml_fewshot.sampling.batches import Batch, BatchSpec
 from pml_fewshot.sampling.class_sampler import ClassSampler
 from pml_fewshot.sampling.episode_stream import Augmentation
 
-PREFETCH_BATCHES = 64  # batches
+PREFETCH_BATCHES = 64
 
 SamplerFactory = Callable[..., Iterable[Any]]
 
 
+@dataclass(eq=False, repr=False)
 class BatchStream:
     """Yields training batches without end: `classes` classes with `per_class` items each, all distinct.
 
@@ -43,26 +45,21 @@ class BatchStream:
         UsageError: too few classes or items, two views without augmentation, a sampler without one whole batch.
     """
 
-    def __init__(
-        self,
-        dataset: FewShotDataset,
-        spec: BatchSpec,
-        seed: int,
-        augment: Augmentation | None = None,
-        sampler: SamplerFactory | None = None,
-        model: nn.Module | None = None,
-    ) -> None:
-        if spec.views == 2 and augment is None:
+    dataset: FewShotDataset
+    spec: BatchSpec
+    seed: InitVar[int]
+    augment: Augmentation | None = None
+    sampler: SamplerFactory | None = None
+    model: nn.Module | None = None
+
+    def __post_init__(self, seed: int) -> None:
+        spec = self.spec
+        if spec.views == 2 and self.augment is None:
             raise UsageError("expected augmentation for two views, got none; give augment=RandomAffine()")
-        self.dataset = dataset
-        self.spec = spec
-        self.augment = augment
-        self.sampler = sampler
-        self.model = model
-        self.classes = None if sampler else ClassSampler(dataset.labels, spec.classes, spec.per_class, str(spec))
-        batch_seed, augmentation_seed = torch.randint(2**62, (2,), generator=torch.Generator().manual_seed(seed))
-        self.generator = torch.Generator().manual_seed(int(batch_seed))
-        self.augmentation_generator = torch.Generator().manual_seed(int(augmentation_seed))
+        if self.sampler is None:
+            self.classes = ClassSampler(self.dataset.labels, spec.classes, spec.per_class, str(spec))
+        seeds = torch.randint(2**62, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
+        self.generator, self.augmentation_generator = (torch.Generator().manual_seed(each) for each in seeds)
         self._construction_seed = seed % 2**32  # numpy's seeds have 32 bits
         self._block = torch.empty(0, spec.size, dtype=torch.int64)  # (batches, B) indices
         self._position = 0  # batches of the block that have been yielded
@@ -72,45 +69,38 @@ class BatchStream:
 
     def __next__(self) -> Batch:
         if self._position == len(self._block):
-            if self.sampler is not None:
-                self._block = self._one_pass(self.sampler)
-            elif self.classes is not None:
+            if self.sampler is None:
                 self._block = self.classes.draw(PREFETCH_BATCHES, self.generator).flatten(1)
+            else:
+                self._block = self._one_pass(self.sampler)
             self._position = 0
         index = self._block[self._position].to(self.dataset.device)
         self._position += 1
-        images = self.dataset.floats(index)
-        views = [images if self.augment is None else self.augment(images, self.augmentation_generator)]
-        if self.spec.views == 2 and self.augment is not None:
-            views.append(self.augment(images, self.augmentation_generator))
+        images, augment, generator = self.dataset.floats(index), self.augment, self.augmentation_generator
+        views = [images if augment is None else augment(images, generator) for _ in range(self.spec.views)]
         return Batch(views[0], self.dataset.labels[index], *views[1:])
 
     def _one_pass(self, factory: SamplerFactory) -> Tensor:
         """One pass over the sampler, cut into whole batches (batches, B)."""
         offers = {"labels": self.dataset.labels.cpu().numpy(), "dataset": self.dataset, "model": self.model}
-        arguments = inspect.signature(factory).parameters
-        wanted = {
-            name: offers[name] for name in offers if name in arguments and arguments[name].default is inspect._empty
-        }
+        arguments = inspect.signature(factory).parameters.items()
+        wanted = {name: offers[name] for name, each in arguments if name in offers and each.default is each.empty}
         epoch_seed = int(torch.randint(2**32, (), generator=self.generator))
         with _seeded(self._construction_seed):  # built alike each time: a fixed set of triplets stays the same
             sampler = factory(**wanted)
-        batch_size = getattr(sampler, "batch_size", None)
-        if batch_size not in (None, self.spec.size):
-            raise UsageError(
-                f"expected batch_size={self.spec.size} for {type(sampler).__name__}, the size of {self.spec}, got "
-                f"{batch_size}; otherwise the batches that it composes would be cut elsewhere"
-            )
+        name, size = type(sampler).__name__, self.spec.size
+        if (composed := getattr(sampler, "batch_size", None)) not in (None, size):
+            got = f"got {composed}, which would cut its batches elsewhere"
+            raise UsageError(f"expected batch_size={size} for {name}, the size of {self.spec}, {got}; set it to {size}")
         with _seeded(epoch_seed), eval_mode(self.model or nn.Identity()):
             drawn = [np.atleast_1d(item) for item in sampler]  # indices, or whole batches of them
         order = torch.from_numpy(np.concatenate(drawn) if drawn else np.empty(0)).long()
-        batches = len(order) // self.spec.size
-        if batches == 0:
+        if len(order) < size:
             raise UsageError(
-                f"expected at least {self.spec.size} items from {type(sampler).__name__}, one batch of {self.spec}, "
-                f"got {len(order)}; make the sampler's pass longer or the batch smaller"
+                f"expected at least {size} items from {name}, one batch of {self.spec}, got {len(order)}; make the "
+                "sampler's pass longer or the batch smaller"
             )
-        return order[: batches * self.spec.size].reshape(batches, self.spec.size)
+        return order[: len(order) // size * size].reshape(-1, size)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -20,9 +20,7 @@ class BatchSpec:
     """
 
     classes: int
-    """classes in a batch"""
     per_class: int
-    """items of each class"""
     views: int = 1
     """2 for two augmented views of each item, for SelfSupervisedLoss and VICRegLoss"""
 

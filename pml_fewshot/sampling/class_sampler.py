@@ -10,27 +10,18 @@ MAX_SHUFFLED = 2**22  # numbers in arrays that are shuffled at a time: 32 MiB
 
 
 def draw_without_replacement(sizes: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Draws `count` distinct numbers below each size, in uniformly random order, for all rows at once.
+    """Draws `count` distinct numbers below each size (R,), in uniformly random order: (count, R) int64.
 
-    A Fisher-Yates shuffle stopped after `count` steps. Few numbers of large sets are drawn with the displaced slots
-    remembered instead of the whole array, at a cost of count ** 2 whatever the sizes: 50,000 rows of 16 take about 15
-    ms on two cores whether the classes hold 40 items or 40 million. Small sets (6 ms), and many numbers (an episode of
-    1,692 ways in 0.05 s), are drawn from the array itself. The numbers come from the generator's own device, so a CPU
-    generator gives the same draw whatever the device of `sizes`.
-
-    Args:
-        sizes: (R,) int64, each at least `count`.
-        count: numbers to draw for each row.
-        generator: source of all randomness.
-
-    Returns:
-        (count, R) int64: the i-th number drawn for every row.
+    A Fisher-Yates shuffle stopped after `count` steps, for all rows at once; no size may be below `count`. Few numbers
+    of large sets are drawn with the displaced slots remembered instead of the whole array, at a cost of count ** 2
+    whatever the sizes: 50,000 rows of 16 take about 15 ms on two cores whether the classes hold 40 items or 40 million.
+    Small sets (6 ms), and many numbers (an episode of 1,692 ways in 0.05 s), are drawn from the array itself. The
+    numbers come from the generator's own device: a CPU generator gives the same draw whatever the device of `sizes`.
     """
     uniform = torch.rand(count, len(sizes), generator=generator, device=generator.device, dtype=torch.float64)
     step = torch.arange(count, device=sizes.device).unsqueeze(1)
-    left = sizes.unsqueeze(0) - step
     # float64 holds 53 random bits, so floor(u * n) < n and its bias is below n / 2**53
-    slot = (uniform.to(sizes.device) * left).long() + step
+    slot = (uniform.to(sizes.device) * (sizes - step)).long() + step
     # (a GPU is waited for only where it pays)
     largest = int(sizes.max()) if len(sizes) and (count > SMALL or not sizes.is_cuda) else SMALL + 1
     if largest <= SMALL or count > SMALL:
@@ -60,8 +51,7 @@ def _shuffled(slot: Tensor, size: int) -> Tensor:
 class ClassSampler:
     """Draws distinct classes, and distinct items of each, from labeled items, by batched operations.
 
-    Classes may have different sizes. With the same CPU generator state the same items come out on every machine and
-    device.
+    Classes may have different sizes. The same CPU generator state gives the same items on every machine and device.
 
     Args:
         labels: (M,) int64 class of each item, any values.
@@ -70,20 +60,16 @@ class ClassSampler:
         what: what is drawn, for messages.
 
     Raises:
-        UsageError: labels are not int64, fewer classes than wanted, or a class with fewer than `per_class` items (named
-            by its label).
+        UsageError: labels are not int64, fewer classes than wanted, or a class (named by its label) with fewer items.
     """
 
     def __init__(self, labels: Tensor, classes: int, per_class: int, what: str) -> None:
         check_labels(labels, len(labels), "the sampler's")
-        self.classes = classes
-        self.per_class = per_class
+        self.classes, self.per_class = classes, per_class
         values, self.counts = torch.unique(labels, return_counts=True)
-        if len(values) < classes:
-            raise UsageError(
-                f"expected at least {classes} classes for {what}, got {len(values)} classes; ask for fewer, or use a "
-                "set with more classes"
-            )
+        if (found := len(values)) < classes:
+            do = "ask for fewer, or use a set with more classes"
+            raise UsageError(f"expected at least {classes} classes for {what}, got {found} classes; {do}")
         check_enough_items(values, self.counts, per_class, what)
         # Items sorted by class: item i of class c is items[starts[c] + i].
         self.items = torch.argsort(labels, stable=True)

@@ -1,6 +1,7 @@
 """EpisodeStream: the endless sequence of training episodes, drawn and augmented on the data's device."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ PREFETCH_BATCHES = 64  # drawing 64 60-way episodes costs 25 ms, about what draw
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 
 
+@dataclass(eq=False, repr=False)
 class EpisodeStream:
     """Yields training episodes without end.
 
@@ -22,29 +24,24 @@ class EpisodeStream:
         dataset: images to draw from, on the device of the training.
         spec: size of an episode.
         seed: of the episodes and their augmentation.
-        augment: `augment(images (B, C, H, W), generator) -> images`, applied to support and query alike; none when
-            None.
-        episodes_per_batch: episodes in a batch, the E of an Episode.
+        augment: `augment(images (B, C, H, W), generator) -> images`, for support and query alike; none when None.
+        episodes_per_batch: the E of an Episode.
 
     `state_dict()` and `load_state_dict()` let a run resume with the very episode that would have come next.
     """
 
-    def __init__(
-        self,
-        dataset: FewShotDataset,
-        spec: EpisodeSpec,
-        seed: int,
-        augment: Augmentation | None = None,
-        episodes_per_batch: int = 1,
-    ) -> None:
-        check_at_least_one("episodes_per_batch", episodes_per_batch)
-        self.dataset = dataset
-        self.augment = augment
-        self.episodes_per_batch = episodes_per_batch
-        episodes_seed, augmentation_seed = torch.randint(2**62, (2,), generator=torch.Generator().manual_seed(seed))
-        self.augmentation_generator = torch.Generator().manual_seed(int(augmentation_seed))
-        self.sampler = EpisodeSampler(dataset.labels, spec, torch.Generator().manual_seed(int(episodes_seed)))
-        self._block_state = self.sampler.generator.get_state()
+    dataset: FewShotDataset
+    spec: EpisodeSpec
+    seed: InitVar[int]
+    augment: Augmentation | None = None
+    episodes_per_batch: int = 1
+
+    def __post_init__(self, seed: int) -> None:
+        check_at_least_one("episodes_per_batch", self.episodes_per_batch)
+        seeds = torch.randint(2**62, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
+        generator, self.augmentation_generator = (torch.Generator().manual_seed(each) for each in seeds)
+        self.sampler = EpisodeSampler(self.dataset.labels, self.spec, generator)
+        self._block_state = generator.get_state()
         self._block: EpisodeIndex | None = None
         self._position = 0  # batches of the block that have been yielded
 

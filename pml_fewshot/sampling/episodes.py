@@ -22,16 +22,12 @@ class EpisodeSpec:
     """
 
     ways: int
-    """classes in an episode"""
     shots: int
-    """support items of each class"""
     queries: int
-    """query items of each class"""
 
     def __post_init__(self) -> None:
-        check_at_least_one("ways", self.ways)
-        check_at_least_one("shots", self.shots)
-        check_at_least_one("queries", self.queries)
+        for name, value in vars(self).items():
+            check_at_least_one(name, value)
 
     def __str__(self) -> str:
         return f"{self.ways}-way {self.shots}-shot {self.queries}-query"
@@ -52,11 +48,11 @@ class Episode:
     classes: Tensor | None = None
 
     def __post_init__(self) -> None:
-        s, q = self.support.shape, self.query.shape
+        s, q = tuple(self.support.shape), tuple(self.query.shape)
         if len(s) < 4 or len(q) < 4 or s[:2] != q[:2] or s[3:] != q[3:]:
+            wanted = "support (E, W, K, *item) and query (E, W, Q, *item) with the same E, W and item shape"
             raise UsageError(
-                "expected support (E, W, K, *item) and query (E, W, Q, *item) with the same E, W and item shape, got "
-                f"{tuple(s)} and {tuple(q)}; stack the episodes along the first axis and the classes along the second"
+                f"expected {wanted}, got {s} and {q}; stack episodes along axis 0 and classes along axis 1"
             )
 
     def to(self, device: torch.device | str) -> "Episode":
@@ -81,11 +77,7 @@ class EpisodeIndex:
         return EpisodeIndex(self.support.to(device, non_blocking=True), self.query.to(device, non_blocking=True))
 
     def hash(self, fingerprint: str = "") -> str:
-        """16 hex digits that identify this list of episodes: equal hashes mean the same items in the same roles.
-
-        Args:
-            fingerprint: of the data set that the indices point into; without it only the indices are identified.
-        """
+        """16 hex digits of the episodes and their data set's fingerprint: equal for the same items in equal roles."""
         digest = hashlib.blake2b(fingerprint.encode(), digest_size=8)
         for part in (self.support, self.query):
             digest.update(str(tuple(part.shape)).encode())
@@ -96,8 +88,8 @@ class EpisodeIndex:
 class EpisodeSampler:
     """Draws episodes from labeled items: classes without replacement, then their items without replacement.
 
-    All episodes of a call are drawn at once, on the labels' device. Classes may have different sizes. With the same CPU
-    generator state the same episodes come out on every machine and device.
+    All episodes of a call are drawn at once, on the labels' device. Classes may have different sizes. The same CPU
+    generator state gives the same episodes on every machine and device.
 
     Args:
         labels: (M,) int64 class of each item, any values.
@@ -105,22 +97,16 @@ class EpisodeSampler:
         generator: source of all randomness; its state moves on with each call.
 
     Raises:
-        UsageError: labels are not int64, fewer classes than ways, or a class with fewer than shots + queries items
-            (named by its label).
+        UsageError: labels are not int64, fewer classes than ways, or a class (named by its label) with fewer items than
+            shots + queries.
     """
 
     def __init__(self, labels: Tensor, spec: EpisodeSpec, generator: torch.Generator) -> None:
-        self.spec = spec
-        self.generator = generator
+        self.spec, self.generator = spec, generator
         self.classes = ClassSampler(labels, spec.ways, spec.shots + spec.queries, str(spec))
 
     def sample(self, num_episodes: int) -> EpisodeIndex:
-        """Draws `num_episodes` episodes.
-
-        Returns:
-            EpisodeIndex(support (E, W, K), query (E, W, Q)), indices into the labels. Within an episode the classes
-            are distinct, and support and query are disjoint.
-        """
+        """Draws `num_episodes` episodes, each of distinct classes with disjoint support and query."""
         check_at_least_one("num_episodes", num_episodes)
         index = self.classes.draw(num_episodes, self.generator)
         return EpisodeIndex(index[..., : self.spec.shots], index[..., self.spec.shots :])

@@ -3,9 +3,14 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pml_fewshot.data.dataset import FewShotDataset, Splits
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
 def entries(cache: Path) -> list[str]:
@@ -16,6 +21,15 @@ def entries(cache: Path) -> list[str]:
 
 def parts(splits: Splits) -> dict[str, FewShotDataset]:
     return {name: part for name in ("train", "val", "test") if (part := getattr(splits, name)) is not None}
+
+
+def by_class(splits: Splits) -> dict[str, np.ndarray]:
+    """Class name -> its images (n, C, H, W), in the order stored."""
+    return {
+        name: part.images[part.labels == label].numpy()
+        for part in parts(splits).values()
+        for label, name in enumerate(part.class_names)
+    }
 
 
 def real_root(file: str) -> Path:

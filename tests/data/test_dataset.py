@@ -9,10 +9,7 @@ import torch
 
 from pml_fewshot.checks import UsageError
 from pml_fewshot.data.dataset import FewShotDataset, Splits, concat
-
-
-def noise(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+from tests.data.loading import noise
 
 
 def made_up(names: str = "abc", note: str = "") -> FewShotDataset:
@@ -25,15 +22,11 @@ def named(dataset: FewShotDataset) -> list[tuple[str, bytes]]:
     return [(dataset.class_names[label], image.numpy().tobytes()) for label, image in items]
 
 
-def test_it_shows_its_size():
-    dataset = made_up(note="half of it")
-    assert (len(dataset), dataset.item_shape, dataset.device) == (6, (2, 4, 4), torch.device("cpu"))
-    assert repr(dataset) == "FewShotDataset(6 images of 2x4x4, 3 classes, half of it)"
+def test_it_shows_its_size_and_moving_keeps_everything_but_the_place():
     assert repr(made_up()) == "FewShotDataset(6 images of 2x4x4, 3 classes)"
-
-
-def test_moving_keeps_everything_but_the_place():
     dataset = made_up(note="n")
+    assert repr(dataset) == "FewShotDataset(6 images of 2x4x4, 3 classes, n)"
+    assert (len(dataset), dataset.item_shape, dataset.device) == (6, (2, 4, 4), torch.device("cpu"))
     assert dataset.to("cpu") is dataset
     dataset.recorded_checksum = "recorded"
     moved = dataset.to("meta")
@@ -45,8 +38,7 @@ def test_floats_are_the_pixels_over_255_in_the_shape_of_the_index():
     dataset = made_up()
     index = torch.tensor([[[5, 0], [1, 1]], [[2, 3], [4, 5]]])
     floats = dataset.floats(index)
-    assert floats.dtype == torch.float32
-    assert floats.shape == (2, 2, 2, 2, 4, 4)
+    assert (floats.dtype, floats.shape) == (torch.float32, (2, 2, 2, 2, 4, 4))
     for place in np.ndindex(2, 2, 2):
         image, label = dataset[int(index[place])]
         expected = dataset.images[index[place]].numpy() / np.float32(255)
@@ -92,14 +84,9 @@ def test_the_fingerprint_is_of_all_but_the_images_and_the_checksum_of_all():
     assert dataset.fingerprint() == known.hexdigest()
     whole = hashlib.blake2b(known.hexdigest().encode() + dataset.images.numpy().tobytes(), digest_size=8)
     assert dataset.checksum() == whole.hexdigest()
-
-
-def test_a_recorded_checksum_is_taken_until_the_images_are_to_be_read_or_are_chosen_from():
-    dataset = made_up()
-    dataset.recorded_checksum = "recorded"
+    dataset.recorded_checksum = "recorded"  # is taken until the images are to be read or are chosen from
     assert dataset.checksum() == "recorded"
-    assert dataset.checksum(recompute=True) == made_up().checksum()
-    assert dataset.select_classes([0, 1, 2]).checksum() == made_up().checksum()
+    assert dataset.checksum(recompute=True) == dataset.select_classes([0, 1, 2]).checksum() == whole.hexdigest()
 
 
 def test_select_classes_keeps_the_items_and_relabels_in_the_order_given():
@@ -155,7 +142,7 @@ def test_a_class_in_two_splits_is_refused():
         (noise(4, 1, 2, 2), [1, 1, 2, 1], "ab", "indices into the 2 class names, got labels from 1 to 2"),
         (noise(4, 1, 2, 2), [0, -1, 0, 0], "ab", "got labels from -1 to 0"),
         (noise(4, 1, 2, 2), [0, 1, 2, 0], "aba", r"'a'. more than once"),
-        (noise(4, 1, 2, 2), [0, 2, 2, 0], "abc", "image in every class, got none in 1 of 3, first 'b'; add images"),
+        (noise(4, 1, 2, 2), [0, 2, 2, 0], "abc", "an image in every class, got none in 1 of 3, first 'b'; add images"),
     ],
 )
 def test_other_types_shapes_and_labels_are_refused(images: np.ndarray, labels: list[int], names: str, message: str):

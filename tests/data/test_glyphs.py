@@ -79,19 +79,12 @@ def test_ink_is_high_and_nothing_is_cut_off(few: Splits):
 
 
 def test_twins_have_the_same_outline_in_six_faces():
-    latin = {f"face{number}": b"A" for number in range(12)}
-    six = {face: b"A" if number < 6 else b"?" for number, face in enumerate(latin)}
-    five = {face: b"A" if number < 5 else face.encode() for number, face in enumerate(latin)}
-    other = {face: b"A" if number < 5 else b"%" for number, face in enumerate(latin)}
-    made_up = {
-        "A": latin,
-        "B": six,
-        "C": five,
-        "\u0391": six,
-        "\u0392": other,
-        "\u0393": dict(list(latin.items())[:11]),
-    }
-    classes, twins = glyphs._characters(made_up)
+    def alike(count: int, others: bytes = b"", faces: int = 12) -> dict[str, bytes]:
+        return {f"face{number}": b"A" if number < count else others for number in range(faces)}
+
+    latin = {"A": alike(12), "B": alike(6, b"?"), "C": alike(5, b"-")}
+    greek = {"\u0391": alike(6, b"?"), "\u0392": alike(5, b"%"), "\u0393": alike(11, faces=11)}
+    classes, twins = glyphs._characters(latin | greek)
     assert list(classes) == ["A", "C", "\u0391", "\u0392"]  # B is a twin of A, \u0393 in too few faces
     assert twins == {"train": 0, "val": 0, "test": 1}
 

@@ -13,7 +13,7 @@ from pml_fewshot.checks import MissingFileError, UsageError
 from pml_fewshot.data import mini_imagenet
 from pml_fewshot.data.dataset import Splits
 from pml_fewshot.data.mini_imagenet import CLASSES, load_mini_imagenet
-from tests.data.loading import entries, parts, real_root
+from tests.data.loading import by_class, entries, parts, real_root
 
 SIZE = 8
 
@@ -60,6 +60,10 @@ def load(root: Path, cache: Path, **options: bool) -> Splits:
 
 def test_every_layout_gives_every_image_to_its_class(made_up: Path, tmp_path: Path):
     shutil.copytree(made_up, tmp_path / "folder" / "miniImageNet")
+    expected = {
+        folder.name: np.stack([np.asarray(Image.open(file)).transpose(2, 0, 1) for file in sorted(folder.iterdir())])
+        for folder in made_up.glob("*/*")
+    }
     for path in (
         made_up,
         tmp_path / "folder",
@@ -71,13 +75,10 @@ def test_every_layout_gives_every_image_to_its_class(made_up: Path, tmp_path: Pa
         before = set(tmp_path.rglob("*"))
         for memory_map in (False, True):  # read, then cached
             splits = load(path, tmp_path / "cache", memory_map=memory_map)
+            np.testing.assert_equal(by_class(splits), expected)
             for split, part in parts(splits).items():
                 assert part.class_names == tuple(sorted(folder.name for folder in (made_up / split).iterdir()))
-                assert part.labels.tolist() == [label for label in range(CLASSES[split]) for _ in range(2)]
                 assert part.note == "2 of 600 images a class"
-                files = sorted((made_up / split).rglob("*.jpg"))
-                expected = np.stack([np.asarray(Image.open(file)).transpose(2, 0, 1) for file in files])
-                np.testing.assert_array_equal(part.images.numpy(), expected)
             storages = {part.images.untyped_storage().data_ptr() for part in parts(splits).values()}
             assert len(storages) == (1 if memory_map else 3)
         assert all(file.is_relative_to(tmp_path / "cache") for file in set(tmp_path.rglob("*")) - before)
@@ -89,7 +90,8 @@ def test_uneven_classes_are_noted_and_full_ones_are_not(made_up: Path, tmp_path:
     monkeypatch.setattr(mini_imagenet, "IMAGES", 2)
     assert load(root, tmp_path / "cache").test.note == ""
     next((root / "val").rglob("*.jpg")).unlink()
-    assert load(root, tmp_path / "cache").test.note == "1 to 2 of 2 images a class"
+    splits = load(root, tmp_path / "cache")
+    assert (len(splits.val), splits.test.note) == (31, "1 to 2 of 2 images a class")
 
 
 def test_other_classes_than_the_split_has_are_an_error(made_up: Path, tmp_path: Path):
@@ -111,7 +113,7 @@ def test_other_classes_than_the_split_has_are_an_error(made_up: Path, tmp_path: 
     [
         ("file,class\na.jpg,n1\n", UsageError, r"columns filename,label with values in .*val\.csv"),
         ("filename,label\na.jpg\n", UsageError, r"columns filename,label with values in .*val\.csv, got .*a\.jpg"),
-        ("", UsageError, "'val': 0"),
+        ("", UsageError, r"'val': 16.*, got \{'train': 64, 'test': 20\}; fetch"),
         ("filename,label\nnone.jpg,n1\n", MissingFileError, r"expected .*none\.jpg, an image of val\.csv, got no such"),
         ("filename,label\n{taken},n1\n", MissingFileError, r"expected .*{taken}, .* or two lines with it"),
         (None, MissingFileError, r"expected the list .*val\.csv, got none; fetch it"),
@@ -128,28 +130,26 @@ def test_broken_lists_are_errors(made_up: Path, tmp_path: Path, text: str | None
     assert entries(tmp_path / "cache") == []
 
 
-def test_nothing_at_root_says_what_was_looked_for(tmp_path: Path):
-    with pytest.raises(MissingFileError, match=r"expected miniImageNet in .*folders train, val and test, or images"):
-        load(tmp_path, tmp_path / "cache")
-
-
 def test_a_broken_zip_or_image_in_it_is_named_and_nothing_half_written_is_left(made_up: Path, tmp_path: Path):
-    whole = zipped(made_up, tmp_path / "root" / "mini.zip").read_bytes()
+    path = tmp_path / "root" / "mini.zip"
+    whole = zipped(made_up, path).read_bytes()
     for content in (whole[: len(whole) // 2], whole[:200] + b"damage" + whole[206:]):
-        (tmp_path / "root" / "mini.zip").write_bytes(content)
+        path.write_bytes(content)
         with pytest.raises(UsageError, match=r"expected a whole zip file at .*mini\.zip, got a broken one"):
-            load(tmp_path / "root", tmp_path / "cache")
+            load(path.parent, tmp_path / "cache")
     root = shutil.copytree(made_up, tmp_path / "set")
     broken = next((root / "train").rglob("*.jpg"))
     broken.write_bytes(b"broken")
-    zipped(root, tmp_path / "root" / "mini.zip", top="top/")
-    with pytest.raises(UsageError, match=rf"readable image at .*mini\.zip/train/.*{broken.name}, got"):
-        load(tmp_path / "root", tmp_path / "cache")
+    zipped(root, path, top="top/")
+    with pytest.raises(UsageError, match=rf"readable image at .*mini\.zip/top/train/.*{broken.name}, got"):
+        load(path.parent, tmp_path / "cache")
     assert entries(tmp_path / "cache") == []
 
 
-def test_two_zips_that_fit_are_an_error_and_others_are_ignored(made_up: Path, tmp_path: Path):
+def test_no_set_or_two_zips_that_fit_are_errors_and_others_are_ignored(made_up: Path, tmp_path: Path):
     root = tmp_path / "root"
+    with pytest.raises(MissingFileError, match=r"expected miniImageNet in .*folders train, val and test, or images"):
+        load(root, tmp_path / "cache")
     zipped(made_up, root / "a.zip")
     with zipfile.ZipFile(root / "other.zip", "w") as archive:
         archive.writestr("images/x.png", b"")
@@ -170,9 +170,8 @@ def test_the_real_set(tmp_path: Path):
             assert part.note == "150 of 600 images a class"
             assert torch.bincount(part.labels).tolist() == [150] * CLASSES[split]
             names = sorted(name for name in archive.namelist() if f"/{split}/" in name and name.endswith(".jpg"))
-            for i in range(0, len(names), 97):
-                pixels = np.asarray(Image.open(archive.open(names[i]))).transpose(2, 0, 1)
-                np.testing.assert_array_equal(part.images[i].numpy(), pixels)
+            for image, name in zip(part.images[::97], names[::97], strict=True):
+                np.testing.assert_array_equal(image.permute(1, 2, 0), np.asarray(Image.open(archive.open(name))))
     mapped = load_mini_imagenet(root / "miniimagenet_150", memory_map=True, cache_dir=tmp_path)  # the same entry
     for part, same in zip(parts(splits).values(), parts(mapped).values(), strict=True):
         assert part.checksum() == same.checksum(recompute=True)

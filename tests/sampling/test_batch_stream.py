@@ -25,24 +25,10 @@ from pml_fewshot.data.dataset import FewShotDataset
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.sampling.batch_stream import PREFETCH_BATCHES, BatchStream
 from pml_fewshot.sampling.batches import Batch, BatchSpec
+from pml_fewshot.sampling.class_sampler import ClassSampler
+from tests.sampling.material import CLASSES, DATA, numbers, seeded
 
 SPEC = BatchSpec(3, 2)
-CLASSES = 6
-
-
-def told_apart() -> FewShotDataset:
-    """6 classes of 4 to 9 items; the first pixel of an image is its class, the second its number."""
-    labels = torch.tensor([c for c in range(CLASSES) for _ in range(4 + c)])
-    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
-    images = torch.randint(
-        0, 256, (len(labels), 1, 3, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
-    images[:, 0, 0, 0] = labels.to(torch.uint8)
-    images[:, 0, 0, 1] = torch.arange(len(labels), dtype=torch.uint8)
-    return FewShotDataset(images, labels, list("abcdef"))
-
-
-DATA = told_apart()
 
 
 def stream(seed: int = 0, augmented: bool = False, **options: Any) -> BatchStream:
@@ -54,18 +40,10 @@ def take(source: BatchStream, count: int) -> list[Batch]:
 
 
 def same(first: list[Batch], second: list[Batch]) -> bool:
-    def equal(a: Batch, b: Batch) -> bool:
-        views = (a.other_view is None) == (b.other_view is None)
-        if a.other_view is not None and b.other_view is not None:
-            views = torch.equal(a.other_view, b.other_view)
-        return views and torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+    def tensors(batches: list[Batch]) -> list[Tensor]:
+        return [each for b in batches for each in (b.images, b.labels, b.other_view) if each is not None]
 
-    return len(first) == len(second) and all(equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def numbers(images: Tensor) -> Tensor:
-    """Which items of the data set these are."""
-    return (images[:, 0, 0, 1] * 255).round().long()
+    return all(torch.equal(a, b) for a, b in zip(tensors(first), tensors(second), strict=True))
 
 
 def items(batches: list[Batch]) -> list[list[int]]:
@@ -83,25 +61,18 @@ def test_a_batch_holds_distinct_items_of_distinct_classes_and_as_many_of_each(sp
         found = numbers(batch.images)
         assert batch.images.shape == (spec.size, 1, 3, 3)
         assert batch.other_view is None
-        assert torch.equal(batch.images, DATA.floats(found))
         assert torch.equal(batch.labels, DATA.labels[found])
         assert len(set(found.tolist())) == spec.size
-        assert len(set(batch.labels.tolist())) == spec.classes
-        assert set(Counter(batch.labels.tolist()).values()) == {spec.per_class}
+        assert list(Counter(batch.labels.tolist()).values()) == [spec.per_class] * spec.classes
 
 
-def test_classes_and_items_come_up_as_often_as_each_other() -> None:
-    batches = take(stream(), 3000)
-    counts = torch.bincount(torch.cat([batch.labels for batch in batches]), minlength=CLASSES).double()
-    expected = 3000 * SPEC.size / CLASSES  # whatever the sizes of the classes
-    # two items at a time: a class is in a batch or not
-    chi_square = float(((counts - expected) ** 2 / expected).sum()) / SPEC.per_class
-    assert chi_square < 20.5  # 5 degrees of freedom: 1 in 1,000
-    drawn = torch.bincount(torch.cat([numbers(batch.images) for batch in batches]), minlength=len(DATA)).double()
-    for c in range(CLASSES):
-        of_class = drawn[DATA.labels == c]
-        share = counts[c] / len(of_class)
-        assert float(((of_class - share) ** 2 / share).sum()) < 30  # at most 8 degrees of freedom: 1 in 5,000
+def test_batches_are_the_samplers_in_order_and_never_repeat_a_block() -> None:
+    source, generator = stream(seed=3), torch.Generator()
+    generator.set_state(source.state_dict()["generator_state"])
+    sampler = ClassSampler(DATA.labels, 3, 2, "a test")
+    blocks = [sampler.draw(PREFETCH_BATCHES, generator) for _ in range(2)]
+    assert items(take(source, 2 * PREFETCH_BATCHES)) == torch.cat(blocks).flatten(1).tolist()
+    assert not torch.equal(*blocks)
 
 
 @pytest.mark.parametrize("augmented", [False, True])
@@ -115,50 +86,24 @@ def test_the_seed_decides_everything(augmented: bool) -> None:
 # --- augmentation and views -------------------------------------------------------------------------------------------
 
 
-class Halving:
-    """Notes what it is given, and draws a number for each image."""
+@pytest.mark.parametrize("views", [1, 2])
+def test_each_view_is_the_same_images_augmented_anew(views: int) -> None:
+    drawn: list[Tensor] = []
 
-    def __init__(self) -> None:
-        self.seen: list[Tensor] = []
-        self.drawn: list[Tensor] = []
+    def scaled(images: Tensor, generator: torch.Generator) -> Tensor:
+        drawn.append(torch.rand(len(images), 1, 1, 1, generator=generator))
+        return images * drawn[-1]
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        self.seen.append(images.clone())
-        self.drawn.append(torch.rand(len(images), generator=generator))
-        return images * self.drawn[-1].view(-1, 1, 1, 1)
-
-
-def test_augmentation_changes_the_pixels_and_not_the_batches() -> None:
-    augment = Halving()
-    changed, plain = take(BatchStream(DATA, SPEC, 0, augment), 5), take(stream(), 5)
-    assert len(augment.seen) == 5
-    for a, b, seen, drawn in zip(changed, plain, augment.seen, augment.drawn, strict=True):
-        assert torch.equal(seen, b.images)
-        assert torch.equal(a.images, b.images * drawn.view(-1, 1, 1, 1))
-        assert torch.equal(a.labels, b.labels)
-        assert a.other_view is None
-    assert len({tuple(drawn.tolist()) for drawn in augment.drawn}) == 5
-
-
-def test_two_views_are_the_same_images_augmented_twice() -> None:
-    augment = Halving()
-    batches = take(BatchStream(DATA, BatchSpec(3, 2, views=2), 0, augment), 5)
-    plain = take(stream(), 5)
-    assert len(augment.seen) == 10
-    for i, (batch, b) in enumerate(zip(batches, plain, strict=True)):
-        assert torch.equal(augment.seen[2 * i], b.images)
-        assert torch.equal(augment.seen[2 * i + 1], b.images)
-        assert batch.other_view is not None
-        assert torch.equal(batch.images, b.images * augment.drawn[2 * i].view(-1, 1, 1, 1))
-        assert torch.equal(batch.other_view, b.images * augment.drawn[2 * i + 1].view(-1, 1, 1, 1))
-        assert torch.equal(batch.labels, b.labels)
-        assert not torch.equal(batch.images, batch.other_view)
+    changed, plain = take(BatchStream(DATA, BatchSpec(3, 2, views), 0, scaled), 5), take(stream(), 5)
+    expected = [b.images * amounts for b, amounts in zip([b for b in plain for _ in range(views)], drawn, strict=True)]
+    found = [view for b in changed for view in (b.images, b.other_view) if view is not None]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a.labels, b.labels) for a, b in zip(changed, plain, strict=True))
+    assert len({tuple(amounts.flatten().tolist()) for amounts in drawn}) == 5 * views
 
 
 def test_two_views_want_an_augmentation() -> None:
-    with pytest.raises(
-        ValueError, match=r"expected augmentation for two views, got none; give augment=RandomAffine\(\)"
-    ):
+    with pytest.raises(ValueError, match=r"expected augmentation for two views, got none; give augment=RandomAffine"):
         stream(spec=BatchSpec(3, 2, views=2))
 
 
@@ -168,10 +113,9 @@ def test_two_views_want_an_augmentation() -> None:
 def model() -> Embedder:
     torch.manual_seed(0)
     # dropout and batch norm: in training mode the same images would give other embeddings
-    trunk = nn.Sequential(nn.Flatten(), nn.Linear(9, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
-    embedder = Embedder(trunk)
+    embedder = Embedder(nn.Sequential(nn.Flatten(), nn.Linear(9, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)))
     with torch.random.fork_rng(devices=[]):
-        embedder(torch.rand(20, 1, 3, 3, generator=torch.Generator().manual_seed(2)))
+        embedder(torch.rand(20, 1, 3, 3, generator=seeded(2)))
     return embedder
 
 
@@ -183,49 +127,37 @@ def by_super_class(labels: np.ndarray) -> HierarchicalSampler:
     return HierarchicalSampler(np.stack([labels, labels // 3], axis=1), batch_size=12, samples_per_class=3)
 
 
-LENGTH = 36  # items of a pass of MPerClassSampler
-SAMPLERS: dict[str, tuple[Callable[..., Iterable[Any]], BatchSpec]] = {
-    "MPerClassSampler": (partial(MPerClassSampler, m=2, batch_size=6, length_before_new_iter=LENGTH), SPEC),
-    "HierarchicalSampler": (by_super_class, BatchSpec(4, 3)),
-    "FixedSetOfTriplets": (partial(FixedSetOfTriplets, num_triplets=10), SPEC),
-    "TuplesToWeightsSampler": (
-        partial(TuplesToWeightsSampler, miner=TripletMarginMiner(margin=0.1), dataloader_num_workers=0),
-        SPEC,
-    ),
-    "TuplesToWeightsSampler of a part": (
-        partial(TuplesToWeightsSampler, miner=MultiSimilarityMiner(), subset_size=20, dataloader_num_workers=0),
-        SPEC,
-    ),
-}
-BATCHES_IN_A_PASS = {
-    "MPerClassSampler": 6,
-    "HierarchicalSampler": 4,
-    "FixedSetOfTriplets": 5,
-    "TuplesToWeightsSampler": 6,  # 39 items: three are left over
-    "TuplesToWeightsSampler of a part": 3,
+WEIGHTS = partial(TuplesToWeightsSampler, miner=TripletMarginMiner(margin=0.1), dataloader_num_workers=0)
+PART = partial(TuplesToWeightsSampler, miner=MultiSimilarityMiner(), subset_size=20, dataloader_num_workers=0)
+SAMPLERS: dict[str, tuple[Callable[..., Iterable[Any]], BatchSpec, int]] = {  # and the batches in a pass
+    "MPerClassSampler": (partial(MPerClassSampler, m=2, batch_size=6, length_before_new_iter=36), SPEC, 6),
+    "HierarchicalSampler": (by_super_class, BatchSpec(4, 3), 4),
+    "FixedSetOfTriplets": (partial(FixedSetOfTriplets, num_triplets=10), SPEC, 5),
+    "TuplesToWeightsSampler": (WEIGHTS, SPEC, 6),  # 39 items: three are left over
+    "TuplesToWeightsSampler of a part": (PART, SPEC, 3),
 }
 
 
 def sampled(name: str, seed: int = 0, augmented: bool = False) -> BatchStream:
-    sampler, spec = SAMPLERS[name]
+    sampler, spec, _ = SAMPLERS[name]
     return stream(seed, augmented, spec=spec, sampler=sampler, model=MODEL)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_batches_of_a_sampler_are_real_images_with_their_labels(name: str) -> None:
-    spec = SAMPLERS[name][1]
-    for batch in take(sampled(name), 2 * BATCHES_IN_A_PASS[name] + 1):
-        found = numbers(batch.images)
-        assert batch.images.shape == (spec.size, 1, 3, 3)
-        assert torch.equal(batch.images, DATA.floats(found))
-        assert torch.equal(batch.labels, DATA.labels[found])
-        assert batch.labels.dtype == torch.int64
+def global_states() -> list[Any]:
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002, PML draws from it
+    return [torch.get_rng_state().tolist(), kind, keys.tolist(), rest, id(c_f.NUMPY_RANDOM)]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_seed_decides_what_a_sampler_draws_and_every_pass_draws_anew(name: str) -> None:
-    count = BATCHES_IN_A_PASS[name]
-    first = items(take(sampled(name), 2 * count))
+    _, spec, count = SAMPLERS[name]
+    before = global_states()
+    batches = take(sampled(name), 2 * count)
+    first = items(batches)
+    assert global_states() == before
+    for batch, found in zip(batches, first, strict=True):
+        assert batch.images.shape == (spec.size, 1, 3, 3)
+        assert torch.equal(batch.labels, DATA.labels[found])
     with torch.random.fork_rng(devices=[]):
         torch.rand(5)  # whatever others have drawn before
         c_f.NUMPY_RANDOM.rand(5)
@@ -234,49 +166,32 @@ def test_the_seed_decides_what_a_sampler_draws_and_every_pass_draws_anew(name: s
     assert first != items(take(sampled(name, seed=1), 2 * count))
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_global_generators_are_as_before_a_pass(name: str) -> None:
-    def states() -> list[Any]:
-        kind, keys, *rest = np.random.get_state()  # noqa: NPY002, PML draws from it
-        return [torch.get_rng_state().tolist(), kind, keys.tolist(), rest, c_f.NUMPY_RANDOM]
-
-    before = states()
-    source = sampled(name, augmented=True)
-    take(source, BATCHES_IN_A_PASS[name] + 1)
-    source.state_dict()
-    assert states() == before
-    assert c_f.NUMPY_RANDOM is before[-1]
-
-
 def test_global_generators_are_as_before_when_a_sampler_fails() -> None:
     def broken(labels: np.ndarray) -> list[int]:
         c_f.NUMPY_RANDOM.rand(3)
         torch.rand(3)
         raise RuntimeError("broken")
 
-    torch_state, numpy_source = torch.get_rng_state(), c_f.NUMPY_RANDOM
+    before = global_states()
     with pytest.raises(RuntimeError, match="broken"):
         next(stream(sampler=broken))
-    assert torch.equal(torch.get_rng_state(), torch_state)
-    assert c_f.NUMPY_RANDOM is numpy_source
+    assert global_states() == before
 
 
 def test_triplets_are_the_same_fixed_ones_in_every_pass_and_in_another_order() -> None:
-    source = sampled("FixedSetOfTriplets")
-
-    def one_pass() -> list[tuple[int, ...]]:
+    def one_pass(source: BatchStream) -> list[tuple[int, ...]]:
         flat = [i for batch in items(take(source, 5)) for i in batch]
         return [tuple(flat[i : i + 3]) for i in range(0, 30, 3)]
 
-    passes = [one_pass() for _ in range(3)]
+    source = sampled("FixedSetOfTriplets")
+    passes = [one_pass(source) for _ in range(3)]
     for triplets in passes:
         for anchor, positive, negative in triplets:
             assert DATA.labels[anchor] == DATA.labels[positive] != DATA.labels[negative]
             assert anchor != positive
         assert sorted(triplets) == sorted(passes[0])
     assert passes[0] != passes[1] != passes[2] != passes[0]
-    other = [i for batch in items(take(sampled("FixedSetOfTriplets", seed=1), 5)) for i in batch]
-    assert sorted(tuple(other[i : i + 3]) for i in range(0, 30, 3)) != sorted(passes[0])
+    assert sorted(one_pass(sampled("FixedSetOfTriplets", seed=1))) != sorted(passes[0])
 
 
 def test_modes_of_the_model_are_as_before_and_nothing_learns() -> None:
@@ -285,8 +200,7 @@ def test_modes_of_the_model_are_as_before_and_nothing_learns() -> None:
     embedder.trunk[2].eval()  # frozen by hand
     modes = [part.training for part in embedder.modules()]
     weights = {name: value.clone() for name, value in embedder.state_dict().items()}
-    source = stream(sampler=SAMPLERS["TuplesToWeightsSampler"][0], model=embedder)
-    take(source, 7)
+    take(stream(sampler=WEIGHTS, model=embedder), 7)
     assert [part.training for part in embedder.modules()] == modes
     assert all(torch.equal(value, weights[name]) for name, value in embedder.state_dict().items())
     assert all(parameter.grad is None for parameter in embedder.parameters())
@@ -296,36 +210,33 @@ def test_weights_follow_the_model_as_it_learns() -> None:
     """A pass is drawn when it begins, by the model of then."""
     embedder = model()
     factory = partial(TuplesToWeightsSampler, miner=TripletMarginMiner(margin=-0.8), dataloader_num_workers=0)
-    streams = [stream(sampler=factory, model=embedder) for _ in range(2)]
-    first = [items(take(source, 6)) for source in streams]
-    assert first[0] == first[1]
-    second = items(take(streams[0], 6))
+    one, other = (stream(sampler=factory, model=embedder) for _ in range(2))
+    assert items(take(one, 6)) == items(take(other, 6))
+    second = items(take(one, 6))
     with torch.no_grad():
         embedder.trunk[1].weight.mul_(torch.tensor([[5.0], [-1.0], [0.1], [2.0]]))
-    assert items(take(streams[1], 6)) != second
+    assert items(take(other, 6)) != second
 
 
 # --- any other sampler ------------------------------------------------------------------------------------------------
 
 
 def test_a_sampler_is_given_what_it_still_needs() -> None:
-    calls: list[dict[str, Any]] = []
+    calls: list[tuple[Any, ...]] = []
 
     def all_of_them(labels: np.ndarray, dataset: FewShotDataset, model: nn.Module, other: int = 3) -> range:
-        calls.append({"labels": labels, "dataset": dataset, "model": model, "other": other})
+        calls.append((labels, dataset, model, other))
         return range(12)
 
     take(stream(sampler=all_of_them, model=MODEL), 3)
     assert len(calls) == 2  # anew for each pass of two batches
-    assert isinstance(calls[0]["labels"], np.ndarray)
-    assert calls[0]["labels"].tolist() == DATA.labels.tolist()
-    assert calls[0]["dataset"] is DATA
-    assert calls[0]["model"] is MODEL
-    assert calls[0]["other"] == 3
+    assert isinstance(calls[0][0], np.ndarray)
+    assert calls[0][0].tolist() == DATA.labels.tolist()
+    assert calls[0][1:] == (DATA, MODEL, 3)
     mine = DATA.labels.numpy() + 7
     take(stream(sampler=partial(all_of_them, labels=mine, model=None), model=MODEL), 1)
-    assert calls[-1]["labels"] is mine
-    assert calls[-1]["model"] is None
+    assert calls[-1][0] is mine
+    assert calls[-1][2] is None
 
 
 ORDER = [5, 0, 38, 7, 7, 1, 20, 3, 4, 9, 30, 31, 2]
@@ -341,17 +252,14 @@ def test_indices_may_come_in_any_form_and_keep_their_order(passes: Iterable[Any]
     assert found == [ORDER[:6], ORDER[6:12]] * 2 + [ORDER[:6]]  # the 13th is left out
 
 
+# --- exceptions -------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("length", [0, 1, 5])
 def test_a_pass_shorter_than_a_batch_is_refused(length: int) -> None:
-    message = (
-        f"expected at least 6 items from range, one batch of 3 classes with 2 items each, got {length}; "
-        "make the sampler's pass longer or the batch smaller"
-    )
+    message = f"at least 6 items from range, one batch of 3 classes with 2 items each, got {length}; make the sampler's"
     with pytest.raises(ValueError, match=message):
         next(stream(sampler=lambda: range(length)))
-
-
-# --- exceptions -------------------------------------------------------------------------------------------------------
 
 
 def test_too_few_classes_or_items_are_refused_at_once() -> None:
@@ -362,41 +270,29 @@ def test_too_few_classes_or_items_are_refused_at_once() -> None:
 
 
 def test_a_sampler_of_batches_of_another_size_raises() -> None:
-    made = BatchStream(told_apart(), BatchSpec(3, 2), 0, sampler=partial(MPerClassSampler, m=2, batch_size=4))
     with pytest.raises(ValueError, match=r"expected batch_size=6 for MPerClassSampler.*, got 4"):
-        next(made)
+        next(stream(sampler=partial(MPerClassSampler, m=2, batch_size=4)))
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
+RESUMED = [("", position) for position in (0, 5, PREFETCH_BATCHES, PREFETCH_BATCHES + 1)]
+RESUMED += [(name, count + 1) for name, (_, _, count) in SAMPLERS.items()] + [("MPerClassSampler", 1)]
 
-@pytest.mark.parametrize("position", [0, 5, PREFETCH_BATCHES, PREFETCH_BATCHES + 1])
-def test_a_saved_state_continues_with_the_very_next_batch(position: int, tmp_path: Path) -> None:
+
+@pytest.mark.parametrize(("name", "position"), RESUMED)
+def test_a_saved_state_continues_with_the_very_next_batch(name: str, position: int, tmp_path: Path) -> None:
     def source(seed: int) -> BatchStream:
-        return stream(seed, augmented=True, spec=BatchSpec(3, 2, views=2))
+        if not name:
+            return stream(seed, augmented=True, spec=BatchSpec(3, 2, views=2))
+        return sampled(name, augmented=True)  # of the same seed, for the sampler is built with it
 
-    whole = source(0)
+    whole, fresh, again, count = source(0), source(99), source(98), 17 if name else PREFETCH_BATCHES + 5
     take(whole, position)
     torch.save(whole.state_dict(), tmp_path / "state.pt")
-    expected = take(whole, PREFETCH_BATCHES + 5)
-    fresh = source(99)
-    take(fresh, 17)
-    fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    again = source(98)
-    again.load_state_dict(fresh.state_dict())  # saved again at once
-    assert same(take(fresh, PREFETCH_BATCHES + 5), expected)
-    assert same(take(again, 3), expected[:3])
-
-
-@pytest.mark.parametrize(("name", "passes"), [*((name, 1) for name in SAMPLERS), ("MPerClassSampler", 0)])
-def test_a_saved_state_of_a_sampled_stream_continues_with_the_very_next_batch(
-    name: str, passes: int, tmp_path: Path
-) -> None:
-    source = sampled(name, augmented=True)
-    take(source, passes * BATCHES_IN_A_PASS[name] + 1)
-    torch.save(source.state_dict(), tmp_path / "state.pt")
-    expected = take(source, 2 * BATCHES_IN_A_PASS[name] + 1)
-    fresh = sampled(name, augmented=True)
+    expected = take(whole, count)
     take(fresh, 2)
     fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert same(take(fresh, 2 * BATCHES_IN_A_PASS[name] + 1), expected)
+    again.load_state_dict(fresh.state_dict())  # saved again at once
+    assert same(take(fresh, count), expected)
+    assert same(take(again, 3), expected[:3])

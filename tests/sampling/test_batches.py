@@ -5,17 +5,11 @@ import torch
 
 from pml_fewshot.sampling.batches import Batch, BatchSpec
 
-
-def images(count: int = 4, seed: int = 0) -> torch.Tensor:
-    return torch.rand(count, 1, 3, 3, generator=torch.Generator().manual_seed(seed))
+IMAGES, LABELS = torch.rand(4, 1, 3, 3, generator=torch.Generator().manual_seed(0)), torch.arange(4)
 
 
-def test_size_is_the_number_of_items() -> None:
-    assert BatchSpec(3, 5).size == 15
-    assert BatchSpec(3, 5, views=2).size == 15  # a second view is no second item
-
-
-def test_text_says_what_is_in_a_batch() -> None:
+def test_size_and_text_say_what_is_in_a_batch() -> None:
+    assert BatchSpec(3, 5).size == BatchSpec(3, 5, views=2).size == 15  # a second view is no second item
     assert str(BatchSpec(3, 5)) == "3 classes with 5 items each"
 
 
@@ -37,25 +31,25 @@ def test_views_are_one_or_two(views: int) -> None:
         BatchSpec(2, 2, views=views)
 
 
-@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
-@pytest.mark.parametrize("with_view", [False, True])
-def test_moving_takes_all_of_it_along(device: torch.device | str, with_view: bool) -> None:
-    batch = Batch(images(), torch.arange(4), images(seed=1) if with_view else None).to(device)
-    assert torch.equal(batch.images, images())
-    assert torch.equal(batch.labels, torch.arange(4))
-    if with_view:
-        assert batch.other_view is not None
-        assert torch.equal(batch.other_view, images(seed=1))
-    else:
-        assert batch.other_view is None
+@pytest.mark.parametrize("device", ["cpu", torch.device("meta")])  # meta: without memory, shapes and places only
+def test_moving_takes_all_of_it_along(device: torch.device | str) -> None:
+    assert Batch(IMAGES, LABELS).to(device).other_view is None
+    batch = Batch(IMAGES, LABELS, 1 - IMAGES)
+    moved = batch.to(device)
+    for name in ("images", "labels", "other_view"):
+        value = getattr(moved, name)
+        assert value.device == torch.device(device)
+        assert value.is_meta or torch.equal(value, getattr(batch, name))
 
 
-def test_images_of_another_shape_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"expected images \(B, C, H, W\), got \(4, 3, 3\); stack them"):
-        Batch(images()[:, 0], torch.arange(4))
-
-
-@pytest.mark.parametrize("labels", [torch.arange(3), torch.arange(4).unsqueeze(1)])
-def test_there_is_one_label_for_each_image(labels: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"expected a batch's labels of shape \(4,\)"):
-        Batch(images(), labels)
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (IMAGES[:, 0], LABELS, r"expected images \(B, C, H, W\), got \(4, 3, 3\); stack them"),
+        (IMAGES, LABELS[:3], r"expected a batch's labels of shape \(4,\)"),
+        (IMAGES, LABELS.unsqueeze(1), r"expected a batch's labels of shape \(4,\)"),
+    ],
+)
+def test_other_shapes_are_refused(images: torch.Tensor, labels: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Batch(images, labels)
