@@ -112,8 +112,6 @@ def test_importing_the_package_imports_nothing_heavy_beside_torch() -> None:
     assert set(done.stdout.split()) & heavy == set()
 
 
-# --- randomness and safety --------------------------------------------------------------------------------------------
-
 DRAWS = {"rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal", "poisson"}
 OTHER_DRAWS = {"random", "uniform", "exponential", "cauchy", "log_normal", "geometric"}  # in place alone
 OF_NO_GENERATOR = {"rand_like", "randn_like", "randint_like", "seed"}

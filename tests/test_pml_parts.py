@@ -42,9 +42,6 @@ class TripletsOfTheFirstTwoClasses(miners.BaseMiner):
         return first, first.roll(1), second
 
 
-# --- what a class needs to be made, where it cannot be made of nothing ------------------------------------------------
-
-
 def named(module: ModuleType, names: str) -> list[type]:
     return [getattr(module, name) for name in names.split()]
 
@@ -89,7 +86,6 @@ FACTORIES: dict[Any, Callable[..., Any]] = WITH_CLASS_WEIGHTS | {
 OF_TWO_VIEWS = {losses.SelfSupervisedLoss, losses.VICRegLoss}
 OF_ANY_VIEW = {losses.ManifoldLoss}  # takes neither labels nor a second view
 
-# --- what cannot work, each with the reason and what the error says ---------------------------------------------------
 
 Reason = tuple[str, str]
 
@@ -125,8 +121,6 @@ NOT_TOGETHER: dict[tuple[type, type], Reason] = {
     **{(regularizers.SparseCentersRegularizer, loss): OF_CENTERS for loss in (losses.NTXentLoss, *OURS)},
     (reducers.PerAnchorReducer, DenseTripletMarginLoss): ("PML has it for items and pairs", "reduction not supported"),
 }
-
-# --- the walk ---------------------------------------------------------------------------------------------------------
 
 
 # What PML 2.9 exports. Nothing else pins it: what another release adds or drops fails one test until it is named here.
@@ -275,9 +269,6 @@ def test_lists_and_factories_name_only_what_pml_exports() -> None:
     assert named | OF_TWO_VIEWS | OF_ANY_VIEW <= EXPORTED | {*OURS, WeightedL1Similarity}
 
 
-# --- losses -----------------------------------------------------------------------------------------------------------
-
-
 @walk("kind", LOSSES)
 def test_loss_trains_on_batches(kind: type[nn.Module]) -> None:
     with unless(CANNOT.get(kind)):
@@ -371,9 +362,6 @@ def test_batch_of_one_class_or_without_a_pair_is_skipped_or_trained_on(kind: typ
     assert bool(moved) == (history.skipped < 2) or tiny
 
 
-# --- miners -----------------------------------------------------------------------------------------------------------
-
-
 @each_material
 @walk("loss", [losses.TripletMarginLoss, *OURS])
 @walk("kind", exported(miners))
@@ -424,9 +412,6 @@ def test_pairs_with_the_memory_are_of_the_right_classes() -> None:
         check_mined(pairs, labels, memory_labels)
 
 
-# --- what a loss is made of -------------------------------------------------------------------------------------------
-
-
 def check_matters(kind: type[nn.Module], loss: partial[Any], stream: Iterator[Any]) -> None:
     """The loss trains, and is another one when the output of that part is doubled."""
     check_trains(MetricTrainer(embedder(), loss), stream)
@@ -461,8 +446,6 @@ def test_weights_of_a_loss_are_regularized(kind: type[nn.Module]) -> None:
     with unless(CANNOT.get(kind)):
         check_matters(kind, partial(factory(losses.SoftTripleLoss), weight_regularizer=factory(kind)), batches())
 
-
-# --- samplers ---------------------------------------------------------------------------------------------------------
 
 PROMISES: dict[type, Callable[[Tensor], Tensor]] = {
     samplers.FixedSetOfTriplets: lambda labels: (labels[::3] == labels[1::3]) & (labels[::3] != labels[2::3]),

@@ -43,9 +43,6 @@ def exit_code(command: CommandLine, *arguments: str | Path, config: ExperimentCo
     return stopped.value.code
 
 
-# --- options ----------------------------------------------------------------------------------------------------------
-
-
 def test_options_change_the_run_and_nothing_else(command: CommandLine, tmp_path: Path) -> None:
     options = ("--steps", "3", "--seed", "4", "--num-episodes", "12", "--train-spec.ways", "4")
     table = command(*options, "--run-dir", tmp_path / "run")
@@ -114,9 +111,6 @@ def test_help_explains_every_option(command: CommandLine, capsys: pytest.Capture
         assert explanation in text
 
 
-# --- resuming ---------------------------------------------------------------------------------------------------------
-
-
 def test_resume_begins_a_run_that_is_not_there_and_gives_and_extends_one_that_is_done(
     command: CommandLine, tmp_path: Path
 ) -> None:
@@ -181,9 +175,6 @@ def test_interrupted_while_loading_there_is_something_to_resume_only_where_it_wa
     send = send_once(signal.SIGTERM)
     monkeypatch.setattr(tiny_experiments, "tiny_set", lambda *args: send() or tiny_set(*args))  # type: ignore[func-returns-value]
     assert exit_code(command, "--run-dir", tmp_path / "run", "--resume") == RESUMABLE
-
-
-# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [UsageError("expected x, got y; do z"), MissingFileError("expected a file")])

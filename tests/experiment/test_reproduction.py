@@ -157,9 +157,6 @@ def test_what_is_missing_or_of_another_run_is_one_error(
         reproduce(copied, TINY)
 
 
-# --- where the experiment comes from ----------------------------------------------------------------------------------
-
-
 def named(folder: Path, module: str, name: str) -> Path:
     rewrite(folder, module=module, config=read_config(folder)["config"] | {"name": name})
     return folder

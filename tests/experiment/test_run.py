@@ -90,9 +90,6 @@ def rates(folder: Path) -> list[float]:
     return [row["learning_rate"] for row in rows_of(folder, "train")]
 
 
-# --- the run folder ---------------------------------------------------------------------------------------------------
-
-
 def test_run_folder_holds_what_is_promised(finished: Finished) -> None:
     files = {path.name for path in finished.folder.iterdir()} - {"tensorboard", ".lock", "results.tex"}
     about = {"config.txt", "config.json", "logs.db", "train.csv", "validation.csv", "last.pt", "embedder.safetensors"}
@@ -162,9 +159,6 @@ def test_the_same_seed_gives_the_same_files_whatever_was_drawn_before(tmp_path: 
     assert digest(weights_after(tmp_path / "a")) == digest(weights_after(tmp_path / "b"))
     assert weights_after(tmp_path / "a")["loss.log_scale"] != 0
     assert config.trainer.keywords["loss"].log_scale == 0  # type: ignore[attr-defined]
-
-
-# --- options ----------------------------------------------------------------------------------------------------------
 
 
 def test_loaders_schedulers_and_trainers_get_what_they_still_need(
@@ -314,9 +308,6 @@ def test_extra_evaluations_add_rows_by_the_trained_weights(tmp_path: Path) -> No
     assert ResultTable.read(tmp_path / "run").rows == table.rows
 
 
-# --- longer and other runs of one folder ------------------------------------------------------------------------------
-
-
 def test_a_finished_run_gives_its_table_at_once(
     finished: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -395,9 +386,6 @@ def test_a_field_that_a_later_version_adds_is_compared_with_its_default(finished
         check_same(replace(finished.config, loss_lr=2.0), stored, finished.folder, ())
 
 
-# --- divergence -------------------------------------------------------------------------------------------------------
-
-
 class BrokenOnce(ProtoNetTrainer):
     """Its loss is NaN at the steps in `at`, each time once."""
 
@@ -443,9 +431,6 @@ def test_a_folder_that_was_there_is_left_as_it_was_where_the_first_step_fails(
     with pytest.raises(TrainingDiverged, match="step 1 "):
         run(tiny("broken", BrokenOnce, run_dir=tmp_path, retries=3))
     assert list(tmp_path.iterdir()) == []
-
-
-# --- errors before any training ---------------------------------------------------------------------------------------
 
 
 def other_test_images() -> Splits:

@@ -43,8 +43,6 @@ def rewrite(folder: Path, **changes: object) -> None:
     (folder / "config.json").write_text(json.dumps(stored))
 
 
-# --- one writer -------------------------------------------------------------------------------------------------------
-
 # locks the folder that it is given, says so, and waits to be killed
 HOLDER = """
 import sys, time
@@ -106,9 +104,6 @@ def test_what_a_process_killed_at_its_very_start_left_is_no_run(tmp_path: Path) 
     for name in (".lock", ".config.json.tmp", "config.txt"):
         (tmp_path / "run" / name).write_text("")
     assert run(replace(TINY, run_dir=tmp_path / "run")).rows
-
-
-# --- the same run -----------------------------------------------------------------------------------------------------
 
 
 def test_another_config_is_refused_and_its_fields_are_named(finished: Finished) -> None:
@@ -181,9 +176,6 @@ def test_a_missing_or_older_config_json_is_one_error(copied: Finished) -> None:
     (copied.folder / "config.json").write_text(json.dumps({**stored, "checksum": run_folder._checksum(stored)}))
     with pytest.raises(UsageError, match=r"expected a run of version 0\.6 in"):
         read_config(copied.folder)
-
-
-# --- a disk that refuses ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("limit", [pytest.param(4_000, marks=pytest.mark.slow), 16_000])

@@ -41,9 +41,6 @@ def conv4(channels: int = 4, seed: int = 0) -> Embedder:
     return Embedder(Conv4(channels=channels), nn.Linear(channels, 3))
 
 
-# --- last.pt ----------------------------------------------------------------------------------------------------------
-
-
 def test_a_checkpoint_comes_back_and_torch_alone_can_read_it(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "last.pt", {"step": 1})
     save_checkpoint(tmp_path / "last.pt", STATE)
@@ -78,9 +75,6 @@ def test_other_files_are_no_checkpoints(content: bytes, tmp_path: Path) -> None:
     for missing in (tmp_path / "none.pt", tmp_path):
         with pytest.raises(MissingFileError, match=r"expected a checkpoint at .*, got no such file"):
             load_checkpoint(missing)
-
-
-# --- embedder.safetensors ---------------------------------------------------------------------------------------------
 
 
 def test_an_exported_embedder_comes_back_bit_for_bit_and_other_tools_can_read_it(tmp_path: Path) -> None:
@@ -161,9 +155,6 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
     export_embedder(tmp_path / "nan.safetensors", model)
     with pytest.raises(UsageError, match=r"expected finite weights in .*, got NaN or infinity in bias"):
         load_embedder(tmp_path / "nan.safetensors", nn.Linear(3, 2))
-
-
-# --- tensors.py -------------------------------------------------------------------------------------------------------
 
 
 def test_tensors_of_every_kind_and_texts_come_back(tmp_path: Path) -> None:

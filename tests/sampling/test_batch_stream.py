@@ -50,9 +50,6 @@ def items(batches: list[Batch]) -> list[list[int]]:
     return [numbers(batch.images).tolist() for batch in batches]
 
 
-# --- our own drawing --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("spec", [SPEC, BatchSpec(2, 1), BatchSpec(CLASSES, 4), BatchSpec(5, 3)], ids=str)
 def test_a_batch_holds_distinct_items_of_distinct_classes_and_as_many_of_each(spec: BatchSpec) -> None:
     source = stream(spec=spec)
@@ -83,9 +80,6 @@ def test_the_seed_decides_everything(augmented: bool) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-# --- augmentation and views -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("views", [1, 2])
 def test_each_view_is_the_same_images_augmented_anew(views: int) -> None:
     drawn: list[Tensor] = []
@@ -105,9 +99,6 @@ def test_each_view_is_the_same_images_augmented_anew(views: int) -> None:
 def test_two_views_want_an_augmentation() -> None:
     with pytest.raises(ValueError, match=r"expected augmentation for two views, got none; give augment=RandomAffine"):
         stream(spec=BatchSpec(3, 2, views=2))
-
-
-# --- PML's samplers ---------------------------------------------------------------------------------------------------
 
 
 def model() -> Embedder:
@@ -218,9 +209,6 @@ def test_weights_follow_the_model_as_it_learns() -> None:
     assert items(take(other, 6)) != second
 
 
-# --- any other sampler ------------------------------------------------------------------------------------------------
-
-
 def test_a_sampler_is_given_what_it_still_needs() -> None:
     calls: list[tuple[Any, ...]] = []
 
@@ -252,9 +240,6 @@ def test_indices_may_come_in_any_form_and_keep_their_order(passes: Iterable[Any]
     assert found == [ORDER[:6], ORDER[6:12]] * 2 + [ORDER[:6]]  # the 13th is left out
 
 
-# --- exceptions -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("length", [0, 1, 5])
 def test_a_pass_shorter_than_a_batch_is_refused(length: int) -> None:
     message = f"at least 6 items from range, one batch of 3 classes with 2 items each, got {length}; make the sampler's"
@@ -273,8 +258,6 @@ def test_a_sampler_of_batches_of_another_size_raises() -> None:
     with pytest.raises(ValueError, match=r"expected batch_size=6 for MPerClassSampler.*, got 4"):
         next(stream(sampler=partial(MPerClassSampler, m=2, batch_size=4)))
 
-
-# --- resuming ---------------------------------------------------------------------------------------------------------
 
 RESUMED = [("", position) for position in (0, 5, PREFETCH_BATCHES, PREFETCH_BATCHES + 1)]
 RESUMED += [(name, count + 1) for name, (_, _, count) in SAMPLERS.items()] + [("MPerClassSampler", 1)]

@@ -95,9 +95,6 @@ def same_weights(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-# --- it trains --------------------------------------------------------------------------------------------------------
-
-
 def test_loss_falls_on_a_separable_set() -> None:
     trainer = make_trainer()
     before = EpisodicEvaluator(SPEC, 200).evaluate(trainer, DATA).mean
@@ -136,9 +133,6 @@ def test_any_module_and_any_iterable_of_batches_will_do() -> None:
         trainer = Quadratic()
         quiet_fit(trainer, source, SGD(trainer.parameters(), lr=0.1), 50)
         assert trainer.x.item() == pytest.approx(1, abs=1e-3)
-
-
-# --- schedulers -------------------------------------------------------------------------------------------------------
 
 
 def test_scheduler_is_stepped_after_every_step() -> None:
@@ -184,9 +178,6 @@ def test_plateau_lowers_the_rate_and_then_ends_the_training(
     assert (history.steps, history.best_step, history.stopped) == (steps, best_step, stopped)
 
 
-# --- validation -------------------------------------------------------------------------------------------------------
-
-
 def test_best_weights_are_restored() -> None:
     trainer = make_trainer()
     script = Script(trainer, [0.5, 0.8, 0.8])
@@ -226,9 +217,6 @@ def test_validation_happens_in_eval_mode_and_training_continues_in_training_mode
     assert modes == [True] * 4
 
 
-# --- gradients --------------------------------------------------------------------------------------------------------
-
-
 def change_of_one_step(trainer: ProtoNetTrainer, **options: Any) -> dict[str, Tensor]:
     """What one step of plain gradient descent at rate 1 subtracts: the gradient itself."""
     before = {name: p.detach().clone() for name, p in trainer.named_parameters()}
@@ -247,9 +235,6 @@ def test_gradient_is_clipped_to_its_norm(limit: float, factor: float) -> None:
     assert norm(clipped) == pytest.approx(factor * norm(plain), rel=1e-4)
     for name, change in plain.items():
         torch.testing.assert_close(clipped[name], factor * change, rtol=1e-3, atol=1e-6)
-
-
-# --- divergence -------------------------------------------------------------------------------------------------------
 
 
 def with_nan(step: int, steps: int) -> list[Episode]:
@@ -299,9 +284,6 @@ def test_nan_weight_after_a_finite_loss_reaches_no_checkpoint(tmp_path: Path) ->
     assert assert_finite(path)["history"]["steps"] == 4
 
 
-# --- records ----------------------------------------------------------------------------------------------------------
-
-
 def test_recorder_gets_the_rows() -> None:
     trainer, rows = make_trainer(), Rows()
     script = Script(trainer, [0.5, 0.7])
@@ -327,9 +309,6 @@ def test_bar_shows_loss_and_accuracy_and_can_be_silenced(capsys: pytest.CaptureF
         assert out == ""
         assert ("loss=" in err and "accuracy=" in err) == progress
     assert err == ""
-
-
-# --- resuming ---------------------------------------------------------------------------------------------------------
 
 
 class PowerCut(Exception):
@@ -491,9 +470,6 @@ def test_checkpoint_is_written_at_the_end_and_when_stopped_early(tmp_path: Path)
     assert load_checkpoint(tmp_path / "stopped.pt")["history"]["stopped"] == "no improvement"
 
 
-# --- exceptions -------------------------------------------------------------------------------------------------------
-
-
 COUNTS = ("steps", "validate_every", "checkpoint_every", "patience", "loss_patience")
 
 
@@ -552,9 +528,6 @@ def test_broken_checkpoint_raises_before_a_step_is_taken(tmp_path: Path) -> None
             trainer, stream(), SGD(trainer.parameters(), lr=0.01), 5, checkpoint=tmp_path / "last.pt", resume=True
         )
     assert losses.values == []
-
-
-# --- steps without anything to learn from -----------------------------------------------------------------------------
 
 
 class Valley(nn.Module):
@@ -648,9 +621,6 @@ def test_nan_behind_skipped_steps_is_named_by_its_step() -> None:
     batches[23] = torch.tensor(float("nan"))
     with pytest.raises(TrainingDiverged, match="loss of nan at step 24"):
         quiet_fit(trainer, batches, SGD(trainer.parameters(), lr=0.01), 24)
-
-
-# --- the loss that no longer falls ------------------------------------------------------------------------------------
 
 
 class Told(nn.Module):
