@@ -55,6 +55,11 @@ def stream(seed: int = 0, **options: Any) -> EpisodeStream:
 quiet_fit = partial(fit, progress=False)
 
 
+def train(trainer: nn.Module, steps: int, batches: Any = None, lr: float = 0.1, **options: Any) -> History:
+    batches = stream() if batches is None else batches
+    return quiet_fit(trainer, batches, SGD(trainer.parameters(), lr=lr), steps, **options)
+
+
 class Losses:
     """Notes every loss of a trainer."""
 
@@ -109,7 +114,7 @@ def test_loss_falls_on_a_separable_set() -> None:
 def test_history_holds_the_mean_loss_of_every_window() -> None:
     trainer = make_trainer()
     losses = Losses(trainer)
-    history = quiet_fit(trainer, stream(), SGD(trainer.parameters(), lr=0.01), 50)
+    history = train(trainer, 50, lr=0.01)
     assert [step for step, _ in history.losses] == [1, 20, 40, 50]
     means = [sum(losses.values[a:b]) / (b - a) for a, b in ((0, 1), (1, 20), (20, 40), (40, 50))]
     assert [loss for _, loss in history.losses] == pytest.approx(means, rel=1e-6)
@@ -131,7 +136,7 @@ def test_any_module_and_any_iterable_of_batches_will_do() -> None:
 
     for source in ([torch.tensor(1.0)] * 50, batches()):
         trainer = Quadratic()
-        quiet_fit(trainer, source, SGD(trainer.parameters(), lr=0.1), 50)
+        train(trainer, 50, batches=source)
         assert trainer.x.item() == pytest.approx(1, abs=1e-3)
 
 
@@ -181,7 +186,7 @@ def test_plateau_lowers_the_rate_and_then_ends_the_training(
 def test_best_weights_are_restored() -> None:
     trainer = make_trainer()
     script = Script(trainer, [0.5, 0.8, 0.8])
-    history = quiet_fit(trainer, stream(), SGD(trainer.parameters(), lr=0.1), 10, validate=script, validate_every=4)
+    history = train(trainer, 10, validate=script, validate_every=4)
     assert history.validations == [(4, 0.5, 0.01), (8, 0.8, 0.01), (10, 0.8, 0.01)]  # the last step too
     assert history.best_step == 8  # of equal ones the first
     assert same_weights(trainer.state_dict(), script.weights[1])
@@ -200,9 +205,7 @@ def test_without_validation_the_last_weights_stay() -> None:
 def test_patience_ends_the_training() -> None:
     trainer = make_trainer()
     script = Script(trainer, [0.5, 0.6, 0.55, 0.6, 0.9])
-    history = quiet_fit(
-        trainer, stream(), SGD(trainer.parameters(), lr=0.1), 100, validate=script, validate_every=3, patience=2
-    )
+    history = train(trainer, 100, validate=script, validate_every=3, patience=2)
     assert (history.steps, history.stopped, history.best_step) == (12, "no improvement", 6)
     assert same_weights(trainer.state_dict(), script.weights[1])
 
@@ -212,7 +215,7 @@ def test_validation_happens_in_eval_mode_and_training_continues_in_training_mode
     script, modes = Script(trainer, [0.5]), []
     trainer.register_forward_pre_hook(lambda module, args: modes.append(module.training))
     trainer.eval()
-    quiet_fit(trainer, stream(), SGD(trainer.parameters(), lr=0.1), 4, validate=script, validate_every=2)
+    train(trainer, 4, validate=script, validate_every=2)
     assert script.training == [False, False]
     assert modes == [True] * 4
 
@@ -271,7 +274,7 @@ def test_nan_loss_raises_and_the_last_good_checkpoint_stays(tmp_path: Path) -> N
 def test_nan_is_noticed_within_a_window_and_the_rows_before_it_are_not_lost() -> None:
     trainer, rows = make_trainer(), Rows()
     with pytest.raises(TrainingDiverged, match=r"at step 25 .*none was kept"):
-        quiet_fit(trainer, with_nan(25, 40), SGD(trainer.parameters(), lr=0.05), 40, recorder=rows)
+        train(trainer, 40, batches=with_nan(25, 40), lr=0.05, recorder=rows)
     assert [step for _, step, _ in rows.rows] == [1, 20]
 
 
@@ -340,18 +343,8 @@ def session(
     batches = CutStream(DATA, SPEC, seed, augment=RandomAffine(degrees=5), episodes_per_batch=2)
     batches.left = cut
     validate = partial(EpisodicEvaluator(SPEC, 20).evaluate, trainer, tiny_set(seed=1))
-    history = quiet_fit(
-        trainer,
-        batches,
-        optimizer,
-        100,
-        scheduler=schedule(optimizer),
-        validate=validate,
-        validate_every=16,
-        checkpoint=checkpoint,
-        checkpoint_every=8,
-        resume=resume,
-    )
+    options = {"validate": validate, "validate_every": 16, "checkpoint": checkpoint, "checkpoint_every": 8}
+    history = quiet_fit(trainer, batches, optimizer, 100, scheduler=schedule(optimizer), resume=resume, **options)
     return trainer, optimizer, history
 
 
@@ -363,10 +356,8 @@ SCHEDULES = {
 
 
 # in the middle of the first block of episodes, at its very end, and in the middle of the second
-RESUMED = [("cosine", cut) for cut in (30, PREFETCH_BATCHES, PREFETCH_BATCHES + 1, 91)] + [
-    ("step", 30),
-    ("plateau", 91),
-]
+CUTS = (30, PREFETCH_BATCHES, PREFETCH_BATCHES + 1, 91)
+RESUMED = [*(("cosine", cut) for cut in CUTS), ("step", 30), ("plateau", 91)]
 
 
 @pytest.mark.parametrize(("schedule", "cut"), RESUMED)
@@ -405,58 +396,41 @@ def test_modes_set_by_hand_stay(tmp_path: Path) -> None:
     trainer = ProtoNetTrainer(Embedder(trunk))
     trunk[2].eval()
     script = Script(trainer, [0.5, 0.6])
-    quiet_fit(trainer, stream(), SGD(trainer.parameters(), lr=0.1), 4, validate=script, validate_every=2)
+    train(trainer, 4, validate=script, validate_every=2)
     assert torch.equal(trunk[2].running_mean, torch.zeros(4))
 
 
 def test_a_diverged_trainer_gets_its_best_weights_back(tmp_path: Path) -> None:
-    trainer = make_trainer()
-    script = Script(trainer, [0.5, 0.6])
+    trainer, path = make_trainer(), tmp_path / "last.pt"
+    options = {"validate": Script(trainer, [0.5, 0.6]), "validate_every": 10, "checkpoint": path}
     with pytest.raises(TrainingDiverged, match=r"step 25 .*the last good state is in"):
-        quiet_fit(
-            trainer,
-            with_nan(25, 40),
-            SGD(trainer.parameters(), lr=0.05),
-            40,
-            validate=script,
-            validate_every=10,
-            checkpoint=tmp_path / "last.pt",
-        )
+        train(trainer, 40, batches=with_nan(25, 40), lr=0.05, **options)
     assert all(weight.isfinite().all() for weight in trainer.parameters())
-    assert load_checkpoint(tmp_path / "last.pt")["history"]["steps"] == 20
+    assert load_checkpoint(path)["history"]["steps"] == 20
 
 
 def test_resumed_list_of_batches_continues_with_the_next(tmp_path: Path) -> None:
     source = stream()
     batches = [next(source) for _ in range(10)]
 
-    def train(name: str, steps: int, resume: bool) -> dict[str, Tensor]:
+    def part(name: str, steps: int, resume: bool) -> dict[str, Tensor]:
         trainer = make_trainer()
         optimizer = SGD(trainer.parameters(), lr=0.1)
         quiet_fit(trainer, batches[:], optimizer, steps, checkpoint=tmp_path / name, resume=resume)
         return trainer.state_dict()
 
-    train("cut.pt", 5, resume=False)
-    assert same_weights(train("cut.pt", 10, resume=True), train("whole.pt", 10, resume=False))
+    part("cut.pt", 5, resume=False)
+    assert same_weights(part("cut.pt", 10, resume=True), part("whole.pt", 10, resume=False))
 
 
 def test_patience_counts_over_sessions(tmp_path: Path) -> None:
-    def train(accuracies: list[float], steps: int) -> History:
+    def part(accuracies: list[float], steps: int) -> History:
         trainer = make_trainer()
-        return quiet_fit(
-            trainer,
-            stream(),
-            SGD(trainer.parameters(), lr=0.01),
-            steps,
-            validate=Script(trainer, accuracies),
-            validate_every=1,
-            patience=3,
-            checkpoint=tmp_path / "last.pt",
-            resume=True,
-        )
+        options = {"validate": Script(trainer, accuracies), "validate_every": 1, "patience": 3, "resume": True}
+        return train(trainer, steps, lr=0.01, checkpoint=tmp_path / "last.pt", **options)
 
-    assert train([0.5, 0.4, 0.4], 3).stopped == "all steps"
-    history = train([0.4], 10)
+    assert part([0.5, 0.4, 0.4], 3).stopped == "all steps"
+    history = part([0.4], 10)
     assert (history.steps, history.best_step, history.stopped) == (4, 1, "no improvement")
 
 
@@ -476,7 +450,7 @@ COUNTS = ("steps", "validate_every", "checkpoint_every", "patience", "loss_patie
 def test_too_few_batches_raise() -> None:
     trainer, source = make_trainer(), stream()
     with pytest.raises(ValueError, match="expected 5 batches, got 3; lower steps"):
-        quiet_fit(trainer, [next(source) for _ in range(3)], SGD(trainer.parameters(), lr=0.01), 5)
+        train(trainer, 5, batches=[next(source) for _ in range(3)], lr=0.01)
 
 
 @pytest.mark.parametrize(
@@ -524,9 +498,7 @@ def test_broken_checkpoint_raises_before_a_step_is_taken(tmp_path: Path) -> None
     trainer = make_trainer()
     losses = Losses(trainer)
     with pytest.raises(ValueError, match="expected a checkpoint"):
-        quiet_fit(
-            trainer, stream(), SGD(trainer.parameters(), lr=0.01), 5, checkpoint=tmp_path / "last.pt", resume=True
-        )
+        train(trainer, 5, lr=0.01, checkpoint=tmp_path / "last.pt", resume=True)
     assert losses.values == []
 
 
@@ -610,7 +582,7 @@ def test_skipped_steps_are_counted_over_sessions(cut: int, tmp_path: Path) -> No
 def test_a_skipped_step_is_validated_where_one_is_due() -> None:
     trainer, script = make_trainer(), Script(make_trainer(), [0.5, 0.6])
     trainer.register_forward_hook(lambda module, arguments, loss: loss.detach())
-    history = quiet_fit(trainer, stream(), SGD(trainer.parameters(), lr=0.1), 4, validate=script, validate_every=2)
+    history = train(trainer, 4, validate=script, validate_every=2)
     assert [step for step, _, _ in history.validations] == [2, 4]
     assert (history.skipped, history.best_step) == (4, 4)
 
@@ -620,7 +592,7 @@ def test_nan_behind_skipped_steps_is_named_by_its_step() -> None:
     batches = on_and_off("1" + "0" * 22 + "1")
     batches[23] = torch.tensor(float("nan"))
     with pytest.raises(TrainingDiverged, match="loss of nan at step 24"):
-        quiet_fit(trainer, batches, SGD(trainer.parameters(), lr=0.01), 24)
+        train(trainer, 24, batches=batches, lr=0.01)
 
 
 class Told(nn.Module):
@@ -642,7 +614,7 @@ def told(steps: int = 200, windows: list[float] = WINDOWS, first: float = 6.0, *
     trainer = Told()
     batches = [torch.tensor(loss) for loss in windows for _ in range(LOG_EVERY)]
     batches[0] = torch.tensor(first)
-    return trainer, quiet_fit(trainer, batches, SGD(trainer.parameters(), lr=1.0), steps, **options)
+    return trainer, train(trainer, steps, batches=batches, lr=1.0, **options)
 
 
 # the lowest is noted at step 40, and the same loss at 80 is no lower one; at 180 there is one
@@ -720,5 +692,5 @@ def test_a_diverged_trainer_gets_the_weights_of_its_lowest_loss_back() -> None:
     trainer = Told()
     batches = [torch.tensor(1.0)] * 30 + [torch.tensor(float("nan"))] * 10
     with pytest.raises(TrainingDiverged, match="step 31"):
-        quiet_fit(trainer, batches, SGD(trainer.parameters(), lr=1.0), 40, loss_patience=40)
+        train(trainer, 40, batches=batches, lr=1.0, loss_patience=40)
     assert trainer.x.item() == -1
