@@ -74,11 +74,7 @@ def test_eval_spec_evaluates_by_one_spec_and_batches_have_their_own_options(
     ],
 )
 def test_misspelt_options_end_with_2_and_a_suggestion(
-    arguments: tuple[str, ...],
-    message: str,
-    command: CommandLine,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...], message: str, command: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code(command, *arguments) == 2
     assert message in "".join(capsys.readouterr())
@@ -119,9 +115,7 @@ def test_resume_begins_a_run_that_is_not_there_and_gives_and_extends_one_that_is
     assert command("--resume", "--run-dir", tmp_path / "run").rows == begun.rows
     command("--resume", "--run-dir", tmp_path / "run", "--steps", "8")
     assert "steps = 8\n" in (tmp_path / "run" / "config.txt").read_text()
-    assert str(exit_code(command, "--run-dir", tmp_path / "run")).startswith(
-        "error: expected a new or empty run folder"
-    )
+    assert str(exit_code(command, "--run-dir", tmp_path / "run")).startswith("error: expected a new or empty run fol")
 
 
 def send_once(number: signal.Signals) -> Callable[[], None]:

@@ -77,11 +77,6 @@ def rows_of(folder: Path, group: str) -> list[dict[str, Any]]:
         return [dict(row) for row in connection.execute(f"SELECT * FROM {group}")]
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def weights_after(folder: Path) -> dict[str, Any]:
     return load_checkpoint(folder / "last.pt")["trainer"]
 
@@ -94,11 +89,16 @@ def test_run_folder_holds_what_is_promised(finished: Finished) -> None:
     files = {path.name for path in finished.folder.iterdir()} - {"tensorboard", ".lock", "results.tex"}
     about = {"config.txt", "config.json", "logs.db", "train.csv", "validation.csv", "last.pt", "embedder.safetensors"}
     assert files == about | {"results.csv", "results.md", "figures.csv"}
+    train, validation = (rows_of(finished.folder, group) for group in ("train", "validation"))
+    assert (train[0]["step"], train[-1]["step"]) == (1, 24)
+    assert train[0].keys() >= {"loss", "learning_rate", "accuracy"}
+    assert [row["step"] for row in validation] == [4, 8, 12, 16, 20, 24]
+    assert load_checkpoint(finished.folder / "last.pt")["history"]["steps"] == 24
 
 
 def test_files_of_the_table_have_its_figures_at_full_precision(finished: Finished) -> None:
     assert ResultTable.read(finished.folder).rows == finished.table.rows
-    (line,) = read_csv(finished.folder / "results.csv")
+    (line,) = csv.DictReader((finished.folder / "results.csv").read_text().splitlines())
     assert float(line["5way_1shot_5query"]) == finished.table.rows[0].value
     assert (finished.folder / "results.md").read_text() == str(finished.table)
     row = finished.table.rows[0]
@@ -114,23 +114,14 @@ def test_config_txt_names_what_the_run_was_made_with(finished: Finished) -> None
     text = (finished.folder / "config.txt").read_text()
     for field in fields(ExperimentConfig):
         assert re.search(rf"^{field.name} = .", text, re.MULTILINE), field.name
-    assert "seed = 7\n" in text
-    assert "train_spec = EpisodeSpec(ways=5, shots=1, queries=3)\n" in text
-    assert "train = FewShotDataset(80 images of 1x4x4, 8 classes, made up), checksum " in text
+    spec, train = "EpisodeSpec(ways=5, shots=1, queries=3)\n", "FewShotDataset(80 images of 1x4x4, 8 classes, made up)"
+    for line in ("seed = 7\n", f"train_spec = {spec}", f"train = {train}, checksum "):
+        assert line in text
     for package in ("torch", "torchvision", "pytorch-metric-learning", "faiss-cpu", "numpy"):
         assert re.search(rf"^{package} \d+\.\d+", text, re.MULTILINE), package
     assert re.search(r"^git commit ([0-9a-f]{40}(-dirty)?|unknown .*)$", text, re.MULTILINE)
     assert re.search(r"^python 3\.\d+\.\d+ on .*\nthreads \d+\ndevice cpu$", text, re.MULTILINE)
     assert " at 0x" not in text
-
-
-def test_logs_and_checkpoint_hold_training_and_validation(finished: Finished) -> None:
-    steps = [row["step"] for row in rows_of(finished.folder, "train")]
-    assert (steps[0], steps[-1]) == (1, 24)
-    assert rows_of(finished.folder, "train")[0].keys() >= {"loss", "learning_rate", "accuracy"}
-    assert [row["step"] for row in rows_of(finished.folder, "validation")] == [4, 8, 12, 16, 20, 24]
-    state = load_checkpoint(finished.folder / "last.pt")
-    assert state["history"]["steps"] == 24
 
 
 def test_exported_embedder_gives_the_figures_of_the_table(finished: Finished) -> None:
@@ -174,16 +165,15 @@ def test_loaders_schedulers_and_trainers_get_what_they_still_need(
         given.append(num_classes)
         return instantiate(TINY.trainer)
 
-    for number, options in enumerate(
-        (
-            {"data": partial(load, some=4)},
-            {"data": load, "data_root": Path("given")},
-            {"data": partial(load, root=Path("mine")), "data_root": Path("given")},
-            {"trainer": trainer},
-            {"trainer": trainer, "train_on_validation": True},
-        )
-    ):
-        run(replace(TINY, steps=1, run_dir=tmp_path / str(number), **options))  # type: ignore[arg-type]
+    variants: list[dict[str, Any]] = [
+        {"data": partial(load, some=4)},
+        {"data": load, "data_root": Path("given")},
+        {"data": partial(load, root=Path("mine")), "data_root": Path("given")},
+        {"trainer": trainer},
+        {"trainer": trainer, "train_on_validation": True},
+    ]
+    for number, options in enumerate(variants):
+        run(replace(TINY, steps=1, run_dir=tmp_path / str(number), **options))
     monkeypatch.setenv("PML_FEWSHOT_DATA", "variable")
     run(replace(TINY, steps=1, run_dir=tmp_path / "run", data=load))
     assert given == [Path("data"), Path("given"), Path("mine"), 8, 13, Path("variable")]
@@ -323,13 +313,8 @@ def test_a_trained_run_is_evaluated_otherwise_without_training(tmp_path: Path, m
     with pytest.raises(UsageError, match="k of at most"):  # there are 60 test images
         run(config)
     weights = digest(weights_after(tmp_path / "run"))
-    other = replace(
-        config,
-        retrieval=RetrievalTester(("recall_at_10",)),
-        eval_specs=(SPECS[0], EpisodeSpec(ways=3, shots=1, queries=5)),
-        num_episodes=np.int64(50),
-        clip_norm=1.0,
-    )
+    specs, tester = (SPECS[0], EpisodeSpec(ways=3, shots=1, queries=5)), RetrievalTester(("recall_at_10",))
+    other = replace(config, retrieval=tester, eval_specs=specs, num_episodes=np.int64(50), clip_norm=1.0)
     alone = run(replace(other, run_dir=tmp_path / "other", clip_norm=None))
     forward = ProtoNetTrainer.forward
     monkeypatch.setattr(ProtoNetTrainer, "forward", lambda *_: pytest.fail("it is trained already"))
@@ -354,9 +339,7 @@ def test_more_steps_train_a_finished_run_longer(tmp_path: Path) -> None:
     assert digest({**first, "history": None}) == digest({**second, "history": None})
     assert "steps = 8\n" in (tmp_path / "run" / "config.txt").read_text()
     assert [row["step"] for row in rows_of(tmp_path / "run", "validation")] == [2, 4, 6, 8]
-    with pytest.raises(
-        UsageError, match=r"expected at least the 8 steps that the run in .* has made, got 6; raise --steps"
-    ):
+    with pytest.raises(UsageError, match=r"at least the 8 steps that the run in .* has made, got 6; raise --steps"):
         run(replace(config, run_dir=tmp_path / "run", steps=6), resume=True)
 
 
@@ -367,9 +350,7 @@ def test_a_schedule_over_the_steps_follows_the_curve_of_the_new_number(tmp_path:
     assert state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0)
     run(replace(config, steps=8), resume=True)
     curve = [0.005 * (1 + torch.tensor(step * torch.pi / 12).cos().item()) for step in range(12)]
-    assert rates(tmp_path / "run")[4:] == pytest.approx(
-        [0.005, 0.005 * 0.61731657, 0.005 * 0.29289322, 0.005 * 0.07612047]
-    )
+    assert rates(tmp_path / "run")[4:] == pytest.approx([0.005, 3.08658e-3, 1.464466e-3, 3.80602e-4], rel=1e-5)
     state = load_checkpoint(tmp_path / "run" / "last.pt")
     lower_learning_rate(state, 0.5)  # as after a NaN
     save_checkpoint(tmp_path / "run" / "last.pt", state)
@@ -458,16 +439,8 @@ NOT_EXPORTABLE = type("NotExportable", (nn.Flatten,), {"get_extra_state": lambda
         (TINY_EXPERIMENTS["maml"], {"eval_specs": (EpisodeSpec(6, 1, 5),), "train_on_validation": True}, "outputs"),
         (BATCHES, {"train_spec": BatchSpec(9, 2)}, "at least 9 classes .* got 8"),
         (BATCHES, {"train_spec": BatchSpec(4, 3, views=2)}, "augmentation|two views"),
-        (
-            BATCHES,
-            {"sampler": partial(FixedSetOfTriplets, num_triplets=3)},
-            "at least 12 items from FixedSetOfTriplets",
-        ),
-        (
-            BATCHES,
-            {"trainer": partial(BATCHES.trainer, loss=partial(ArcFaceLoss, 7, 8)), "train_spec": BatchSpec(8, 2)},
-            "7",
-        ),
+        (BATCHES, {"sampler": partial(FixedSetOfTriplets, num_triplets=3)}, "at least 12 items from FixedSetOf"),
+        (swap(BATCHES, loss=partial(ArcFaceLoss, 7, 8)), {"train_spec": BatchSpec(8, 2)}, "7"),
         (BATCHES, {"loss_patience": 0}, "loss_patience"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
