@@ -1,4 +1,4 @@
-"""Embeds and judges sets that lie in files of 1 GiB, and prints how much memory of its own the process took for it.
+"""Embeds and evaluates sets that lie in files of 1 GiB, and prints how much memory of its own the process took for it.
 
     python -m tests.memory_use {images|bank} FOLDER
 

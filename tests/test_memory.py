@@ -1,4 +1,4 @@
-"""Embedding and judging a set larger than the memory for it: the files are mapped and read a part at a time."""
+"""Embedding and evaluating a set larger than the memory for it: the files are mapped and read a part at a time."""
 
 import os
 import subprocess
@@ -16,7 +16,9 @@ BUDGET = 256  # MiB of memory of its own, for sets of 1,024
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc, which Linux has")
 @pytest.mark.parametrize("allocator", [{}, KEPT], ids=["usual", "freed memory kept"])
 @pytest.mark.parametrize("kind", ["images", "bank"])
-def test_sets_of_a_gibibyte_are_judged_in_a_quarter_of_it(kind: str, allocator: dict[str, str], tmp_path: Path) -> None:
+def test_sets_of_a_gibibyte_are_evaluated_in_a_quarter_of_it(
+    kind: str, allocator: dict[str, str], tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "tests.memory_use", kind, str(tmp_path)]
     others = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     done = subprocess.run(command, cwd=ROOT, env=others | allocator, capture_output=True, text=True, check=False)

@@ -27,7 +27,7 @@ from pml_fewshot.sampling.batch_stream import BatchStream
 from pml_fewshot.sampling.batches import BatchSpec
 from pml_fewshot.sampling.episode_stream import EpisodeStream
 from pml_fewshot.sampling.episodes import EpisodeSpec
-from pml_fewshot.trainers.base import EpisodicTrainer
+from pml_fewshot.trainers.base import FewShotTrainer
 from pml_fewshot.trainers.metric import MetricTrainer
 from pml_fewshot.trainers.protonet import ProtoNetTrainer
 from pml_fewshot.training.fit import History, fit
@@ -213,7 +213,7 @@ each_trainer = walk("trainer", [MetricTrainer, ProtoNetTrainer])
 each_material = walk("material", [batches, episodes])
 
 
-def train(trainer: EpisodicTrainer, stream: Iterable[Any]) -> tuple[History, list[str]]:
+def train(trainer: FewShotTrainer, stream: Iterable[Any]) -> tuple[History, list[str]]:
     """Trains two steps; gives the history and the names of the parameters that moved."""
     before = {name: p.detach().clone() for name, p in trainer.named_parameters()}
     history = fit(trainer, stream, SGD(trainer.parameters(), lr=0.05), 2, progress=False)
@@ -221,7 +221,7 @@ def train(trainer: EpisodicTrainer, stream: Iterable[Any]) -> tuple[History, lis
     return history, [name for name, p in trainer.named_parameters() if not torch.equal(p, before[name])]
 
 
-def check_trains(trainer: EpisodicTrainer, stream: Iterable[Any]) -> None:
+def check_trains(trainer: FewShotTrainer, stream: Iterable[Any]) -> None:
     """Both steps have a finite loss and move the embedder and all that the loss learns."""
     learned = [name for name, p in trainer.named_parameters() if p.requires_grad]
     history, moved = train(trainer, stream)
@@ -278,14 +278,14 @@ def test_loss_trains_on_batches(kind: type[nn.Module]) -> None:
 @each_trainer
 @walk("kind", LOSSES)
 def test_loss_trains_on_episodes_or_says_that_it_cannot(
-    kind: type[nn.Module], trainer: Callable[..., EpisodicTrainer]
+    kind: type[nn.Module], trainer: Callable[..., FewShotTrainer]
 ) -> None:
     refused = rf"UsageError: .*compares queries with a support set .* got {kind.__name__}: .*BatchSpec"
     with unless((NOT_ON_EPISODES[kind], refused) if kind in NOT_ON_EPISODES else CANNOT.get(kind)):
         check_trains(trainer(embedder(), factory(kind)), episodes())
 
 
-def check_same(trainer: EpisodicTrainer, loss: Tensor, explicit: EpisodicTrainer, expected: Tensor) -> None:
+def check_same(trainer: FewShotTrainer, loss: Tensor, explicit: FewShotTrainer, expected: Tensor) -> None:
     """Two losses and their gradients are the same."""
     torch.testing.assert_close(loss, expected)
     for value in (loss, expected):
@@ -311,7 +311,7 @@ def test_loss_of_a_batch_is_the_explicit_one(kind: type[nn.Module]) -> None:
 
 @each_trainer
 @walk("kind", ON_EPISODES)
-def test_loss_of_an_episode_is_the_explicit_one(kind: type[nn.Module], trainer: Callable[..., EpisodicTrainer]) -> None:
+def test_loss_of_an_episode_is_the_explicit_one(kind: type[nn.Module], trainer: Callable[..., FewShotTrainer]) -> None:
     made, explicit = (trainer(embedder(), factory(kind)) for _ in range(2))
     episode = next(episodes())
     query, support = (explicit.embedder(images.flatten(0, 2)) for images in (episode.query, episode.support))

@@ -9,16 +9,16 @@ from pml_fewshot.embedders.full_context import FullContext
 from pml_fewshot.evaluation.heads import similarities_to_each
 from pml_fewshot.instantiate import Part, instantiate
 from pml_fewshot.losses.matching import MatchingLoss
-from pml_fewshot.trainers.base import EpisodicTrainer
+from pml_fewshot.trainers.base import FewShotTrainer
 
 SCALE = 10.0  # of cosine, to begin with: the softmax over a similarity within +-1 could not get sharp without
 
 
-class MatchingTrainer(EpisodicTrainer):
+class MatchingTrainer(FewShotTrainer):
     """Trains the embedder so that queries attend to the support items of their class.
 
     Args:
-        embedder, miner, support_rotations: see EpisodicTrainer.
+        embedder, miner, support_rotations: see FewShotTrainer.
         loss: MatchingLoss; when None with cosine and a learned scale that begins at 10.
         context: `FullContext(dim)` for full-context embeddings, which see each item in the light of the support
             (appendix A of the paper); none when None. Retrieval ranks the embeddings without context.
@@ -45,7 +45,6 @@ class MatchingTrainer(EpisodicTrainer):
         self.context = instantiate(context)
 
     def episode_loss(self, support: Tensor, query: Tensor) -> Tensor:
-        """Loss of one episode: support (W, K, D), query (W*Q, D)."""
         if self.context is not None:
             support, query = (part.squeeze(0) for part in self.context(support.unsqueeze(0), query.unsqueeze(0)))
         return super().episode_loss(support, query)

@@ -4,6 +4,7 @@ Its samplers draw from a global generator: that alone is the business of `sampli
 """
 
 import inspect
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -20,53 +21,46 @@ WITH_MEMORY = losses.CrossBatchMemory | losses.DynamicSoftMarginLoss
 REMEMBERED = "remembered"
 
 
-def distance_of(loss: nn.Module) -> BaseDistance | None:
+def distance_of(loss: object) -> BaseDistance | None:
     """The distance of a PML loss, of the loss within a wrapper, or of the first of MultipleLosses."""
     if hasattr(loss, "distance"):
         return loss.distance
     within = getattr(loss, "loss", None) or getattr(loss, "losses", None)
     if isinstance(within, nn.ModuleDict | nn.ModuleList):
-        within = next(iter(within.values() if isinstance(within, nn.ModuleDict) else within), None)
+        within = next(within.children(), None)
     return distance_of(within) if isinstance(within, nn.Module) else None
 
 
 def num_classes(part: nn.Module) -> int:
     """For how many classes a PML loss has weights; 0 for any other module."""
-    if not isinstance(part, losses.BaseMetricLossFunction):
-        return 0
     if isinstance(part, losses.NormalizedSoftmaxLoss):  # it and ProxyNCALoss keep no number
         return part.W.shape[1]
     if isinstance(part, losses.ProxyNCALoss):
         return len(part.proxies)
     if isinstance(part, losses.MarginLoss):  # one margin, or one for each class
         return part.beta.numel() if part.beta.numel() > 1 else 0
-    return getattr(part, "num_classes", 0)
+    return getattr(part, "num_classes", 0) if isinstance(part, losses.BaseMetricLossFunction) else 0
 
 
 def check_batch(loss: nn.Module, size: int, largest_label: int) -> None:
     """Raises a UsageError when a loss has no weights for a batch's largest label, or no memory for its size."""
     for part in loss.modules():
-        classes = num_classes(part)
-        if classes and largest_label >= classes:
+        if 0 < (classes := num_classes(part)) <= largest_label:
             raise UsageError(
-                f"expected labels below {classes}, the num_classes of {type(part).__name__}, got label "
-                f"{largest_label}; give it num_classes={largest_label + 1}, len(splits.train.class_names), or more"
+                f"expected labels below {classes}, the num_classes of {type(part).__name__}, got label {largest_label};"
+                f" give it num_classes={largest_label + 1}, len(splits.train.class_names), or more"
             )
         if isinstance(part, losses.CrossBatchMemory) and size > part.memory_size:
-            raise UsageError(
-                f"expected batches of at most {part.memory_size}, the memory_size of CrossBatchMemory, got {size} "
-                "items; make the memory larger, of several batches"
-            )
+            wanted = f"batches of at most {part.memory_size}, the memory_size of CrossBatchMemory"
+            raise UsageError(f"expected {wanted}, got {size} items; make the memory larger, of several batches")
 
 
 def check_supports_ref_emb(loss: nn.Module) -> None:
     """Raises a UsageError naming the loss when it has no place for a support set, or takes it wrongly."""
     kind: Any = type(loss)  # (mypy does not know that classes of modules can be hashed)
-    why = _why_no_ref_emb(kind)
-    if why:
+    if why := _why_no_ref_emb(kind):
         raise _not_on_episodes(loss, why)
-    if isinstance(loss, losses.MarginLoss):  # the only one that takes a support set and has something of each class
-        check_no_classes_kept(loss)
+    check_no_classes_kept(loss)
 
 
 def check_no_classes_kept(loss: nn.Module) -> None:
@@ -79,22 +73,12 @@ def check_no_classes_kept(loss: nn.Module) -> None:
             raise _not_on_episodes(part, "it keeps something of each class, and an episode's labels are places in it")
 
 
-def check_remembers_nothing(loss: nn.Module) -> None:
-    """Raises a UsageError naming the part of a loss that would carry something from one task to the next (MAML)."""
-    for part in loss.modules():
-        if isinstance(part, WITH_MEMORY):
-            raise UsageError(
-                f"expected a loss that remembers nothing, got {type(part).__name__}; take another for MAML"
-            )
-
-
 @cache
 def _why_no_ref_emb(kind: Any) -> str:
     if issubclass(kind, losses.ThresholdConsistentMarginLoss):  # otherwise it would train, on wrong pairs
         return "PML looks the support's indices up among the queries"
     arguments = inspect.signature(kind.forward).parameters
-    missing = [name for name in ("labels", "ref_emb", "ref_labels") if name not in arguments]
-    if missing:
+    if missing := [name for name in ("labels", "ref_emb", "ref_labels") if name not in arguments]:
         return f"its forward has no argument {missing[0]}"
     # A loss refuses by calling one of these; looking for the call tells before the first step, and by no error's text.
     calls = kind.compute_loss.__code__.co_names if issubclass(kind, losses.BaseMetricLossFunction) else ()
@@ -105,16 +89,26 @@ def _why_no_ref_emb(kind: Any) -> str:
 def _not_on_episodes(loss: nn.Module, why: str) -> UsageError:
     return UsageError(
         f"expected a loss that compares queries with a support set (PML's ref_emb), got {type(loss).__name__}: {why}; "
-        "train it on ordinary batches, MetricTrainer with train_spec=BatchSpec(classes, per_class), or take a loss of "
-        "pairs, triplets or prototypes"
+        "train it on batches, MetricTrainer with train_spec=BatchSpec(classes, per_class), or take a loss of pairs"
     )
 
 
-def zero_without_pairs(module: nn.Module) -> None:
-    """Makes NCALoss, alone or among others, zero for a batch without two items of a class, where PML's is NaN."""
-    for part in module.modules():
+def mend(parts: Iterable[nn.Module]) -> None:
+    """Gives the parts of a loss what PML leaves out.
+
+    NCALoss is zero for a batch without two items of a class, where PML's is NaN. `state_dict()` holds what losses
+    remember, so that a run can resume: of CrossBatchMemory the place that the next batch goes to, and whether it is
+    full; of DynamicSoftMarginLoss the running histogram. That lets go of the last step's graph, in which the next
+    backward would fail.
+    """
+    for part in parts:
         if isinstance(part, losses.NCALoss) and not isinstance(part, losses.ProxyNCALoss):  # that has its proxies
             part.register_forward_hook(_zero_without_pairs)
+        if isinstance(part, losses.DynamicSoftMarginLoss):
+            part.register_forward_pre_hook(_detach_histogram)
+        if isinstance(part, WITH_MEMORY):
+            part.register_state_dict_post_hook(_add)
+            part.register_load_state_dict_pre_hook(_take)
 
 
 def _zero_without_pairs(loss: nn.Module, args: tuple[Any, ...], value: Tensor) -> Tensor:
@@ -125,26 +119,17 @@ def _zero_without_pairs(loss: nn.Module, args: tuple[Any, ...], value: Tensor) -
     return torch.where(pairs > 0, value, torch.zeros_like(value))  # no wait for a GPU
 
 
-def persist_pml_state(module: nn.Module) -> None:
-    """Makes `module.state_dict()` hold what its losses remember and PML leaves out, so that a run can resume.
-
-    Of CrossBatchMemory the place that the next batch goes to, and whether it is full; of DynamicSoftMarginLoss the
-    running histogram.
-    """
-    for part in module.modules():
-        if isinstance(part, WITH_MEMORY):
-            part.register_state_dict_post_hook(_add)
-            part.register_load_state_dict_pre_hook(_take)
+def _detach_histogram(loss: Any, args: tuple[Any, ...]) -> None:
+    loss.hist_ = loss.hist_.detach()
 
 
-def _add(loss: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
-    if isinstance(loss, losses.CrossBatchMemory):
-        state[prefix + REMEMBERED] = torch.tensor([loss.queue_idx, int(loss.has_been_filled)])
-    else:
-        state[prefix + REMEMBERED] = loss.hist_.detach().clone()  # type: ignore[operator]
+def _add(loss: Any, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    of_memory = isinstance(loss, losses.CrossBatchMemory)
+    remembered = torch.tensor([loss.queue_idx, int(loss.has_been_filled)]) if of_memory else loss.hist_.detach().clone()
+    state[prefix + REMEMBERED] = remembered
 
 
-def _take(loss: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _take(loss: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     remembered = state.pop(prefix + REMEMBERED, None)
     if remembered is None:  # two trainers share the loss, and its state was taken already
         return
@@ -152,10 +137,3 @@ def _take(loss: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> No
         loss.queue_idx, loss.has_been_filled = int(remembered[0]), bool(remembered[1])
     else:
         loss.hist_ = remembered.clone()
-
-
-def detach_histogram(module: nn.Module) -> None:
-    """DynamicSoftMarginLoss keeps the last step's graph in its histogram: the next backward would fail."""
-    for part in module.modules():
-        if isinstance(part, losses.DynamicSoftMarginLoss):
-            part.hist_ = part.hist_.detach()

@@ -7,15 +7,15 @@ from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.evaluation.heads import Head, nearest_prototype
 from pml_fewshot.instantiate import Part
 from pml_fewshot.losses.prototypical import PrototypicalLoss
-from pml_fewshot.trainers.base import EpisodicTrainer
+from pml_fewshot.trainers.base import FewShotTrainer
 from pml_fewshot.trainers.pml_compat import check_supports_ref_emb
 
 
-class ProtoNetTrainer(EpisodicTrainer):
+class ProtoNetTrainer(FewShotTrainer):
     """Embeds support and query together, and trains the embedder so that queries lie near their class's prototype.
 
     Args:
-        embedder, miner, support_rotations: see EpisodicTrainer.
+        embedder, miner, support_rotations: see FewShotTrainer.
         loss: `PrototypicalLoss()` when None; or any PML loss that takes `ref_emb`.
         head: classifies at test time: `nearest_prototype`, or `nearest_neighbour` for the nearest support item.
 

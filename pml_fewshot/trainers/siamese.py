@@ -10,11 +10,11 @@ from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.evaluation.heads import Head, mean_similarity
 from pml_fewshot.instantiate import Part
 from pml_fewshot.losses.pair_verification import PairVerificationLoss
-from pml_fewshot.trainers.base import EpisodicTrainer
+from pml_fewshot.trainers.base import FewShotTrainer
 from pml_fewshot.trainers.pml_compat import check_no_classes_kept
 
 
-class SiameseTrainer(EpisodicTrainer):
+class SiameseTrainer(FewShotTrainer):
     """Trains embedder and similarity so that pairs of one class are told from pairs of two.
 
     An episode's support and queries, or an ordinary batch, are one set of labeled images; the loss (or the miner)
@@ -49,7 +49,7 @@ class SiameseTrainer(EpisodicTrainer):
         check_no_classes_kept(self.loss)
 
     def episode_loss(self, support: Tensor, query: Tensor) -> Tensor:
-        """Loss over pairs of one episode's items: support (W, K, D), query (W*Q, D)."""
+        """Loss over pairs of one episode's items, support (W, K, D) and query (W*Q, D)."""
         items = torch.cat([support, query.unflatten(0, (len(support), -1))], dim=1)  # (W, K+Q, D)
         labels = torch.arange(len(items), device=items.device).repeat_interleave(items.shape[1])
         return self.mined_loss(items.flatten(0, 1), labels)

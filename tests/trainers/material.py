@@ -2,7 +2,9 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -13,16 +15,19 @@ from pml_fewshot.data.dataset import FewShotDataset, Splits
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.sampling.batches import Batch
 from pml_fewshot.sampling.episodes import Episode
-from pml_fewshot.trainers.base import EpisodicTrainer
+from pml_fewshot.trainers.base import FewShotTrainer
 from pml_fewshot.training.fit import fit
 
+Make = Callable[..., FewShotTrainer]
+Rows = list[list[float]]
 WAYS, SHOTS, QUERIES, SIZE, DIMS, CLASSES = 3, 2, 4, 5, 6, 4
 LABELS = torch.tensor([3, 0, 3, 1, 0, 3, 2, 0])  # 1 and 2 stand alone
+MARGIN = 0.2
 
 
-def embedder(seed: int = 0) -> Embedder:
+def embedder(seed: int = 0, *more: nn.Module) -> Embedder:
     torch.manual_seed(seed)
-    return Embedder(nn.Sequential(nn.Flatten(), nn.Linear(SIZE * SIZE, DIMS)))
+    return Embedder(nn.Sequential(nn.Flatten(), nn.Linear(SIZE * SIZE, DIMS), *more))
 
 
 def images(*shape: int, seed: int = 0) -> Tensor:
@@ -42,11 +47,24 @@ def episode(episodes: int = 1, seed: int = 0) -> Episode:
 
 def floats(given: Any) -> Any:
     """A Batch or an Episode in float32."""
-    parts = {name: part.float() if part is not None else None for name, part in vars(given).items() if name != "labels"}
-    return type(given)(**parts, **({"labels": given.labels} if isinstance(given, Batch) else {}))
+    parts = {name: part for name, part in vars(given).items() if part is not None and part.is_floating_point()}
+    return replace(given, **{name: part.float() for name, part in parts.items()})
 
 
-def rotations(trainer: EpisodicTrainer, given: Episode, count: int = 1) -> list[tuple[Tensor, Tensor]]:
+def ways_of(count: int) -> Tensor:
+    """Labels of `count` items a class, class by class."""
+    return torch.arange(WAYS).repeat_interleave(count)
+
+
+def embedded(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Support and queries of two episodes."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = (2, WAYS, SHOTS, DIMS), (2, 7, DIMS)
+    support, query = (torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
+    return support, query
+
+
+def rotations(trainer: FewShotTrainer, given: Episode, count: int = 1) -> list[tuple[Tensor, Tensor]]:
     """Support (W, K, D) and query (W, Q, D) of each rotation of each episode, embedded image by image."""
     parts = []
     for rotation in range(count):
@@ -85,20 +103,43 @@ def far(first: Sequence[float], second: Sequence[float]) -> float:
     return math.sqrt(sum((a - b) ** 2 for a, b in zip(first, second, strict=True)))
 
 
-def unit_rows(embeddings: Tensor) -> list[list[float]]:
+def unit_rows(embeddings: Tensor) -> Rows:
     """Embeddings (B, D) scaled to length 1."""
     return [[x / math.sqrt(dot(row, row)) for x in row] for row in embeddings.tolist()]
 
 
-def assert_skipped(trainer: EpisodicTrainer, nothing: Batch | Episode, useful: Batch | Episode) -> None:
+def triplets(
+    anchors: Rows,
+    labels: list[int],
+    others: Rows | None = None,
+    other_labels: list[int] | None = None,
+    own: int | None = 0,
+    above: float = 0.0,
+    hardest: bool = False,
+) -> float:
+    """Mean over the violated triplets, or the hardest of each anchor, of anchors with others.
+
+    Among these the anchors themselves begin at `own`; None: they are not.
+    """
+    others, other_labels = others or anchors, other_labels or labels
+    losses = []
+    for a, anchor in enumerate(anchors):
+        pairs = [(far(anchor, o), labels[a] == other_labels[i], i) for i, o in enumerate(others)]
+        positives = sorted(d for d, same, i in pairs if same and (own is None or i != a + own))
+        negatives = sorted(d for d, same, i in pairs if not same)
+        chosen = product(positives[-1:], negatives[:1]) if hardest else product(positives, negatives)
+        losses += [p - n + MARGIN for p, n in chosen]
+    return mean([loss for loss in losses if loss > above])
+
+
+def assert_skipped(trainer: FewShotTrainer, nothing: Batch | Episode, useful: Batch | Episode) -> None:
     """Two steps before have given Adam a momentum, which must not move the weights any further."""
     optimizer = Adam(trainer.parameters(), lr=0.005)
     assert fit(trainer, [useful, useful], optimizer, 2, progress=False).skipped == 0
-    weights = {name: weight.clone() for name, weight in trainer.named_parameters()}
-    moments = copy.deepcopy(optimizer.state_dict()["state"])
-    assert moments
+    before = copy.deepcopy((trainer.state_dict(), optimizer.state_dict()["state"]))
     history = fit(trainer, [nothing, nothing], optimizer, 2, progress=False)
     assert (history.steps, history.skipped, history.losses) == (2, 2, [])
-    assert all(torch.equal(weight, weights[name]) for name, weight in trainer.named_parameters())
+    assert all(torch.equal(weight, before[0][name]) for name, weight in trainer.named_parameters())
+    assert before[1]
     for number, moment in optimizer.state_dict()["state"].items():
-        assert all(torch.equal(value, moments[number][name]) for name, value in moment.items())
+        assert all(torch.equal(value, before[1][number][name]) for name, value in moment.items())

@@ -11,23 +11,23 @@ import pytest
 import torch
 from pytorch_metric_learning import losses as pml
 from pytorch_metric_learning.distances import CosineSimilarity, LpDistance, SNRDistance
-from pytorch_metric_learning.miners import TripletMarginMiner
+from pytorch_metric_learning.miners import BatchHardMiner, TripletMarginMiner
 from torch import Tensor, nn
 from torch.optim import Adam
 
 from pml_fewshot.data.augmentation import RandomAffine
-from pml_fewshot.evaluation.heads import Head, nearest_neighbour, nearest_prototype
+from pml_fewshot.evaluation.heads import Head, mean_similarity, nearest_neighbour, nearest_prototype
 from pml_fewshot.losses.pair_verification import PairVerificationLoss
 from pml_fewshot.losses.prototypical import PrototypicalLoss
 from pml_fewshot.sampling.batch_stream import BatchStream
 from pml_fewshot.sampling.batches import BatchSpec
 from pml_fewshot.trainers.metric import MetricTrainer
 from pml_fewshot.trainers.protonet import ProtoNetTrainer
+from pml_fewshot.trainers.siamese import SiameseTrainer
 from pml_fewshot.training.fit import fit
 from tests.trainers import material as m
 
-Rows = list[list[float]]
-MARGIN, MINED = 0.2, TripletMarginMiner(margin=0.05)
+MINED = TripletMarginMiner(margin=0.05)
 ABOVE = 0.15  # a triplet that MINED keeps is violated by more than that
 
 
@@ -35,56 +35,28 @@ def trainer_of(loss: Any = None, miner: Any = None, **options: Any) -> MetricTra
     return MetricTrainer(m.embedder(), loss, miner, **options).double()
 
 
-def embed_each(trainer: MetricTrainer, images: Tensor) -> Tensor:
-    return torch.cat([trainer.embedder(image[None]) for image in images]).detach()
+def rows_of(trainer: MetricTrainer, images: Tensor) -> m.Rows:
+    return m.unit_rows(torch.cat([trainer.embedder(image[None]) for image in images]).detach())
 
 
-def rows_of(trainer: MetricTrainer, images: Tensor) -> Rows:
-    return m.unit_rows(embed_each(trainer, images))
-
-
-# --- formulas ---------------------------------------------------------------------------------------------------------
-
-
-def triplets(
-    anchors: Rows,
-    labels: list[int],
-    others: Rows | None = None,
-    other_labels: list[int] | None = None,
-    own: int | None = 0,
-    above: float = 0.0,
-) -> float:
-    """Mean over the violated triplets of anchors with others, among which the anchors themselves begin at `own`."""
-    others, other_labels = others or anchors, other_labels or labels
-    losses = [
-        m.far(anchor, others[p]) - m.far(anchor, others[n]) + MARGIN
-        for a, anchor in enumerate(anchors)
-        for p, n in permutations(range(len(others)), 2)
-        if labels[a] == other_labels[p] != other_labels[n] and (own is None or p != a + own)
-    ]
-    return m.mean([loss for loss in losses if loss > above])
-
-
-def mined_triplets(rows: Rows, labels: list[int]) -> float:
-    mined = triplets(rows, labels, above=ABOVE)
-    assert mined != triplets(rows, labels), "a miner that keeps all tests nothing"
+def mined_triplets(rows: m.Rows, labels: list[int], **options: Any) -> float:
+    mined = m.triplets(rows, labels, **(options or {"above": ABOVE}))
+    assert mined != m.triplets(rows, labels), "a miner that keeps all tests nothing"
     return mined
 
 
-def ntxent(rows: Rows, labels: list[int], temperature: float = 0.07) -> float:
+def ntxent(rows: m.Rows, labels: list[int], temperature: float = 0.07) -> float:
     """Mean over ordered positive pairs: each against all negatives of its anchor."""
     losses = []
     for a, p in permutations(range(len(rows)), 2):
         if labels[a] == labels[p]:
             pair = math.exp(m.dot(rows[a], rows[p]) / temperature)
-            negatives = [n for n in range(len(rows)) if labels[n] != labels[a]]
-            losses.append(
-                -math.log(pair / (pair + sum(math.exp(m.dot(rows[a], rows[n]) / temperature) for n in negatives)))
-            )
+            others = [m.dot(rows[a], rows[n]) for n in range(len(rows)) if labels[n] != labels[a]]
+            losses.append(-math.log(pair / (pair + sum(math.exp(other / temperature) for other in others))))
     return m.mean(losses)
 
 
-def multi_similarity(rows: Rows, labels: list[int]) -> float:
+def multi_similarity(rows: m.Rows, labels: list[int]) -> float:
     losses = []
     for a, row in enumerate(rows):
         similar = [m.dot(row, rows[i]) for i in range(len(rows)) if i != a and labels[i] == labels[a]]
@@ -94,17 +66,16 @@ def multi_similarity(rows: Rows, labels: list[int]) -> float:
     return m.mean(losses)
 
 
-# --- batches and episodes ---------------------------------------------------------------------------------------------
-
-TRIPLET = pml.TripletMarginLoss(MARGIN)
-BATCHES: dict[str, tuple[nn.Module | None, nn.Module | None, Callable[[Rows, list[int]], float]]] = {
+TRIPLET = pml.TripletMarginLoss(m.MARGIN)
+BATCHES: dict[str, tuple[nn.Module | None, nn.Module | None, Callable[[m.Rows, list[int]], float]]] = {
     "default": (None, None, multi_similarity),
-    "triplets": (TRIPLET, None, triplets),
+    "triplets": (TRIPLET, None, m.triplets),
     "mined triplets": (TRIPLET, MINED, mined_triplets),
+    "hardest triplets": (TRIPLET, BatchHardMiner(), partial(mined_triplets, hardest=True)),
     "weighted": (
         pml.MultipleLosses([pml.NTXentLoss(), TRIPLET], weights=[1.0, 0.3]),
         None,
-        lambda rows, labels: ntxent(rows, labels) + 0.3 * triplets(rows, labels),
+        lambda rows, labels: ntxent(rows, labels) + 0.3 * m.triplets(rows, labels),
     ),
     "a miner of its own": (
         pml.MultipleLosses({"a": pml.NTXentLoss(), "b": TRIPLET}, miners={"b": MINED}),
@@ -122,25 +93,17 @@ def test_loss_of_a_batch_is_the_formula(name: str) -> None:
     assert trainer(given).item() == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("miner", [None, MINED])
-def test_queries_are_compared_with_the_support_of_their_episode(miner: TripletMarginMiner | None) -> None:
+@pytest.mark.parametrize(
+    ("miner", "options"), [(None, {}), (MINED, {"above": ABOVE}), (BatchHardMiner(), {"hardest": True})]
+)
+def test_queries_are_compared_with_the_support_of_their_episode(miner: Any, options: dict[str, Any]) -> None:
     trainer, given = trainer_of(TRIPLET, miner, support_rotations=3), m.episode(2)
-    labels, support_labels = ([way for way in range(m.WAYS) for _ in range(count)] for count in (m.QUERIES, m.SHOTS))
-    each = [
-        triplets(
-            m.unit_rows(query.flatten(0, 1)),
-            labels,
-            m.unit_rows(support.flatten(0, 1)),
-            support_labels,
-            own=None,
-            above=ABOVE if miner else 0.0,
-        )
-        for support, query in m.rotations(trainer, given, 3)
-    ]
+    labels, support_labels = m.ways_of(m.QUERIES).tolist(), m.ways_of(m.SHOTS).tolist()
+    each = []
+    for support, query in m.rotations(trainer, given, 3):
+        rows, others = m.unit_rows(query.flatten(0, 1)), m.unit_rows(support.flatten(0, 1))
+        each.append(m.triplets(rows, labels, others, support_labels, own=None, **options))
     assert trainer(given).item() == pytest.approx(m.mean(each), rel=1e-9)
-
-
-# --- two views --------------------------------------------------------------------------------------------------------
 
 
 def test_self_supervised_loss_tells_the_views_of_an_image_from_all_others() -> None:
@@ -151,21 +114,18 @@ def test_self_supervised_loss_tells_the_views_of_an_image_from_all_others() -> N
     first, second = rows_of(trainer, given.images), rows_of(trainer, given.other_view)
     assert trainer(given).item() == pytest.approx(ntxent(first + second, own + own), rel=1e-9)
     one_direction = trainer_of(pml.SelfSupervisedLoss(TRIPLET, symmetric=False))
-    assert one_direction(given).item() == pytest.approx(triplets(first, own, second, own, own=None), rel=1e-9)
-
-
-# --- what a loss remembers --------------------------------------------------------------------------------------------
+    assert one_direction(given).item() == pytest.approx(m.triplets(first, own, second, own, own=None), rel=1e-9)
 
 
 def test_memory_compares_a_batch_with_those_before() -> None:
     trainer = trainer_of(pml.CrossBatchMemory(TRIPLET, m.DIMS, 12))
-    rows: Rows = []
+    rows: m.Rows = []
     labels: list[int] = []
     for step in range(4):  # 5 + 5 + 5 + 5 items in 12 places
         given = m.batch(torch.tensor([0, 1, 0, 2, 1]), seed=step)
         new, own = rows_of(trainer, given.images), given.labels.tolist()
         rows, labels = (rows + new)[-12:], (labels + own)[-12:]
-        expected = triplets(new, own, rows, labels, own=len(rows) - len(new))
+        expected = m.triplets(new, own, rows, labels, own=len(rows) - len(new))
         assert trainer(given).item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -185,22 +145,19 @@ def memory(size: int) -> Any:
     ],
 )
 def test_resumed_training_is_the_uninterrupted_one_bit_for_bit(loss: Any, cut: int, tmp_path: Path) -> None:
-    def session(steps: int, name: str, seed: int = 0, resume: bool = False) -> MetricTrainer:
+    def session(steps: int, name: str, seed: int = 0, resume: bool = False) -> dict[str, Any]:
         trainer = MetricTrainer(m.embedder(seed), loss)
         stream = BatchStream(m.tiny_set(), BatchSpec(3, 2), seed, RandomAffine())
         optimizer = Adam(trainer.parameters(), lr=0.05)
         fit(trainer, stream, optimizer, steps, checkpoint=tmp_path / name, resume=resume, progress=False)
-        return trainer
+        return trainer.state_dict()
 
-    expected = session(6, "whole.pt").state_dict()
+    expected = session(6, "whole.pt")
     session(cut, "cut.pt")
-    resumed = session(6, "cut.pt", seed=99, resume=True).state_dict()
+    resumed = session(6, "cut.pt", seed=99, resume=True)
     assert resumed.keys() == expected.keys()
     assert {"loss.remembered", "loss._extra_state"} & expected.keys()
     assert all(torch.equal(resumed[name], value) for name, value in expected.items())
-
-
-# --- evaluation -------------------------------------------------------------------------------------------------------
 
 
 def l1(first: list[float], second: list[float]) -> float:
@@ -233,17 +190,19 @@ L1, COSINE = pml.ContrastiveLoss(distance=LpDistance(p=1)), pml.ContrastiveLoss(
         (MetricTrainer, L1, nearest_neighbour, l1),
         (MetricTrainer, pml.CrossBatchMemory(COSINE, m.DIMS), nearest_prototype, cosine),
         (MetricTrainer, pml.MultipleLosses([COSINE, L1]), nearest_prototype, cosine),
+        (SiameseTrainer, COSINE, mean_similarity, cosine),
+        (SiameseTrainer, L1, nearest_neighbour, l1),
     ],
 )
 def test_classify_is_by_the_distance_of_the_loss(
     trainer: Any, loss: Any, head: Head, similarity: Callable[..., float]
 ) -> None:
-    made = trainer(m.embedder(), loss, **({} if head is nearest_prototype else {"head": head}))  # that is the default
-    generator = torch.Generator().manual_seed(3)
-    support, query = (torch.randn(2, *shape, m.DIMS, generator=generator) for shape in [(m.WAYS, m.SHOTS), (5,)])
+    made = trainer(m.embedder(), loss, **({"head": head} if head is nearest_neighbour else {}))  # the others by default
+    support, query = m.embedded(torch.float32)
     logits = made.classify(support, query)
-    assert logits.shape == (2, 5, m.WAYS)
-    for (e, n, way), logit in zip(product(range(2), range(5), range(m.WAYS)), logits.flatten().tolist(), strict=True):
-        items = support[e, way] if head is nearest_neighbour else support[e, way].mean(0, keepdim=True)
-        expected = max(similarity(query[e, n].tolist(), item) for item in items.tolist())
+    assert logits.shape == (2, 7, m.WAYS)
+    combined = m.mean if head is mean_similarity else max
+    for (e, n, way), logit in zip(product(range(2), range(7), range(m.WAYS)), logits.flatten().tolist(), strict=True):
+        items = support[e, way].mean(0, keepdim=True) if head is nearest_prototype else support[e, way]
+        expected = combined([similarity(query[e, n].tolist(), item) for item in items.tolist()])
         assert logit == pytest.approx(expected, rel=1e-4, abs=1e-5)

@@ -1,6 +1,7 @@
 """What MAML asks of autograd: recomputed steps, second derivatives of distances, a loss with a known gradient."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,18 +14,14 @@ from torch.overrides import TorchFunctionMode
 Step = Callable[[Sequence[Tensor], bool], Sequence[Tensor]]
 
 
-def recompute(step: Step, inputs: Sequence[Tensor], parameters: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
-    """Returns `step(inputs, create_graph)` without its graph, which the backward pass builds, uses and frees.
+class Recompute(torch.autograd.Function):
+    """`Recompute.apply(step, len(inputs), *inputs, *parameters)` is `step(inputs, create_graph)` without its graph.
 
-    `parameters` are leaves that the step uses without being passed them, such as those of a loss.
-
-    `torch.utils.checkpoint` does the same for most functions. For one that takes a derivative itself it runs the
-    forward pass three times where two are enough, and keeps the activations of the second (torch 2.13).
+    The backward pass builds, uses and frees it. `parameters` are leaves that the step uses without being passed them,
+    such as those of a loss. `torch.utils.checkpoint` does the same for most functions. For one that takes a derivative
+    itself it runs the forward pass three times where two are enough, and keeps the activations of the second (2.13).
     """
-    return _Recompute.apply(step, len(inputs), *inputs, *parameters)
 
-
-class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: Step, num_inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.step, ctx.num_inputs = step, num_inputs
@@ -32,48 +29,42 @@ class _Recompute(torch.autograd.Function):
         ctx.gpus = [tensors[0].device] if tensors[0].is_cuda else []
         ctx.generators = torch.get_rng_state(), [torch.cuda.get_rng_state(gpu) for gpu in ctx.gpus]
         with torch.enable_grad():
-            outputs = step(
-                [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors[:num_inputs]], False
-            )
-        return tuple(output.detach() for output in outputs)
+            return tuple(output.detach() for output in step(_leaves(tensors[:num_inputs]), False))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        saved, count = ctx.saved_tensors, ctx.num_inputs
-        tensors = [*(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in saved[:count]), *saved[count:]]
+        inputs, parameters = _leaves(ctx.saved_tensors[: ctx.num_inputs]), ctx.saved_tensors[ctx.num_inputs :]
         of_cpu, of_gpus = ctx.generators
         with torch.random.fork_rng(ctx.gpus), torch.enable_grad():  # dropout must draw what it drew in the forward pass
             torch.set_rng_state(of_cpu)
             for gpu, state in zip(ctx.gpus, of_gpus, strict=True):
                 torch.cuda.set_rng_state(state, gpu)
-            outputs = ctx.step(tensors[:count], True)
+            outputs = ctx.step(inputs, True)
+        tensors = [*inputs, *parameters]
         wanted = [tensor for tensor in tensors if tensor.requires_grad]
         gradients = iter(torch.autograd.grad(outputs, wanted, slopes, allow_unused=True))
         return None, None, *(next(gradients) if tensor.requires_grad else None for tensor in tensors)
 
 
-class DoubleBackward(TorchFunctionMode):
+def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
+
+
+@contextmanager
+def double_backward() -> Iterator[None]:
     """Within this context distances and attention can be differentiated twice.
 
     `torch.cdist` has no second derivative (torch 2.13), and PML's LpDistance is made of it, so without this most of
     PML's losses could not be inner losses of second order. Here it is a norm of differences, (B, R, D) numbers: a
     support set is small. Attention is computed by matrix products, because its fused kernels have none either.
     """
+    with sdpa_kernel(SDPBackend.MATH), _DifferentiableCdist():
+        yield
 
-    def __enter__(self) -> "DoubleBackward":
-        self.attention = sdpa_kernel(SDPBackend.MATH)
-        self.attention.__enter__()
-        super().__enter__()
-        return self
 
-    def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
-        self.attention.__exit__(*raised)
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+class _DifferentiableCdist(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return (_cdist if func is torch.cdist else func)(*args, **(kwargs or {}))
 
 

@@ -1,6 +1,5 @@
 """BatchStatistics: within this context every batch norm uses the statistics of its own input, as MAML wants."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,22 +19,18 @@ class BatchStatistics(TorchFunctionMode):
         num_items: B, items in the batch that the network is called with.
         num_stat_items: take mean and variance from the first so many items (the support set) and normalize all items
             by them; from all items when None.
-        decomposed: compute batch norm operation by operation. `F.batch_norm` under `torch.func.vmap` silently gives
-            wrong second-order gradients (torch 2.13: 0.4 to 13 % off) where one derivative is taken within vmap and
-            one outside of it. MAML takes both outside, which was right on a CPU; the single operations are right in
-            every order. Without vmap `F.batch_norm` is right, and faster.
+        decomposed: compute batch norm operation by operation, for `torch.func.vmap`: under it `F.batch_norm` silently
+            gives wrong second-order gradients (torch 2.13: 0.4 to 13 % off) where one derivative is taken within vmap
+            and one outside. MAML takes both outside, which was right on a CPU; single operations always are. Without
+            vmap `F.batch_norm` is right, and faster.
     """
 
     def __init__(self, num_items: int, num_stat_items: int | None = None, decomposed: bool = False) -> None:
         super().__init__()
-        self.num_items = num_items
-        self.num_stat_items = num_stat_items
-        self.decomposed = decomposed
+        self.num_items, self.num_stat_items, self.decomposed = num_items, num_stat_items, decomposed
         self.was_used = False  # whether the network has any batch norm
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.batch_norm:
             return self.batch_norm(*args, **kwargs)
@@ -56,16 +51,14 @@ class BatchStatistics(TorchFunctionMode):
     ) -> Tensor:
         """Stands for `F.batch_norm` of (B, C, ...), or of (B * P, C, ...) for P patches of each item."""
         self.was_used = True
-        weight = None if weight is None else self.per_channel(weight)
-        bias = None if bias is None else self.per_channel(bias)
+        weight, bias = (None if each is None else self.per_channel(each) for each in (weight, bias))
         if self.num_stat_items is None and not self.decomposed:
             return F.batch_norm(input, None, None, weight, bias, training=True, eps=eps)
         patches, rest = divmod(len(input), self.num_items)
         if self.num_stat_items is not None and rest:
             got = f"{len(input)} rows for {self.num_items} items"
-            raise UsageError(
-                f'expected as many rows of batch norm for each item, got {got}; use batch_norm="transductive"'
-            )
+            do = 'use batch_norm="transductive"'
+            raise UsageError(f"expected as many rows of batch norm for each item, got {got}; {do}")
         rows = None if self.num_stat_items is None else self.num_stat_items * patches
         variance, mean = torch.var_mean(input[:rows], dim=[0, *range(2, input.ndim)], correction=0, keepdim=True)
         scale = (variance + eps).rsqrt()

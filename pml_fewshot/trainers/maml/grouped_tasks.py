@@ -13,6 +13,9 @@ from pml_fewshot.trainers.maml.batch_statistics import BatchStatistics
 class NotGroupable(RuntimeError):
     """A network does something that is not known to work on tasks side by side in the channels."""
 
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} is not known to work on tasks side by side; use parallel='loop'")
+
 
 class GroupedTasks(BatchStatistics):
     """Within this context a network that is called with stacked weights runs T tasks at once.
@@ -22,7 +25,7 @@ class GroupedTasks(BatchStatistics):
     pooling and whatever else works channel by channel stay what they are, and nothing is moved between layers.
 
     A function that is not listed here raises NotGroupable: one that mixes channels (softmax, layer norm) would silently
-    mix tasks, so whatever is not known to be right is refused.
+    mix tasks.
 
     Args:
         images: (T, B, *item), those of the tasks.
@@ -31,37 +34,31 @@ class GroupedTasks(BatchStatistics):
     """
 
     def __init__(
-        self, images: Tensor, weights: Iterable[Tensor], buffers: Iterable[Tensor], num_stat_items: int | None = None
+        self, images: Tensor, weights: Iterable[Tensor], buffers: Iterable[Tensor], num_stat_items: int | None
     ) -> None:
         self.tasks, num_items = images.shape[:2]
         super().__init__(num_items, num_stat_items)
-        self.weights = {id(weight) for weight in weights}
-        self.buffers = {id(buffer) for buffer in buffers}
+        self.weights, self.buffers = set(map(id, weights)), set(map(id, buffers))
         self.replacements: dict[Any, Callable[..., Any]] = {
             F.batch_norm: self.batch_norm,
             torch.conv2d: self.conv2d,
             F.linear: self.linear,
             Tensor.shape.__get__: self.shape,  # type: ignore[attr-defined]
             Tensor.size: lambda tensor, *dim: self.shape(tensor)[dim[0]] if dim else self.shape(tensor),
-            torch.flatten: self.flatten,
-            Tensor.flatten: self.flatten,
-            Tensor.view: self.view,
-            Tensor.reshape: self.view,
-            Tensor.mean: self.mean,
-            torch.mean: self.mean,
+            **dict.fromkeys((torch.flatten, Tensor.flatten), self.flatten),
+            **dict.fromkeys((Tensor.view, Tensor.reshape), self.view),
+            **dict.fromkeys((torch.mean, Tensor.mean), self.mean),
             Tensor.contiguous: lambda tensor, memory_format=None: tensor,  # the caller of the network chose the layout
         }
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
         if func in self.replacements:
             try:
                 return self.replacements[func](*args, **kwargs)
             except (TypeError, IndexError) as error:  # called in a way that is not foreseen here
-                raise NotGroupable(f"this call of {name} is not known to work on tasks side by side") from error
+                raise NotGroupable(f"this call of {name}") from error
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         counts_batches = func in (Tensor.add_, Tensor.__float__) and args[0].ndim == 0  # a batch norm's counter
         known = (
@@ -71,7 +68,7 @@ class GroupedTasks(BatchStatistics):
         )
         shared = any(id(tensor) in self.weights | self.buffers for tensor in tensors)
         if not counts_batches and (not known or shared):
-            raise NotGroupable(f"{name} is not known to work on tasks side by side; use parallel='loop'")
+            raise NotGroupable(name)
         return super().__torch_function__(func, types, args, kwargs)
 
     def shape(self, tensor: Tensor) -> torch.Size:
@@ -94,14 +91,14 @@ class GroupedTasks(BatchStatistics):
     ) -> Tensor:
         """(B, T * C, H, W) by weights (T, O, C / groups, h, w): (B, T * O, H', W')."""
         if input.ndim != 4:
-            raise NotGroupable("conv2d is known to work on tasks side by side for (B, C, H, W) only")
+            raise NotGroupable("conv2d of anything but (B, C, H, W)")
         weight, bias = self.per_channel(weight), None if bias is None else self.per_channel(bias)
         return torch.conv2d(input, weight, bias, stride, padding, dilation, self.tasks * groups)
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """(B, T * D) by weights (T, O, D): (B, T * O)."""
         if input.ndim != 2 or not {id(weight), id(weight if bias is None else bias)} <= self.weights:
-            raise NotGroupable("linear is known to work on tasks side by side for (B, D) and a module's weights only")
+            raise NotGroupable("linear of anything but (B, D) and a module's weights")
         output = input.unflatten(1, (self.tasks, -1)).transpose(0, 1) @ weight.transpose(1, 2)  # (T, B, O)
         if bias is not None:
             output = output + bias.unsqueeze(1)
@@ -110,22 +107,22 @@ class GroupedTasks(BatchStatistics):
     def per_channel(self, weight: Tensor) -> Tensor:
         """Weights (T, O, ...) as (T * O, ...)."""
         if id(weight) not in self.weights:
-            raise NotGroupable("weights computed from other weights are not known to work on tasks side by side")
+            raise NotGroupable("a weight computed from other weights")
         return weight.flatten(0, 1)
 
     def flatten(self, input: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
         if start_dim != 1 or end_dim not in (-1, input.ndim - 1):
-            raise NotGroupable("only flatten(1) is known to work on tasks side by side")
+            raise NotGroupable("flatten other than flatten(1)")
         return input.flatten(1)
 
     def view(self, input: Tensor, *shape: Any) -> Tensor:
         if shape not in ((len(input), -1), ((len(input), -1),)):
-            raise NotGroupable("only view(B, -1) is known to work on tasks side by side")
+            raise NotGroupable("view other than view(B, -1)")
         return input.flatten(1)
 
     def mean(self, input: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
         if input.ndim != 4 or not isinstance(dim, list | tuple) or {d % 4 for d in dim} != {2, 3}:
-            raise NotGroupable("only the mean over height and width is known to work on tasks side by side")
+            raise NotGroupable("any mean but that over height and width")
         return input.mean(dim, keepdim)
 
 

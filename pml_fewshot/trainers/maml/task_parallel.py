@@ -6,6 +6,7 @@ from (all when None), and returns (T, B, *output).
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -28,22 +29,21 @@ CUDA_PIXELS, CUDA_TASKS = 64 * 80 * 28**2, 64
 
 def loop(network: nn.Module, weights: Weights, images: Tensor, num_stat_items: int | None = None) -> Tensor:
     """One task after another, which works for every module."""
-    outputs = []
-    for own_images, *own in zip(images.unbind(), *(weight.unbind() for weight in weights.values()), strict=True):
-        state = {**_buffers(network), **dict(zip(weights, own, strict=True))}
-        with BatchStatistics(len(own_images), num_stat_items):
-            outputs.append(functional_call(network, state, (own_images,)))
-    return torch.stack(outputs)
+    tasks = zip(images.unbind(), *(weight.unbind() for weight in weights.values()), strict=True)
+    one = partial(_one_task, network, num_stat_items, False)
+    return torch.stack([one(dict(zip(weights, own, strict=True)), own_images) for own_images, *own in tasks])
 
 
 def vmap(network: nn.Module, weights: Weights, images: Tensor, num_stat_items: int | None = None) -> Tensor:
     """All tasks at once by `torch.func.vmap`, for a GPU; on a CPU it is slower than the loop. Not for every module."""
+    one = partial(_one_task, network, num_stat_items, True)
+    return torch.func.vmap(one, randomness="different")(dict(weights), images)
 
-    def run_one(own: dict[str, Tensor], own_images: Tensor) -> Tensor:
-        with BatchStatistics(len(own_images), num_stat_items, decomposed=True):
-            return functional_call(network, {**_buffers(network), **own}, (own_images,))
 
-    return torch.func.vmap(run_one, randomness="different")(dict(weights), images)
+def _one_task(network: nn.Module, num_stat_items: int | None, decomposed: bool, own: Weights, images: Tensor) -> Tensor:
+    state = {**_buffers(network), **own}
+    with BatchStatistics(len(images), num_stat_items, decomposed):
+        return functional_call(network, state, (images,))
 
 
 def grouped(
@@ -73,10 +73,9 @@ def fastest(network: nn.Module, images: Tensor) -> Mode:
     weights = {name: torch.stack([p, 1.1 * p + 0.01]).detach() for name, p in network.named_parameters()}
     both = torch.stack([images, images.flip(0)])
     same_draws = torch.random.fork_rng([images.device] if images.is_cuda else [])  # dropout draws leave no trace
-    full_precision = torch.autocast(images.device.type, enabled=False)
     try:
         # in its own mode first, for dropout and the like
-        with same_draws, full_precision, torch.enable_grad():
+        with same_draws, torch.autocast(images.device.type, enabled=False), torch.enable_grad():
             run(network, weights, both)
             with eval_mode(network):
                 outputs, expected = run(network, weights, both), loop(network, weights, both)

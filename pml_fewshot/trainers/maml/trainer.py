@@ -1,12 +1,11 @@
 """MAMLTrainer: initial weights from which a few gradient steps learn a new task (Finn et al. 2017)."""
 
 import copy
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from pytorch_metric_learning.distances import BaseDistance
 from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError, check_at_least_one, check_choice
@@ -20,7 +19,6 @@ from pml_fewshot.trainers.base import FewShotTrainer
 from pml_fewshot.trainers.maml.autograd import WithGradient
 from pml_fewshot.trainers.maml.inner_loop import InnerLoop, LearnedRates, Parallel, TaskLoss, as_task_loss, task_losses
 from pml_fewshot.trainers.maml.task_parallel import Weights, labels_of, max_tasks_per_chunk
-from pml_fewshot.trainers.pml_compat import distance_of
 
 BatchNorm = Literal["transductive", "inductive"]
 Learned = tuple[Tensor, Sequence[Tensor], Tensor, Tensor]  # summed loss, its gradients, logits and labels
@@ -43,11 +41,10 @@ class MAMLTrainer(FewShotTrainer):
             a module with its weight and bias; steps beyond those of training use the last step's.
         loss: of the queries, a function or module `loss(outputs, labels)`, any PML loss too; cross-entropy when None.
         batch_norm: "transductive" normalizes a query by the statistics of all queries of the episode, as the paper's
-            figures do, which are higher for it. "inductive" takes those of the support set, so that the other queries
-            do not matter. The support set is normalized by its own in both. (Statistics over a batch that a network
-            takes without `F.batch_norm` are not seen.)
-        task_chunk: tasks run at a time, each chunk with its own backward pass, so that memory does not grow with the
-            batch: when None up to 8 on a CPU and 64 on a GPU, fewer of large images. 1 needs the least memory.
+            figures do, which are higher for it; "inductive" by those of the support set, which itself is normalized by
+            its own in both. (Statistics over a batch that a network takes without `F.batch_norm` are not seen.)
+        task_chunk: tasks run at a time, with one backward pass, so that memory does not grow with the batch: when None
+            up to 8 on a CPU and 64 on a GPU, fewer of large images.
         inner_loss: of the support set; `loss` when None. Parameters of its own are trained by second order alone.
         step_weights: weight of the queries' loss after each inner step (MAML++'s multi-step loss); when None only
             the loss after the last step counts.
@@ -58,12 +55,12 @@ class MAMLTrainer(FewShotTrainer):
             inner loop then takes support and queries together, all of them in each step.
         head: classifies queries by adapted embeddings, for a network that gives those (`nearest_prototype` and others);
             None where it gives logits.
-        parallel: how a chunk of tasks is run: "grouped" convolutions, "vmap" or a "loop", all with the same gradients.
-            "auto" is vmap on a GPU and grouped on a CPU where the network allows them, else the loop.
+        parallel: how a chunk of tasks is run, with the same gradients: "grouped" convolutions, "vmap" or "loop"; "auto"
+            is vmap on a GPU and grouped on a CPU where the network allows them, else the loop.
 
     Frozen parameters are neither adapted nor trained. Dropout draws from torch's global generator, so its draws depend
-    on the size of chunks and the way to run tasks; it is off in `classify`. A step waits for a GPU only in the first
-    forward pass, to try out how the network can be run and, with one shot, to see that the inner loss learns.
+    on task_chunk and parallel. A step waits for a GPU only in the first forward pass, to try out how the network can be
+    run and, with one shot, to see that the inner loss learns.
 
     Raises:
         UsageError: an option out of range, options that exclude each other, nothing to adapt.
@@ -95,7 +92,7 @@ class MAMLTrainer(FewShotTrainer):
         check_at_least_one("inner_steps", inner_steps)
         check_at_least_one("eval_inner_steps", inner_steps if eval_inner_steps is None else eval_inner_steps)
         check_at_least_one("task_chunk", 1 if task_chunk is None else task_chunk)
-        check_choice("batch_norm", batch_norm, ("transductive", "inductive"))
+        check_choice("batch_norm", batch_norm, get_args(BatchNorm))
         if reptile and (learn_inner_lr or step_weights or first_order or checkpoint_steps or adapt):
             others = "learn_inner_lr, step_weights, first_order, checkpoint_steps or adapt"
             raise UsageError(f"expected reptile alone, got it with {others}; leave out what is of MAML's gradient")
@@ -112,17 +109,13 @@ class MAMLTrainer(FewShotTrainer):
             built, support_loss, head is None, inner_lr, inner_steps, learn_inner_lr, adapt, checkpoint_steps, parallel
         )
         self.inner_steps, self.eval_inner_steps = inner_steps, eval_inner_steps or inner_steps
-        self.first_order, self.reptile = first_order, reptile
-        self.batch_norm, self.task_chunk, self.head = batch_norm, task_chunk, head
+        self.first_order, self.reptile, self.batch_norm, self.task_chunk = first_order, reptile, batch_norm, task_chunk
+        self.head = head  # type: ignore[assignment]  # None: the network gives logits
         self._last_accuracy: Tensor | None = None
 
     @property
     def network(self) -> nn.Module:
         return self.inner.network
-
-    @property
-    def distance(self) -> BaseDistance | None:
-        return distance_of(self.loss) if isinstance(self.loss, nn.Module) else None
 
     @property
     def divergence_hint(self) -> str:
@@ -135,7 +128,7 @@ class MAMLTrainer(FewShotTrainer):
 
     def with_batch_norm(self, batch_norm: BatchNorm) -> "MAMLTrainer":
         """The same weights under one or the other protocol, so that both can be reported."""
-        check_choice("batch_norm", batch_norm, ("transductive", "inductive"))
+        check_choice("batch_norm", batch_norm, get_args(BatchNorm))
         other = copy.copy(self)
         other.batch_norm = batch_norm
         return other
@@ -157,8 +150,7 @@ class MAMLTrainer(FewShotTrainer):
                 loss, gradients, logits, labels = learn(support, query, parameters)
             total += loss.detach()
             accuracies.append((logits.argmax(dim=2) == labels).float().mean(dim=1))
-            for summed, gradient in zip(sums, gradients, strict=True):
-                summed += gradient
+            sums = [summed + gradient for summed, gradient in zip(sums, gradients, strict=True)]
         self._last_accuracy = torch.cat(accuracies).mean()
         return WithGradient.apply(total / tasks, [summed / tasks for summed in sums], *parameters)
 
@@ -228,9 +220,6 @@ class MAMLTrainer(FewShotTrainer):
 
     def exports(self) -> dict[str, nn.Module]:
         return {"network.safetensors": self.network}
-
-    def loss_parameters(self) -> Iterable[nn.Parameter]:
-        return self.loss.parameters() if isinstance(self.loss, nn.Module) else ()
 
     def _query_outputs(self, weights: Weights, support: Tensor, query: Tensor) -> Tensor:
         """Outputs (T, N, D) for queries (T, N, *item) by the weights of T tasks with support (T, W, K, *item)."""

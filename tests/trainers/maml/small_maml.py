@@ -1,7 +1,7 @@
 """What the tests of MAML share: small networks, episodes, and the plain training that an inner loop must equal."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -67,7 +67,11 @@ def gradient(module: nn.Module, batch: Episode | None = None) -> Tensor:
     if batch is not None:
         module.zero_grad()
         module(batch).backward()
-    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+    return vector(p.grad for p in module.parameters() if p.grad is not None)
+
+
+def vector(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def close(one: Tensor, other: Tensor, tolerance: float) -> bool:

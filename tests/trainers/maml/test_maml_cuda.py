@@ -7,12 +7,9 @@ import torch
 
 from tests.trainers.maml.small_maml import close, episodes, gradient, trainer
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
 
-
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("parallel", ["auto", "loop", "grouped"])
 @pytest.mark.parametrize(
     "options",

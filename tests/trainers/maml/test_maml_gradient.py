@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from pml_fewshot.trainers.maml.autograd import DoubleBackward
+from pml_fewshot.trainers.maml.autograd import double_backward
 from pml_fewshot.trainers.maml.trainer import MAMLTrainer
 from tests.trainers.maml import small_maml as small
-from tests.trainers.maml.small_maml import close, episodes, gradient, labels_of, trainer
+from tests.trainers.maml.small_maml import close, episodes, gradient, labels_of, trainer, vector
 
 
 def smooth() -> nn.Module:
@@ -53,6 +53,9 @@ class Attention(nn.Module):
         return -torch.cdist(self.attention(rows, rows, rows, need_weights=False)[0].mean(dim=1), self.points)
 
 
+MANHATTAN, SMOOTHED = ContrastiveLoss(distance=LpDistance(p=1)), nn.CrossEntropyLoss(label_smoothing=0.1)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -69,12 +72,8 @@ class Attention(nn.Module):
         {"inner_loss": small.Tempered(), "checkpoint_steps": True, "adapt": ["5."]},
         {"inner_loss": TripletMarginLoss()},  # its distance is torch.cdist
         {"make": Attention, "inner_steps": 2},
-        pytest.param(
-            {"inner_loss": ContrastiveLoss(distance=LpDistance(p=1)), "checkpoint_steps": True}, marks=pytest.mark.slow
-        ),
-        pytest.param(
-            {"inner_loss": SupConLoss(), "loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, marks=pytest.mark.slow
-        ),
+        pytest.param({"inner_loss": MANHATTAN, "checkpoint_steps": True}, marks=pytest.mark.slow),
+        pytest.param({"inner_loss": SupConLoss(), "loss": SMOOTHED}, marks=pytest.mark.slow),
     ],
     ids=", ".join,
 )
@@ -117,7 +116,7 @@ def test_step_weights_weigh_the_losses_after_each_step() -> None:
 def test_distances_that_can_be_differentiated_twice_are_those_of_torch(p: float) -> None:
     points = torch.rand(5, 3, generator=torch.Generator().manual_seed(0))
     expected = torch.cdist(points, points[:2], p=p)
-    with DoubleBackward():
+    with double_backward():
         torch.testing.assert_close(torch.cdist(points, points[:2], p=p), expected)
 
 
@@ -125,13 +124,13 @@ def test_higher_has_the_same_gradient() -> None:
     """`higher` (Grefenstette et al. 2019) makes a functional copy of the network for each task."""
     higher = pytest.importorskip("higher")
     maml, batch = trainer(inner_steps=3), episodes()
-    network = small.trained_copy(maml.network, batch.support[0], steps=0)
+    network = copy.deepcopy(maml.network).train()
     optimizer = torch.optim.SGD(network.parameters(), lr=small.INNER_LR)
     for support, query in zip(batch.support, batch.query, strict=True):
-        with higher.innerloop_ctx(network, optimizer, copy_initial_weights=False) as (copy, steps):
+        with higher.innerloop_ctx(network, optimizer, copy_initial_weights=False) as (own, steps):
             for _ in range(3):
-                steps.step(F.cross_entropy(copy(support.flatten(0, 1)), labels_of(support)))
-            (F.cross_entropy(copy(query.flatten(0, 1)), labels_of(query)) / small.TASKS).backward()
+                steps.step(F.cross_entropy(own(support.flatten(0, 1)), labels_of(support)))
+            (F.cross_entropy(own(query.flatten(0, 1)), labels_of(query)) / small.TASKS).backward()
     assert close(gradient(maml, batch), gradient(network), 1e-8)
 
 
@@ -173,8 +172,6 @@ def test_a_scaled_loss_has_a_scaled_gradient() -> None:
 
 def test_reptile_moves_towards_the_weights_that_plain_training_on_each_task_ends_at() -> None:
     maml, batch = trainer(inner_steps=3, reptile=True, task_chunk=2), episodes()
-    tasks = torch.cat([batch.support, batch.query], dim=2)
-    ends = [small.trained_copy(maml.network, items, 3) for items in tasks]
-    moves = [[a - b for a, b in zip(maml.network.parameters(), end.parameters(), strict=True)] for end in ends]
-    expected = torch.stack([torch.cat([move.flatten() for move in task]) for task in moves]).mean(dim=0)
+    ends = [small.trained_copy(maml.network, items, 3) for items in torch.cat([batch.support, batch.query], dim=2)]
+    expected = torch.stack([vector(maml.network.parameters()) - vector(end.parameters()) for end in ends]).mean(dim=0)
     assert close(gradient(maml, batch), expected.detach(), 1e-10)

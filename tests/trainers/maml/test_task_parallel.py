@@ -17,7 +17,7 @@ from pml_fewshot.trainers.maml import inner_loop
 from pml_fewshot.trainers.maml.batch_statistics import BatchStatistics
 from pml_fewshot.trainers.maml.grouped_tasks import NotGroupable
 from pml_fewshot.trainers.maml.task_parallel import fastest, grouped, loop, max_tasks_per_chunk, normalizes, vmap
-from tests.trainers.maml.small_maml import SIZE, TASKS, close, convolutions, trainer
+from tests.trainers.maml.small_maml import SIZE, TASKS, close, convolutions, trainer, vector
 
 ITEMS = 4
 RUNS = {"vmap": vmap, "grouped": grouped, "grouped, channels last": partial(grouped, channels_last=True)}
@@ -52,21 +52,23 @@ def normalized_perceptron() -> nn.Module:
 def weights_of(network: nn.Module) -> dict[str, Tensor]:
     """Other weights for each task, as leaves of a graph."""
     torch.manual_seed(1)
-    named = network.named_parameters()
-    return {
-        name: (p.detach() + 0.1 * torch.randn(TASKS, *p.shape, dtype=p.dtype)).requires_grad_() for name, p in named
-    }
+    stacked = {n: p.detach() + 0.1 * torch.randn(TASKS, *p.shape, dtype=p.dtype) for n, p in network.named_parameters()}
+    return {name: weight.requires_grad_() for name, weight in stacked.items()}
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
 def images() -> Tensor:
-    return torch.rand(TASKS, ITEMS, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return rand(TASKS, ITEMS, 1, SIZE, SIZE)
 
 
 def gradients_twice(outputs: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """First and second derivatives of a function of the outputs, each as one vector."""
     first = torch.autograd.grad(outputs.square().sum(), list(weights.values()), create_graph=True)
     second = torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), list(weights.values()))
-    return torch.cat([g.flatten() for g in first]), torch.cat([g.flatten() for g in second])
+    return vector(first), vector(second)
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
@@ -101,27 +103,23 @@ def test_every_way_to_run_gives_the_loops_outputs_and_gradients(
 def test_the_stock_batch_norm_under_vmap_would_be_wrong() -> None:
     """The reason to decompose it: with a gradient within vmap and one outside, the second derivative is off."""
     torch.manual_seed(0)
-    blocks = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), nn.Flatten()]
-    network = nn.Sequential(*blocks, nn.Linear(4 * 14 * 14, 3)).double()
-    labels = torch.tensor([0, 1, 2, 0])
-
-    def task_loss(weights: dict[str, Tensor], own_images: Tensor, decomposed: bool) -> Tensor:
-        """The loss after one inner step."""
-
-        def loss(weights: dict[str, Tensor]) -> Tensor:
-            with BatchStatistics(ITEMS, decomposed=decomposed):
-                return F.cross_entropy(functional_call(network, weights, (own_images,)), labels)
-
-        slopes = torch.func.grad(loss)(weights)
-        return loss({name: weights[name] - 0.4 * slopes[name] for name in weights})
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), nn.Flatten())
+    network = network.append(nn.Linear(4 * 14 * 14, 3)).double()
+    weights = dict(network.named_parameters())
 
     def meta_gradient(decomposed: bool, in_parallel: bool) -> Tensor:
-        weights = dict(network.named_parameters())
-        of_task = partial(task_loss, weights, decomposed=decomposed)
-        losses = (
-            torch.func.vmap(of_task)(images()) if in_parallel else torch.stack([of_task(task) for task in images()])
+        def loss(weights: dict[str, Tensor], own_images: Tensor) -> Tensor:
+            with BatchStatistics(ITEMS, decomposed=decomposed):
+                return F.cross_entropy(functional_call(network, weights, (own_images,)), torch.tensor([0, 1, 2, 0]))
+
+        def after_a_step(own_images: Tensor) -> Tensor:
+            slopes = torch.func.grad(loss)(weights, own_images)
+            return loss({name: weights[name] - 0.4 * slopes[name] for name in weights}, own_images)
+
+        run = (
+            torch.func.vmap(after_a_step) if in_parallel else lambda tasks: torch.stack(list(map(after_a_step, tasks)))
         )
-        return torch.cat([g.flatten() for g in torch.autograd.grad(losses.sum(), list(weights.values()))])
+        return vector(torch.autograd.grad(run(images()).sum(), list(weights.values())))
 
     right = meta_gradient(decomposed=False, in_parallel=False)
     assert not close(meta_gradient(decomposed=False, in_parallel=True), right, 1e-4)
@@ -166,30 +164,30 @@ def test_what_may_mix_tasks_is_refused(network: nn.Module) -> None:
 
 @pytest.mark.parametrize("decomposed", [False, True])
 @pytest.mark.parametrize("affine", [False, True])
-def test_batch_statistics_are_those_of_the_batch_or_of_its_first_items(affine: bool, decomposed: bool) -> None:
+@pytest.mark.parametrize("num_stat_items", [None, 4])
+def test_batch_statistics_are_those_of_the_batch_or_of_its_first_items(
+    affine: bool, decomposed: bool, num_stat_items: int | None
+) -> None:
     norm = nn.BatchNorm2d(3, affine=affine, eps=0.1).double().eval()
     nn.init.constant_(norm.running_mean, 7)  # never used
     if affine:
-        nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
-        nn.init.normal_(norm.bias, generator=torch.Generator().manual_seed(1))
-    items = torch.rand(6, 3, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for num_stat_items in (None, 4):
-        seen = items[:num_stat_items]
-        mean, variance = seen.mean((0, 2, 3)), seen.var((0, 2, 3), correction=0)
-        with BatchStatistics(6, num_stat_items, decomposed):
-            normalized = norm(items)
-        torch.testing.assert_close(normalized, F.batch_norm(items, mean, variance, norm.weight, norm.bias, eps=0.1))
+        norm.weight.data, norm.bias.data = rand(2, 3)
+    items = rand(6, 3, 2, 2)
+    seen = items[:num_stat_items]
+    mean, variance = seen.mean((0, 2, 3)), seen.var((0, 2, 3), correction=0)
+    with BatchStatistics(6, num_stat_items, decomposed):
+        normalized = norm(items)
+    torch.testing.assert_close(normalized, F.batch_norm(items, mean, variance, norm.weight, norm.bias, eps=0.1))
 
 
 def test_statistics_of_the_first_items_are_those_of_their_patches() -> None:
     """A batch norm's input may have several rows for each item."""
-    norm = nn.BatchNorm1d(3).double()
-    patches = torch.rand(6, 5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)  # 6 items
+    norm, patches = nn.BatchNorm1d(3).double(), rand(6, 5, 3)  # 6 items
     with BatchStatistics(6, 4):
         rows = norm(patches.flatten(0, 1)).unflatten(0, (6, 5))
         torch.testing.assert_close(rows, norm(patches.transpose(1, 2)).transpose(1, 2))
         with pytest.raises(UsageError, match="as many rows of batch norm for each item, got 7 rows for 6 items"):
-            norm(torch.rand(7, 3, dtype=torch.float64))
+            norm(rand(7, 3))
 
 
 @pytest.mark.parametrize(
@@ -216,19 +214,18 @@ def test_the_fastest_way_that_a_network_allows(make: Callable[[], nn.Module], ex
 
 def test_the_fastest_way_is_decided_for_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not once and for all by the first images, which may have been on a CPU before the trainer moved to a GPU."""
-    asked = []
-
-    def decide(network: nn.Module, images: Tensor) -> str:
-        asked.append(images.device.type)
-        return {"cpu": "grouped", "meta": "vmap"}[images.device.type]
-
-    monkeypatch.setattr(inner_loop, "fastest", decide)
+    answers = {"cpu": ["grouped"], "meta": ["vmap"]}  # to one question each
+    monkeypatch.setattr(inner_loop, "fastest", lambda network, images: answers[images.device.type].pop())
     monkeypatch.setattr(inner_loop, "normalizes", lambda network, images: True)
     inner = trainer().inner
     modes = [inner.mode(images()[0].to(device)) for device in ("cpu", "meta", "cpu", "meta")]
     assert modes == ["grouped", "vmap", "grouped", "vmap"]
-    assert asked == ["cpu", "meta"]
-    assert trainer(parallel="loop").inner.mode(images()[0]) == "loop"
+    ran, names = [], ["loop", "vmap", "grouped"]
+    for name in names:
+        monkeypatch.setattr(inner_loop, name, lambda *_, name=name, **__: ran.append(name) or torch.ones(3, 4, 2))
+    for name in names:
+        trainer(parallel=name).inner.outputs({}, images(), 2)
+    assert ran == names
 
 
 @pytest.mark.parametrize(
