@@ -19,11 +19,11 @@ from pml_fewshot.io.atomic import CannotWriteError
 GROUPS = ("train", "validation")
 
 
-@pytest.fixture
-def without_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """tensorboard takes seconds to import, and most of what is tested here has nothing to do with it."""
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find_spec(name))
+@pytest.fixture(autouse=True)
+def _without_tensorboard(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes seconds to import, and the tests that are not slow have nothing to do with it."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
 def table(folder: Path, group: str) -> list[dict[str, Any]]:
@@ -48,7 +48,6 @@ def record_some(recorder: Recorder, steps: range) -> None:
     recorder.save()
 
 
-@pytest.mark.usefixtures("without_tensorboard")
 def test_database_and_csv_hold_each_row_once_after_save(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "run")
     recorder.record("train", 20, loss=0.5)
@@ -65,14 +64,12 @@ def test_database_and_csv_hold_each_row_once_after_save(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
-@pytest.mark.usefixtures("without_tensorboard")
 @pytest.mark.parametrize("group", ["order", "sqlite_x", "5way", "val/acc", "", "Train", "../x", "_x", "a;b", "é"])
 def test_names_that_cannot_be_a_table_or_file_are_refused(group: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"expected a group named in lower-case letters.*; call it train"):
         Recorder(tmp_path).record(group, 1, loss=0.5)
 
 
-@pytest.mark.usefixtures("without_tensorboard")
 @pytest.mark.parametrize("kept", [0, 4, 7, 9])
 def test_forgotten_rows_leave_no_trace(kept: int, tmp_path: Path) -> None:
     whole = Recorder(tmp_path / "whole")
@@ -88,7 +85,6 @@ def test_forgotten_rows_leave_no_trace(kept: int, tmp_path: Path) -> None:
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-@pytest.mark.usefixtures("without_tensorboard")
 def test_half_written_lines_and_no_other_files_are_forgotten(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
     record_some(recorder, range(1, 5))
@@ -147,13 +143,10 @@ def test_event_file_that_cannot_grow_is_an_error_of_a_full_disk(
 def test_tensorboard_is_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     searched: list[str] = []
     monkeypatch.setattr(importlib.util, "find_spec", searched.append)
-    recorder = Recorder(tmp_path)
-    for step in range(5):
-        recorder.record("train", step, loss=1)
+    record_some(Recorder(tmp_path), range(1, 6))
     assert searched == ["tensorboard"]
 
 
-@pytest.mark.usefixtures("without_tensorboard")
 def test_every_connection_is_closed_after_a_new_column_and_a_locked_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,7 +175,6 @@ def test_every_connection_is_closed_after_a_new_column_and_a_locked_database(
             connection.execute("SELECT 1")
 
 
-@pytest.mark.usefixtures("without_tensorboard")
 @pytest.mark.parametrize("file", ["logs.db", "train.csv"])
 def test_damaged_records_are_one_clear_error(file: str, tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)

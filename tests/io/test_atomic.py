@@ -50,22 +50,13 @@ def test_full_disk_leaves_the_old_file_and_nothing_beside_it(write: Callable[[Pa
 
 
 @pytest.mark.usefixtures("_small_files")
-def test_a_database_that_cannot_grow_is_the_same_error(tmp_path: Path) -> None:
-    with (
-        closing(sqlite3.connect(tmp_path / "logs.db")) as connection,
-        pytest.raises(CannotWriteError, match=r"logs\.db"),
-        translate_write_errors(tmp_path / "logs.db"),
-    ):
-        connection.executescript("CREATE TABLE t (a); INSERT INTO t VALUES (hex(zeroblob(100000)));")
-
-
-def test_a_wrong_query_and_our_own_errors_pass_unchanged(tmp_path: Path) -> None:
-    with (
-        closing(sqlite3.connect(tmp_path / "logs.db")) as connection,
-        pytest.raises(sqlite3.OperationalError, match="no such table"),
-        translate_write_errors(tmp_path),
-    ):
-        connection.execute("SELECT * FROM nowhere")
+def test_a_database_that_cannot_grow_is_the_same_error_and_a_wrong_query_and_our_own_pass(tmp_path: Path) -> None:
+    grow = "CREATE TABLE t (a); INSERT INTO t VALUES (hex(zeroblob(100000)));"
+    with closing(sqlite3.connect(tmp_path / "logs.db")) as connection:
+        with pytest.raises(CannotWriteError, match=r"logs\.db"), translate_write_errors(tmp_path / "logs.db"):
+            connection.executescript(grow)
+        with pytest.raises(sqlite3.OperationalError, match="no such table"), translate_write_errors(tmp_path):
+            connection.execute("SELECT * FROM nowhere")
     with pytest.raises(UsageError, match="expected mine"), translate_write_errors(tmp_path):
         raise UsageError("expected mine")
 

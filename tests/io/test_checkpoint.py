@@ -150,9 +150,9 @@ def test_lazy_weights_and_states_that_are_no_tensors_are_compared_too() -> None:
 
 
 def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
-    model = nn.Linear(3, 2)
-    model.bias.data[1] = float("nan")
-    export_embedder(tmp_path / "nan.safetensors", model)
+    network = nn.Linear(3, 2)
+    network.bias.data[1] = float("nan")
+    export_embedder(tmp_path / "nan.safetensors", network)
     with pytest.raises(UsageError, match=r"expected finite weights in .*, got NaN or infinity in bias"):
         load_embedder(tmp_path / "nan.safetensors", nn.Linear(3, 2))
 
