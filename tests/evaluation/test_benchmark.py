@@ -22,28 +22,19 @@ from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.losses.prototypical import PrototypicalLoss
 from pml_fewshot.sampling.episodes import EpisodeSpec
 from pml_fewshot.trainers.protonet import ProtoNetTrainer
+from tests.tiny_experiments import tiny_set
 
 QUICK = (EpisodeSpec(3, 1, 4), EpisodeSpec(4, 3, 4))
 EPISODES = 25
 RETRIEVAL = ["precision_at_1", "r_precision", "mean_average_precision_at_r"]
 
 
-def image_set(prefix: str, classes: int = 6, seed: int = 0, note: str = "made up") -> FewShotDataset:
-    """Noisy copies of one pattern a class, hard enough for figures between chance and 1."""
-    generator = torch.Generator().manual_seed(seed)
-    pattern = torch.randint(60, 196, (classes, 1, 1, 4, 4), generator=generator)
-    noise = torch.randint(-110, 111, (classes, 9, 1, 4, 4), generator=generator)
-    images = (pattern + noise).clamp(0, 255).byte().flatten(0, 1)
-    labels = torch.arange(classes).repeat_interleave(9)
-    return FewShotDataset(images, labels, [f"{prefix}{c}" for c in range(classes)], note)
-
-
-DATA = image_set("test")
+DATA = tiny_set("test", 6, seed=0)
 
 
 def embedder(seed: int = 0) -> Embedder:
-    layer = nn.Linear(16, 8, bias=False)
-    layer.weight.data = torch.randn(8, 16, generator=torch.Generator().manual_seed(seed))
+    layer = nn.Linear(16, 2, bias=False)
+    layer.weight.data = torch.randn(2, 16, generator=torch.Generator().manual_seed(seed))
     return Embedder(nn.Sequential(nn.Flatten(), layer))
 
 
@@ -121,7 +112,7 @@ def test_trainings_of_one_method_are_averaged():
 
 
 def test_splits_are_evaluated_on_their_test_classes_and_classes_counted_by_label():
-    splits = Splits(image_set("train", seed=1), image_set("val", 5, seed=2), DATA)
+    splits = Splits(tiny_set("train", 6, seed=1), tiny_set("val", 5, seed=2), DATA)
     assert same(values(quick(embedder(), splits)), values(quick(embedder(), DATA)))
     bank = EmbeddingBank(embedder().encode(DATA).embeddings, DATA.labels * 1000 + 2**60)
     assert {row.classes for row in quick(bank).rows} == {6}
@@ -129,11 +120,10 @@ def test_splits_are_evaluated_on_their_test_classes_and_classes_counted_by_label
 
 def test_methods_are_evaluated_in_eval_mode():
     class Dropping(nn.Dropout):
+        classify = staticmethod(nearest_prototype)
+
         def bank(self, dataset: FewShotDataset) -> Tensor:
             return self(dataset.images.flatten(1) / 255)
-
-        def classify(self, support: Tensor, query: Tensor) -> Tensor:
-            return nearest_prototype(self(support), self(query))
 
     method = Dropping(0.9)
     in_training = values(quick(method, DATA))
@@ -147,12 +137,9 @@ def test_retrieval_ranks_by_the_loss_unless_the_tester_has_a_distance():
         RetrievalTester(distance=distance).test(bank).ranking for distance in (CosineSimilarity(), None, own)
     )
     assert len({by_cosine, by_default, by_own}) == 3
-    testers: list[tuple[Any, str, str]] = [
-        (RetrievalTester(), by_cosine, by_default),
-        (RetrievalTester, by_cosine, by_default),
-        (RetrievalTester(distance=own), by_own, by_own),
-    ]
-    for tester, cosine, euclidean in testers:
+    default, mine = (by_cosine, by_default), (by_own, by_own)
+    testers = ((RetrievalTester(), default), (RetrievalTester, default), (RetrievalTester(distance=own), mine))
+    for tester, (cosine, euclidean) in testers:
         before = getattr(tester, "distance", None)
         table = quick({"cosine": cosine_trainer(), "euclidean": embedder()}, DATA, retrieval=tester)
         rankings = {row.method: row.ranking for row in table.rows if row.ranking}
@@ -173,7 +160,7 @@ def test_a_head_replaces_every_methods_own_and_gets_its_distance():
 
 
 def test_retrieval_over_a_reference_is_called_gallery_and_can_be_left_out():
-    bank, reference = embedder().encode(DATA), embedder().encode(image_set("other", seed=5))
+    bank, reference = embedder().encode(DATA), embedder().encode(tiny_set("other", 6, seed=5))
     exact = RetrievalTester().test(bank, reference)
     rows = [row for row in quick(bank, reference=reference).rows if row.ways is None]
     assert {row.protocol for row in rows} == {"gallery"}
@@ -184,7 +171,8 @@ def test_retrieval_over_a_reference_is_called_gallery_and_can_be_left_out():
 
 def test_notes_of_the_set_and_of_the_caller_reach_the_table():
     assert {row.note for row in quick(embedder(), DATA, note="half trained").rows} == {"made up; half trained"}
-    rows = quick(embedder(), image_set("x", note=""), note="half trained", split="val").rows
+    unnoted = FewShotDataset(DATA.images, DATA.labels, DATA.class_names)
+    rows = quick(embedder(), unnoted, note="half trained", split="val").rows
     assert {(row.method, row.note, row.split) for row in rows} == {("Embedder", "half trained", "val")}
 
 
@@ -200,13 +188,9 @@ def test_seconds_hold_all_that_a_method_took_and_untimed_tables_are_the_same():
 
 
 def test_specs_are_those_of_papers_when_not_given():
-    table = benchmark(embedder().encode(image_set("x", 5)), specs=(EpisodeSpec(5, 1, 8),), retrieval=None)
+    table = benchmark(embedder().encode(tiny_set("x", 5, seed=0)), specs=(EpisodeSpec(5, 1, 8),), retrieval=None)
     assert table.rows[0].count == 10_000
     assert [(spec.ways, spec.shots, spec.queries) for spec in SPECS] == [(5, 1, 15), (5, 5, 15)]
-
-
-BANK = embedder().encode(DATA)
-OTHER = EmbeddingBank(BANK.embeddings, DATA.labels.flip(0))  # as many items in other classes
 
 
 @pytest.mark.parametrize(
@@ -216,8 +200,6 @@ OTHER = EmbeddingBank(BANK.embeddings, DATA.labels.flip(0))  # as many items in 
         (lambda: quick([embedder()], DATA), UsageTypeError, "expected one method or a mapping of names to methods"),
         (lambda: quick({}), UsageError, "expected at least one method, got none"),
         (lambda: quick({"x": []}), UsageError, "expected at least one training of 'x', got none"),
-        (lambda: quick(embedder(), DATA, specs=(EpisodeSpec(7, 1, 1),)), UsageError, "expected at least 7 classes"),
-        (lambda: quick({"x": [BANK, OTHER]}, retrieval=None), UsageError, r"expected .*same episodes"),
     ],
 )
 def test_what_cannot_be_evaluated_raises(wrong: Callable[[], ResultTable], kind: type[Exception], message: str):

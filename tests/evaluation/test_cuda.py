@@ -1,15 +1,17 @@
 """The evaluators give on a GPU what they give on a CPU. Run with `pytest -m gpu` on a machine with CUDA."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from pml_fewshot.data.dataset import FewShotDataset
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.evaluation.episodic import EpisodicEvaluator
 from pml_fewshot.evaluation.heads import Head, k_nearest_neighbours, nearest_prototype
 from pml_fewshot.evaluation.linear_heads import logistic_regression, ridge_regression
 from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.sampling.episodes import EpisodeSpec
+from tests.tiny_experiments import tiny_set
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
@@ -33,22 +35,15 @@ def test_episodes_on_a_gpu_equal_those_on_a_cpu(head: Head):
 
 
 def test_images_are_scaled_on_the_gpu():
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (100, 1, 2, 2), dtype=torch.uint8, generator=generator)
-    dataset = FewShotDataset(images, torch.arange(100) % 5, list("abcde"))
     seen: list[torch.Tensor] = []
 
-    class Adapting:
-        def bank(self, dataset: FewShotDataset) -> torch.Tensor:
-            return dataset.images.cuda()
+    def classify(support: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        seen.append(query)
+        return nearest_prototype(support.flatten(3), query.flatten(2))
 
-        def classify(self, support: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-            seen.append(query)
-            return nearest_prototype(support.flatten(3), query.flatten(2))
-
-    EpisodicEvaluator(EpisodeSpec(5, 1, 5), 10).evaluate(Adapting(), dataset)
-    assert seen[0].is_cuda
-    assert seen[0].dtype == torch.float32
+    adapting = SimpleNamespace(bank=lambda dataset: dataset.images.cuda(), classify=classify)
+    EpisodicEvaluator(EpisodeSpec(5, 1, 5), 10).evaluate(adapting, tiny_set("a", 5, seed=0))
+    assert (seen[0].is_cuda, seen[0].dtype) == (True, torch.float32)
     assert 0.9 < seen[0].max() <= 1
 
 

@@ -1,74 +1,53 @@
 """RetrievalTester against the metrics' definitions in explicit loops, and its clusterings against PML."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, DotProductSimilarity, LpDistance
+from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch import nn
 
 from pml_fewshot.checks import UsageError, UsageTypeError
-from pml_fewshot.data.dataset import FewShotDataset
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.evaluation import retrieval
 from pml_fewshot.evaluation.gallery import Gallery, IndexRecall
 from pml_fewshot.evaluation.retrieval import RetrievalResult, RetrievalTester
 from pml_fewshot.evaluation.retrieval_metrics import METRICS, WHOLE_RANKING
+from tests.evaluation.formulas import DISTANCES, RawLp, all_distances
+from tests.tiny_experiments import tiny_set
 
-Far = Callable[[np.ndarray, np.ndarray], float]
-
-
-def euclid(a: np.ndarray, b: np.ndarray) -> float:
-    return math.sqrt(((a - b) ** 2).sum())
-
-
-def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    return -float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
-
-
-RANKINGS: dict[str, tuple[BaseDistance | None, Far]] = {
-    "default": (None, euclid),
-    "cosine": (CosineSimilarity(), cosine),
-    "normalized": (LpDistance(), cosine),
-    "dot": (DotProductSimilarity(normalize_embeddings=False), lambda a, b: -float(a @ b)),
-    "p=1": (LpDistance(p=1, normalize_embeddings=False), lambda a, b: float(np.abs(a - b).sum())),
-}
+RANKINGS = ["none", "cosine", "normalized", "dot", "p=1"]
 
 
 def by_definition(
-    query: EmbeddingBank, gallery: EmbeddingBank | None, metric: str, far: Far = euclid, cut: int | None = None
-) -> tuple[list[float], int]:
-    """(value of each query that counts, queries excluded), one query at a time; `cut` ends whole rankings."""
-    own = gallery is None
-    gallery = query if gallery is None else gallery
-    queries, references = query.embeddings.double().numpy(), gallery.embeddings.double().numpy()
-    values, excluded = [], 0
+    query: EmbeddingBank, gallery: EmbeddingBank | None, ranking: str = "none", cut: int = 10**9
+) -> tuple[list[dict[str, float]], int]:
+    """(figures of each query that counts, queries excluded), one query at a time; `cut` ends whole rankings."""
+    references = query if gallery is None else gallery
+    figures, excluded = [], 0
+    distances = all_distances(query.embeddings, references.embeddings, ranking)
     for i, label in enumerate(query.labels.tolist()):
-        others = [j for j in range(len(gallery)) if not (own and j == i)]
-        others.sort(key=lambda j: far(queries[i], references[j]))
-        right = [gallery.labels[j].item() == label for j in others]
-        hits = [rank for rank, hit in enumerate(right[:cut], start=1) if hit]
-        total = sum(right)
+        order = distances[i].argsort(kind="stable").tolist()
+        right = [references.labels[j].item() == label for j in order if gallery is not None or j != i]
+        precision = [sum(right[:rank]) / rank for rank in range(1, len(right) + 1)]
+        hits, total = [rank for rank, hit in enumerate(right) if hit], sum(right)
         if total == 0:
             excluded += 1
-        elif metric == "precision_at_1":
-            values.append(float(right[0]))
-        elif metric == "r_precision":
-            values.append(sum(right[:total]) / total)
-        elif metric == "mean_average_precision_at_r":
-            values.append(sum(sum(right[: rank + 1]) / (rank + 1) for rank in range(total) if right[rank]) / total)
-        elif metric == "mean_average_precision":
-            values.append(sum(place / rank for place, rank in enumerate(hits, start=1)) / total)
-        elif metric == "mean_reciprocal_rank":
-            values.append(1 / hits[0] if hits else 0.0)
-        else:
-            values.append(float(any(right[: int(metric.removeprefix("recall_at_"))])))
-    return values, excluded
+            continue
+        before = [rank for rank in hits if rank < cut]
+        values = {
+            "precision_at_1": precision[0],
+            "r_precision": precision[total - 1],
+            "mean_average_precision_at_r": sum(precision[rank] for rank in hits if rank < total) / total,
+            "mean_average_precision": sum(precision[rank] for rank in before) / total,
+            "mean_reciprocal_rank": 1 / (before[0] + 1) if before else 0.0,
+        }
+        figures.append(values | {f"recall_at_{k}": float(any(right[:k])) for k in (1, 3, 8)})
+    return figures, excluded
 
 
 def bank(sizes: dict[int, int], seed: int = 0, spread: float = 1.0, dims: int = 5) -> EmbeddingBank:
@@ -87,17 +66,18 @@ EVERY = (*ALL, *WHOLE_RANKING)
 
 
 def assert_defined(result: RetrievalResult, query: EmbeddingBank, gallery: EmbeddingBank | None, *how: Any) -> None:
-    """`how` are the distance and the cut of `by_definition`."""
+    """`how` are the ranking and the cut of `by_definition`."""
+    figures, excluded = by_definition(query, gallery, *how)
+    assert (result.num_queries, result.num_excluded) == (len(figures), excluded)
     own = query.labels.tolist()
     references = set(gallery.labels.tolist()) if gallery else {c for c in own if own.count(c) > 1}
     assert result.labels.tolist() == [c for c in own if c in references]
     classes = sorted(set(result.labels.tolist()))
     for metric in result:
         assert result.per_class(metric)[0].tolist() == classes
-        values, excluded = by_definition(query, gallery, metric, *how)
+        values = [each[metric] for each in figures]
         assert result.per_query[metric].tolist() == pytest.approx(values, abs=1e-12), metric
         assert result[metric] == pytest.approx(sum(values) / len(values), abs=1e-12)
-        assert (result.num_queries, result.num_excluded) == (len(values), excluded)
         error = np.std(values, ddof=1) / math.sqrt(len(values))
         assert result.ci95(metric) == pytest.approx(1.96 * error, abs=1e-12)
         means = [np.mean([v for v, c in zip(values, result.labels, strict=True) if c == each]) for each in classes]
@@ -107,22 +87,22 @@ def assert_defined(result: RetrievalResult, query: EmbeddingBank, gallery: Embed
 @pytest.mark.parametrize("ranking", RANKINGS)
 @pytest.mark.parametrize("with_gallery", [False, True])
 def test_figures_equal_the_definitions(ranking: str, with_gallery: bool):
-    distance, far = RANKINGS[ranking]
+    distance = DISTANCES[ranking][0]
     query = bank(UNEVEN | {60: 3})  # class 60 and those of one item have no reference in the gallery
     gallery = bank({3: 2, 8: 9, 0: 5, 20: 4, 4: 12}, seed=5) if with_gallery else None
     result = RetrievalTester(ALL, distance=distance).test(query, gallery)
     assert tuple(result) == ALL
     assert (result.k, result.num_excluded) == ((9, 5) if with_gallery else (8, 2))
     assert result.protocol == ("gallery" if with_gallery else "leave-one-out")
-    assert_defined(result, query, gallery, far)
+    assert_defined(result, query, gallery, ranking)
     assert 0.1 < result["r_precision"] < 0.9
     assert dict(RetrievalTester(ALL, distance=distance).test(query, reference=gallery)) == dict(result)
     whole = RetrievalTester(EVERY, distance=distance).test(query, gallery)
     assert whole.k == (32 if with_gallery else 24)
-    assert_defined(whole, query, gallery, far)
+    assert_defined(whole, query, gallery, ranking)
     for k in (1, 4):  # those of the whole ranking end there
         tester = RetrievalTester(WHOLE_RANKING, k=k, distance=distance)
-        assert_defined(tester.test(query, gallery), query, gallery, far, k)
+        assert_defined(tester.test(query, gallery), query, gallery, ranking, k)
 
 
 @pytest.mark.parametrize("room", [1, 50, 100, 300])
@@ -147,10 +127,10 @@ def test_labels_of_all_64_bits_are_distinct():
         assert RetrievalTester("precision_at_1").test(ones, query)["precision_at_1"] == 4 / 6
 
 
-@pytest.mark.parametrize("ranking", ["default", "cosine", "p=1"])
+@pytest.mark.parametrize("ranking", ["none", "cosine", "p=1"])
 def test_duplicates_of_an_item_count_as_items(ranking: str):
     """An item is known by its index: a copy of another class is a wrong neighbor, one of its class a right one."""
-    rows, distance = bank(UNEVEN).embeddings.repeat(2, 1), RANKINGS[ranking][0]
+    rows, distance = bank(UNEVEN).embeddings.repeat(2, 1), DISTANCES[ranking][0]
     tester = RetrievalTester(("precision_at_1", "mean_reciprocal_rank"), distance=distance)
     same, other = bank(UNEVEN).labels.repeat(2), torch.arange(2).repeat_interleave(22)
     assert dict(tester.test(EmbeddingBank(rows, same))) == {"precision_at_1": 1, "mean_reciprocal_rank": 1}
@@ -215,30 +195,28 @@ def test_the_recall_counts_places_left_empty_as_misses():
     assert recall == IndexRecall(0.5, pytest.approx(2 / 6), 3, 2)
 
 
-@pytest.mark.parametrize(("index", "ranking"), [("flat", "default"), ("Flat", "normalized"), ("flat", "dot")])
+@pytest.mark.parametrize(("index", "ranking"), [("flat", "none"), ("Flat", "normalized"), ("flat", "dot")])
 def test_flat_is_exact_by_either_name_in_tester_and_gallery(index: str, ranking: str):
-    distance, far = RANKINGS[ranking]
+    distance = DISTANCES[ranking][0]
     query, reference = bank({3: 6, 8: 2, 0: 5, 60: 3}), bank({c: 3 + c % 5 for c in range(20)}, seed=5)
     exact = RetrievalTester(EVERY, index=index, distance=distance).test(query, reference)
     assert exact.index_recall is None
     assert exact.ranking.startswith("exact, ")
-    assert_defined(exact, query, reference, far)
+    assert_defined(exact, query, reference, ranking)
     gallery = Gallery(reference, index, distance=distance)
     for own in (distance, None):  # without one, by the gallery's
         result = RetrievalTester(EVERY, distance=own).test(query, gallery)
         assert result.ranking.startswith("Flat, ")
         assert (result.index_recall, result.protocol, result.num_excluded) == (None, "gallery", 3)
-        assert_defined(result, query, reference, far)
+        assert_defined(result, query, reference, ranking)
 
 
-def test_a_gallery_of_another_ranking_or_width_is_refused():
+def test_a_gallery_of_another_ranking_is_refused():
     query = bank(UNEVEN)
-    by_cosine = Gallery(query, "flat", distance=CosineSimilarity())
-    for distance in (LpDistance(normalize_embeddings=False), LpDistance(), LpDistance(p=1)):
-        with pytest.raises(UsageError, match=r"^expected a gallery ranked by LpDistance\(.*, got CosineSimilarity\("):
-            RetrievalTester(distance=distance).test(query, by_cosine)
-    with pytest.raises(UsageError, match=r"^expected queries of shape \(N, 5\), got \(22, 3\); use one embedder"):
-        RetrievalTester().test(bank(UNEVEN, dims=3), by_cosine)
+    plain = Gallery(query, "flat", distance=RawLp())
+    for distance in (LpDistance(), CosineSimilarity(), RawLp(p=1)):
+        with pytest.raises(UsageError, match=r"^expected a gallery ranked by .*, got LpDistance\(p=2, power=1\);"):
+            RetrievalTester(distance=distance).test(query, plain)
 
 
 def test_the_same_bank_as_reference_is_a_gallery_in_which_each_finds_itself():
@@ -252,8 +230,7 @@ def test_the_same_bank_as_reference_is_a_gallery_in_which_each_finds_itself():
 
 
 def test_an_embedder_is_evaluated_on_its_embeddings():
-    images = torch.randint(0, 256, (12, 1, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    dataset, other = (FewShotDataset(each, torch.arange(12) % 3, list("abc")) for each in (images, images.flip(0)))
+    dataset, other = tiny_set("a", 3, seed=0), tiny_set("a", 3, seed=1)
     embedder, tester = Embedder(nn.Flatten()), RetrievalTester()
     query, gallery = embedder.encode(dataset), embedder.encode(other)
     assert dict(tester.test(embedder, dataset)) == dict(tester.test(query))
@@ -284,10 +261,7 @@ def test_k_is_the_largest_class_unless_a_recall_needs_more():
         ({"k": "max_bin"}, "k as one of 'max_bin_count', got 'max_bin'; did you mean"),
         ({"index": "hnws"}, "index as one of .*, got 'hnws'; did you mean 'hnsw'"),
         ({"index": "IVF4,Nonsense"}, "an index and parameters that faiss can build, got 'IVF4,Nonsense'"),
-        (
-            {"index": "ivf", "distance": LpDistance(p=1)},
-            "Euclid, cosine or dot product for index 'ivf', got LpDistance",
-        ),
+        ({"index": "ivf", "distance": LpDistance(p=1)}, "Euclid, cosine or dot product for index 'ivf', got LpDist"),
     ],
 )
 def test_wrong_arguments_of_the_tester_are_refused(arguments: dict[str, Any], says: str):
@@ -305,11 +279,10 @@ def test_sets_that_cannot_be_searched_are_refused():
     ):
         with pytest.raises(UsageError, match=says):
             tester.test(*banks)
-    dataset = FewShotDataset(torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 0]), ["a"])
+    dataset = tiny_set("a", 3, seed=0)
     for embedder, source in ((Embedder(nn.Flatten()), None), (query, dataset), (nn.Flatten(), dataset)):
         with pytest.raises(UsageTypeError, match="expected an Embedder with a data set, or an EmbeddingBank alone"):
-            tester.test(embedder, source)  # type: ignore[arg-type]
-
+            tester.test(embedder, source)
     query.embeddings[4, 1] = query.embeddings[9, 0] = torch.nan
     says = "got NaN or infinity in 2 of 22 rows, first in row 4"
     for reference in (None, bank(UNEVEN), Gallery(bank(UNEVEN), "flat")):

@@ -1,7 +1,5 @@
 """exact_search against a full sort of distances written out in numpy in float64."""
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity, LpDistance, SNRDistance
-from pytorch_metric_learning.distances.base_distance import BaseDistance
 from torch import Tensor
 
 from pml_fewshot.checks import UsageError
 from pml_fewshot.evaluation import search as module
 from pml_fewshot.evaluation.search import Ranking, exact_search, product
+from tests.evaluation.formulas import DISTANCES, RawDot, RawLp, all_distances
 
 
 def rows(count: int, dims: int, seed: int) -> Tensor:
@@ -25,29 +23,6 @@ def rows(count: int, dims: int, seed: int) -> Tensor:
     return torch.randn(count, dims, generator=generator) * lengths
 
 
-def unit(values: np.ndarray, p: float = 2) -> np.ndarray:
-    return values / (np.abs(values) ** p).sum(axis=-1, keepdims=True) ** (1 / p)
-
-
-RawLp = partial(LpDistance, normalize_embeddings=False)
-RawDot = partial(DotProductSimilarity, normalize_embeddings=False)
-
-# PML distance, and the same as "smaller is nearer" of one query (D,) and all references (M, D)
-Far = Callable[[np.ndarray, np.ndarray], np.ndarray]
-DISTANCES: dict[str, tuple[BaseDistance | None, Far]] = {
-    "none": (None, lambda q, r: np.sqrt(((q - r) ** 2).sum(1))),
-    "power 0.5": (RawLp(power=0.5), lambda q, r: ((q - r) ** 2).sum(1)),
-    "normalized": (LpDistance(), lambda q, r: ((unit(q) - unit(r)) ** 2).sum(1)),
-    "cosine": (CosineSimilarity(), lambda q, r: -(unit(r) @ unit(q))),
-    "dot": (RawDot(), lambda q, r: -(r @ q)),
-    "dot cubed": (RawDot(power=3), lambda q, r: -((r @ q) ** 3)),
-    "dot squared": (RawDot(power=2), lambda q, r: -((r @ q) ** 2)),
-    "p=1": (RawLp(p=1), lambda q, r: np.abs(q - r).sum(1)),
-    "p=1, normalized": (LpDistance(p=1), lambda q, r: np.abs(unit(q, 1) - unit(r, 1)).sum(1)),
-    "p=4": (RawLp(p=4), lambda q, r: ((q - r) ** 4).sum(1)),
-    "dot, p=1": (DotProductSimilarity(p=1), lambda q, r: -(unit(r, 1) @ unit(q, 1))),
-    "SNR": (SNRDistance(normalize_embeddings=False), lambda q, r: np.var(q - r, axis=1, ddof=1) / np.var(q, ddof=1)),
-}
 way = pytest.mark.parametrize("way", ["tiles", "faiss"])
 
 
@@ -60,11 +35,6 @@ def go(patch: pytest.MonkeyPatch, way: str, **constants: int) -> None:
 
 def search(query: Tensor, reference: Tensor | None, k: int, name: str = "none") -> Tensor:
     return exact_search(query, reference, k, Ranking.of(DISTANCES[name][0]))
-
-
-def all_distances(query: Tensor, reference: Tensor, name: str = "none") -> np.ndarray:
-    r = reference.double().numpy()
-    return np.stack([DISTANCES[name][1](q, r) for q in query.double().numpy()])
 
 
 def assert_nearest(found: Tensor, distances: np.ndarray, k: int) -> None:

@@ -1,4 +1,4 @@
-"""Means over episodes and trainings, and paired differences: against numpy and scipy, and how often they hold."""
+"""Means over episodes and trainings, and paired differences: against numpy and scipy."""
 
 import math
 from dataclasses import replace
@@ -27,10 +27,6 @@ def by_hand(trainings: np.ndarray) -> tuple[float, float]:
     return float(trainings.mean()), math.hypot(over_items, over_trainings)
 
 
-def tensors(values: np.ndarray) -> list[torch.Tensor]:
-    return [torch.from_numpy(row) for row in values]
-
-
 def retrieved(values: np.ndarray, nmi: float) -> RetrievalResult:
     per_query = {"precision_at_1": torch.from_numpy(values)}
     return RetrievalResult(per_query, torch.zeros(len(values)).long(), 0, 1, clustering={"NMI": nmi})
@@ -40,7 +36,7 @@ def retrieved(values: np.ndarray, nmi: float) -> RetrievalResult:
 def test_the_interval_joins_that_over_episodes_and_that_over_trainings(trainings: int):
     rng = np.random.default_rng(trainings)
     values = rng.uniform(0, 1, (trainings, 40)) * rng.uniform(0.5, 1, (trainings, 1))
-    assert average(tensors(values)) == pytest.approx(by_hand(values), rel=1e-12)
+    assert average(torch.from_numpy(values).unbind()) == pytest.approx(by_hand(values), rel=1e-12)
     results = [retrieved(row, nmi=0.5) for row in values]
     assert average_metric("precision_at_1", results) == pytest.approx(by_hand(values), rel=1e-12)
 
@@ -60,22 +56,13 @@ def test_nmi_has_an_interval_over_trainings_alone():
     assert average_metric("NMI", results[:1]) == pytest.approx((0.2, math.nan), nan_ok=True)
 
 
-@pytest.mark.parametrize(
-    ("of_training", "of_episode", "least", "most"),
-    [
-        (0.05, 0.0, 0.93, 0.97),  # Student's t over three trainings alone: exact
-        (0.0, 0.2, 0.93, 0.98),  # the episodes alone: 1.96 standard errors of 100 values
-        (0.1, 0.2, 0.93, 0.99),  # both: the sum is conservative, for t of two degrees is wide
-    ],
-)
-def test_the_interval_holds_the_true_mean(of_training: float, of_episode: float, least: float, most: float):
-    rng = np.random.default_rng(0)
-    held = 0
+def test_the_interval_over_three_trainings_holds_the_true_mean_in_19_of_20_cases():
+    rng, held = np.random.default_rng(0), 0
     for _ in range(1000):
-        effects = of_training * rng.normal(size=(3, 1)) + of_episode * rng.normal(size=(1, 100))
-        mean, ci95 = average(tensors(0.6 + effects + 0.01 * rng.normal(size=(3, 100))))
+        means = 0.6 + 0.05 * rng.normal(size=(3, 1))
+        mean, ci95 = average(torch.from_numpy(means + 0.01 * rng.normal(size=(3, 100))).unbind())
         held += abs(mean - 0.6) <= ci95
-    assert least <= held / 1000 <= most
+    assert 930 <= held <= 970
 
 
 def result_of(per_episode: Tensor) -> EpisodicResult:
@@ -103,18 +90,17 @@ def test_the_difference_and_its_interval_are_those_of_pairs(gain: float):
     assert comparison.difference / comparison.ci95 == pytest.approx(test.statistic / 1.96, rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("difference", "ci95", "text"),
-    [
-        (0.01234, 0.00456, "+1.23 +- 0.46 points on the same 10,000 episodes: significant (95 %)"),
-        (-0.02, 0.01, "-2.00 +- 1.00 points on the same 10,000 episodes: significant (95 %)"),
-        (-0.01, 0.02, "-1.00 +- 2.00 points on the same 10,000 episodes: not significant, the interval holds 0 (95 %)"),
-        (0.01, 0.01, "+1.00 +- 1.00 points on the same 10,000 episodes: not significant, the interval holds 0 (95 %)"),
-        (0.0, 0.0, "+0.00 +- 0.00 points on the same 10,000 episodes: not significant, the interval holds 0 (95 %)"),
-    ],
-)
-def test_it_reads_in_points_and_says_whether_0_is_left_out(difference: float, ci95: float, text: str):
-    assert str(Comparison(difference, ci95, 10_000)) == text
+def test_it_reads_in_points_and_says_whether_0_is_left_out():
+    no = "not significant, the interval holds 0"
+    for difference, ci95, points, verdict in (
+        (0.01234, 0.00456, "+1.23 +- 0.46", "significant"),
+        (-0.02, 0.01, "-2.00 +- 1.00", "significant"),
+        (-0.01, 0.02, "-1.00 +- 2.00", no),
+        (0.01, 0.01, "+1.00 +- 1.00", no),
+        (0.0, 0.0, "+0.00 +- 0.00", no),
+    ):
+        text = f"{points} points on the same 10,000 episodes: {verdict} (95 %)"
+        assert str(Comparison(difference, ci95, 10_000)) == text
 
 
 def test_results_on_other_episodes_are_refused():
@@ -122,10 +108,3 @@ def test_results_on_other_episodes_are_refused():
     got = "5-way 1-shot 15-query, seed 0, ab and 5-way 5-shot 15-query, seed 7, cd; evaluate both with one spec"
     with pytest.raises(UsageError, match=rf"expected two results on the same episodes \(equal .*\), got {got}"):
         compare(first, replace(second, episodes_hash="cd", seed=7, spec=EpisodeSpec(5, 5, 15)))
-
-
-def test_equal_methods_are_called_different_in_one_of_twenty_cases():
-    comparisons = [compare(*correlated(0.0, count=200, seed=seed)) for seed in range(1000)]
-    assert 30 <= sum(comparison.significant for comparison in comparisons) <= 70
-    spread = np.std([comparison.difference for comparison in comparisons], ddof=1)
-    assert np.mean([comparison.ci95 for comparison in comparisons]) == pytest.approx(1.96 * spread, rel=0.08)
