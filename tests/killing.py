@@ -17,6 +17,7 @@ import time
 import traceback
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ FUTILE = 10  # times as many kills as asked for: then the share is not to be rea
 def session(config: ExperimentConfig, seconds: float | None, training: bool = False) -> bool:
     """Runs in a process of its own. Returns whether the run came to its end.
 
-    It is killed after some seconds, counted from its start, or with `training` from the first checkpoint that it
-    writes: on a busy machine a process may need any time until it trains.
+    It is killed after some seconds, with `training` from its first checkpoint on: on a busy machine a process may need
+    any time until it trains.
     """
     assert config.run_dir is not None
     last, errors = config.run_dir / "last.pt", config.run_dir.with_suffix(".stderr")
@@ -55,8 +56,9 @@ def session(config: ExperimentConfig, seconds: float | None, training: bool = Fa
             traceback.print_exc()
         finally:
             os._exit(code)
+    ended = partial(os.waitid, os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     if seconds is not None:
-        while training and _written(last) == before and not _has_ended(child):
+        while training and _written(last) == before and ended() is None:
             time.sleep(0.001)
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)  # a child that has ended waits to be collected: no other process can be hit
@@ -69,15 +71,8 @@ def session(config: ExperimentConfig, seconds: float | None, training: bool = Fa
 
 def _written(path: Path) -> tuple[int, int] | None:
     """Which file lies there: every checkpoint is a new one."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_ino, found.st_mtime_ns
-
-
-def _has_ended(child: int) -> bool:
-    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    found = path.stat() if path.exists() else None
+    return (found.st_ino, found.st_mtime_ns) if found else None
 
 
 def steps_in(folder: Path) -> int:
@@ -115,8 +110,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 def kill_and_compare(name: str, folder: Path, kills: int, seed: int) -> None:
     """Half of the kills fall anywhere in a run, half while it trains, until a fair share fell between steps.
 
-    A kill counts as between steps when its session has saved steps that were not saved before, and not the last:
-    what comes after resumes there.
+    A kill counts as between steps when its session has saved new steps, and not the last: the next resumes there.
     """
     folder.mkdir(parents=True)
     config = TINY_EXPERIMENTS[name]

@@ -14,12 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from pml_fewshot.data.dataset import FewShotDataset
-from pml_fewshot.embedders.bank import EmbeddingBank, load_bank
-from pml_fewshot.embedders.embedder import Embedder
-from pml_fewshot.evaluation.episodic import EpisodicEvaluator
-from pml_fewshot.evaluation.retrieval import RetrievalTester
-from pml_fewshot.sampling.episodes import EpisodeSpec
+from pml_fewshot import Embedder, EmbeddingBank, EpisodeSpec, EpisodicEvaluator, FewShotDataset, RetrievalTester
+from pml_fewshot.embedders.bank import load_bank
 from pml_fewshot.trainers.protonet import ProtoNetTrainer
 
 CLASSES = 100

@@ -10,13 +10,8 @@ import pytest
 import torch
 
 from experiments.benchmark_embeddings import main
-from pml_fewshot.checks import UsageError
-from pml_fewshot.embedders.bank import EmbeddingBank
-from pml_fewshot.evaluation.episodic import EpisodicEvaluator
+from pml_fewshot import EmbeddingBank, EpisodeSpec, EpisodicEvaluator, ResultTable, RetrievalTester, UsageError
 from pml_fewshot.evaluation.linear_heads import cosine_classifier, ridge_regression
-from pml_fewshot.evaluation.retrieval import RetrievalTester
-from pml_fewshot.evaluation.table import ResultTable
-from pml_fewshot.sampling.episodes import EpisodeSpec
 
 ROOT = Path(__file__).parent.parent
 BY_DISTANCE = ["nearest prototype", "soft nearest neighbour", "nearest neighbour", "3 nearest neighbours"]

@@ -17,15 +17,14 @@ from pml_fewshot.checks import (
 def test_counts_are_integers_of_at_least_one(value: object):
     check_at_least_one("shots", 1)
     with pytest.raises(ValueError, match=r"expected shots to be an integer of at least 1, got .*; give shots >= 1"):
-        check_at_least_one("shots", value)  # type: ignore[arg-type]
+        check_at_least_one("shots", value)
 
 
 def test_finite_values_of_any_type_pass():
-    check_finite(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), "rows")
-    check_finite(torch.tensor([[1, 2]]), "rows")
-    check_finite(torch.empty(0, 3), "rows")
-    check_finite(torch.full((100, 3), torch.finfo(torch.float32).max), "rows")  # their float32 sum is infinite
-    check_finite(torch.full((100, 3), torch.finfo(torch.float16).max, dtype=torch.float16), "rows")
+    for values in (torch.ones(4, 3), torch.tensor([[1, 2]]), torch.empty(0, 3)):
+        check_finite(values, "rows")
+    for dtype in (torch.float32, torch.float16):
+        check_finite(torch.full((100, 3), torch.finfo(dtype).max, dtype=dtype), "rows")  # their sum is infinite
 
 
 def refusal(values: torch.Tensor) -> str:
@@ -55,8 +54,8 @@ def test_rows_are_counted_across_blocks(shape: tuple[int, ...], dtype: torch.dty
 def test_a_nan_among_values_whose_sum_overflows_is_found_and_only_it(shape: tuple[int, ...]):
     largest = torch.finfo(torch.float64).max
     values = torch.full(shape, largest, dtype=torch.float64)
-    check_finite(values, "rows")
-    check_finite(-values, "rows")
+    for sign in (1, -1):
+        check_finite(sign * values, "rows")
     values[::2] *= -1
     check_finite(values, "rows")
     values[-1] = float("nan")
@@ -66,10 +65,8 @@ def test_a_nan_among_values_whose_sum_overflows_is_found_and_only_it(shape: tupl
 def test_labels_are_int64_one_for_each_item():
     check_labels(torch.tensor([5, -3, 2**60]), 3, "the")
     for wrong in (torch.zeros(3), torch.zeros(3, dtype=torch.int32), torch.zeros(3, dtype=torch.bool), [0, 1, 2]):
-        with pytest.raises(
-            TypeError, match=r"expected the set's labels as an int64 tensor, got .*; use torch.as_tensor"
-        ):
-            check_labels(wrong, 3, "the set's")  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"expected the set's labels as an int64 tensor, got .*; use torch.as_t"):
+            check_labels(wrong, 3, "the set's")
     for shape in ((2,), (4,), (3, 1), ()):
         with pytest.raises(ValueError, match=r"labels of shape \(3,\), got shape"):
             check_labels(torch.zeros(shape, dtype=torch.int64), 3, "the set's")
@@ -78,10 +75,8 @@ def test_labels_are_int64_one_for_each_item():
 def test_the_first_class_with_too_few_items_is_named_by_its_label():
     labels, counts = torch.tensor([-7, 10**12, 30]), torch.tensor([4, 2, 3])
     check_enough_items(labels, counts, 2, "1 + 1")
-    with pytest.raises(
-        ValueError,
-        match=r"at least 4 items \(1 \+ 3\) in every class, got 2 in class 1000000000000 \(2 of 3 classes have too few",
-    ):
+    found = r"\(1 \+ 3\) in every class, got 2 in class 1000000000000 \(2 of 3 classes have too few"
+    with pytest.raises(ValueError, match=f"at least 4 items {found}"):
         check_enough_items(labels, counts, 4, "1 + 3")
 
 

@@ -21,9 +21,7 @@ ROOT = Path(__file__).parent.parent
     ],
     ids=str,
 )
-def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(
-    names: list[str], kills: int, tmp_path: Path
-) -> None:
+def test_runs_killed_at_random_moments_end_as_if_not(names: list[str], kills: int, tmp_path: Path) -> None:
     """Enough of the kills fall where something is to be lost: after the first step, before the last."""
     command = [sys.executable, "-m", "tests.killing", str(tmp_path / "runs"), str(kills), "0", *names]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

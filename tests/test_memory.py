@@ -16,9 +16,7 @@ BUDGET = 256  # MiB of memory of its own, for sets of 1,024
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc, which Linux has")
 @pytest.mark.parametrize("allocator", [{}, KEPT], ids=["usual", "freed memory kept"])
 @pytest.mark.parametrize("kind", ["images", "bank"])
-def test_sets_of_a_gibibyte_are_evaluated_in_a_quarter_of_it(
-    kind: str, allocator: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_gibibyte_is_evaluated_in_a_quarter_of_it(kind: str, allocator: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.memory_use", kind, str(tmp_path)]
     others = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     done = subprocess.run(command, cwd=ROOT, env=others | allocator, capture_output=True, text=True, check=False)

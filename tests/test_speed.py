@@ -16,6 +16,8 @@ pytest.importorskip("threadpoolctl", reason="threadpoolctl is not installed (the
 from experiments.speed import evaluation_speed, maml_step
 from experiments.speed.side_by_side import Row, check_accuracy, check_equal
 
+Printed = pytest.CaptureFixture[str]
+
 
 @pytest.fixture
 def seeded() -> Iterator[None]:
@@ -29,21 +31,12 @@ def seeded() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("seeded")
-def test_evaluation_speed_prints_every_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_evaluation_prints_every_line(monkeypatch: pytest.MonkeyPatch, capsys: Printed, tmp_path: Path) -> None:
     characters = evaluation_speed.random_images(8, 18, size=28, channels=1)
     monkeypatch.setattr(evaluation_speed, "characters", lambda data_root: characters)
     monkeypatch.setattr(evaluation_speed, "keep_freed_memory", lambda: False)  # it would last for the whole session
-    evaluation_speed.main(
-        tmp_path,
-        repeats=1,
-        episodes=60,
-        peer_episodes=6,
-        peer_feature_episodes=20,
-        peer_episodes_84=2,
-        images_84=16,
-    )
+    peers = {"peer_episodes": 6, "peer_feature_episodes": 20, "peer_episodes_84": 2}
+    evaluation_speed.main(tmp_path, repeats=1, episodes=60, images_84=16, **peers)
     printed = capsys.readouterr()
     rows = [line for line in printed.out.splitlines() if line.startswith("|")][2:]
     assert len(rows) == 11
@@ -55,7 +48,7 @@ def test_evaluation_speed_prints_every_line(
 
 
 @pytest.mark.slow
-def test_maml_step_prints_every_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_maml_step_prints_every_line(monkeypatch: pytest.MonkeyPatch, capsys: Printed) -> None:
     monkeypatch.setattr(maml_step, "keep_freed_memory", lambda: False)
     monkeypatch.setattr(maml_step, "SETTINGS", maml_step.SETTINGS[:2])  # five inner steps take a minute
     monkeypatch.setattr(maml_step, "MEMORY_SETTINGS", maml_step.MEMORY_SETTINGS[:1])
@@ -83,9 +76,7 @@ def test_ratio_is_how_many_times_faster_ours_is() -> None:
 def test_figures_that_disagree_are_refused() -> None:
     generator = torch.Generator().manual_seed(0)
     per_episode = 0.6 + 0.1 * torch.randn(1000, generator=generator).double()
-    ours = EpisodicResult(
-        per_episode.mean().item(), 0.006, per_episode, EpisodeSpec(ways=5, shots=1, queries=15), 0, ""
-    )
+    ours = EpisodicResult(per_episode.mean().item(), 0.006, per_episode, EpisodeSpec(5, 1, 15), 0, "")
     check_accuracy("a peer", 0.62, 100, ours)
     with pytest.raises(AssertionError, match=r"accuracy 0\.7000 over 100 episodes"):
         check_accuracy("a peer", 0.7, 100, ours)

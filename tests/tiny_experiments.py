@@ -1,9 +1,11 @@
 """Experiments that take a fraction of a second, one for each trainer, with as much state as the trainer can have."""
 
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pytorch_metric_learning.losses import CrossBatchMemory, MultiSimilarityLoss
@@ -13,20 +15,15 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
+from pml_fewshot import MAMLTrainer, MatchingTrainer, MetricTrainer, ProtoNetTrainer, PrototypicalLoss, SiameseTrainer
 from pml_fewshot.data.augmentation import RandomAffine
 from pml_fewshot.data.dataset import FewShotDataset, Splits
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.embedders.full_context import FullContext
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment.config import ExperimentConfig
-from pml_fewshot.losses.prototypical import PrototypicalLoss
 from pml_fewshot.sampling.batches import BatchSpec
 from pml_fewshot.sampling.episodes import EpisodeSpec
-from pml_fewshot.trainers.maml.trainer import MAMLTrainer
-from pml_fewshot.trainers.matching import MatchingTrainer
-from pml_fewshot.trainers.metric import MetricTrainer
-from pml_fewshot.trainers.protonet import ProtoNetTrainer
-from pml_fewshot.trainers.siamese import SiameseTrainer
 
 
 class Finished(NamedTuple):
@@ -57,62 +54,47 @@ TRUNK = partial(
 EMBEDDER: Callable[[], Embedder] = partial(Embedder, trunk=TRUNK)
 
 
-def tiny(name: str, trainer: Callable[[], nn.Module], **options: object) -> ExperimentConfig:
-    settings: dict[str, object] = {
-        "data": tiny_splits,
-        "optimizer": partial(Adam, lr=0.1),  # so high that validations go up and down
-        "train_spec": EpisodeSpec(ways=5, shots=1, queries=3),
-        "eval_specs": (EpisodeSpec(ways=5, shots=1, queries=5),),
-        "steps": 24,
-        "validate_every": 4,
-        "checkpoint_every": 3,
-        "num_episodes": 30,
-        "val_episodes": 10,
-        "device": "cpu",
-        "augment": RandomAffine(),
-    }
-    return ExperimentConfig(name=name, trainer=trainer, **{**settings, **options})  # type: ignore[arg-type]
-
+tiny = partial(
+    ExperimentConfig,
+    data=tiny_splits,
+    optimizer=partial(Adam, lr=0.1),  # so high that validations go up and down
+    train_spec=EpisodeSpec(ways=5, shots=1, queries=3),
+    eval_specs=(EpisodeSpec(ways=5, shots=1, queries=5),),
+    steps=24,
+    validate_every=4,
+    checkpoint_every=3,
+    num_episodes=30,
+    val_episodes=10,
+    device="cpu",
+    augment=RandomAffine(),
+)
+BATCHES = BatchSpec(classes=4, per_class=3)
+MEMORY = partial(CrossBatchMemory, MultiSimilarityLoss, embedding_size=8, memory_size=40)
 
 TINY_EXPERIMENTS = {
     config.name: config
     for config in (
         tiny(
             "protonet",
-            partial(ProtoNetTrainer, embedder=EMBEDDER, loss=partial(PrototypicalLoss, learn_scale=True)),
+            trainer=partial(ProtoNetTrainer, embedder=EMBEDDER, loss=partial(PrototypicalLoss, learn_scale=True)),
             scheduler=CosineAnnealingLR,
         ),
         tiny(
             "matching",
-            partial(MatchingTrainer, embedder=EMBEDDER, context=partial(FullContext, 8, 2)),
+            trainer=partial(MatchingTrainer, embedder=EMBEDDER, context=partial(FullContext, 8, 2)),
             optimizer=partial(SGD, lr=0.5, momentum=0.9),
             scheduler=partial(ReduceLROnPlateau, factor=0.5, patience=0, min_lr=1e-4),
         ),
-        tiny(
-            "siamese",
-            partial(SiameseTrainer, embedder=EMBEDDER),
-            train_spec=BatchSpec(classes=4, per_class=3),
-            patience=4,
-        ),
+        tiny("siamese", trainer=partial(SiameseTrainer, embedder=EMBEDDER), train_spec=BATCHES, patience=4),
         tiny(
             "metric",
-            partial(
-                MetricTrainer,
-                embedder=EMBEDDER,
-                loss=partial(
-                    CrossBatchMemory,
-                    MultiSimilarityLoss,
-                    embedding_size=8,
-                    memory_size=40,
-                    miner=partial(MultiSimilarityMiner, epsilon=0.5),
-                ),
-            ),
-            train_spec=BatchSpec(classes=4, per_class=3),
+            trainer=partial(MetricTrainer, EMBEDDER, partial(MEMORY, miner=partial(MultiSimilarityMiner, epsilon=0.5))),
+            train_spec=BATCHES,
             sampler=partial(MPerClassSampler, m=3),
         ),
         tiny(
             "maml",
-            partial(
+            trainer=partial(
                 MAMLTrainer,
                 network=partial(nn.Sequential, partial(nn.Flatten), partial(nn.Linear, 16, 5)),
                 inner_lr=0.1,
@@ -124,3 +106,10 @@ TINY_EXPERIMENTS = {
         ),
     )
 }
+
+
+def rows_of(folder: Path, group: str) -> list[dict[str, Any]]:
+    """What a run recorded in its database."""
+    with closing(sqlite3.connect(folder / "logs.db")) as connection:
+        connection.row_factory = sqlite3.Row
+        return [dict(row) for row in connection.execute(f"SELECT * FROM {group}")]

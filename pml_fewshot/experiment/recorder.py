@@ -23,7 +23,7 @@ class Recorder:
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
         writer = RecordWriter(str(folder))
-        writer.local_db = _ClosedDatabase(writer.local_db.db_path)
+        writer.local_db = ClosedDatabase(writer.local_db.db_path)
         self._keeper = RecordKeeper(record_writer=writer)
         self._groups: set[str] = set()  # that were recorded in this session
         self._has_tensorboard = importlib.util.find_spec("tensorboard") is not None
@@ -89,7 +89,7 @@ class Recorder:
         return SummaryWriter(log_dir=str(self._folder / "tensorboard"), purge_step=self._first_step)
 
 
-class _ClosedDatabase(DBManager):
+class ClosedDatabase(DBManager):
     """Record-keeper's database, whose connection is closed after an error too: each new column begins with one."""
 
     def execute(self, *args: Any, **options: Any) -> Any:

@@ -91,40 +91,30 @@ def test_given_splits_are_kept(tmp_path: Path, val: str):
     assert names == {"train": ("class0", "class1")} | given
 
 
-@pytest.mark.parametrize(
-    ("stray", "message"),
-    [
-        ("train/x.png", "images of .* in class folders, got train/x.png in none; move it"),
-        ("validation/class9/x.png", "train, test and perhaps val only, got them in test, train, val, validation"),
-        ("more/class9/x.png", "train, test and perhaps val only, got them in more, test, train, val"),
-        ("x.png", "train, test and perhaps val only, got them in test, train, val, x.png"),
-        ("test/class1/x.png", "got class 'class1' in train and in test; put each class into one split"),
-    ],
-)
-def test_images_beside_the_given_splits_or_in_two_are_errors(tmp_path: Path, stray: str, message: str):
-    root = split_folders(tmp_path / "set")
-    write(root / stray, 1)
-    with pytest.raises(UsageError, match=message):
-        load(root)
-    assert entries(tmp_path / "cache") == []
+GIVEN = "train/class1/x.png val/class2/x.png test/class3/x.png"
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (("train/a/x.png", "val/b/x.png"), "train, test and perhaps val only, got them in train, val"),
-        (("class0/notes.txt",), r"images in class folders in .*set, got none; add files .*\.jpg"),
-        (("x.png",), r"images of .*set in class folders, got x.png in none"),
+        (f"{GIVEN} train/x.png", "images of .* in class folders, got train/x.png in none; move it"),
+        (f"{GIVEN} validation/a/x.png", "train, test and perhaps val only, got them in test, train, val, validation"),
+        (f"{GIVEN} x.png", "train, test and perhaps val only, got them in test, train, val, x.png"),
+        (f"{GIVEN} test/class1/x.png", "got class 'class1' in train and in test; put each class into one split"),
+        ("train/a/x.png val/b/x.png", "train, test and perhaps val only, got them in train, val"),
+        ("class0/notes.txt", r"images in class folders in .*set, got none; add files .*\.jpg"),
+        ("x.png", r"images of .*set in class folders, got x.png in none"),
     ],
 )
-def test_other_layouts_are_errors(tmp_path: Path, files: tuple[str, ...], message: str):
-    for file in files:
+def test_other_layouts_are_errors(tmp_path: Path, files: str, message: str):
+    for file in files.split():
         (tmp_path / "set" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "set" / file).touch()
     with pytest.raises(UsageError, match=message):
         load(tmp_path / "set")
     with pytest.raises(MissingFileError, match=r"expected a folder of images at .*nowhere"):
         load(tmp_path / "nowhere")
+    assert entries(tmp_path / "cache") == []
 
 
 def test_names_with_spaces_and_other_letters_and_deeper_folders(tmp_path: Path):
@@ -183,8 +173,6 @@ def test_the_cache_follows_the_files_and_keeps_an_entry_for_each_setting(tmp_pat
     load(root)
     write(root / "train" / "class0" / "2.png", 50)
     assert shades(load(root))["class0"] == [0, 1, 50]
-    (root / "train" / "class0" / "0.png").unlink()
-    assert shades(load(root))["class0"] == [1, 50]
     assert len(entries(tmp_path / "cache")) == 1
     root = class_folders(tmp_path / "other")
     for options in ({}, {"seed": 1}, {"val_fraction": 0.3}, {"image_size": 5}, {"channels": 3}, {"skip_broken": True}):

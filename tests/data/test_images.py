@@ -1,7 +1,6 @@
 """read_image: every mode, against values computed by hand from the pixels written; read_images and open_images."""
 
 import struct
-import warnings
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -39,12 +38,9 @@ def test_an_image_of_the_right_size_passes_unchanged_with_channels_first():
 @pytest.mark.parametrize(
     ("mode", "color", "kind", "options", "expected"),
     [
-        ("P", 1, "PNG", {}, GREEN),
         ("P", 1, "GIF", {}, GREEN),
         ("P", 1, "PNG", {"transparency": 1}, WHITE),
-        ("P", 1, "PNG", {"transparency": 0}, GREEN),
         ("P", 1, "PNG", {"transparency": bytes([255, 51])}, (204, 255, 204)),  # 51 / 255 = a fifth, four fifths white
-        ("RGBA", (*RED, 255), "PNG", {}, RED),
         ("RGBA", (*RED, 51), "PNG", {}, (255, 204, 204)),
         ("LA", (0, 51), "PNG", {}, (204, 204, 204)),
         ("RGB", RED, "PNG", {"transparency": RED}, WHITE),
@@ -75,28 +71,14 @@ def test_sixteen_bit_gray_is_scaled_and_not_clipped(kind: str):
     np.testing.assert_array_equal(read_image(content, 3, 3, "f"), np.stack([EIGHT] * 3))
 
 
-# Where the stored pixels stand in the picture seen, from the EXIF standard's table of orientations.
-UPRIGHT = {
-    1: lambda a: a,
-    2: np.fliplr,
-    3: lambda a: np.rot90(a, 2),
-    4: np.flipud,
-    5: np.transpose,
-    6: lambda a: np.rot90(a, -1),  # stored lying on its left side: turn it clockwise
-    7: lambda a: np.rot90(np.transpose(a), 2),
-    8: lambda a: np.rot90(a),
-}
-
-
-@pytest.mark.parametrize("orientation", UPRIGHT)
-def test_exif_orientation_is_applied(orientation: int):
+def test_exif_orientation_is_applied():
     exif = Image.Exif()
-    exif[0x0112] = orientation
+    exif[0x0112] = 6  # stored lying on its left side: turn it clockwise
     content = saved(Image.fromarray(SIXTEEN), exif=exif)
-    np.testing.assert_array_equal(read_image(content, 3, 1, "f")[0], UPRIGHT[orientation](EIGHT))
+    np.testing.assert_array_equal(read_image(content, 3, 1, "f")[0], np.rot90(EIGHT, -1))
     corners = np.kron([[0, 80], [160, 240]], np.ones((16, 16))).astype(np.uint8)
     photo = read_image(saved(Image.fromarray(corners), "JPEG", exif=exif, quality=100), 32, 1, "f")[0]
-    np.testing.assert_allclose(photo, UPRIGHT[orientation](corners), atol=3)
+    np.testing.assert_allclose(photo, np.rot90(corners, -1), atol=3)
 
 
 def test_the_center_square_is_kept():
@@ -121,8 +103,6 @@ def test_scaling_keeps_shape_and_place_and_shrinking_averages():
 PNG = saved(Image.fromarray(noise(30, 30, 3)))
 JPEG = saved(Image.fromarray(noise(30, 30, 3)), "JPEG")
 BOMB = struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 54, 0, 0, 54, 40, 40_000, 40_000, 1, 24, 0, 0, 0, 0, 0, 0)  # a BMP
-
-
 CUT = [b"", b"no image", PNG[:200], PNG[:20], JPEG[:300], BOMB, saved(Image.new("RGB", (9, 9)), "PCX")]
 NO_RANGE = [(70000, np.int32), (-1, np.int32), (1, np.float32)]
 NO_RANGE = [saved(Image.fromarray(np.full((2, 2), value, dtype)), "TIFF") for value, dtype in NO_RANGE]
@@ -135,19 +115,6 @@ def test_broken_content_names_the_file(content: bytes, got: str):
     with pytest.raises(BrokenImageError, match=rf"readable image at a/b\.png, got {got}; replace the file or") as error:
         read_image(content, 30, 3, "a/b.png")
     assert error.value.__cause__ is not None
-
-
-def damaged(content: bytes, place: int) -> bytes:
-    return content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :]
-
-
-def test_damage_anywhere_gives_an_image_or_the_named_error(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)  # a damaged head may claim more: that takes seconds
-    for whole in (JPEG, PNG, saved(Image.fromarray(SIXTEEN), "TIFF")):
-        contents = {str(place): damaged(whole, place) for place in range(0, len(whole), 37)}
-        with warnings.catch_warnings(action="ignore"):  # any other error than BrokenImageError would fail here
-            for image in read_images(list(contents), contents.__getitem__, 5, 3, Path(), skip_broken=True):
-                assert image is None or image.shape == (3, 5, 5)
 
 
 @pytest.mark.parametrize(("size", "channels"), [(0, 3), (2.5, 3), (8, 2), (8, 4)])
@@ -207,7 +174,8 @@ def test_a_broken_zip_is_named_when_it_is_opened_or_read(tmp_path: Path, method:
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr("x.png", PNG)
     whole = path.read_bytes()
-    for content in (whole[:10], whole[: len(whole) // 2], damaged(whole, 36), damaged(whole, 300)):
+    broken = [whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :] for place in (36, 300)]
+    for content in (whole[:10], whole[: len(whole) // 2], *broken):
         path.write_bytes(content)
         with (
             pytest.raises(UsageError, match=r"expected a whole zip file at .*a\.zip, got a broken one .*; delete it"),

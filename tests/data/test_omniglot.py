@@ -149,7 +149,6 @@ def test_a_missing_part_is_named_with_what_to_do(tmp_path: Path):
     ("changes", "words"),
     [
         ({DRAWING: b"broken"}, f"readable image at .*{DRAWING}, got .*"),
-        ({DRAWING: png(np.ones((105, 105), dtype=bool))[:60]}, f"readable image at .*{DRAWING}, got .*"),
         ({DRAWING: None}, "of 2 drawings in .*, got 4 characters, 1 drawings of Kannada/character07; unpack"),
         ({"Kannada/character07/0002_09.png": b""}, "got 4 characters, 3 drawings of Kannada/character07; unpack"),
         ({DRAWING: None, DRAWING.replace("01.", "00."): None}, "of 2 drawings in .*, got 3 characters; unpack"),
@@ -160,10 +159,6 @@ def test_a_broken_part_is_named_and_keeps_the_good_entry(tmp_path: Path, changes
     good = entries(tmp_path / "cache")
     write(tmp_path / "data", "images_evaluation", **changes)
     with pytest.raises(UsageError, match=words):
-        load(tmp_path / "data")
-    path = tmp_path / "data" / "images_evaluation.zip"
-    path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(UsageError, match=r"expected a whole zip file at .*images_evaluation.zip, got a broken one"):
         load(tmp_path / "data")
     assert entries(tmp_path / "cache") == good
 
@@ -185,15 +180,10 @@ def test_a_download_fetches_only_what_is_missing(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
-def test_torchvision_puts_the_official_zips_where_they_are_looked_for():
+def test_the_real_set_has_the_classes_and_pixels_of_the_published_splits(tmp_path: Path):
     from torchvision.datasets import Omniglot
 
-    assert Omniglot.folder == "omniglot-py"
-    assert set(Omniglot.zips_md5) == set(omniglot.PARTS)
-
-
-@pytest.mark.slow
-def test_the_real_set_has_the_classes_and_pixels_of_the_published_splits(tmp_path: Path):
+    assert Omniglot.folder == "omniglot-py"  # where torchvision puts the zips
     root = real_root("omniglot/images_evaluation.zip")
     splits = load_omniglot(root, cache_dir=tmp_path)
     assert [len(part.class_names) for part in parts(splits).values()] == [4112, 688, 1692]

@@ -1,5 +1,6 @@
 """One finished run for all tests that only look at one."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,13 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The ProtoNet's run; copy its folder before changing it."""
+    """The ProtoNet's run; not to be changed."""
     config = replace(TINY_EXPERIMENTS["protonet"], run_dir=tmp_path_factory.mktemp("finished") / "run", seed=7)
     return Finished(config, config.run_dir or Path(), run(config))
+
+
+@pytest.fixture
+def copied(finished: Finished, tmp_path: Path) -> Finished:
+    """The same, of one's own."""
+    shutil.copytree(finished.folder, tmp_path / "run")
+    return finished._replace(folder=tmp_path / "run", config=replace(finished.config, run_dir=tmp_path / "run"))

@@ -9,14 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pml_fewshot.checks import MissingFileError, UsageError
-from pml_fewshot.data.dataset import Splits
-from pml_fewshot.evaluation.table import ResultTable
+from pml_fewshot import EpisodeSpec, EpisodeStream, ExperimentConfig, ResultTable, Splits, UsageError, run
+from pml_fewshot.checks import MissingFileError
 from pml_fewshot.experiment.command_line import INTERRUPTED, RESUMABLE, main, one_line_errors
-from pml_fewshot.experiment.config import ExperimentConfig
-from pml_fewshot.experiment.run import run
-from pml_fewshot.sampling.episode_stream import EpisodeStream
-from pml_fewshot.sampling.episodes import Episode, EpisodeSpec
 from tests import tiny_experiments
 from tests.killing import outcome
 from tests.tiny_experiments import TINY_EXPERIMENTS, tiny_set, tiny_splits
@@ -25,11 +20,12 @@ SPECS = (EpisodeSpec(ways=5, shots=1, queries=5), EpisodeSpec(ways=5, shots=5, q
 TINY = replace(TINY_EXPERIMENTS["protonet"], steps=6, eval_specs=SPECS)
 BATCHES = replace(TINY_EXPERIMENTS["siamese"], steps=3, patience=None)
 
-CommandLine = Callable[..., ResultTable]
+Command = Callable[..., ResultTable]
+Ends = Callable[..., tuple[object, pytest.CaptureResult[str]]]
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+def command(monkeypatch: pytest.MonkeyPatch) -> Command:
     def call(*arguments: str | Path, config: ExperimentConfig = TINY) -> ResultTable:
         monkeypatch.setattr(sys, "argv", ["experiment", *map(str, arguments)])
         return main(config)
@@ -37,13 +33,19 @@ def command(monkeypatch: pytest.MonkeyPatch) -> CommandLine:
     return call
 
 
-def exit_code(command: CommandLine, *arguments: str | Path, config: ExperimentConfig = TINY) -> object:
-    with pytest.raises(SystemExit) as stopped:
-        command(*arguments, config=config)
-    return stopped.value.code
+@pytest.fixture
+def ends(command: Command, capsys: pytest.CaptureFixture[str]) -> Ends:
+    """The exit code of a command, and what it prints."""
+
+    def call(*arguments: str | Path, config: ExperimentConfig = TINY) -> tuple[object, pytest.CaptureResult[str]]:
+        with pytest.raises(SystemExit) as stopped:
+            command(*arguments, config=config)
+        return stopped.value.code, capsys.readouterr()
+
+    return call
 
 
-def test_options_change_the_run_and_nothing_else(command: CommandLine, tmp_path: Path) -> None:
+def test_options_change_the_run_and_nothing_else(command: Command, tmp_path: Path) -> None:
     options = ("--steps", "3", "--seed", "4", "--num-episodes", "12", "--train-spec.ways", "4")
     table = command(*options, "--run-dir", tmp_path / "run")
     spec = EpisodeSpec(ways=4, shots=1, queries=3)
@@ -52,9 +54,7 @@ def test_options_change_the_run_and_nothing_else(command: CommandLine, tmp_path:
     assert outcome(tmp_path / "run") == outcome(tmp_path / "same")
 
 
-def test_eval_spec_evaluates_by_one_spec_and_batches_have_their_own_options(
-    command: CommandLine, tmp_path: Path
-) -> None:
+def test_eval_spec_evaluates_by_one_spec_and_batches_have_options(command: Command, tmp_path: Path) -> None:
     options = ("--eval-spec.ways", "3", "--eval-spec.shots", "2", "--train-spec.per-class", "2")
     table = command(*options, "--run-dir", tmp_path / "run", config=BATCHES)
     specs = [(row.ways, row.shots, row.queries) for row in table.rows if row.figure == "accuracy"]
@@ -73,12 +73,10 @@ def test_eval_spec_evaluates_by_one_spec_and_batches_have_their_own_options(
         (("--train-spec.classes", "3"), "--train-spec.classes"),  # of batches
     ],
 )
-def test_misspelt_options_end_with_2_and_a_suggestion(
-    arguments: tuple[str, ...], message: str, command: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert exit_code(command, *arguments) == 2
-    assert message in "".join(capsys.readouterr())
-    assert list(tmp_path.iterdir()) == []
+def test_misspelt_options_end_with_2_and_a_suggestion(arguments: tuple[str, ...], message: str, ends: Ends) -> None:
+    code, printed = ends(*arguments)
+    assert code == 2
+    assert message in printed.out + printed.err
 
 
 @pytest.mark.parametrize(
@@ -90,16 +88,15 @@ def test_misspelt_options_end_with_2_and_a_suggestion(
         (("--resume",), "expected the folder of a run to resume, got none; name it with --run-dir"),
     ],
 )
-def test_bad_values_end_in_one_line(
-    arguments: tuple[str, ...], message: str, command: CommandLine, tmp_path: Path
-) -> None:
-    assert str(exit_code(command, *arguments)).startswith(f"error: {message}")
+def test_bad_values_end_in_one_line(arguments: tuple[str, ...], message: str, ends: Ends, tmp_path: Path) -> None:
+    assert str(ends(*arguments)[0]).startswith(f"error: {message}")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_explains_every_option(command: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code(command, "--help", config=BATCHES) == 0
-    text = re.sub(r"\s+", " ", re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out))
+def test_help_explains_every_option(ends: Ends) -> None:
+    code, printed = ends("--help", config=BATCHES)
+    assert code == 0
+    text = re.sub(r"[\s│╭╮╰╯─]+", " ", printed.out)
     options = ("--steps", "--seed", "--device", "--data-root", "--run-dir", "--num-episodes", "--resume")
     for option in (*options, "--train-spec.classes", "--train-spec.per-class", "--eval-spec.ways"):
         assert option in text
@@ -107,15 +104,13 @@ def test_help_explains_every_option(command: CommandLine, capsys: pytest.Capture
         assert explanation in text
 
 
-def test_resume_begins_a_run_that_is_not_there_and_gives_and_extends_one_that_is_done(
-    command: CommandLine, tmp_path: Path
-) -> None:
+def test_resume_begins_gives_and_extends_a_run(command: Command, ends: Ends, tmp_path: Path) -> None:
     begun = command("--resume", "--run-dir", tmp_path / "run")
     assert begun.rows == command("--run-dir", tmp_path / "other").rows
     assert command("--resume", "--run-dir", tmp_path / "run").rows == begun.rows
     command("--resume", "--run-dir", tmp_path / "run", "--steps", "8")
     assert "steps = 8\n" in (tmp_path / "run" / "config.txt").read_text()
-    assert str(exit_code(command, "--run-dir", tmp_path / "run")).startswith("error: expected a new or empty run fol")
+    assert str(ends("--run-dir", tmp_path / "run")[0]).startswith("error: expected a new or empty run folder")
 
 
 def send_once(number: signal.Signals) -> Callable[[], None]:
@@ -130,22 +125,19 @@ def send_once(number: signal.Signals) -> Callable[[], None]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_interrupted_training_ends_with_75_and_is_resumed_by_what_it_says(
-    number: signal.Signals,
-    command: CommandLine,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals, command: Command, ends: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     send, draw = send_once(number), EpisodeStream.__next__
 
-    def draw_and_send(stream: EpisodeStream) -> Episode:
+    def draw_and_send(stream: EpisodeStream) -> object:
         if (tmp_path / "run" / "last.pt").exists():  # before the second step
             send()
         return draw(stream)
 
     monkeypatch.setattr(EpisodeStream, "__next__", draw_and_send)
-    assert exit_code(command, "--run-dir", tmp_path / "run") == RESUMABLE == 75
-    line = capsys.readouterr().err.splitlines()[-1]
+    code, printed = ends("--run-dir", tmp_path / "run")
+    assert code == RESUMABLE == 75
+    line = printed.err.splitlines()[-1]
     assert line.startswith(f"interrupted by {number.name} after step 2, saved in ")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     command(*line.split("resume with ")[1].split())
@@ -153,22 +145,23 @@ def test_interrupted_training_ends_with_75_and_is_resumed_by_what_it_says(
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
-def test_interrupted_while_loading_there_is_something_to_resume_only_where_it_was_trained(
-    command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_interrupted_while_loading_a_run_is_resumable_where_it_was_trained(
+    command: Command, ends: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load() -> Splits:
         signal.raise_signal(signal.SIGTERM)
         return tiny_splits()
 
     config = replace(TINY, data=load)
-    assert exit_code(command, "--run-dir", tmp_path / "run", config=config) == INTERRUPTED == 130
-    assert "interrupted before" in capsys.readouterr().err
+    code, printed = ends("--run-dir", tmp_path / "run", config=config)
+    assert code == INTERRUPTED == 130
+    assert "interrupted before" in printed.err
     assert not (tmp_path / "run").exists()
     command("--run-dir", tmp_path / "run")
     (tmp_path / "run" / "figures.csv").unlink()
     send = send_once(signal.SIGTERM)
-    monkeypatch.setattr(tiny_experiments, "tiny_set", lambda *args: send() or tiny_set(*args))  # type: ignore[func-returns-value]
-    assert exit_code(command, "--run-dir", tmp_path / "run", "--resume") == RESUMABLE
+    monkeypatch.setattr(tiny_experiments, "tiny_set", lambda *args: send() or tiny_set(*args))
+    assert ends("--run-dir", tmp_path / "run", "--resume")[0] == RESUMABLE
 
 
 @pytest.mark.parametrize("error", [UsageError("expected x, got y; do z"), MissingFileError("expected a file")])
@@ -182,7 +175,7 @@ def test_a_users_mistake_is_one_line(error: Exception) -> None:
     [ValueError("expected sequence of length 2 at dim 1 (got 1)"), FileNotFoundError("theirs"), ZeroDivisionError()],
     ids=repr,
 )
-def test_all_other_errors_keep_their_traceback_whatever_they_say(error: Exception, command: CommandLine) -> None:
+def test_all_other_errors_keep_their_traceback_whatever_they_say(error: Exception, command: Command) -> None:
     def load() -> Splits:
         raise error
 

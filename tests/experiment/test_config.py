@@ -1,9 +1,7 @@
 """ExperimentConfig: mistakes are found when it is made; swap exchanges parts; describe tells two configs apart."""
 
-import importlib
 import inspect
 import json
-import pkgutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,20 +19,15 @@ from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import nn
 from torch.optim import Adam
 
-import experiments
+from pml_fewshot import BatchSpec, Embedder, EpisodeSpec, ProtoNetTrainer, PrototypicalLoss, RetrievalTester
 from pml_fewshot.checks import UsageError
 from pml_fewshot.embedders.conv4 import Conv4
-from pml_fewshot.embedders.embedder import Embedder
-from pml_fewshot.evaluation.retrieval import RetrievalTester
-from pml_fewshot.experiment.config import ExperimentConfig, check_arguments, describe, swap
-from pml_fewshot.losses.prototypical import PrototypicalLoss
-from pml_fewshot.sampling.batches import BatchSpec
-from pml_fewshot.sampling.episodes import EpisodeSpec
-from pml_fewshot.trainers.protonet import ProtoNetTrainer
+from pml_fewshot.experiment.config import check_arguments, describe, swap
 from tests.tiny_experiments import EMBEDDER, TINY_EXPERIMENTS, tiny_splits
 
 TINY = TINY_EXPERIMENTS["protonet"]
 SAMPLER = partial(MPerClassSampler, m=3)
+NESTED = partial(Embedder, partial(nn.Sequential, partial(Conv4, 1, chanels=3)))
 
 
 @pytest.mark.parametrize(
@@ -42,14 +35,7 @@ SAMPLER = partial(MPerClassSampler, m=3)
     [
         ({"trainer": partial(ProtoNetTrainer, EMBEDDER, partial(NTXentLoss, temprature=0.1))}, "'temperature'"),
         ({"trainer": partial(ProtoNetTrainer, los=NTXentLoss)}, r"ProtoNetTrainer \(trainer\).*did you mean 'loss'"),
-        (
-            {
-                "trainer": partial(
-                    ProtoNetTrainer, partial(Embedder, partial(nn.Sequential, partial(Conv4, 1, chanels=3)))
-                )
-            },
-            r"Conv4 \(trainer\.0\.0\.0\).*did you mean 'channels'",
-        ),
+        ({"trainer": partial(ProtoNetTrainer, NESTED)}, r"Conv4 \(trainer\.0\.0\.0\).*did you mean 'channels'"),
         ({"optimizer": partial(Adam, lrr=3)}, r"\(optimizer\).*did you mean 'lr'"),
         ({"retrieval": partial(RetrievalTester, metrcs=())}, "did you mean 'metrics'"),
         ({"trainer": partial(ProtoNetTrainer, partial(nn.Linear, 1, 2, True, "cpu", None, 6))}, "too many positional"),
@@ -95,24 +81,6 @@ def test_functions_and_classes_that_take_any_keyword_are_left_alone() -> None:
 
     for function in (Mine, lambda **options: options, dict):
         check_arguments([partial(function, anything=1)], "part")
-
-
-def configs() -> dict[str, ExperimentConfig]:
-    found: dict[str, ExperimentConfig] = {}
-    for module in pkgutil.iter_modules(experiments.__path__):
-        if not module.ispkg:
-            loaded = vars(importlib.import_module(f"experiments.{module.name}"))
-            mine = [loaded.get("CONFIG"), *loaded.get("CONFIGS", ())]
-            found |= {f"{module.name}.{each.name}": each for each in mine if each is not None}
-    return found
-
-
-def test_every_experiment_has_a_description_of_its_own_without_addresses() -> None:
-    texts = {name: json.dumps(describe(config)) for name, config in configs().items()}
-    assert len(texts) > 60
-    assert len(set(texts.values())) == len(texts)
-    assert not any(" at 0x" in text for text in texts.values())
-    assert texts["quickstart.quickstart"] != json.dumps(describe(TINY))
 
 
 class Strength:
@@ -167,6 +135,6 @@ def test_swap_changes_parts_of_the_trainer_alone() -> None:
 
 
 def test_numbers_of_numpy_and_folders_as_texts_are_taken() -> None:
-    config = replace(TINY, seed=np.int64(3), run_dir="runs/x", data_root="data")  # type: ignore[arg-type]
+    config = replace(TINY, seed=np.int64(3), run_dir="runs/x", data_root="data")
     assert (config.seed, type(config.seed)) == (3, int)
     assert (config.run_dir, config.data_root) == (Path("runs/x"), Path("data"))

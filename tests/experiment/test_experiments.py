@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import os
 import pkgutil
 from dataclasses import fields, replace
@@ -14,11 +15,9 @@ import torch
 from torch import nn
 
 import experiments
+from pml_fewshot import BatchSpec, ExperimentConfig, FewShotDataset, Splits, run
 from pml_fewshot.checks import MissingFileError
-from pml_fewshot.data.dataset import FewShotDataset, Splits
-from pml_fewshot.experiment.config import ExperimentConfig
-from pml_fewshot.experiment.run import run
-from pml_fewshot.sampling.batches import BatchSpec
+from pml_fewshot.experiment.config import describe
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [module.name for module in pkgutil.iter_modules(experiments.__path__) if not module.ispkg]
@@ -33,11 +32,21 @@ def parts(value: Any) -> list[Any]:
     return [value, *(part for each in inner for part in parts(each))]
 
 
+def configs_of(module: str) -> list[ExperimentConfig]:
+    loaded = vars(importlib.import_module(f"experiments.{module}"))
+    return [loaded["CONFIG"], *loaded.get("CONFIGS", ())]
+
+
+def test_every_experiment_has_a_description_of_its_own_without_addresses() -> None:
+    texts = [json.dumps(describe(config)) for module in MODULES for config in configs_of(module)]
+    assert len(set(texts)) == len(texts) > 60
+    assert not any(" at 0x" in text for text in texts)
+
+
 @pytest.mark.parametrize("module", COMMANDS)
 def test_experiment_is_an_honest_record_and_names_its_command(module: str) -> None:
-    loaded = importlib.import_module(f"experiments.{module}")
-    assert f"python -m experiments.{module}" in (loaded.__doc__ or "")
-    configs = [loaded.CONFIG, *getattr(loaded, "CONFIGS", ())] if module in MODULES else []
+    assert f"python -m experiments.{module}" in (importlib.import_module(f"experiments.{module}").__doc__ or "")
+    configs = configs_of(module) if module in MODULES else []
     assert module not in MODULES or configs[0].name == module
     for config in configs:
         found = [part for field in fields(config) for part in parts(getattr(config, field.name))]
@@ -60,7 +69,7 @@ def few(splits: Splits) -> Splits:
     "module", [name if name == "quickstart" else pytest.param(name, marks=pytest.mark.slow) for name in MODULES]
 )
 def test_experiment_runs_for_two_steps(module: str, tmp_path: Path) -> None:
-    config: ExperimentConfig = importlib.import_module(f"experiments.{module}").CONFIG
+    config = configs_of(module)[0]
     needs_root = "root" in inspect.signature(config.data).parameters
     try:
         splits = few(config.data(root=DATA_ROOT) if needs_root else config.data())

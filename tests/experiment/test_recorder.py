@@ -15,6 +15,7 @@ import record_keeper.db_utils
 from pml_fewshot.checks import UsageError
 from pml_fewshot.experiment.recorder import Recorder
 from pml_fewshot.io.atomic import CannotWriteError
+from tests.tiny_experiments import rows_of
 
 GROUPS = ("train", "validation")
 
@@ -26,15 +27,9 @@ def _without_tensorboard(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
-def table(folder: Path, group: str) -> list[dict[str, Any]]:
-    with closing(sqlite3.connect(folder / "logs.db")) as connection:
-        connection.row_factory = sqlite3.Row
-        return [dict(row) for row in connection.execute(f"SELECT * FROM {group}")]
-
-
 def contents(folder: Path) -> dict[str, Any]:
-    rows = {group: table(folder, group) for group in GROUPS}
-    return {**rows, **{path.name: path.read_bytes() for path in folder.glob("*.csv")}}
+    files = {path.name: path.read_bytes() for path in folder.glob("*.csv")}
+    return {group: rows_of(folder, group) for group in GROUPS} | files
 
 
 def record_some(recorder: Recorder, steps: range) -> None:
@@ -57,7 +52,7 @@ def test_database_and_csv_hold_each_row_once_after_save(tmp_path: Path) -> None:
     recorder.record("train", 40, loss=0.125, accuracy=1)  # a value that comes later gets its column
     recorder.record("validation", 40, accuracy=0.75)
     recorder.close()
-    rows = table(tmp_path / "run", "train")
+    rows = rows_of(tmp_path / "run", "train")
     assert [(row["step"], row["loss"], row["accuracy"]) for row in rows] == [(20, 0.5, None), (40, 0.125, 1.0)]
     with (tmp_path / "run" / "validation.csv").open(newline="") as file:
         assert [(row["step"], row["accuracy"]) for row in csv.DictReader(file)] == [("40", "0.75")]
@@ -72,12 +67,10 @@ def test_names_that_cannot_be_a_table_or_file_are_refused(group: str, tmp_path: 
 
 @pytest.mark.parametrize("kept", [0, 4, 7, 9])
 def test_forgotten_rows_leave_no_trace(kept: int, tmp_path: Path) -> None:
-    whole = Recorder(tmp_path / "whole")
-    record_some(whole, range(1, kept + 1))
-    record_some(whole, range(kept + 1, 13))
-    first = Recorder(tmp_path / "cut")
-    record_some(first, range(1, kept + 1))
-    record_some(first, range(kept + 1, 10))  # the process was killed after it had saved these
+    whole, first = Recorder(tmp_path / "whole"), Recorder(tmp_path / "cut")
+    for recorder, end in ((whole, 13), (first, 10)):  # the process was killed after it had saved these
+        record_some(recorder, range(1, kept + 1))
+        record_some(recorder, range(kept + 1, end))
     second = Recorder(tmp_path / "cut")
     second.record("train", 99, loss=0)  # not saved: forgotten too
     second.forget_after(kept, GROUPS)
@@ -98,23 +91,20 @@ def test_half_written_lines_and_no_other_files_are_forgotten(tmp_path: Path) -> 
         (tmp_path / "train.csv").write_bytes(written[:length])
         Recorder(tmp_path).forget_after(4, GROUPS)
         assert (tmp_path / "train.csv").read_bytes() == whole, length
-    assert [row["step"] for row in table(tmp_path, "train")] == [1, 2, 3, 4]
-    assert [row["step"] for row in table(tmp_path, "tested")] == [100]
+    assert [row["step"] for row in rows_of(tmp_path, "train")] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows_of(tmp_path, "tested")] == [100]
     assert (tmp_path / "results.csv").read_text() == "method,figure\nmine,1"
 
 
 @pytest.mark.slow
 def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard")
-    first = Recorder(tmp_path)
-    for step in range(1, 8):
-        first.record("train", step, loss=step)
-    first.close()
-    second = Recorder(tmp_path)
-    second.forget_after(5, GROUPS)
-    for step in range(6, 10):
-        second.record("train", step, loss=10 * step)
-    second.close()
+    for first, end, factor in ((1, 8, 1), (6, 10, 10)):
+        recorder = Recorder(tmp_path)
+        recorder.forget_after(first - 1, GROUPS)
+        for step in range(first, end):
+            recorder.record("train", step, loss=factor * step)
+        recorder.close()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
@@ -122,9 +112,7 @@ def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_event_file_that_cannot_grow_is_an_error_of_a_full_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_event_file_that_cannot_grow_is_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda _: None)  # TensorBoard's thread dies of it, and tells its hook
     pytest.importorskip("tensorboard", reason="no tensorboard")
     recorder = Recorder(tmp_path)
@@ -147,9 +135,7 @@ def test_tensorboard_is_looked_for_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert searched == ["tensorboard"]
 
 
-def test_every_connection_is_closed_after_a_new_column_and_a_locked_database(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_connection_is_closed_after_errors_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python 3.13 warns of a connection that is collected without having been closed."""
     opened: list[sqlite3.Connection] = []
     connect = sqlite3.connect
@@ -160,11 +146,8 @@ def test_every_connection_is_closed_after_a_new_column_and_a_locked_database(
 
     monkeypatch.setattr(record_keeper.db_utils.sqlite3, "connect", watched)
     recorder = Recorder(tmp_path)
-    recorder.record("train", 1, loss=0.5)
-    recorder.save()
-    recorder.record("train", 2, loss=0.4, accuracy=1)
-    recorder.save()
-    recorder.record("train", 3, loss=0.4, accuracy=1)
+    record_some(recorder, range(1, 7))
+    recorder.record("train", 7, loss=0.5)
     with closing(connect(tmp_path / "logs.db", isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(CannotWriteError, match=r"database is locked; .* close what holds the file"):
@@ -177,8 +160,7 @@ def test_every_connection_is_closed_after_a_new_column_and_a_locked_database(
 
 @pytest.mark.parametrize("file", ["logs.db", "train.csv"])
 def test_damaged_records_are_one_clear_error(file: str, tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path)
-    record_some(recorder, range(1, 40))
+    record_some(Recorder(tmp_path), range(1, 40))
     content = bytearray((tmp_path / file).read_bytes())
     content[-60:] = b"\xa5" * 60 if file == "logs.db" else b"x,y\n" * 15
     (tmp_path / file).write_bytes(content)

@@ -2,9 +2,6 @@
 
 import csv
 import re
-import sqlite3
-from collections.abc import Callable
-from contextlib import closing
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -21,43 +18,34 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
-from pml_fewshot.checks import UsageError
+from pml_fewshot import BatchSpec, BatchStream, EpisodeSpec, EpisodicEvaluator, MetricTrainer, ProtoNetTrainer
+from pml_fewshot.checks import ExistingFileError, UsageError
 from pml_fewshot.data.augmentation import RandomAffine
 from pml_fewshot.data.dataset import FewShotDataset, Splits
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.evaluation.benchmark import benchmark
-from pml_fewshot.evaluation.episodic import EpisodicEvaluator
 from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment.config import ExperimentConfig, swap
-from pml_fewshot.experiment.run import run
+from pml_fewshot.experiment.run import _on_device_if_small, run
 from pml_fewshot.experiment.run_folder import check_same, read_config
 from pml_fewshot.instantiate import instantiate
 from pml_fewshot.io.checkpoint import load_checkpoint, load_embedder, save_checkpoint
 from pml_fewshot.losses.prototypical import PrototypicalLoss
-from pml_fewshot.sampling.batch_stream import BatchStream
-from pml_fewshot.sampling.batches import BatchSpec
-from pml_fewshot.sampling.episodes import EpisodeSpec
-from pml_fewshot.trainers.metric import MetricTrainer
-from pml_fewshot.trainers.protonet import ProtoNetTrainer
 from pml_fewshot.trainers.siamese import SiameseTrainer
 from pml_fewshot.training.fit import fit
 from pml_fewshot.training.interruption import TrainingDiverged
 from pml_fewshot.training.state import lower_learning_rate
 from tests.killing import digest
-from tests.tiny_experiments import EMBEDDER, TINY_EXPERIMENTS, Finished, tiny, tiny_set, tiny_splits
+from tests.tiny_experiments import EMBEDDER, TINY_EXPERIMENTS, Finished, rows_of, tiny, tiny_set, tiny_splits
 
 SPECS = (EpisodeSpec(ways=5, shots=1, queries=5), EpisodeSpec(ways=5, shots=5, queries=5))
-TRUNK = partial(nn.Sequential, partial(nn.Flatten), partial(nn.Linear, 16, 8))
-PLAIN = partial(Embedder, trunk=TRUNK)
-TINY = tiny(
-    "tiny",
-    partial(ProtoNetTrainer, embedder=PLAIN),
-    optimizer=partial(Adam, lr=0.01),
-    eval_specs=SPECS,
+PLAIN = partial(Embedder, trunk=partial(nn.Sequential, partial(nn.Flatten), partial(nn.Linear, 16, 8)))
+ADAM = partial(Adam, lr=0.01)
+TINY = replace(
+    tiny("tiny", trainer=partial(ProtoNetTrainer, embedder=PLAIN), optimizer=ADAM, eval_specs=SPECS, augment=None),
     steps=4,
     validate_every=2,
-    augment=None,
 )
 
 
@@ -65,20 +53,13 @@ def no_validation() -> Splits:
     return Splits(tiny_set("a", 8, 0), None, tiny_set("c", 6, 2))
 
 
-BATCHES = replace(
-    TINY, name="batches", data=no_validation, trainer=partial(MetricTrainer, PLAIN), train_spec=BatchSpec(4, 3)
-)
+BATCHES = replace(TINY, data=no_validation, trainer=partial(MetricTrainer, PLAIN), train_spec=BatchSpec(4, 3))
 HARD_ITEMS = partial(TuplesToWeightsSampler, miner=MultiSimilarityMiner(), dataloader_num_workers=0)
+TWO_VIEWS = partial(SelfSupervisedLoss, loss=NTXentLoss)
 
 
-def rows_of(folder: Path, group: str) -> list[dict[str, Any]]:
-    with closing(sqlite3.connect(folder / "logs.db")) as connection:
-        connection.row_factory = sqlite3.Row
-        return [dict(row) for row in connection.execute(f"SELECT * FROM {group}")]
-
-
-def weights_after(folder: Path) -> dict[str, Any]:
-    return load_checkpoint(folder / "last.pt")["trainer"]
+def state_of(folder: Path) -> dict[str, Any]:
+    return load_checkpoint(folder / "last.pt")
 
 
 def rates(folder: Path) -> list[float]:
@@ -93,7 +74,7 @@ def test_run_folder_holds_what_is_promised(finished: Finished) -> None:
     assert (train[0]["step"], train[-1]["step"]) == (1, 24)
     assert train[0].keys() >= {"loss", "learning_rate", "accuracy"}
     assert [row["step"] for row in validation] == [4, 8, 12, 16, 20, 24]
-    assert load_checkpoint(finished.folder / "last.pt")["history"]["steps"] == 24
+    assert state_of(finished.folder)["history"]["steps"] == 24
 
 
 def test_files_of_the_table_have_its_figures_at_full_precision(finished: Finished) -> None:
@@ -124,14 +105,6 @@ def test_config_txt_names_what_the_run_was_made_with(finished: Finished) -> None
     assert " at 0x" not in text
 
 
-def test_exported_embedder_gives_the_figures_of_the_table(finished: Finished) -> None:
-    trainer = instantiate(finished.config.trainer)
-    load_embedder(finished.folder / "embedder.safetensors", trainer.embedder)
-    row = finished.table.rows[0]
-    result = EpisodicEvaluator(finished.config.eval_specs[0], 30, seed=7).evaluate(trainer, tiny_splits().test)
-    assert (result.mean, result.ci95, result.episodes_hash) == (row.value, row.ci95, row.episodes_hash)
-
-
 def test_without_a_run_dir_the_folder_is_named_by_experiment_and_seed(tmp_path: Path) -> None:
     run(replace(TINY, seed=5))
     (folder,) = (tmp_path / "runs" / "tiny").iterdir()
@@ -147,14 +120,12 @@ def test_the_same_seed_gives_the_same_files_whatever_was_drawn_before(tmp_path: 
     for file in ("results.csv", "results.md", "figures.csv"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     assert (tmp_path / "a" / "figures.csv").read_bytes() != (tmp_path / "c" / "figures.csv").read_bytes()
-    assert digest(weights_after(tmp_path / "a")) == digest(weights_after(tmp_path / "b"))
-    assert weights_after(tmp_path / "a")["loss.log_scale"] != 0
-    assert config.trainer.keywords["loss"].log_scale == 0  # type: ignore[attr-defined]
+    assert digest(state_of(tmp_path / "a")["trainer"]) == digest(state_of(tmp_path / "b")["trainer"])
+    assert state_of(tmp_path / "a")["trainer"]["loss.log_scale"] != 0
+    assert config.trainer.keywords["loss"].log_scale == 0
 
 
-def test_loaders_schedulers_and_trainers_get_what_they_still_need(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_get_the_arguments_that_they_still_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
 
     def load(root: Path, some: int = 3) -> Splits:
@@ -186,15 +157,6 @@ def test_loaders_schedulers_and_trainers_get_what_they_still_need(
     assert rates(tmp_path / "own") == pytest.approx([0.005, 0.02, 0.05])  # its arguments are not called
 
 
-def test_training_on_the_validation_classes_too_leaves_nothing_to_validate_on(tmp_path: Path) -> None:
-    thirteen = EpisodeSpec(ways=13, shots=1, queries=3)  # 8 classes of train and 5 of val
-    table = run(replace(TINY, run_dir=tmp_path / "run", train_on_validation=True, train_spec=thirteen))
-    assert not (tmp_path / "run" / "validation.csv").exists()
-    assert all(row.note == "made up; trained on train and val classes" for row in table.rows)
-    state = load_checkpoint(tmp_path / "run" / "last.pt")
-    assert state["best"] is None
-
-
 def test_retrieval_ranks_by_the_distance_of_the_loss_or_its_own(tmp_path: Path) -> None:
     base = replace(swap(TINY, loss=partial(PrototypicalLoss, distance=CosineSimilarity(), scale=10)), steps=1)
 
@@ -212,30 +174,23 @@ def test_retrieval_ranks_by_the_distance_of_the_loss_or_its_own(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "options",
+    "config",
     [
-        {},
-        {"trainer": partial(SiameseTrainer, PLAIN), "augment": RandomAffine(), "seed": 3},
-        {"sampler": partial(MPerClassSampler, m=3, batch_size=12, length_before_new_iter=24)},
-        {"sampler": HARD_ITEMS},
-        {
-            "trainer": partial(MetricTrainer, PLAIN, partial(SelfSupervisedLoss, loss=NTXentLoss)),
-            "train_spec": BatchSpec(4, 3, views=2),
-            "augment": RandomAffine(),
-        },
+        BATCHES,
+        replace(BATCHES, trainer=partial(SiameseTrainer, PLAIN), augment=RandomAffine(), seed=3),
+        replace(BATCHES, sampler=partial(MPerClassSampler, m=3, batch_size=12, length_before_new_iter=24)),
+        replace(BATCHES, sampler=HARD_ITEMS),
+        replace(swap(BATCHES, loss=TWO_VIEWS), train_spec=BatchSpec(4, 3, views=2), augment=RandomAffine()),
     ],
     ids=["plain", "siamese", "m per class", "hard items", "two views"],
 )
-def test_run_on_batches_is_the_training_made_by_hand(options: dict[str, Any], tmp_path: Path) -> None:
-    config = replace(BATCHES, run_dir=tmp_path / "run", steps=6, **options)
-    table = run(config)
+def test_run_on_batches_is_the_training_made_by_hand(config: ExperimentConfig, tmp_path: Path) -> None:
+    table = run(replace(config, run_dir=tmp_path / "run", steps=6))
     torch.manual_seed(config.seed)
     trainer = instantiate(config.trainer)
-    stream = BatchStream(
-        no_validation().train, config.train_spec, config.seed, config.augment, config.sampler, trainer.embedder
-    )
-    fit(trainer, stream, Adam(trainer.parameters(), lr=0.01), 6, progress=False)
-    assert digest(weights_after(tmp_path / "run")) == digest(trainer.state_dict())
+    settings = (config.train_spec, config.seed, config.augment, config.sampler, trainer.embedder)
+    fit(trainer, BatchStream(no_validation().train, *settings), ADAM(trainer.parameters()), 6, progress=False)
+    assert digest(state_of(tmp_path / "run")["trainer"]) == digest(trainer.state_dict())
     result = EpisodicEvaluator(SPECS[0], 30, seed=config.seed).evaluate(trainer, tiny_splits().test)
     assert (result.mean, result.episodes_hash) == (table.rows[0].value, table.rows[0].episodes_hash)
 
@@ -257,14 +212,14 @@ def test_loss_lr_is_the_rate_of_the_loss_alone(tmp_path: Path) -> None:
 
     def change(loss_lr: float | None) -> dict[str, torch.Tensor]:
         run(replace(config, loss_lr=loss_lr, run_dir=tmp_path / str(loss_lr)))
-        return {name: weights_after(tmp_path / str(loss_lr))[name] - weight for name, weight in before.items()}
+        return {name: state_of(tmp_path / str(loss_lr))["trainer"][name] - weight for name, weight in before.items()}
 
     one, three, none = change(None), change(0.3), change(0.0)
     assert {name.split(".")[0] for name, step in one.items() if step.any()} == {"embedder", "loss"}
     for name, step in one.items():
-        of_loss = name.startswith("loss.")
-        torch.testing.assert_close(three[name], 3 * step if of_loss else step, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(none[name], 0 * step if of_loss else step, rtol=1e-4, atol=1e-6)
+        for other, factor in ((three, 3), (none, 0)):
+            expected = factor * step if name.startswith("loss.") else step
+            torch.testing.assert_close(other[name], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_one_cycle_schedule_gets_the_steps_and_may_not_override_loss_lr(tmp_path: Path) -> None:
@@ -274,12 +229,12 @@ def test_a_one_cycle_schedule_gets_the_steps_and_may_not_override_loss_lr(tmp_pa
     scheduler = partial(OneCycleLR, max_lr=[0.1, 1.0])
     for name, steps in (("run", 4), ("run", 8), ("at once", 8)):
         run(replace(config, scheduler=scheduler, steps=steps, run_dir=tmp_path / name), resume=True)
-    longer, at_once = (load_checkpoint(tmp_path / name / "last.pt")["optimizer"] for name in ("run", "at once"))
+    longer, at_once = (state_of(tmp_path / name)["optimizer"] for name in ("run", "at once"))
     assert longer["param_groups"] == at_once["param_groups"]
     assert longer["param_groups"][1]["lr"] == pytest.approx(10 * longer["param_groups"][0]["lr"])
 
 
-def test_extra_evaluations_add_rows_by_the_trained_weights(tmp_path: Path) -> None:
+def test_training_on_validation_classes_leaves_none_and_extra_evaluations_add_rows(tmp_path: Path) -> None:
     seen: list[Any] = []
 
     def more(trainer: nn.Module, splits: Splits, config: ExperimentConfig) -> ResultTable:
@@ -287,10 +242,14 @@ def test_extra_evaluations_add_rows_by_the_trained_weights(tmp_path: Path) -> No
         seen.append((len(splits.train.class_names), len(splits.test.class_names), config.seed, config.num_episodes))
         return benchmark({"more": trainer}, splits.val, [EpisodeSpec(3, 2, 4)], None, 25, 9, timed=False)
 
-    config = replace(TINY, run_dir=tmp_path / "run", extra_evaluations=more, seed=4, train_on_validation=True)
-    table = run(config)
+    thirteen = EpisodeSpec(ways=13, shots=1, queries=3)  # 8 classes of train and 5 of val
+    config = replace(TINY, run_dir=tmp_path / "run", train_on_validation=True, train_spec=thirteen, seed=4)
+    table = run(replace(config, extra_evaluations=more))
+    assert not (tmp_path / "run" / "validation.csv").exists()
+    assert state_of(tmp_path / "run")["best"] is None
     assert seen == [(8, 6, 4, 30)]
-    row = table.rows[-1]
+    *rows, row = table.rows
+    assert {row.note for row in rows} == {"made up; trained on train and val classes"}
     assert (row.method, row.ways, row.count, row.seed) == ("more", 3, 25, 9)
     trainer = instantiate(config.trainer)
     load_embedder(tmp_path / "run" / "embedder.safetensors", trainer.embedder)
@@ -298,13 +257,15 @@ def test_extra_evaluations_add_rows_by_the_trained_weights(tmp_path: Path) -> No
     assert ResultTable.read(tmp_path / "run").rows == table.rows
 
 
-def test_a_finished_run_gives_its_table_at_once(
+def test_a_finished_run_gives_its_table_at_once_and_is_not_written_over(
     finished: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.folder.iterdir()}
     monkeypatch.setattr("pml_fewshot.experiment.run.prepare", lambda _: pytest.fail("nothing is left to do"))
     assert run(finished.config, resume=True).rows == finished.table.rows
     assert str(finished.table) in capsys.readouterr().out
+    with pytest.raises(ExistingFileError, match=r"expected a new or empty run folder, got .*; name another"):
+        run(finished.config)
     assert {path: path.stat().st_mtime_ns for path in finished.folder.iterdir()} == before
 
 
@@ -312,14 +273,14 @@ def test_a_trained_run_is_evaluated_otherwise_without_training(tmp_path: Path, m
     config = replace(TINY, run_dir=tmp_path / "run", retrieval=partial(RetrievalTester, metrics=("recall_at_100",)))
     with pytest.raises(UsageError, match="k of at most"):  # there are 60 test images
         run(config)
-    weights = digest(weights_after(tmp_path / "run"))
+    weights = digest(state_of(tmp_path / "run")["trainer"])
     specs, tester = (SPECS[0], EpisodeSpec(ways=3, shots=1, queries=5)), RetrievalTester(("recall_at_10",))
     other = replace(config, retrieval=tester, eval_specs=specs, num_episodes=np.int64(50), clip_norm=1.0)
     alone = run(replace(other, run_dir=tmp_path / "other", clip_norm=None))
     forward = ProtoNetTrainer.forward
     monkeypatch.setattr(ProtoNetTrainer, "forward", lambda *_: pytest.fail("it is trained already"))
     assert run(other, resume=True).rows == alone.rows
-    assert digest(weights_after(tmp_path / "run")) == weights
+    assert digest(state_of(tmp_path / "run")["trainer"]) == weights
     changed = {line.split()[3]: line for line in read_config(tmp_path / "run")["changes"]}
     assert changed.keys() == {"eval_specs", "num_episodes", "retrieval", "clip_norm"}
     assert changed["clip_norm"] == "after step 4: clip_norm 1.0, None before"
@@ -335,7 +296,7 @@ def test_more_steps_train_a_finished_run_longer(tmp_path: Path) -> None:
     run(replace(config, run_dir=tmp_path / "run"))
     longer = run(replace(config, run_dir=tmp_path / "run", steps=8), resume=True)
     assert longer.rows == run(replace(config, run_dir=tmp_path / "at once", steps=8)).rows
-    first, second = (load_checkpoint(tmp_path / name / "last.pt") for name in ("run", "at once"))
+    first, second = (state_of(tmp_path / name) for name in ("run", "at once"))
     assert digest({**first, "history": None}) == digest({**second, "history": None})
     assert "steps = 8\n" in (tmp_path / "run" / "config.txt").read_text()
     assert [row["step"] for row in rows_of(tmp_path / "run", "validation")] == [2, 4, 6, 8]
@@ -346,17 +307,17 @@ def test_more_steps_train_a_finished_run_longer(tmp_path: Path) -> None:
 def test_a_schedule_over_the_steps_follows_the_curve_of_the_new_number(tmp_path: Path) -> None:
     config = replace(TINY, scheduler=CosineAnnealingLR, run_dir=tmp_path / "run", validate_every=1)
     run(config)
-    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    state = state_of(tmp_path / "run")
     assert state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0)
     run(replace(config, steps=8), resume=True)
     curve = [0.005 * (1 + torch.tensor(step * torch.pi / 12).cos().item()) for step in range(12)]
     assert rates(tmp_path / "run")[4:] == pytest.approx([0.005, 3.08658e-3, 1.464466e-3, 3.80602e-4], rel=1e-5)
-    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    state = state_of(tmp_path / "run")
     lower_learning_rate(state, 0.5)  # as after a NaN
     save_checkpoint(tmp_path / "run" / "last.pt", state)
     run(replace(config, steps=12), resume=True)
     assert rates(tmp_path / "run")[8:] == pytest.approx([rate / 2 for rate in curve[8:]])
-    assert load_checkpoint(tmp_path / "run" / "last.pt")["history"]["retries"] == 1
+    assert state_of(tmp_path / "run")["history"]["retries"] == 1
 
 
 def test_a_field_that_a_later_version_adds_is_compared_with_its_default(finished: Finished) -> None:
@@ -384,43 +345,38 @@ class BrokenOnce(ProtoNetTrainer):
         return super().forward(batch)
 
 
-def test_a_nan_returns_to_the_checkpoint_with_half_the_rate(
+def test_a_nan_returns_to_the_checkpoint_with_half_the_rate_and_before_the_first_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tiny("broken", BrokenOnce, optimizer=partial(SGD, lr=0.08), retries=2, steps=12)
+    config = tiny("broken", trainer=BrokenOnce, optimizer=partial(SGD, lr=0.08), retries=2, steps=12)
+    monkeypatch.setattr(BrokenOnce, "at", [1])
+    with pytest.raises(TrainingDiverged, match="step 1 "):
+        run(replace(config, run_dir=tmp_path))
+    assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(BrokenOnce, "at", [5, 10])
     run(replace(config, run_dir=tmp_path / "run"))
     assert "back to step 4 with half the learning rate" in capsys.readouterr().out
-    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    state = state_of(tmp_path / "run")
     assert (state["history"]["steps"], state["history"]["retries"]) == (12, 2)
     by_step = {row["step"]: row["learning_rate"] for row in rows_of(tmp_path / "run", "train")}
     assert by_step == pytest.approx({1: 0.08, 3: 0.08, 4: 0.08, 6: 0.04, 8: 0.04, 9: 0.04, 12: 0.02})
     monkeypatch.setattr(BrokenOnce, "at", [5, 7, 9])
     with pytest.raises(TrainingDiverged, match="learning rate"):
         run(replace(config, run_dir=tmp_path / "often"))
-    assert load_checkpoint(tmp_path / "often" / "last.pt")["history"]["retries"] == 2
+    assert state_of(tmp_path / "often")["history"]["retries"] == 2
     assert not (tmp_path / "often" / "results.csv").exists()
     monkeypatch.setattr(BrokenOnce, "at", [9])
     with pytest.raises(TrainingDiverged):  # what was counted survives the process
         run(replace(config, run_dir=tmp_path / "often"), resume=True)
 
 
-def test_a_folder_that_was_there_is_left_as_it_was_where_the_first_step_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(BrokenOnce, "at", [1])
-    with pytest.raises(TrainingDiverged, match="step 1 "):
-        run(tiny("broken", BrokenOnce, run_dir=tmp_path, retries=3))
-    assert list(tmp_path.iterdir()) == []
-
-
 def other_test_images() -> Splits:
-    splits = tiny_splits()
-    test = FewShotDataset(splits.test.images.repeat(1, 3, 1, 1), splits.test.labels, splits.test.class_names)
-    return replace(splits, test=test)
+    test = tiny_splits().test
+    return replace(tiny_splits(), test=FewShotDataset(test.images.repeat(1, 3, 1, 1), test.labels, test.class_names))
 
 
 NOT_EXPORTABLE = type("NotExportable", (nn.Flatten,), {"get_extra_state": lambda self: 3, "set_extra_state": print})
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
 @pytest.mark.parametrize(
@@ -436,6 +392,7 @@ NOT_EXPORTABLE = type("NotExportable", (nn.Flatten,), {"get_extra_state": lambda
         (TINY, {"trainer": partial(ProtoNetTrainer, partial(Embedder, NOT_EXPORTABLE()))}, "extra_state"),
         (TINY, {"trainer": partial(ProtoNetTrainer)}, "embedder"),
         (TINY, {"data": other_test_images}, "mat1 and mat2"),
+        pytest.param(TINY, {"device": "cuda"}, "expected a CUDA device for device='cuda', got none", marks=NO_CUDA),
         (TINY_EXPERIMENTS["maml"], {"eval_specs": (EpisodeSpec(6, 1, 5),), "train_on_validation": True}, "outputs"),
         (BATCHES, {"train_spec": BatchSpec(9, 2)}, "at least 9 classes .* got 8"),
         (BATCHES, {"train_spec": BatchSpec(4, 3, views=2)}, "augmentation|two views"),
@@ -453,20 +410,9 @@ def test_bad_options_raise_before_any_training_and_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_where_there_is_none_raises(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="expected a CUDA device for device='cuda', got none; use device='cpu'"):
-        run(replace(TINY, run_dir=tmp_path / "run", device="cuda"))
-
-
 def test_data_too_large_for_the_gpu_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pml_fewshot.experiment.run import _on_device_if_small
-
-    moved: list[Any] = []
     dataset = tiny_set("a", 8, 0)  # 1,280 bytes
-    monkeypatch.setattr(type(dataset), "to", lambda self, device: moved.append(device) or self)
-    for free, device, expected in ((5119, "cuda", 0), (5120, "cuda", 1), (9999, "cpu", 1)):
-        answer: Callable[[Any], tuple[int, int]] = lambda _, free=free: (free, 0)  # noqa: E731
-        monkeypatch.setattr(torch.cuda, "mem_get_info", answer)
-        assert _on_device_if_small(dataset, torch.device(device)) is dataset
-        assert len(moved) == expected
+    monkeypatch.setattr(FewShotDataset, "to", lambda self, device: "moved")
+    for free, device, expected in ((5119, "cuda", dataset), (5120, "cuda", "moved"), (9999, "cpu", dataset)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 0))
+        assert _on_device_if_small(dataset, torch.device(device)) == expected

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pml_fewshot.checks import UsageError
-from pml_fewshot.embedders.bank import load_bank
+from pml_fewshot import UsageError, load_bank
 from pml_fewshot.io.checkpoint import load_checkpoint, save_checkpoint
 
 WORKER = Path(__file__).parent / "worker.py"

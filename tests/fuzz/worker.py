@@ -19,14 +19,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pml_fewshot.checks import UsageError
+from pml_fewshot import EmbeddingBank, Gallery, ResultTable, UsageError, load_bank, load_image_folder, save_bank
 from pml_fewshot.data import omniglot
 from pml_fewshot.data.cache import Source, cached_sets
 from pml_fewshot.data.dataset import FewShotDataset, Splits
-from pml_fewshot.data.image_folder import load_image_folder
-from pml_fewshot.embedders.bank import EmbeddingBank, load_bank, save_bank
-from pml_fewshot.evaluation.gallery import Gallery
-from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.evaluation.table_formats import ResultRow
 from pml_fewshot.experiment.run_folder import RunFolder, read_config
 from pml_fewshot.io.checkpoint import export_embedder, load_checkpoint, load_embedder, save_checkpoint

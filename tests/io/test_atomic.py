@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pml_fewshot.checks import UsageError
-from pml_fewshot.embedders.bank import EmbeddingBank, save_bank
+from pml_fewshot import EmbeddingBank, UsageError, export_embedder, save_bank
 from pml_fewshot.io.atomic import CannotWriteError, atomic_write, translate_write_errors, write_text
-from pml_fewshot.io.checkpoint import export_embedder, save_checkpoint
+from pml_fewshot.io.checkpoint import save_checkpoint
 
 LARGE = torch.zeros(30_000, 1)
 
@@ -71,13 +70,13 @@ def _not_root() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_not_root")
-@pytest.mark.parametrize(("name", "message"), [("file", "Permission denied"), ("gone/file", "No such file")])
-def test_folders_that_cannot_be_written_are_the_same_error(name: str, message: str) -> None:
+def test_folders_that_cannot_be_written_are_the_same_error() -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         Path(folder).chmod(0o500)
-        for write in (lambda path: write_text(path, "x"), lambda path: export_embedder(path, torch.nn.Linear(1, 1))):
-            with pytest.raises(CannotWriteError, match=message):
-                write(Path(folder) / name)
+        with pytest.raises(CannotWriteError, match="Permission denied"):
+            write_text(Path(folder) / "file", "x")
+        with pytest.raises(CannotWriteError, match="No such file"):
+            export_embedder(Path(folder) / "gone" / "file", torch.nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), KeyboardInterrupt()])

@@ -34,7 +34,7 @@ each_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.float64]
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def learned(dim: int = DIMS, seed: int = 0) -> WeightedL1Similarity:
@@ -83,10 +83,10 @@ def outcome(loss: Any, given: tuple[Any, ...], *parameters: Tensor) -> list[Tens
     return [value, *torch.autograd.grad(value, leaves)]
 
 
-def check_same(got: list[Tensor], expected: list[Tensor], rtol: float = 1e-10) -> None:
+def check_same(got: list[Tensor], expected: list[Tensor]) -> None:
     for mine, theirs in zip(got, expected, strict=True):
         assert theirs.abs().max() > 1e-3
-        torch.testing.assert_close(mine, theirs, rtol=rtol, atol=rtol)
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
 def similarity(distance: Any, query: Tensor, reference: Tensor) -> Tensor:

@@ -19,14 +19,12 @@ from tests.losses.formulas import (
     DISTANCES,
     LOSSES,
     SQUARED_EUCLID,
-    Element,
     arguments,
     each_input,
     learned,
     leaves_of,
     losses_by_hand,
     mean_by_hand,
-    normal,
     outcome,
 )
 
@@ -59,38 +57,6 @@ def test_value_and_gradient_by_each_distance(name: str, distance: str, episode: 
     assert torch.autograd.gradcheck(value, leaves_of(given), fast_mode=True)
 
 
-def per_anchor(elements: list[Element], anchors: int) -> Tensor:
-    """The mean over each anchor's pairs, 0 where it has none; of losses per item these themselves."""
-    if len(elements[0][1]) == 1:
-        return torch.stack([loss for loss, _ in elements])
-    own = [[loss for loss, numbers in elements if numbers[0] == anchor] for anchor in range(anchors)]
-    return torch.stack([sum(part) / len(part) if part else torch.zeros(()).double() for part in own])
-
-
-CLASS_WEIGHTS = torch.linspace(0.1, 2, 12).double()
-REDUCERS: dict[str, Any] = {  # the rest in test_pml_parts.py
-    "sum": (reducers.SumReducer(), lambda x, elements, labels: x.sum()),
-    "per anchor": (reducers.PerAnchorReducer(), lambda x, elements, labels: per_anchor(elements, 8).mean()),
-    "class weights": (
-        reducers.ClassWeightedReducer(CLASS_WEIGHTS),
-        lambda x, elements, labels: (x * CLASS_WEIGHTS[labels[[numbers[0] for _, numbers in elements]]]).mean(),
-    ),
-}
-
-
-@each_input
-@pytest.mark.parametrize("reducer", REDUCERS)
-@each_loss
-def test_each_reducer(name: str, reducer: str, episode: bool) -> None:
-    given, (made, by_hand) = arguments(episode), REDUCERS[reducer]
-    elements, loss = losses_by_hand(name, SQUARED_EUCLID(), given), make(name, reducer=made)
-    if name == "triplet" and reducer == "per anchor":
-        with pytest.raises(NotImplementedError, match="Triplet reduction"):
-            loss(*given)
-    else:
-        assert_close(loss(*given), by_hand(torch.stack([loss for loss, _ in elements]), elements, given[1]))
-
-
 @each_input
 @each_loss
 def test_losses_before_a_reducer_name_their_items(name: str, episode: bool) -> None:
@@ -99,6 +65,8 @@ def test_losses_before_a_reducer_name_their_items(name: str, episode: bool) -> N
     got = make(name, reducer=reducers.DoNothingReducer())(*given)
     assert got.keys() == {"loss"}
     indices = got["loss"]["indices"]
+    reduced_as = {1: "element", 2: "pos_pair", 3: "triplet"}  # by which PML's reducers go (test_pml_parts.py)
+    assert got["loss"]["reduction_type"] == reduced_as[len(elements[0][1])]
     numbers = list(zip(*(index.tolist() for index in (indices if len(elements[0][1]) > 1 else [indices])), strict=True))
     assert len(numbers) == len(elements)
     found = dict(zip(numbers, got["loss"]["losses"], strict=True))
@@ -200,13 +168,9 @@ def test_a_batch_with_nothing_to_learn_from_has_zero_loss_and_gradient(name: str
 
 
 @each_loss
-def test_what_cannot_be_a_call_raises(name: str) -> None:
-    with pytest.raises(TypeError, match="reducr"):
-        make(name, reducr=reducers.MeanReducer())
+def test_labels_are_required(name: str) -> None:
     with pytest.raises(ValueError, match="labels"):
-        make(name)(normal(4, 3))
-    with pytest.raises(ValueError, match="must equal number of labels"):
-        make(name)(*arguments(True)[:4], torch.zeros(3).long())
+        make(name)(arguments(False)[0])
 
 
 @pytest.mark.parametrize("distance", [None, learned], ids=["own distance", "weighted L1"])

@@ -42,9 +42,7 @@ def test_episodes_hold_real_images_of_one_class_a_row_in_one_role(episodes_per_b
 
 
 def test_episodes_are_the_samplers_in_order_and_never_repeat_a_block():
-    """What the sampler gives for the first two blocks from the stream's own generator state."""
-    source = stream(seed=3)
-    generator = torch.Generator()
+    source, generator = stream(seed=3), torch.Generator()
     generator.set_state(source.state_dict()["block_state"])
     sampler = EpisodeSampler(DATA.labels, SPEC, generator)
     blocks = [sampler.sample(PREFETCH_BATCHES) for _ in range(2)]
@@ -55,11 +53,10 @@ def test_episodes_are_the_samplers_in_order_and_never_repeat_a_block():
     assert blocks[0].hash() != blocks[1].hash()
 
 
-@pytest.mark.parametrize("augmented", [False, True])
-def test_the_seed_decides_everything(augmented: bool):
+def test_the_seed_decides_everything():
     before = torch.get_rng_state()
-    assert same(take(stream(0, 2, augmented), 70), take(stream(0, 2, augmented), 70))
-    assert not same(take(stream(0, 2, augmented), 3), take(stream(1, 2, augmented), 3))
+    assert same(take(stream(0, 2, augmented=True), 70), take(stream(0, 2, augmented=True), 70))
+    assert not same(take(stream(0), 3), take(stream(1), 3))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -79,9 +76,7 @@ def test_augmentation_changes_the_pixels_and_not_the_episodes():
         assert torch.equal(new.query, old.query * factor[:, :, 2:])
 
 
-@pytest.mark.parametrize(
-    "position", [0, 1, 5, PREFETCH_BATCHES - 1, PREFETCH_BATCHES, PREFETCH_BATCHES + 1, 2 * PREFETCH_BATCHES, 150]
-)
+@pytest.mark.parametrize("position", [0, 5, PREFETCH_BATCHES, PREFETCH_BATCHES + 1, 150])
 @pytest.mark.parametrize("episodes_per_batch", [1, 2])
 def test_a_saved_state_goes_on_with_the_very_next_episode(position: int, episodes_per_batch: int):
     source, fresh, again = (stream(seed, episodes_per_batch, augmented=True) for seed in (0, 99, 98))
