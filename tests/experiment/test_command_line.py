@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ TINY = replace(TINY_EXPERIMENTS["protonet"], steps=6, eval_specs=SPECS)
 BATCHES = replace(TINY_EXPERIMENTS["siamese"], steps=3, patience=None)
 
 Command = Callable[..., ResultTable]
-Ends = Callable[..., tuple[object, pytest.CaptureResult[str]]]
+Ends = Callable[..., tuple[object, Any]]
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Command:
 def ends(command: Command, capsys: pytest.CaptureFixture[str]) -> Ends:
     """The exit code of a command, and what it prints."""
 
-    def call(*arguments: str | Path, config: ExperimentConfig = TINY) -> tuple[object, pytest.CaptureResult[str]]:
+    def call(*arguments: str | Path, config: ExperimentConfig = TINY) -> tuple[object, Any]:
         with pytest.raises(SystemExit) as stopped:
             command(*arguments, config=config)
         return stopped.value.code, capsys.readouterr()
