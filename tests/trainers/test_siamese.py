@@ -123,3 +123,12 @@ def test_training_whose_first_step_is_skipped_can_be_resumed(tmp_path: Path) -> 
 @pytest.mark.parametrize("labels", [torch.full((6,), 3), torch.arange(6)], ids=["one class", "without a matching pair"])
 def test_batch_without_pairs_of_both_kinds_is_skipped_where_the_loss_draws_both(labels: Tensor) -> None:
     m.assert_skipped(of_pairs(True), m.batch(labels), m.batch(torch.arange(3).repeat_interleave(3), seed=4))
+
+
+def test_classes_are_scored_by_their_mean_similarity() -> None:
+    trainer, given = of_pairs(), m.episode()
+    (logits,) = trainer.classify(*(trainer.embed(part) for part in (given.support, given.query.flatten(1, 2))))
+    for row, image in zip(logits, given.query[0].flatten(0, 1), strict=True):
+        (query,) = trainer.embedder(image[None]).detach()
+        each = [[score(trainer, query, item) for item in trainer.embedder(own).detach()] for own in given.support[0]]
+        assert row.tolist() == pytest.approx([sum(scores) / m.SHOTS for scores in each])
