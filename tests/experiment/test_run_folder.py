@@ -89,6 +89,13 @@ def test_what_a_process_killed_at_its_very_start_left_is_no_run(tmp_path: Path) 
     assert run(replace(TINY, run_dir=tmp_path / "run")).rows
 
 
+def test_rows_of_a_process_killed_at_its_first_step_are_forgotten(finished: Finished, copied: Finished) -> None:
+    for name in ("last.pt", "figures.csv"):
+        (copied.folder / name).unlink()
+    run(copied.config, resume=True)
+    assert outcome(copied.folder) == outcome(finished.folder)
+
+
 def test_another_config_is_refused_and_its_fields_are_named(finished: Finished) -> None:
     other = replace(finished.config, seed=8, validate_every=5, device="auto", data_root=Path("elsewhere"))
     with pytest.raises(UsageError, match=r"expected the config of the run in .*, got another seed, validate_every;"):

@@ -56,6 +56,10 @@ def test_a_database_that_cannot_grow_is_the_same_error_and_a_wrong_query_and_our
             connection.executescript(grow)
         with pytest.raises(sqlite3.OperationalError, match="no such table"), translate_write_errors(tmp_path):
             connection.execute("SELECT * FROM nowhere")
+    full = sqlite3.OperationalError("database or disk is full")
+    full.sqlite_errorcode = sqlite3.SQLITE_FULL
+    with pytest.raises(CannotWriteError, match="disk is full"), translate_write_errors(tmp_path):
+        raise full
     with pytest.raises(UsageError, match="expected mine"), translate_write_errors(tmp_path):
         raise UsageError("expected mine")
 

@@ -137,6 +137,8 @@ def test_tensors_of_every_kind_and_texts_come_back(tmp_path: Path) -> None:
         "none": torch.empty(0, 3),
     }
     write_tensors(tmp_path / "a", tensors, {"source": "ä\n", "b": ""})
+    write_tensors(tmp_path / "b", dict(reversed(tensors.items())), {"b": "", "source": "ä\n"})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()  # the order does not count
     loaded, texts = read_tensors(str(tmp_path / "a"))
     assert texts == {"source": "ä\n", "b": ""}
     assert loaded.keys() == tensors.keys()
