@@ -40,6 +40,12 @@ def test_a_fresh_interpreter_imports_little_and_then_faiss_with_fast_kernels_and
     assert CORE is None or set(done.stdout.split()) <= {CORE}  # none where faiss has another BLAS
 
 
+def test_a_faiss_imported_before_is_left_alone():
+    code = "import os, faiss, pml_fewshot, faiss; assert 'OPENBLAS_CORETYPE' not in os.environ"
+    variables = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}
+    assert subprocess.run([sys.executable, "-c", code], env=variables, check=False).returncode == 0
+
+
 @pytest.mark.parametrize(("capability", "core"), [("AVX512", "SkylakeX"), ("AVX2", "Haswell"), ("DEFAULT", None)])
 @pytest.mark.parametrize("by_user", [None, "Prescott"])
 def test_the_core_is_set_while_faiss_loads_even_if_that_fails(

@@ -16,6 +16,8 @@ from pml_fewshot.experiment.config import OPTIONS, ExperimentConfig
 from pml_fewshot.experiment.run import run
 from pml_fewshot.training.interruption import TrainingInterrupted
 
+BUDGET = ("steps", "seed", "num_episodes", "device", "data_root")
+
 
 def sweep(configs: Sequence[ExperimentConfig], folder: str | Path, only: Sequence[str] = ()) -> ResultTable:
     """Runs every experiment in a folder of its own below `folder`, and returns one table, the best first.
@@ -81,7 +83,8 @@ def sweep_main(name: str, configs: Sequence[ExperimentConfig]) -> ResultTable:
         for wanted in options.only:
             check_choice("the name of an experiment", wanted, [config.name for config in configs])
         own = options.config
-        changes = {each: getattr(own, each) for each in OPTIONS if getattr(own, each) != getattr(configs[0], each)}
+        # one budget for all; of the rest what was changed
+        changes = {n: getattr(own, n) for n in OPTIONS if n in BUDGET or getattr(own, n) != getattr(configs[0], n)}
         length = f"{own.steps}_steps_{own.num_episodes}_episodes_seed{own.seed}"
         folder = own.run_dir or Path("runs") / name / length
         return sweep([replace(config, **changes) for config in configs], folder, options.only)

@@ -57,7 +57,7 @@ class FewShotTrainer(nn.Module):
         self.support_rotations, self.head = support_rotations, head
         self._last_episodes: tuple[Tensor, Tensor] | None = None  # support and query embeddings, for `accuracy`
         parts = list(self.loss.modules()) if loss is not None else []
-        pml_compat.mend(parts)
+        pml_compat.patch(parts)
         if self.miner is not None and any(isinstance(part, CrossBatchMemory) for part in parts):
             raise UsageError(
                 "expected no miner beside CrossBatchMemory, which takes a miner's numbers of batch items for places in "

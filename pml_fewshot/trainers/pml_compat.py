@@ -93,8 +93,8 @@ def _not_on_episodes(loss: nn.Module, why: str) -> UsageError:
     )
 
 
-def mend(parts: Iterable[nn.Module]) -> None:
-    """Gives the parts of a loss what PML leaves out.
+def patch(parts: Iterable[nn.Module]) -> None:
+    """Adds hooks to the parts of a loss where PML falls short.
 
     NCALoss is zero for a batch without two items of a class, where PML's is NaN. `state_dict()` holds what losses
     remember, so that a run can resume: of CrossBatchMemory the place that the next batch goes to, and whether it is
