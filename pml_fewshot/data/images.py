@@ -15,7 +15,8 @@ from pml_fewshot.checks import UsageError, check_at_least_one
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of these suffixes; Pillow's EPS starts a program
-THREADS = 4  # Pillow decodes outside of Python's lock: photos keep several cores busy, 84 x 84 images hardly do
+THREADS = 4  # Pillow decodes outside of Python's lock: photos keep several cores busy ...
+THREADED_BYTES = 2**13  # ... but for Omniglot's 200-byte files waiting for the lock takes twice as long as all else
 CHUNK = 256  # images decoded ahead at most: 5 MB at 84 x 84
 
 Read = Callable[[str], bytes]  # gives the content of the image of that name
@@ -65,24 +66,37 @@ def _images(names: Iterable[str]) -> list[str]:
 
 
 def read_images(
-    names: Sequence[str], read: Read, image_size: int, channels: int, path: Path, skip_broken: bool = False
+    names: Sequence[str],
+    read: Read,
+    image_size: int,
+    channels: int,
+    path: Path,
+    skip_broken: bool = False,
+    resampling: Image.Resampling = Image.Resampling.BILINEAR,
 ) -> Iterator[np.ndarray | None]:
-    """Yields `read_image` of each name in turn, decoded in threads; with skip_broken, None for a broken one."""
+    """Yields `read_image` of each name in turn; with skip_broken, None for a broken one. Large files in threads."""
 
     def decode(name: str) -> np.ndarray | None:
         try:
-            return read_image(read(name), image_size, channels, f"{path}/{name}")
+            return read_image(read(name), image_size, channels, f"{path}/{name}", resampling)
         except BrokenImageError:
             if not skip_broken:
                 raise
             return None
 
     with ThreadPoolExecutor(THREADS) as pool:
+        in_threads = bool(names) and len(read(names[0])) >= THREADED_BYTES
         for start in range(0, len(names), CHUNK):
-            yield from pool.map(decode, names[start : start + CHUNK])
+            yield from (pool.map if in_threads else map)(decode, names[start : start + CHUNK])
 
 
-def read_image(content: bytes, image_size: int, channels: int, name: str) -> np.ndarray:
+def read_image(
+    content: bytes,
+    image_size: int,
+    channels: int,
+    name: str,
+    resampling: Image.Resampling = Image.Resampling.BILINEAR,
+) -> np.ndarray:
     """Decodes an image file's content, upright, its center square scaled: (channels, image_size, image_size) uint8.
 
     Every mode becomes 8 bits: palettes are looked up, CMYK converted, 16-bit gray divided by 257 (65,535 becomes 255;
@@ -107,7 +121,7 @@ def read_image(content: bytes, image_size: int, channels: int, name: str) -> np.
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
             square = _to_8_bits(image.crop((left, top, left + side, top + side)), "L" if channels == 1 else "RGB")
-            pixels = np.asarray(square.resize((image_size, image_size), Image.Resampling.BILINEAR))
+            pixels = np.asarray(square.resize((image_size, image_size), resampling))
     except MemoryError:
         raise
     except Exception as error:  # on broken content Pillow's readers raise whatever their code happens to meet

@@ -16,7 +16,6 @@ from pml_fewshot.data.images import open_images, read_images
 
 PARTS = {"images_background": 964, "images_evaluation": 659}  # characters in each part
 DRAWINGS = 20  # of each character
-DRAWN_SIZE = 105  # pixels of a drawing
 
 # The split of Vinyals et al. 2016, as Snell et al. 2017 published it: whole alphabets, but for Gurmukhi, of which the
 # first 41 characters are for training and the last 4 for test. All characters not named here are for training.
@@ -106,10 +105,9 @@ def _read(parts: dict[str, Path], image_size: int) -> Source:
         number = count()
         for path in parts.values():
             with open_images(path) as (names, read):
-                for drawing in read_images(names, read, DRAWN_SIZE, 1, path):
-                    # 105 -> 28 is a factor of 3.75: area averaging keeps thin strokes, nearest neighbor breaks them
-                    scaled = Image.fromarray(np.asarray(drawing)[0]).resize((image_size,) * 2, Image.Resampling.BOX)
-                    yield 255 - np.asarray(scaled)[None], next(number) // DRAWINGS
+                # 105 -> 28 is a factor of 3.75: area averaging keeps thin strokes, nearest neighbor breaks them
+                for drawing in read_images(names, read, image_size, 1, path, resampling=Image.Resampling.BOX):
+                    yield 255 - np.asarray(drawing), next(number) // DRAWINGS
 
     total = DRAWINGS * len(class_names)
     return Source(items(), total, (1, image_size, image_size), {"all": class_names}, {})
