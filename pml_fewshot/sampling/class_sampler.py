@@ -21,7 +21,7 @@ def draw_without_replacement(sizes: Tensor, count: int, generator: torch.Generat
     uniform = torch.rand(count, len(sizes), generator=generator, device=generator.device, dtype=torch.float64)
     step = torch.arange(count, device=sizes.device).unsqueeze(1)
     # float64 holds 53 random bits, so floor(u * n) < n and its bias is below n / 2**53
-    slot = (uniform.to(sizes.device) * (sizes - step)).long() + step
+    slot = uniform.to(sizes.device).mul_(sizes.double() - step).long().add_(step)
     # (a GPU is waited for only where it pays)
     largest = int(sizes.max()) if len(sizes) and (count > SMALL or not sizes.is_cuda) else SMALL + 1
     if largest <= SMALL or count > SMALL:
@@ -40,7 +40,8 @@ def draw_without_replacement(sizes: Tensor, count: int, generator: torch.Generat
 
 def _shuffled(slot: Tensor, size: int) -> Tensor:
     """The same numbers from whole arrays of `size` numbers, shuffled in place: its cost grows with `count` alone."""
-    array = torch.arange(size, device=slot.device).unsqueeze(1).repeat(1, slot.shape[1])
+    dtype = torch.int16 if size < 2**15 else torch.int64  # a quarter of the memory is half of the time
+    array = torch.arange(size, device=slot.device, dtype=dtype).unsqueeze(1).repeat(1, slot.shape[1])
     drawn = torch.empty_like(slot)
     for i in range(len(slot)):
         drawn[i] = array.gather(0, slot[i : i + 1])
@@ -80,4 +81,5 @@ class ClassSampler:
         num_classes = torch.full((times,), len(self.counts), device=self.items.device)
         drawn = draw_without_replacement(num_classes, self.classes, generator).T.flatten()  # (times * classes,)
         rank = draw_without_replacement(self.counts[drawn], self.per_class, generator)
-        return self.items[rank + self.starts[drawn]].T.reshape(times, self.classes, self.per_class)
+        place = rank.add_(self.starts[drawn]).T.flatten()
+        return self.items.index_select(0, place).unflatten(0, (times, self.classes, self.per_class))
