@@ -22,8 +22,8 @@ from experiments import omniglot_protonet, quickstart
 from pml_fewshot import Episode, EpisodeSpec, EpisodeStream, EpisodicEvaluator, fit, load_omniglot
 from pml_fewshot.environment import keep_freed_memory
 from pml_fewshot.experiment.recorder import Recorder
-from pml_fewshot.instantiate import instantiate
 from pml_fewshot.io.checkpoint import save_checkpoint
+from pml_fewshot.parts.instantiate import instantiate
 from pml_fewshot.training.early_stopping import EarlyStopping
 from pml_fewshot.training.fit import LOG_EVERY
 from pml_fewshot.training.state import TrainingState

@@ -9,7 +9,7 @@ from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one
 from pml_fewshot.data.dataset import FewShotDataset
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.embedders.eval_mode import eval_mode
-from pml_fewshot.instantiate import Part, instantiate
+from pml_fewshot.parts.instantiate import Part, instantiate
 
 # Images embedded at a time. On a CPU a batch whose largest activation stays near the cache is fastest (64 channels of
 # 28 x 28 floats are 13 MB for 64 images); a GPU wants enough work for all of its units.

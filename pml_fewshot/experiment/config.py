@@ -1,20 +1,12 @@
-"""ExperimentConfig: an experiment as data; the same with other parts (swap), and as plain data (describe)."""
+"""ExperimentConfig: an experiment as data; and the same with other parts (swap)."""
 
-import inspect
-import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from enum import Enum
 from functools import partial
 from pathlib import Path
-from types import FunctionType
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
-from torch import nn
 from torch.optim import Optimizer
 from tyro.conf import Fixed
 
@@ -22,7 +14,7 @@ from pml_fewshot.checks import UsageError, check_at_least_one, check_choice
 from pml_fewshot.data.dataset import Splits
 from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.evaluation.table import ResultTable
-from pml_fewshot.io.tensors import checksum
+from pml_fewshot.parts.arguments import check_arguments
 from pml_fewshot.sampling.batch_stream import SamplerFactory
 from pml_fewshot.sampling.batches import BatchSpec
 from pml_fewshot.sampling.episode_stream import Augmentation
@@ -30,8 +22,6 @@ from pml_fewshot.sampling.episodes import EpisodeSpec
 from pml_fewshot.trainers.base import FewShotTrainer
 
 Device = Literal["auto", "cpu", "cuda"]
-
-COOPERATIVE = ("pytorch_metric_learning.", "pml_fewshot.")  # parts of PML there pass **kwargs on to their base classes
 
 
 @dataclass(frozen=True)
@@ -150,80 +140,3 @@ def swap(config: ExperimentConfig, name: str | None = None, **parts: Any) -> Exp
     for own in parts.keys() & {each.name for each in fields(config)}:
         raise UsageError(f"expected parts of the trainer, got {own}, of the experiment; use dataclasses.replace")
     return replace(config, name=name or config.name, trainer=partial(config.trainer, **parts))
-
-
-def check_arguments(part: Any, place: str) -> None:
-    """Raises a UsageError when a partial, itself or within `part`, has an argument that its function does not take."""
-    inner = part if isinstance(part, dict) else dict(enumerate(part)) if isinstance(part, list | tuple) else {}
-    if isinstance(part, partial):
-        inner = arguments_of(part)
-        called, wrong = getattr(part.func, "__qualname__", repr(part.func)), None
-        try:
-            names = _keywords(part.func)
-            wrong = next((name for name in part.keywords if names is not None and name not in names), None)
-            if wrong is None:
-                inspect.signature(part.func).bind_partial(*part.args, **part.keywords)
-        except TypeError as error:
-            raise UsageError(f"expected arguments that {called} takes ({place}), got {error}; see its docs") from error
-        except ValueError:  # a function in C, which has no signature
-            pass
-        if wrong is not None:
-            check_choice(f"an argument of {called} ({place})", wrong, sorted(names or ()))
-    for name, each in inner.items():
-        check_arguments(each, f"{place}.{name}")
-
-
-def arguments_of(part: partial[Any]) -> dict[str, Any]:
-    """A partial's arguments by name, those without one by number."""
-    return {**{str(number): each for number, each in enumerate(part.args)}, **part.keywords}
-
-
-def _keywords(function: Any) -> set[str] | None:
-    """What a function or class takes by name; None where it takes any name."""
-    classes = [each for each in getattr(function, "__mro__", ()) if each not in (nn.Module, object)]
-    initializers = [vars(each)["__init__"] for each in classes if "__init__" in vars(each)]
-    cooperative = ModuleWithRecords in classes
-    names: set[str] = set()
-    for each in initializers or [function]:
-        parameters = inspect.signature(each).parameters.values()
-        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self"}
-        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
-            return names
-        if not cooperative or not each.__module__.startswith(COOPERATIVE):
-            return None
-    return names
-
-
-def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
-    """Returns a config, or a part of one, as data for JSON that is only compared: nothing is ever built from it.
-
-    Of objects it is the class and attributes, because PML's reprs leave out numbers, and not weights, which are others
-    in each process. `above` are the ids of the objects that hold this one.
-    """
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [describe(each, above) for each in value]
-    if isinstance(value, dict):
-        return {str(key): describe(each, above) for key, each in value.items()}
-    if isinstance(value, partial):
-        return {"call": describe(value.func, above), "with": describe(arguments_of(value), above)}
-    if isinstance(value, type | FunctionType):
-        return f"{module_name(value.__module__)}.{value.__qualname__}"
-    if isinstance(value, torch.Tensor):
-        return f"tensor {tuple(value.shape)} {checksum([value.detach().cpu().numpy().tobytes()])}"
-    attributes = dict(vars(value)) if hasattr(value, "__dict__") and not isinstance(value, Enum | Path) else {}
-    if isinstance(value, nn.Module):
-        attributes = {name: each for name, each in attributes.items() if name not in vars(nn.Module())}
-        attributes |= dict(value.named_children())
-    if not attributes or id(value) in above:
-        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # an address is another in each process
-    return {"object": describe(type(value)), **describe(attributes, (*above, id(value)))}
-
-
-def module_name(name: str) -> str:
-    """A module's name for others: `__main__`, the one that was started as a program, has its own there."""
-    main = sys.modules["__main__"]
-    if name != "__main__":
-        return name
-    return main.__spec__.name if main.__spec__ is not None else Path(getattr(main, "__file__", None) or name).stem

@@ -24,8 +24,8 @@ from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment.config import Device, ExperimentConfig
 from pml_fewshot.experiment.recorder import Recorder
 from pml_fewshot.experiment.run_folder import RunFolder, open_run
-from pml_fewshot.instantiate import instantiate
 from pml_fewshot.io.checkpoint import check_exportable, export_embedder, load_checkpoint, save_checkpoint
+from pml_fewshot.parts.instantiate import instantiate
 from pml_fewshot.sampling.batch_stream import BatchStream
 from pml_fewshot.sampling.batches import BatchSpec
 from pml_fewshot.sampling.episode_stream import EpisodeStream

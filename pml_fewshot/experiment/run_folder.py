@@ -19,10 +19,11 @@ from filelock import FileLock, Timeout
 from pml_fewshot.checks import ExistingFileError, LockedError, MissingFileError, UsageError
 from pml_fewshot.data.dataset import Splits
 from pml_fewshot.evaluation.table import ResultTable
-from pml_fewshot.experiment.config import ExperimentConfig, describe, module_name
+from pml_fewshot.experiment.config import ExperimentConfig
 from pml_fewshot.io.atomic import translate_write_errors, write_text
 from pml_fewshot.io.checkpoint import load_checkpoint
 from pml_fewshot.io.tensors import checksum
+from pml_fewshot.parts.describe import describe, module_name
 from pml_fewshot.training.state import history_of
 
 PLACE = ("run_dir", "data_root", "device")  # where a run happens, not what it does

@@ -13,7 +13,7 @@ from pml_fewshot.checks import UsageError, check_at_least_one
 from pml_fewshot.data.dataset import FewShotDataset, Splits
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.evaluation.heads import Head, nearest_prototype
-from pml_fewshot.instantiate import Part, instantiate
+from pml_fewshot.parts.instantiate import Part, instantiate
 from pml_fewshot.sampling.batches import Batch, BatchSpec
 from pml_fewshot.sampling.episodes import EpisodeSpec
 from pml_fewshot.trainers import pml_compat

@@ -7,8 +7,8 @@ from pml_fewshot.checks import UsageError
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.embedders.full_context import FullContext
 from pml_fewshot.evaluation.heads import similarities_to_each
-from pml_fewshot.instantiate import Part, instantiate
 from pml_fewshot.losses.matching import MatchingLoss
+from pml_fewshot.parts.instantiate import Part, instantiate
 from pml_fewshot.trainers.base import FewShotTrainer
 
 SCALE = 10.0  # of cosine, to begin with: the softmax over a similarity within +-1 could not get sharp without

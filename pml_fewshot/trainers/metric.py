@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from pml_fewshot.checks import UsageError
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.evaluation.heads import Head, nearest_prototype
-from pml_fewshot.instantiate import Part
+from pml_fewshot.parts.instantiate import Part
 from pml_fewshot.trainers.base import FewShotTrainer
 from pml_fewshot.trainers.pml_compat import WITH_LABELS, WITHOUT_LABELS
 

@@ -5,8 +5,8 @@ from pytorch_metric_learning.miners import BaseMiner
 
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.evaluation.heads import Head, nearest_prototype
-from pml_fewshot.instantiate import Part
 from pml_fewshot.losses.prototypical import PrototypicalLoss
+from pml_fewshot.parts.instantiate import Part
 from pml_fewshot.trainers.base import FewShotTrainer
 from pml_fewshot.trainers.pml_compat import check_supports_ref_emb
 

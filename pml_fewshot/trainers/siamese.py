@@ -8,8 +8,8 @@ from torch import Tensor
 from pml_fewshot.checks import UsageError
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.evaluation.heads import Head, mean_similarity
-from pml_fewshot.instantiate import Part
 from pml_fewshot.losses.pair_verification import PairVerificationLoss
+from pml_fewshot.parts.instantiate import Part
 from pml_fewshot.trainers.base import FewShotTrainer
 from pml_fewshot.trainers.pml_compat import check_no_classes_kept
 

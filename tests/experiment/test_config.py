@@ -22,7 +22,9 @@ from torch.optim import Adam
 from pml_fewshot import BatchSpec, Embedder, EpisodeSpec, ProtoNetTrainer, PrototypicalLoss, RetrievalTester
 from pml_fewshot.checks import UsageError
 from pml_fewshot.embedders.conv4 import Conv4
-from pml_fewshot.experiment.config import check_arguments, describe, swap
+from pml_fewshot.experiment.config import swap
+from pml_fewshot.parts.arguments import check_arguments
+from pml_fewshot.parts.describe import describe
 from tests.tiny_experiments import EMBEDDER, TINY_EXPERIMENTS, tiny_splits
 
 TINY = TINY_EXPERIMENTS["protonet"]

@@ -17,7 +17,7 @@ from torch import nn
 import experiments
 from pml_fewshot import BatchSpec, ExperimentConfig, FewShotDataset, Splits, run
 from pml_fewshot.checks import MissingFileError
-from pml_fewshot.experiment.config import describe
+from pml_fewshot.parts.describe import describe
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [module.name for module in pkgutil.iter_modules(experiments.__path__) if not module.ispkg]

@@ -15,11 +15,11 @@ from experiments import quickstart, swap_losses
 from pml_fewshot import ExperimentConfig, ResultTable, UsageError, export_embedder, main, run
 from pml_fewshot.checks import MissingFileError
 from pml_fewshot.experiment import reproduction
-from pml_fewshot.experiment.config import describe
 from pml_fewshot.experiment.reproduction import find_config, reproduce
 from pml_fewshot.experiment.run_folder import read_config
-from pml_fewshot.instantiate import instantiate
 from pml_fewshot.io.checkpoint import load_checkpoint, save_checkpoint
+from pml_fewshot.parts.describe import describe
+from pml_fewshot.parts.instantiate import instantiate
 from tests.experiment.test_run_folder import rewrite
 from tests.tiny_experiments import TINY_EXPERIMENTS, Finished
 

@@ -29,9 +29,9 @@ from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment.config import ExperimentConfig, swap
 from pml_fewshot.experiment.run import _on_device_if_small, run
 from pml_fewshot.experiment.run_folder import check_same, read_config
-from pml_fewshot.instantiate import instantiate
 from pml_fewshot.io.checkpoint import load_checkpoint, load_embedder, save_checkpoint
 from pml_fewshot.losses.prototypical import PrototypicalLoss
+from pml_fewshot.parts.instantiate import instantiate
 from pml_fewshot.trainers.siamese import SiameseTrainer
 from pml_fewshot.training.fit import fit
 from pml_fewshot.training.interruption import TrainingDiverged

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pml_fewshot.instantiate import instantiate
+from pml_fewshot.parts.instantiate import instantiate
 from pml_fewshot.sampling.batch_stream import BatchStream
 from pml_fewshot.sampling.batches import BatchSpec
 from pml_fewshot.sampling.episode_stream import EpisodeStream

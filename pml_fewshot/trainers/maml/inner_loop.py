@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pml_fewshot.checks import UsageError, check_choice
-from pml_fewshot.instantiate import instantiate
+from pml_fewshot.parts.instantiate import instantiate
 from pml_fewshot.trainers.maml.autograd import Recompute, double_backward
 from pml_fewshot.trainers.maml.task_parallel import Mode, Weights, fastest, grouped, labels_of, loop, normalizes, vmap
 from pml_fewshot.trainers.pml_compat import WITH_MEMORY

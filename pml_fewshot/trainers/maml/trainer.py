@@ -12,7 +12,7 @@ from pml_fewshot.checks import UsageError, check_at_least_one, check_choice
 from pml_fewshot.data.dataset import FewShotDataset, Splits
 from pml_fewshot.embedders.eval_mode import eval_mode
 from pml_fewshot.evaluation.heads import Head
-from pml_fewshot.instantiate import Part, instantiate
+from pml_fewshot.parts.instantiate import Part, instantiate
 from pml_fewshot.sampling.batches import BatchSpec
 from pml_fewshot.sampling.episodes import Episode, EpisodeSpec
 from pml_fewshot.trainers.base import FewShotTrainer

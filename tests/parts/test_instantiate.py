@@ -4,10 +4,11 @@ from functools import partial
 
 import pytest
 from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
-from pytorch_metric_learning.losses import NTXentLoss
+from pytorch_metric_learning.losses import ArcFaceLoss, NTXentLoss
 from torch import nn
 
-from pml_fewshot.instantiate import instantiate
+from pml_fewshot.evaluation.heads import k_nearest_neighbours
+from pml_fewshot.parts.instantiate import instantiate
 
 
 def test_partials_are_called_with_those_among_their_arguments_first() -> None:
@@ -28,6 +29,13 @@ def test_anything_else_is_returned_and_passed_on_as_it_is(part: object) -> None:
     """MAML's loss may be a function, and torchvision's norm_layer wants a class."""
     assert instantiate(part) is part
     assert instantiate(partial(lambda part: part, part)) is part
+
+
+def test_a_partial_of_a_function_that_wants_more_is_passed_on() -> None:
+    head = partial(k_nearest_neighbours, k=5)
+    assert instantiate(partial(dict, head=head, made=partial(sorted, "ba")))["head"] is head
+    with pytest.raises(TypeError, match="embedding_size"):  # of a class: what it lacks is said
+        instantiate(partial(ArcFaceLoss, num_classes=3))
 
 
 def test_classes_of_pml_parts_are_built() -> None:
