@@ -76,13 +76,14 @@ def check_labels(labels: Tensor, length: int, what: str) -> None:
         raise UsageError(f"expected {what} labels of shape ({length},), got shape {tuple(labels.shape)}; give one each")
 
 
-def check_enough_items(labels: Tensor, counts: Tensor, needed: int, what: str) -> None:
-    """Raises a UsageError naming the first class (by its label) that has fewer than `needed` items."""
+def check_enough_items(labels: Tensor, counts: Tensor, needed: int, what: str, class_names: Sequence[str] = ()) -> None:
+    """Raises a UsageError naming the first class (by its label, where there are no names) with too few items."""
     short = (counts < needed).nonzero().flatten()
     if len(short):
-        count, label = counts[short[0]].item(), labels[short[0]].item()
+        count, label = int(counts[short[0]]), int(labels[short[0]])
+        name = repr(class_names[label]) if class_names else label
         raise UsageError(
-            f"expected at least {needed} items ({what}) in every class, got {count} in class {label} ({len(short)} of "
+            f"expected at least {needed} items ({what}) in every class, got {count} in class {name} ({len(short)} of "
             f"{len(counts)} classes have too few); ask for fewer shots or queries, or leave the small classes out"
         )
 

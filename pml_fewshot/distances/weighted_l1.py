@@ -10,6 +10,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from pml_fewshot.checks import UsageError, check_at_least_one
+from pml_fewshot.embedders.modes import in_float32
 
 BLOCK = 2**24  # floats of |q - r| that the MLP holds at a time where no gradient is wanted: 64 MiB
 
@@ -83,6 +84,7 @@ class WeightedL1Similarity(BaseDistance):
             wanted, got = f"embeddings of {dim} dimensions, as this similarity has weights for", wrong[0]
             raise UsageError(f"expected {wanted}, got {got}; use the embedder that it was trained with, or a new one")
 
+    @in_float32
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         self._prepare(query_emb.shape[1], ref_emb.shape[1])
         if isinstance(self.score, WeightedSum):
@@ -105,6 +107,7 @@ class WeightedL1Similarity(BaseDistance):
             mat[start : start + rows] = self.score((query_emb[start : start + rows].unsqueeze(1) - ref_emb).abs())
         return mat
 
+    @in_float32
     def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         """(B, D) and (B, D) -> (B,): the score of each query with the reference in its place."""
         self._prepare(query_emb.shape[1], ref_emb.shape[1])

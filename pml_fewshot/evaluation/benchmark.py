@@ -3,16 +3,15 @@
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from pml_fewshot.checks import UsageError, UsageTypeError
 from pml_fewshot.data.dataset import FewShotDataset, Splits
 from pml_fewshot.embedders.bank import EmbeddingBank
-from pml_fewshot.embedders.eval_mode import eval_mode
-from pml_fewshot.evaluation.episodic import Classify, EpisodicEvaluator, Method, embed
+from pml_fewshot.embedders.modes import evaluating
+from pml_fewshot.evaluation.episodic import Classify, EpisodicEvaluator, Method, embed, modules_of
 from pml_fewshot.evaluation.gallery import Gallery
 from pml_fewshot.evaluation.heads import Head
 from pml_fewshot.evaluation.retrieval import RetrievalTester
@@ -33,14 +32,14 @@ def benchmark(
     reference: EmbeddingBank | Gallery | None = None,
     timed: bool = True,
     note: str = "",
-    split: str = "test",
+    split: Literal["train", "val", "test"] | None = None,
 ) -> ResultTable:
     """Evaluates every method, in eval mode, on the same episodes and by the same retrieval, a line each in the table.
 
     Args:
         methods: an Embedder, a trainer (anything with `bank` and `classify`) or an EmbeddingBank; or a mapping of names
             to such, or to a sequence of such: trainings of one method from several seeds, whose figures are averaged.
-        data: the classes to evaluate on, of Splits the test classes; not needed for banks, which bring their labels.
+        data: the classes to evaluate on; not needed for banks, which bring their labels.
         specs: sizes of the episodes.
         retrieval: tester; without a distance of its own it ranks by that of a trainer's loss. None leaves retrieval
             out, as does a method whose bank is not of embeddings (MAML's is of images).
@@ -50,11 +49,11 @@ def benchmark(
         reference: gallery that retrieval searches; when None the set itself, without the query.
         timed: note the seconds that each method took; off where two tables are to be the same byte by byte.
         note: what a reader must know beside the data set's own note.
-        split: what the classes are called in the table.
+        split: which classes of Splits; the test classes when None.
 
     Raises:
         UsageError: a set that cannot give the episodes, trainings of one method on different episodes, NaN.
-        UsageTypeError: an embedder or a trainer without data, or methods without names.
+        UsageTypeError: an embedder or a trainer without data, methods without names, a split of what has none.
     """
     if isinstance(methods, Sequence):
         raise UsageTypeError("expected one method or a mapping of names to methods, got a sequence; name each of them")
@@ -62,7 +61,14 @@ def benchmark(
         methods = {type(methods).__name__: methods}
     if not methods:
         raise UsageError("expected at least one method, got none; name what to evaluate")
-    dataset = data.test if isinstance(data, Splits) else data
+    dataset: Any = data
+    name_of_split = ""
+    if isinstance(data, Splits):
+        name_of_split = split or "test"
+        dataset = getattr(data, name_of_split)
+    elif split is not None:
+        got = "a bank" if data is None else f"a {type(data).__name__}"
+        raise UsageTypeError(f"expected Splits to take {split} from, got {got}; give the Splits, or leave split out")
     tester = retrieval() if callable(retrieval) else retrieval
     table = ResultTable()
     for name, method in methods.items():
@@ -72,19 +78,20 @@ def benchmark(
             raise UsageError(f"expected at least one training of {name!r}, got none; leave it out")
         episodic, retrieved = [], []
         for training in trainings:
-            with eval_mode(training) if isinstance(training, nn.Module) else nullcontext():
+            with evaluating(*modules_of(training)):
                 alone = isinstance(training, EmbeddingBank)
                 labeled, bank = embed(training, None if alone else dataset)
                 given = () if alone else (labeled, bank)
                 evaluators = [EpisodicEvaluator(spec, num_episodes, seed, head=head) for spec in specs]
                 episodic.append([evaluator.evaluate(training, *given) for evaluator in evaluators])
                 if tester is not None and bank.ndim == 2:
-                    embeddings = EmbeddingBank(bank, labeled.labels.to(bank.device), labeled.fingerprint())
+                    labels = labeled.labels.to(bank.device)
+                    embeddings = EmbeddingBank(bank, labels, labeled.fingerprint(), labeled.class_names)
                     retrieved.append(_ranked_by(tester, training).test(embeddings, reference))
         notes = "; ".join(filter(None, (getattr(labeled, "note", ""), note)))
         transductive = getattr(trainings[0], "transductive", False)
         seconds = (time.perf_counter() - start) / len(trainings) if timed else None
-        context = RowContext(name, split, len(torch.unique(labeled.labels)), notes, transductive, seconds)
+        context = RowContext(name, name_of_split, len(torch.unique(labeled.labels)), notes, transductive, seconds)
         for results in zip(*episodic, strict=True):
             table.add_episodic(context, *results)
         if retrieved:

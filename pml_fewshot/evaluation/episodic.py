@@ -4,6 +4,7 @@ Letters: E episodes, W ways, K shots, Q queries a class, N = W*Q, M items in the
 """
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -16,13 +17,15 @@ from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one, check_finite
 from pml_fewshot.data.dataset import FewShotDataset
-from pml_fewshot.embedders.bank import EmbeddingBank
-from pml_fewshot.embedders.embedder import Embedder
-from pml_fewshot.embedders.eval_mode import eval_mode
-from pml_fewshot.evaluation.heads import Head, nearest_prototype
+from pml_fewshot.embedders.bank import ClassName, EmbeddingBank, names_of
+from pml_fewshot.embedders.embedder import encode, is_embedder
+from pml_fewshot.embedders.modes import evaluating, widened
+from pml_fewshot.evaluation.heads import Head, name_of_head, nearest_prototype
+from pml_fewshot.evaluation.linear_heads import cosine_classifier, logistic_regression, ridge_regression
 from pml_fewshot.sampling.episodes import EpisodeIndex, EpisodeSampler, EpisodeSpec
 
 CPU_CHUNK = 2**20  # floats gathered at a time by default: 4 MiB stay in the cache while they are scored
+IGNORE_DISTANCE = (cosine_classifier, ridge_regression, logistic_regression)  # though they are called with one
 SHARE_OF_FREE_MEMORY = 1 / 32  # of a GPU's: heads need several times what is gathered, some for every pair of items
 
 
@@ -30,7 +33,8 @@ class FewShotMethod(Protocol):
     """What can be evaluated: every trainer, or anything with these two methods.
 
     It may also have `distance`, given to the evaluator's head; `divergence_hint`, what to try where logits are NaN;
-    `transductive`, for the result table; and `thread_safe`, whether `classify` may run in several threads at once.
+    `transductive` and `classifier`, for the result table; and `thread_safe`, whether `classify` may run in several
+    threads at once.
     """
 
     def bank(self, dataset: FewShotDataset) -> Tensor:
@@ -40,7 +44,7 @@ class FewShotMethod(Protocol):
         """Support (E, W, K, *item) and query (E, N, *item), images in [0, 1], to logits (E, N, W)."""
 
 
-Method = Embedder | FewShotMethod | EmbeddingBank
+Method = FewShotMethod | EmbeddingBank | nn.Module  # a trainer; embeddings; or an embedder, wrapped or not
 Labeled = FewShotDataset | EmbeddingBank
 Classify = Callable[[Tensor, Tensor], Tensor]
 
@@ -51,8 +55,8 @@ class EpisodicResult:
 
     `ci95` is half the width of the mean's 95 % interval, 1.96 standard errors over the episodes; `per_episode` (E,) is
     on the CPU, for paired comparisons; results with equal `episodes_hash` are on the same episodes. Where it was asked
-    for, `confusion` (C, C) counts how many queries of each class (row) were taken for each (column) of the labels
-    `classes` (C,), ascending, over all episodes.
+    for, `confusion` (C, C) counts how many queries of each class (row) were taken for each (column) of `classes`, C
+    names (labels where there are no names), over all episodes. `classifier` says what classified: head and distance.
     """
 
     mean: float
@@ -61,14 +65,16 @@ class EpisodicResult:
     spec: EpisodeSpec
     seed: int
     episodes_hash: str
-    classes: Tensor | None = None
+    classifier: str = ""
+    classes: tuple[ClassName, ...] = ()
     confusion: Tensor | None = None
 
-    def per_class(self) -> tuple[Tensor, Tensor]:
-        """Labels (C,) of the classes and the accuracy (C,) on each one's queries, NaN where no episode drew it."""
-        if self.classes is None or self.confusion is None:
+    def per_class(self) -> dict[ClassName, float]:
+        """The accuracy on each class's queries, by class name (label where there is none); NaN where none came."""
+        if self.confusion is None:
             raise UsageError("expected a result with its confusion matrix, got none; use evaluate(..., confusion=True)")
-        return self.classes, self.confusion.diagonal() / self.confusion.sum(dim=1)
+        accuracies = self.confusion.diagonal() / self.confusion.sum(dim=1)
+        return dict(zip(self.classes, accuracies.tolist(), strict=True))
 
     def __str__(self) -> str:
         return f"{100 * self.mean:.2f} +- {100 * self.ci95:.2f} % ({self.spec}, {len(self.per_episode)} episodes)"
@@ -105,9 +111,8 @@ class EpisodicEvaluator:
 
     def check(self, dataset: Labeled) -> None:
         """Raises the UsageError that `evaluate` would, when the set has too few classes or items for the spec."""
-        EpisodeSampler(dataset.labels, self.spec, torch.Generator())
+        EpisodeSampler(dataset.labels, self.spec, torch.Generator(), dataset.class_names)
 
-    @torch.no_grad()
     def evaluate(
         self, trainer: Method, dataset: Labeled | None = None, bank: Tensor | None = None, confusion: bool = False
     ) -> EpisodicResult:
@@ -123,16 +128,18 @@ class EpisodicEvaluator:
         Raises:
             UsageError: the set has too few classes or items for the spec, or the bank or the logits hold NaN.
         """
-        with eval_mode(trainer) if isinstance(trainer, nn.Module) else nullcontext():
+        with evaluating(*modules_of(trainer)):
             labeled, bank = embed(trainer, dataset, bank)
             labels = labeled.labels.cpu()
             if len(bank) != len(labels):
                 raise UsageError(f"expected a bank of {len(labels)} items, got {len(bank)}; encode this very data set")
             check_finite(bank, "bank")
             with one_thread_each():
-                sampler = EpisodeSampler(labels, self.spec, torch.Generator().manual_seed(self.seed))
+                generator = torch.Generator().manual_seed(self.seed)
+                sampler = EpisodeSampler(labels, self.spec, generator, labeled.class_names)
                 drawn = sampler.sample(self.num_episodes)
-            per_episode, predicted = self._score(trainer, bank, drawn.to(bank.device), confusion)
+            classifier = Classifier.of(trainer, self.head)
+            per_episode, predicted = self._score(classifier, bank, drawn.to(bank.device), confusion)
         return EpisodicResult(
             per_episode.mean().item(),
             (1.96 * per_episode.std() / len(per_episode) ** 0.5).item(),
@@ -140,23 +147,24 @@ class EpisodicEvaluator:
             self.spec,
             self.seed,
             drawn.hash(labeled.fingerprint()),
-            *(_confusion(labels, drawn, predicted) if confusion else ()),
+            classifier.name,
+            *(_confusion(labeled, drawn, predicted) if confusion else ()),
         )
 
-    def _score(self, method: Method, bank: Tensor, episodes: EpisodeIndex, predictions: bool) -> tuple[Tensor, Tensor]:
+    def _score(
+        self, classifier: "Classifier", bank: Tensor, episodes: EpisodeIndex, predictions: bool
+    ) -> tuple[Tensor, Tensor]:
         """The accuracies (E,), and where they are wanted the predicted ways (E, N), else (E, 0); on the CPU."""
-        classify, thread_safe = _classifier(method, self.head)
         true_way = torch.arange(self.spec.ways, device=bank.device).repeat_interleave(self.spec.queries)
         # one tensor, for small ones left between a chunk's large blocks would make the process grow by gigabytes
-        with torch.inference_mode(False):  # which belongs to a thread
-            accuracies = torch.empty(len(episodes), dtype=torch.float64, device=bank.device)
-            predicted = torch.empty(len(episodes), len(true_way) * predictions, dtype=torch.int64, device=bank.device)
+        accuracies = torch.empty(len(episodes), dtype=torch.float64, device=bank.device)
+        predicted = torch.empty(len(episodes), len(true_way) * predictions, dtype=torch.int64, device=bank.device)
         chunk = self.chunk or self._default_chunk(bank)
 
-        @torch.no_grad()  # which belongs to a thread, too
+        @torch.no_grad()  # which, as all modes, belongs to a thread
         def score(start: int) -> None:
             part = episodes[start : start + chunk]
-            logits = classify(_gather(bank, part.support), _gather(bank, part.query).flatten(1, 2))
+            logits = classifier.classify(_gather(bank, part.support), _gather(bank, part.query).flatten(1, 2))
             wanted, got = (len(part), len(true_way), self.spec.ways), tuple(logits.shape)
             if got != wanted:
                 raise UsageError(f"expected logits (E, N, W) of shape {wanted}, got {got}; return one a query and way")
@@ -167,16 +175,14 @@ class EpisodicEvaluator:
             if predictions:
                 predicted[start : start + chunk] = ways
 
-        embeddings_on_cpu = bank.ndim == 2 and bank.device.type == "cpu"
-        # (autocast belongs to a thread, too)
-        in_threads = thread_safe and embeddings_on_cpu and self.chunk is None and not torch.is_autocast_enabled("cpu")
+        in_threads = classifier.thread_safe and bank.ndim == 2 and bank.device.type == "cpu" and self.chunk is None
         threads = torch.get_num_threads() if in_threads else 1
         starts = range(0, len(episodes), chunk)
         with ThreadPoolExecutor(threads) as pool, one_thread_each() if in_threads else nullcontext():
             score(starts[0])  # before the threads start: a lazy distance gets its weights here
             list((pool.map if threads > 1 else map)(score, starts[1:]))
         accuracies = accuracies.cpu()
-        check_finite(accuracies, "logits of each episode", getattr(method, "divergence_hint", ""))
+        check_finite(accuracies, "logits of each episode", classifier.divergence_hint)
         return accuracies, predicted.cpu()
 
     def _default_chunk(self, bank: Tensor) -> int:
@@ -201,7 +207,7 @@ def adaptation_curve(
     return [EpisodicEvaluator(spec, num_episodes, seed, head=head).evaluate(trainer, dataset, bank) for head in after]
 
 
-def embed(method: Method, dataset: Labeled | None, bank: Tensor | None = None) -> tuple[Labeled, Tensor]:
+def embed(method: Any, dataset: Labeled | None, bank: Tensor | None = None) -> tuple[Labeled, Tensor]:
     """The labeled set that a method is evaluated on, and the method's bank (M, *item) of it."""
     if isinstance(method, EmbeddingBank):
         if dataset is not None or bank is not None:
@@ -214,7 +220,16 @@ def embed(method: Method, dataset: Labeled | None, bank: Tensor | None = None) -
         return dataset, bank
     if isinstance(dataset, EmbeddingBank):
         return dataset, dataset.embeddings
-    return dataset, method.encode(dataset).embeddings if isinstance(method, Embedder) else method.bank(dataset)
+    return dataset, encode(method, dataset).embeddings if is_embedder(method) else method.bank(dataset)
+
+
+def modules_of(method: object) -> tuple[nn.Module, ...]:
+    """What has modes: a method, where it is a module."""
+    return (method,) if isinstance(method, nn.Module) else ()
+
+
+_lock = threading.Lock()
+_own_threads: list[int] = []  # for each block that is being scored, how many threads an operation had before
 
 
 @contextmanager
@@ -224,40 +239,56 @@ def one_thread_each() -> Iterator[None]:
     An operation on two threads waits for both at its end, and where other processes use the cores, one is often not
     running: 10,000 episodes from a 64-d bank take 5 s instead of 0.3. Threads with chunks of their own wait for nobody.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    with _lock:  # a thread that starts while another is in here would find 1
+        threads = _own_threads[0] if _own_threads else torch.get_num_threads()
+        _own_threads.append(threads)
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        with _lock:
+            _own_threads.pop()
+            torch.set_num_threads(threads)
 
 
-def _classifier(method: Method, head: Head | Classify | None) -> tuple[Classify, bool]:
-    """What gives a method's logits, and whether threads may call it at the same time."""
-    if head is None:
-        if not isinstance(method, Embedder | EmbeddingBank):
-            return method.classify, getattr(method, "thread_safe", False)
-        head = nearest_prototype
-    function: Any = head
-    while isinstance(function, partial):
-        function = function.func
-    third = [*inspect.signature(head).parameters.values()][2:3]
-    takes_distance = any(p.kind != p.KEYWORD_ONLY and (p.name == "distance" or p.default is p.empty) for p in third)
-    more = (getattr(method, "distance", None),) if takes_distance else ()
-    return lambda support, query: head(support, query, *more), inspect.isfunction(function)
+@dataclass(frozen=True)
+class Classifier:
+    """What gives logits, whether threads may call it at the same time, its name for tables, what to do about NaN."""
+
+    classify: Classify
+    thread_safe: bool
+    name: str
+    divergence_hint: str
+
+    @classmethod
+    def of(cls, method: Any, head: Head | Classify | None) -> "Classifier":
+        """A method's own way, or the head in its place, which gets the method's distance where it takes one."""
+        hint = getattr(method, "divergence_hint", "")
+        if head is None and not isinstance(method, EmbeddingBank) and not is_embedder(method):
+            name = getattr(method, "classifier", type(method).__name__)
+            return cls(method.classify, getattr(method, "thread_safe", False), name, hint)
+        head = nearest_prototype if head is None else head
+        function: Any = head
+        while isinstance(function, partial):
+            function = function.func
+        third = [*inspect.signature(head).parameters.values()][2:3]
+        takes_distance = any(p.kind != p.KEYWORD_ONLY and (p.name == "distance" or p.default is p.empty) for p in third)
+        more = (getattr(method, "distance", None),) if takes_distance else ()
+        name = name_of_head(head, *(more if function not in IGNORE_DISTANCE else ()))
+        return cls(lambda support, query: head(support, query, *more), inspect.isfunction(function), name, hint)
 
 
 def _gather(bank: Tensor, index: Tensor) -> Tensor:
     """bank[index], four times as fast on a CPU; in float32 at least (float16 overflows in squares), uint8 in [0, 1]."""
     gathered = bank.index_select(0, index.flatten()).unflatten(0, index.shape)
-    gathered = gathered.to(torch.promote_types(bank.dtype, torch.float32))
-    return gathered.div_(255) if bank.dtype == torch.uint8 else gathered
+    return gathered.float().div_(255) if bank.dtype == torch.uint8 else widened(gathered)
 
 
-def _confusion(labels: Tensor, episodes: EpisodeIndex, predicted: Tensor) -> tuple[Tensor, Tensor]:
-    """The classes (C,) and how often each was taken for each (C, C), by predicted ways (E, N)."""
-    classes, class_of_item = torch.unique(labels, return_inverse=True)
+def _confusion(labeled: Labeled, episodes: EpisodeIndex, predicted: Tensor) -> tuple[tuple[ClassName, ...], Tensor]:
+    """The C classes and how often each was taken for each (C, C), by predicted ways (E, N)."""
+    classes, class_of_item = torch.unique(labeled.labels.cpu(), return_inverse=True)
     true_class = class_of_item[episodes.query].flatten(1)  # (E, N)
     predicted_class = class_of_item[episodes.support[:, :, 0]].gather(1, predicted)
     pairs = (true_class * len(classes) + predicted_class).flatten()
-    return classes, torch.bincount(pairs, minlength=len(classes) ** 2).unflatten(0, (-1, len(classes)))
+    counts = torch.bincount(pairs, minlength=len(classes) ** 2).unflatten(0, (-1, len(classes)))
+    return tuple(names_of(classes, labeled.class_names)), counts

@@ -21,7 +21,7 @@ from pml_fewshot.checks import (
     check_choice,
     check_finite,
 )
-from pml_fewshot.embedders.bank import EmbeddingBank
+from pml_fewshot.embedders.bank import ClassName, EmbeddingBank, align, names_of
 from pml_fewshot.evaluation.search import Ranking
 from pml_fewshot.io.atomic import fsync, translate_write_errors
 from pml_fewshot.io.tensors import checksum, read_tensors, write_tensors
@@ -32,8 +32,31 @@ ADD_ROWS = 2**16  # at a time: 32 MiB at 128 dimensions
 READ_BYTES = 2**24  # at a time
 
 
+@dataclass(frozen=True)
+class Neighbors:
+    """The k references nearest to each of N queries, nearest first.
+
+    Args:
+        indices: (N, k) their places in the gallery; -1, which is none, where the lists that were searched hold fewer.
+        labels: (N, k) their labels, 0 where there is none.
+        class_names: that the labels are indices into, where the gallery has names.
+    """
+
+    indices: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[list[ClassName | None]]:
+        """Their classes' names, or labels where there are no names; None where there is no reference."""
+        names = iter(names_of(self.labels.flatten(), self.class_names))
+        return [
+            [name if i >= 0 else None for i, name in zip(row, names, strict=False)] for row in self.indices.tolist()
+        ]
+
+
 class Gallery:
-    """References to be searched, with their labels, in a faiss index.
+    """References to be searched, with their labels and class names, in a faiss index.
 
     Args:
         bank: the references, read a block at a time (a memory map may be larger than memory). "flat", "ivf", "ivfpq"
@@ -73,7 +96,7 @@ class Gallery:
         self.description, chosen = recipe(index, count, dims)
         settings = dict(text.partition("=")[::2] for text in f"{chosen},{parameters}".split(",") if text)
         self.parameters = ",".join(f"{name}={value}" for name, value in settings.items())  # the caller's override ours
-        self.labels = bank.labels.new_empty(0).cpu()
+        self.labels, self.class_names = bank.labels.new_empty(0).cpu(), bank.class_names
         sample = training_sample(count, self.description, torch.Generator().manual_seed(seed))
         metric = faiss.METRIC_L2 if self.ranking.kind == "euclidean" else faiss.METRIC_INNER_PRODUCT
         try:
@@ -97,23 +120,26 @@ class Gallery:
         return f"{self.description} {self.parameters}".strip()
 
     def add(self, bank: EmbeddingBank) -> None:
-        """Adds references, a block at a time; their indices continue those already there."""
+        """Adds references, a block at a time; their indices continue those already there, new class names the names.
+
+        A bank with class names cannot join a gallery without, nor the other way round.
+        """
         self._check_width(bank.embeddings, "references")
+        labels, names = align(bank, self)
         for block in bank.embeddings.split(ADD_ROWS):
             self.faiss_index.add(self._rows(block))
-        self.labels = torch.cat([self.labels, bank.labels.cpu()])
+        self.labels, self.class_names = torch.cat([self.labels, labels.cpu()]), names
 
-    def search(self, query: Tensor, k: int) -> Tensor:
-        """Indices (N, k), in `labels`, of the references nearest to queries (N, D), nearest first.
-
-        -1, which is no index, where the inverted lists that were searched hold fewer.
-        """
+    def search(self, query: Tensor, k: int) -> Neighbors:
+        """The k references nearest to each of the queries (N, D): their indices, labels and class names."""
         check_at_least_one("k", k)
         self._check_width(query, "queries")
         check_finite(query, "queries")
         if k > len(self):
             raise UsageError(f"expected k of at most {len(self)}, the gallery's size, got {k}; lower k")
-        return torch.from_numpy(self.faiss_index.search(self._rows(query), k)[1])
+        indices = torch.from_numpy(self.faiss_index.search(self._rows(query), k)[1])
+        labels = self.labels[indices.clamp(min=0)].masked_fill_(indices < 0, 0)
+        return Neighbors(indices, labels, self.class_names)
 
     def save(self, folder: str | Path) -> None:
         """Writes index.faiss and labels.safetensors to a new folder: both or nothing.
@@ -137,8 +163,14 @@ class Gallery:
                 with index.open("wb") as file:
                     faiss.write_index(self.faiss_index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
                 fsync(index)
-                about = {"index": _file_checksum(index), "description": self.description, "parameters": self.parameters}
-                texts = {"gallery": json.dumps(about | {"normalize": self.ranking.normalize})}
+                about = {
+                    "index": _file_checksum(index),
+                    "description": self.description,
+                    "parameters": self.parameters,
+                    "normalize": self.ranking.normalize,
+                    "class_names": self.class_names,
+                }
+                texts = {"gallery": json.dumps(about)}
                 write_tensors(temporary / "labels.safetensors", {"labels": self.labels}, texts)
                 temporary.rename(folder)
                 fsync(folder.parent)
@@ -171,6 +203,7 @@ class Gallery:
         euclidean = gallery.faiss_index.metric_type == faiss.METRIC_L2
         gallery.ranking = Ranking("euclidean" if euclidean else "inner product", about["normalize"])
         gallery.description, gallery.parameters = about["description"], about["parameters"]
+        gallery.class_names = tuple(about["class_names"])
         return gallery
 
     def _check_width(self, embeddings: Tensor, what: str) -> None:

@@ -1,10 +1,11 @@
 """Heads: stateless classifiers of episodes by similarity to their support, batched over episodes.
 
-Each maps support (E, W, K, D) and query (E, N, D) to logits (E, N, W), by any PML distance. Those that fit a linear
-classifier to each episode's support are in linear_heads.py.
+Each maps support (E, W, K, D) and query (E, N, D) to logits (E, N, W), by any PML distance, in float32 at least. Those
+that fit a linear classifier to each episode's support are in linear_heads.py.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from pytorch_metric_learning.distances import BaseDistance, LpDistance
@@ -12,10 +13,13 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from pml_fewshot.checks import UsageError, check_at_least_one
+from pml_fewshot.embedders.modes import in_float32
+from pml_fewshot.evaluation.search import Ranking
 
 Head = Callable[[Tensor, Tensor, BaseDistance | None], Tensor]
 
 
+@in_float32
 def nearest_prototype(support: Tensor, query: Tensor, distance: BaseDistance | None = None) -> Tensor:
     """Scores each query by its similarity to the mean of each class's support (Snell et al. 2017).
 
@@ -24,11 +28,13 @@ def nearest_prototype(support: Tensor, query: Tensor, distance: BaseDistance | N
     return similarities(query, support.mean(dim=2), distance)
 
 
+@in_float32
 def nearest_neighbour(support: Tensor, query: Tensor, distance: BaseDistance | None = None) -> Tensor:
     """Scores each query by its similarity to the nearest support item of each class."""
     return similarities_to_each(support, query, distance).amax(dim=3)
 
 
+@in_float32
 def mean_similarity(support: Tensor, query: Tensor, distance: BaseDistance | None = None) -> Tensor:
     """Scores each query by the mean of its similarities to a class's support items.
 
@@ -37,6 +43,7 @@ def mean_similarity(support: Tensor, query: Tensor, distance: BaseDistance | Non
     return similarities_to_each(support, query, distance).mean(dim=3)
 
 
+@in_float32
 def soft_nearest_neighbour(
     support: Tensor, query: Tensor, distance: BaseDistance | None = None, temperature: float = 1.0
 ) -> Tensor:
@@ -50,6 +57,7 @@ def soft_nearest_neighbour(
     return (similarities_to_each(support, query, distance) / temperature).logsumexp(dim=3)
 
 
+@in_float32
 def k_nearest_neighbours(support: Tensor, query: Tensor, distance: BaseDistance | None = None, k: int = 3) -> Tensor:
     """Scores each class by how many of the query's k nearest support items are of it.
 
@@ -71,6 +79,7 @@ def k_nearest_neighbours(support: Tensor, query: Tensor, distance: BaseDistance 
     return votes.masked_fill(~each.isfinite().all(dim=2, keepdim=True), torch.nan)  # topk would rank NaN first
 
 
+@in_float32
 def similarities(query: Tensor, reference: Tensor, distance: BaseDistance | None = None) -> Tensor:
     """Similarity of each query (E, N, D) to each reference (E, R, D) of its episode, (E, N, R), larger is nearer.
 
@@ -95,6 +104,20 @@ def similarities(query: Tensor, reference: Tensor, distance: BaseDistance | None
     else:
         values = torch.vmap(distance)(query, reference)
     return values if distance.is_inverted else -values
+
+
+def name_of_head(head: object, distance: BaseDistance | None = None) -> str:
+    """A head for a table: "nearest_prototype by LpDistance(p=2, power=2)", "ridge_regression(penalty=10.0)"."""
+    given: list[str] = []
+    while isinstance(head, partial):
+        given = [*map(_shown, head.args), *(f"{name}={_shown(each)}" for name, each in head.keywords.items()), *given]
+        head = head.func
+    name = getattr(head, "__name__", type(head).__name__) + (f"({', '.join(given)})" if given else "")
+    return name if distance is None else f"{name} by {_shown(distance)}"
+
+
+def _shown(argument: object) -> str:
+    return str(Ranking.of(argument)) if isinstance(argument, BaseDistance) else repr(argument)
 
 
 def similarities_to_each(support: Tensor, query: Tensor, distance: BaseDistance | None) -> Tensor:

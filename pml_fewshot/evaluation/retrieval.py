@@ -2,16 +2,16 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pytorch_metric_learning.distances import BaseDistance
-from torch import Tensor
+from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one, check_choice, check_finite
 from pml_fewshot.data.dataset import FewShotDataset
-from pml_fewshot.embedders.bank import EmbeddingBank
-from pml_fewshot.embedders.embedder import Embedder
+from pml_fewshot.embedders.bank import ClassName, EmbeddingBank, align, names_of
+from pml_fewshot.embedders.embedder import encode, is_embedder
 from pml_fewshot.evaluation import retrieval_metrics as known
 from pml_fewshot.evaluation.gallery import Gallery, IndexRecall, check_index
 from pml_fewshot.evaluation.search import Ranking, exact_search
@@ -27,7 +27,8 @@ RECALL_SAMPLE = 1000  # queries that an approximate index is compared with exact
 class RetrievalResult(Mapping[str, float]):
     """Retrieval figures by name, each a mean over the queries (NMI and AMI: of all) and a fraction of 1.
 
-    `per_query` has the values (N,) of the queries that count and `labels` (N,) their classes; `num_excluded` have no
+    `per_query` has the values (N,) of the queries that count and `labels` (N,) their classes, of `class_names` where
+    the queries have names; `num_excluded` have no
     (other) item of their class among the references. "leave-one-out": each query searched the others; "gallery": a set
     of references, to `k` neighbors. `ranking` names index, distance and recall; `index_recall` compares an approximate
     index with exact search, but not a Gallery, which holds no embeddings. `clustering` has NMI and AMI.
@@ -41,6 +42,7 @@ class RetrievalResult(Mapping[str, float]):
     ranking: str = ""
     index_recall: IndexRecall | None = None
     clustering: Mapping[str, float] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
 
     @property
     def num_queries(self) -> int:
@@ -66,11 +68,12 @@ class RetrievalResult(Mapping[str, float]):
         values = self.per_query[metric]
         return 1.96 * values.std().item() / len(values) ** 0.5
 
-    def per_class(self, metric: str) -> tuple[Tensor, Tensor]:
-        """Labels (C,) of the queries' classes, ascending, and the mean (C,) of a figure over each one's queries."""
+    def per_class(self, metric: str) -> dict[ClassName, float]:
+        """The mean of a figure over each class's queries, by class name (by label where there are no names)."""
         classes, position, counts = torch.unique(self.labels, return_inverse=True, return_counts=True)
         values = self.per_query[metric]
-        return classes, torch.zeros(len(classes), dtype=values.dtype).index_add_(0, position, values) / counts
+        means = torch.zeros(len(classes), dtype=values.dtype).index_add_(0, position, values) / counts
+        return dict(zip(names_of(classes, self.class_names), means.tolist(), strict=True))
 
 
 @dataclass(eq=False)
@@ -116,19 +119,20 @@ class RetrievalTester:
             check_at_least_one("k", self.k)
 
     def test(
-        self, embedder: Embedder | EmbeddingBank, dataset: Source | None = None, reference: Source | None = None
+        self, embedder: nn.Module | EmbeddingBank, dataset: Source | None = None, reference: Source | None = None
     ) -> RetrievalResult:
-        """Evaluates an embedder on a data set, or a bank of embeddings.
+        """Evaluates an embedder on a data set, or a bank; the classes of both sides are aligned by their names.
 
         Args:
-            embedder: an Embedder, with `dataset`; or a bank of queries, `test(bank)` or `test(bank, reference)`.
+            embedder: an Embedder (or any module that embeds), with `dataset`; or a bank of queries, `test(bank)` or
+                `test(bank, reference)`.
             dataset: images to embed and to use as queries.
             reference: what to search: images, a bank, or a Gallery, whole: a query in it finds itself. When None the
                 queries search among themselves, each without itself (known by its index: duplicates of it count).
 
         Raises:
             UsageError: a k above the number of references or below what a metric needs, banks of different widths,
-                NaN embeddings, or no query with a right answer among the references.
+                class names on one side alone, NaN embeddings, or no query with a right answer among the references.
         """
         if not isinstance(embedder, EmbeddingBank):
             query = _as_bank(embedder, dataset)
@@ -160,7 +164,7 @@ class RetrievalTester:
             own, ranking = ranking, references.ranking
             if self.distance is not None and (own.kind, own.normalize) != (ranking.kind, ranking.normalize):
                 raise UsageError(f"expected a gallery ranked by {own}, got {ranking}; build it with that distance")
-        labels, query_labels = references.labels.cpu(), query.labels.cpu()
+        labels, query_labels = align(references, query)[0].cpu(), query.labels.cpu()
         relevant = known.count_relevant(query_labels, labels, leave_one_out)  # R of each query
         counts = relevant > 0
         clustering = tuple(metric for metric in self.metrics if metric in known.CLUSTERING)
@@ -190,6 +194,7 @@ class RetrievalTester:
             ", ".join(str(each) for each in (index, ranking, recall) if each is not None),
             recall,
             known.clustering_scores(query, clustering, ranking) if clustering else {},
+            query.class_names,
         )
 
     def _choose_k(self, metrics: Sequence[str], largest_class: int, num_references: int) -> int:
@@ -210,7 +215,7 @@ def _search(
     every = len(own) == len(query)
     rows = query.embeddings if every else query.embeddings[own]
     if isinstance(references, Gallery):
-        nearest = references.search(rows, k + leave_one_out)
+        nearest = references.search(rows, k + leave_one_out).indices
     else:
         among = None if every and leave_one_out else references.embeddings
         nearest = exact_search(rows, among, k + leave_one_out, ranking).cpu()
@@ -221,10 +226,10 @@ def _search(
     return nearest[~is_own].reshape(-1, k)
 
 
-def _as_bank(embedder: Embedder | EmbeddingBank, source: object) -> EmbeddingBank:
+def _as_bank(embedder: Any, source: object) -> EmbeddingBank:
     if isinstance(source, EmbeddingBank):
         return source
-    if isinstance(embedder, Embedder) and isinstance(source, FewShotDataset):
-        return embedder.encode(source)
+    if is_embedder(embedder) and isinstance(source, FewShotDataset):
+        return encode(embedder, source)
     got = f"{type(embedder).__name__} with {type(source).__name__}"
     raise UsageTypeError(f"expected an Embedder with a data set, or an EmbeddingBank alone, got {got}; give either")

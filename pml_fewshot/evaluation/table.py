@@ -1,18 +1,28 @@
 """ResultTable: figures of episodes and of retrieval side by side, each with its interval and its protocol."""
 
 import csv
+import html
 import io
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from pml_fewshot.checks import MissingFileError, UsageError, check_choice
 from pml_fewshot.evaluation.episodic import EpisodicResult
 from pml_fewshot.evaluation.retrieval import RetrievalResult
 from pml_fewshot.evaluation.statistics import average, average_metric
 from pml_fewshot.evaluation.table_formats import ResultRow, arrange, layout
-from pml_fewshot.io.atomic import write_text
+from pml_fewshot.io.atomic import atomic_write, write_text
+
+if TYPE_CHECKING:
+    import pandas
+
+STORED = [each for each in fields(ResultRow) if each.name != "values"]  # the columns of figures.csv
 
 
 @dataclass(frozen=True)
@@ -43,16 +53,17 @@ class ResultTable:
 
     @classmethod
     def read(cls, folder: str | Path) -> "ResultTable":
-        """Reads the figures that `write` left in a folder.
+        """Reads the figures that `write` left in a folder, and the values that they are means of.
 
         Raises:
             MissingFileError: there is no figures.csv.
-            UsageError: it has other columns, a line of another length, or a value of another type.
+            UsageError: it has other columns, a line of another length, or a value of another type; or values.npz is
+                damaged or of other figures.
         """
         path = Path(folder) / "figures.csv"
         if not path.is_file():
             raise MissingFileError(f"expected a finished run in {folder}, got no figures.csv; finish it with --resume")
-        names = [field.name for field in fields(ResultRow)]
+        names = [each.name for each in STORED]
         table = cls()
         try:
             reader = csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8"), newline=""), strict=True)
@@ -61,15 +72,24 @@ class ResultTable:
             for cells in reader:
                 if None in cells or None in cells.values():
                     raise ValueError(f"line {reader.line_num} has not {len(names)} cells")
-                table.rows.append(ResultRow(**{f.name: _parsed(cells[f.name], f.type) for f in fields(ResultRow)}))
+                table.rows.append(ResultRow(**{each.name: _parsed(cells[each.name], each.type) for each in STORED}))
         except (csv.Error, ValueError) as error:
             raise UsageError(f"expected figures in {path}, got a broken table ({error}); evaluate again") from error
+        values = _read_values(path.with_name("values.npz"))
+        table.rows = [replace(row, values=values.get(str(number))) for number, row in enumerate(table.rows)]
         return table
 
     def best_first(self) -> "ResultTable":
-        """The same rows, methods in descending order of the figure that came first for each of them."""
-        first = {row.method: row.value for row in reversed(self.rows)}
-        return ResultTable(sorted(self.rows, key=lambda row: -first[row.method]), self.failures)
+        """The same rows, lines in descending order of the figure that came first in each of them."""
+        lines = [list(figures.values()) for figures in arrange(self.rows)[1].values()]
+        lines.sort(key=lambda rows: -rows[0].value)
+        return ResultTable([row for rows in lines for row in rows], self.failures)
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """A DataFrame with a line a figure and a column for each attribute of a ResultRow but `values`."""
+        import pandas
+
+        return pandas.DataFrame([{each.name: getattr(row, each.name) for each in STORED} for row in self.rows])
 
     def add_episodic(self, context: RowContext, *trainings: EpisodicResult) -> None:
         """Adds the accuracy over episodes of one training, or the mean of several."""
@@ -88,8 +108,10 @@ class ResultTable:
             seed=first.seed,
             protocol="transductive" if context.transductive else "inductive",
             episodes_hash=first.episodes_hash,
+            classifier="; ".join(dict.fromkeys(result.classifier for result in trainings)),
             note=context.note,
             trained=len(trainings),
+            values=torch.stack([result.per_episode for result in trainings]).mean(dim=0),
         )
         self.rows.append(row)
 
@@ -109,6 +131,7 @@ class ResultTable:
                 ranking=first.ranking,
                 note="; ".join(filter(None, (context.note, excluded))),
                 trained=len(trainings),
+                values=_mean_of_queries(metric, trainings),
             )
             self.rows.append(row)
 
@@ -147,16 +170,52 @@ class ResultTable:
 
     def figures_csv(self) -> str:
         """Comma-separated values at full precision, a line a figure, with all of a ResultRow."""
-        return _csv([field.name for field in fields(ResultRow)], map(asdict, self.rows))
+        lines = ({each.name: getattr(row, each.name) for each in STORED} for row in self.rows)
+        return _csv([each.name for each in STORED], lines)
 
     def write(self, folder: str | Path) -> None:
-        """Writes results.csv, results.md, and last figures.csv, whose presence marks a finished run."""
+        """Writes results.csv, results.md, values.npz, and last figures.csv, whose presence marks a finished run.
+
+        values.npz holds the values of each row by its number, compressed; numpy can read it.
+        """
+        values = {str(n): row.values.numpy() for n, row in enumerate(self.rows) if row.values is not None}
+        with atomic_write(Path(folder) / "values.npz") as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **values)  # type: ignore[arg-type]  # it takes names for its option's
         write_text(Path(folder) / "results.csv", self.csv())
         write_text(Path(folder) / "results.md", self.markdown())
         write_text(Path(folder) / "figures.csv", self.figures_csv())
 
     def __str__(self) -> str:
         return self.markdown()
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        (head, *body), conditions = layout(self.rows, self.failures)
+        lines = "".join(_html_line("td", line) for line in body)
+        below = "".join(f"<p>{html.escape(condition)}</p>" for condition in conditions)
+        return f"<table><thead>{_html_line('th', head)}</thead><tbody>{lines}</tbody></table>{below}"
+
+
+def _mean_of_queries(metric: str, trainings: Sequence[RetrievalResult]) -> Tensor | None:
+    if metric not in trainings[0].per_query:  # NMI, AMI
+        return None
+    return torch.stack([result.per_query[metric] for result in trainings]).mean(dim=0)
+
+
+def _read_values(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():  # figures that came alone
+        return {}
+    try:
+        with path.open("rb") as file:
+            return {name: torch.from_numpy(values) for name, values in np.load(file, allow_pickle=False).items()}
+    except Exception as error:  # on broken files readers raise whatever their code happens to meet
+        raise UsageError(
+            f"expected values of figures in {path}, got a broken file ({error}); evaluate again"
+        ) from error
+
+
+def _html_line(tag: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
 def _parsed(text: str, kind: Any) -> Any:

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from torch import Tensor
 
 TITLES = {
     "precision_at_1": "P@1",
@@ -23,13 +25,17 @@ class ResultRow:
         value: mean, a fraction of 1; `ci95` is half its 95 % interval.
         ways, shots, queries, seed: of the episodes.
         count: episodes, or queries for retrieval, that the mean is over.
-        split: the classes evaluated on, test or val; `classes` is how many they are.
+        split: which of the classes were evaluated on, test, val or train; empty for a set without splits. `classes` is
+            how many they are.
         protocol: inductive: each query alone; transductive: queries inform each other; leave-one-out: each searches the
             rest; gallery: each searches a set of references.
         ranking: index and distance of a retrieval.
+        classifier: head and distance that classified episodes.
         episodes_hash: equal for results on the same episodes.
         note: what a reader must know of the data.
         trained: trainings (seeds) that the figure is averaged over.
+        values: (count,) what the mean is over, of each episode or query (over several trainings its mean), for paired
+            comparisons; None for NMI and AMI. Stored in a file of its own.
         seconds: that evaluating the method took, all its figures and embedding together, where it was timed.
     """
 
@@ -42,7 +48,7 @@ class ResultRow:
     queries: int | None = None
     count: int
     seed: int | None = None
-    split: str
+    split: str = ""
     classes: int
     protocol: Literal["inductive", "transductive", "leave-one-out", "gallery"]
     ranking: str = ""
@@ -50,6 +56,8 @@ class ResultRow:
     note: str = ""
     trained: int = 1
     seconds: float | None = None
+    classifier: str = ""
+    values: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def column(self) -> str:
@@ -60,7 +68,7 @@ class ResultRow:
         """How the figure came about."""
         seed = "" if self.seed is None else f"seed {self.seed}"
         episodes = self.episodes_hash and f"episodes {self.episodes_hash}"
-        return ", ".join(filter(None, (self.protocol, self.ranking, seed, episodes)))
+        return ", ".join(filter(None, (self.protocol, self.classifier or self.ranking, seed, episodes)))
 
 
 Lines = dict[str, dict[str, ResultRow]]  # name of a method on one set of classes -> its figures by column
@@ -77,7 +85,7 @@ def arrange(rows: Sequence[ResultRow]) -> tuple[dict[str, str], Lines]:
         if row.ways is not None:
             title = f"{row.ways}-way {row.shots}-shot" + (f" {row.queries}-query" if several_queries else "")
         columns[row.column] = title
-        name = line = _one_line(row.method) + (f" ({row.split})" if several_splits else "")
+        name = line = _one_line(row.method) + (f" ({row.split})" if several_splits and row.split else "")
         if row.protocol == "transductive" or (row.ways is None and f"{name} (transductive)" in lines):
             name = line = f"{name} (transductive)"
         number = 1
@@ -108,10 +116,14 @@ def _conditions(lines: Lines) -> list[str]:
     texts: dict[str, list[str]] = {}
     for name, figures in lines.items():
         rows = list(figures.values())
-        own = [f"{rows[0].split}, {rows[0].classes:,} classes", *(row.note for row in rows)]
+        classes = f"{rows[0].classes:,} classes"
+        own = [f"{rows[0].split}, {classes}" if rows[0].split else classes, *(row.note for row in rows)]
         for row in rows:
-            episodes = f"{row.count:,} episodes of {row.queries} queries a class, seed {row.seed}, {row.protocol}"
-            own.append(episodes if row.ways is not None else f"{row.count:,} queries, {row.conditions}")
+            if row.ways is None:
+                own.append(f"{row.count:,} queries, {row.conditions}")
+            else:
+                own.append(f"{row.count:,} episodes of {row.queries} queries a class, seed {row.seed}, {row.protocol}")
+                own.append(row.classifier)
         own += [f"means of {rows[0].trained} trainings"] if rows[0].trained > 1 else []
         texts[name] = list(dict.fromkeys(_one_line(text) for text in own if text))
     common = [text for text in next(iter(texts.values()), []) if all(text in others for others in texts.values())]

@@ -13,7 +13,7 @@ import torch
 import tyro
 
 from pml_fewshot.checks import MissingFileError, UsageError
-from pml_fewshot.evaluation.table import ResultRow, ResultTable
+from pml_fewshot.evaluation.table import STORED, ResultRow, ResultTable
 from pml_fewshot.experiment.command_line import one_line_errors
 from pml_fewshot.experiment.config import OPTIONS, Device, ExperimentConfig
 from pml_fewshot.experiment.run import evaluate, prepare
@@ -126,7 +126,7 @@ def _check_outside(module: str, folder: Path) -> None:
 def _differences(then: Sequence[ResultRow], now: Sequence[ResultRow]) -> list[str]:
     found = [f"{len(then)} figures are stored, {len(now)} come out now"] if len(then) != len(now) else []
     for before, after in zip(then, now, strict=False):
-        for field in fields(ResultRow):
+        for field in STORED:
             old, new = getattr(before, field.name), getattr(after, field.name)
             if old != new:
                 found.append(f"{after.method}, {after.figure} {after.ways or ''}: {field.name} {old} stored, {new} now")

@@ -182,7 +182,7 @@ def evaluate(prepared: Prepared, history: History) -> ResultTable:
         notes.append(f"{history.skipped:,} of {history.steps:,} training steps skipped")
     table = benchmark(
         {config.name: prepared.trainer},
-        prepared.splits.test,
+        prepared.splits,
         config.eval_specs,
         prepared.tester,
         config.num_episodes,

@@ -10,6 +10,8 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
+from pml_fewshot.embedders.modes import in_float32
+
 
 class DenseNTXentLoss(NTXentLoss):
     """PML's NTXentLoss with one softmax denominator per anchor instead of one row of all negatives per positive pair.
@@ -21,6 +23,8 @@ class DenseNTXentLoss(NTXentLoss):
     PML's wrappers (CrossBatchMemory, SelfSupervisedLoss) ask a loss for its class name and refuse this one. Give them
     an NTXentLoss and put this in its place afterwards: `memory.loss = DenseNTXentLoss()`.
     """
+
+    compute_loss = in_float32(NTXentLoss.compute_loss)
 
     def pair_based_loss(self, mat: Tensor, indices_tuple: tuple[Tensor, Tensor, Tensor, Tensor]) -> dict[str, Any]:
         a1, p, a2, n = indices_tuple
@@ -50,6 +54,7 @@ class DenseTripletMarginLoss(TripletMarginLoss):
     the losses above zero, the list of triplets is not made at all. For PML's wrappers see DenseNTXentLoss.
     """
 
+    @in_float32
     def compute_loss(
         self, embeddings: Tensor, labels: Tensor, indices_tuple: Any, ref_emb: Tensor, ref_labels: Tensor
     ) -> dict[str, Any]:
@@ -67,9 +72,8 @@ class DenseTripletMarginLoss(TripletMarginLoss):
         losses = F.softplus(violation) if self.smooth_loss else F.relu(violation)  # (P, R)
         reducer = self.reducer  # PML's default, of which nothing but its value is wanted?
         plain = type(reducer) is AvgNonZeroReducer and reducer.low == 0 and reducer.high is None
-        # Selecting the losses above zero, as it does, takes longer than all else here. In 16 bits the sum would
-        # overflow, or be rounded before it is divided.
-        if plain and not reducer.collect_stats and losses.dtype in (torch.float32, torch.float64):
+        # Selecting the losses above zero, as it does, takes longer than all else here.
+        if plain and not reducer.collect_stats:
             # times 0 or 1, because selecting and filling take ten times as long with a mask that is hard to predict
             kept = losses * diffs.to(losses.dtype).index_select(0, a)
             total = kept.sum()

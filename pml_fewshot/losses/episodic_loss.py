@@ -16,6 +16,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from pml_fewshot.checks import UsageError, check_labels
+from pml_fewshot.embedders.modes import in_float32
 
 
 class EpisodicLoss(BaseMetricLossFunction):
@@ -84,6 +85,7 @@ class EpisodicLoss(BaseMetricLossFunction):
                 class is then scored without the item.
         """
 
+    @in_float32
     def compute_loss(
         self, embeddings: Tensor, labels: Tensor, indices_tuple: Any, ref_emb: Tensor, ref_labels: Tensor
     ) -> dict[str, Any]:

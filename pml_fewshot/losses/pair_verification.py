@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pml_fewshot.checks import UsageError
 from pml_fewshot.distances.weighted_l1 import WeightedL1Similarity
+from pml_fewshot.embedders.modes import in_float32
 
 
 class PairVerificationLoss(BaseMetricLossFunction):
@@ -60,6 +61,7 @@ class PairVerificationLoss(BaseMetricLossFunction):
     def get_default_distance(self) -> BaseDistance:
         return WeightedL1Similarity()
 
+    @in_float32
     def compute_loss(
         self, embeddings: Tensor, labels: Tensor, indices_tuple: Any, ref_emb: Tensor, ref_labels: Tensor
     ) -> dict[str, Any]:

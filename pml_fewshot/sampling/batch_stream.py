@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError
 from pml_fewshot.data.dataset import FewShotDataset
-from pml_fewshot.embedders.eval_mode import eval_mode
+from pml_fewshot.embedders.modes import eval_mode
 from pml_fewshot.sampling.batches import Batch, BatchSpec
 from pml_fewshot.sampling.class_sampler import ClassSampler
 from pml_fewshot.sampling.episode_stream import Augmentation
@@ -57,7 +57,8 @@ class BatchStream:
         if spec.views == 2 and self.augment is None:
             raise UsageError("expected augmentation for two views, got none; give augment=RandomAffine()")
         if self.sampler is None:
-            self.classes = ClassSampler(self.dataset.labels, spec.classes, spec.per_class, str(spec))
+            names = self.dataset.class_names
+            self.classes = ClassSampler(self.dataset.labels, spec.classes, spec.per_class, str(spec), names)
         seeds = torch.randint(2**62, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
         self.generator, self.augmentation_generator = (torch.Generator().manual_seed(each) for each in seeds)
         self._construction_seed = seed % 2**32  # numpy's seeds have 32 bits

@@ -1,5 +1,7 @@
 """Drawing without replacement, for thousands of rows at once: numbers, and classes with their items."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -59,19 +61,22 @@ class ClassSampler:
         classes: how many classes to draw at a time.
         per_class: how many items of each.
         what: what is drawn, for messages.
+        class_names: that the labels are indices into, where there are names, for messages.
 
     Raises:
         UsageError: labels are not int64, fewer classes than wanted, or a class (named by its label) with fewer items.
     """
 
-    def __init__(self, labels: Tensor, classes: int, per_class: int, what: str) -> None:
+    def __init__(
+        self, labels: Tensor, classes: int, per_class: int, what: str, class_names: Sequence[str] = ()
+    ) -> None:
         check_labels(labels, len(labels), "the sampler's")
         self.classes, self.per_class = classes, per_class
         values, self.counts = torch.unique(labels, return_counts=True)
         if (found := len(values)) < classes:
             do = "ask for fewer, or use a set with more classes"
             raise UsageError(f"expected at least {classes} classes for {what}, got {found} classes; {do}")
-        check_enough_items(values, self.counts, per_class, what)
+        check_enough_items(values, self.counts, per_class, what, class_names)
         # Items sorted by class: item i of class c is items[starts[c] + i].
         self.items = torch.argsort(labels, stable=True)
         self.starts = self.counts.cumsum(0) - self.counts

@@ -40,7 +40,7 @@ class EpisodeStream:
         check_at_least_one("episodes_per_batch", self.episodes_per_batch)
         seeds = torch.randint(2**62, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
         generator, self.augmentation_generator = (torch.Generator().manual_seed(each) for each in seeds)
-        self.sampler = EpisodeSampler(self.dataset.labels, self.spec, generator)
+        self.sampler = EpisodeSampler(self.dataset.labels, self.spec, generator, self.dataset.class_names)
         self._block_state = generator.get_state()
         self._block: EpisodeIndex | None = None
         self._position = 0  # batches of the block that have been yielded

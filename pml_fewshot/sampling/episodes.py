@@ -4,6 +4,7 @@ Letters in shapes, here and everywhere: E episodes, W ways, K shots, Q queries p
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,15 +96,18 @@ class EpisodeSampler:
         labels: (M,) int64 class of each item, any values.
         spec: the episodes' size.
         generator: source of all randomness; its state moves on with each call.
+        class_names: that the labels are indices into, for messages.
 
     Raises:
         UsageError: labels are not int64, fewer classes than ways, or a class (named by its label) with fewer items than
             shots + queries.
     """
 
-    def __init__(self, labels: Tensor, spec: EpisodeSpec, generator: torch.Generator) -> None:
+    def __init__(
+        self, labels: Tensor, spec: EpisodeSpec, generator: torch.Generator, class_names: Sequence[str] = ()
+    ) -> None:
         self.spec, self.generator = spec, generator
-        self.classes = ClassSampler(labels, spec.ways, spec.shots + spec.queries, str(spec))
+        self.classes = ClassSampler(labels, spec.ways, spec.shots + spec.queries, str(spec), class_names)
 
     def sample(self, num_episodes: int) -> EpisodeIndex:
         """Draws `num_episodes` episodes, each of distinct classes with disjoint support and query."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pml_fewshot.checks import UsageError, check_at_least_one
 from pml_fewshot.data.dataset import FewShotDataset, Splits
 from pml_fewshot.embedders.embedder import Embedder
-from pml_fewshot.evaluation.heads import Head, nearest_prototype
+from pml_fewshot.evaluation.heads import Head, name_of_head, nearest_prototype
 from pml_fewshot.parts.instantiate import Part, instantiate
 from pml_fewshot.sampling.batches import Batch, BatchSpec
 from pml_fewshot.sampling.episodes import EpisodeSpec
@@ -184,6 +184,11 @@ class FewShotTrainer(nn.Module):
     def distance(self) -> BaseDistance | None:
         """The PML distance that heads and retrieval rank by, if the loss has one; of several losses the first's."""
         return pml_compat.distance_of(self.loss)
+
+    @property
+    def classifier(self) -> str:
+        """What `classify` does, for tables: the head and its distance."""
+        return name_of_head(self.head, self.distance)
 
     @property
     def thread_safe(self) -> bool:

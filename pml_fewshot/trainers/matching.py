@@ -7,6 +7,7 @@ from pml_fewshot.checks import UsageError
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.embedders.full_context import FullContext
 from pml_fewshot.evaluation.heads import similarities_to_each
+from pml_fewshot.evaluation.search import Ranking
 from pml_fewshot.losses.matching import MatchingLoss
 from pml_fewshot.parts.instantiate import Part, instantiate
 from pml_fewshot.trainers.base import FewShotTrainer
@@ -43,6 +44,10 @@ class MatchingTrainer(FewShotTrainer):
             name = type(self.loss).__name__
             raise UsageError(f"expected a MatchingLoss, got a {name}; use MetricTrainer for other losses")
         self.context = instantiate(context)
+
+    @property
+    def classifier(self) -> str:
+        return ("attention in full context" if self.context else "attention") + f" by {Ranking.of(self.distance)}"
 
     def episode_loss(self, support: Tensor, query: Tensor) -> Tensor:
         if self.context is not None:

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
 from pml_fewshot.checks import ExistingFileError, UsageError, check_at_least_one
-from pml_fewshot.embedders.eval_mode import eval_mode
+from pml_fewshot.embedders.modes import eval_mode
 from pml_fewshot.evaluation.episodic import EpisodicResult
 from pml_fewshot.io.checkpoint import load_checkpoint
 from pml_fewshot.training.early_stopping import EarlyStopping

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from pml_fewshot.evaluation.benchmark import SPECS, benchmark
 from pml_fewshot.evaluation.episodic import EpisodicEvaluator
 from pml_fewshot.evaluation.heads import nearest_neighbour, nearest_prototype
 from pml_fewshot.evaluation.retrieval import RetrievalTester
+from pml_fewshot.evaluation.search import Ranking
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.losses.prototypical import PrototypicalLoss
 from pml_fewshot.sampling.episodes import EpisodeSpec
@@ -93,7 +95,11 @@ def test_every_kind_of_method_has_the_figures_of_evaluator_and_tester():
     assert len({row.episodes_hash for row in table.rows if row.ways == 3}) == 1
     for row in table.rows:
         assert (row.count, row.seed) == ((EPISODES, 3) if row.ways else (len(DATA), None))
-        assert (row.split, row.classes, row.trained) == ("test", 6, 1)
+        assert (row.split, row.classes, row.trained) == ("", 6, 1)
+        by = f"nearest_prototype by {Ranking.of(CosineSimilarity())}" if row.method == "b" else "nearest_prototype"
+        assert row.classifier == ("Adapting" if row.method == "adapting" else by if row.ways else "")
+        assert len(row.values) == row.count
+        assert row.values.mean().item() == pytest.approx(row.value)
         assert row.note == ("" if row.method == "bank" else "made up")
     assert {row.protocol for row in table.rows if row.method == "adapting"} == {"transductive"}
     assert "| adapting (transductive) |" in table.markdown()
@@ -114,6 +120,13 @@ def test_trainings_of_one_method_are_averaged():
 def test_splits_are_evaluated_on_their_test_classes_and_classes_counted_by_label():
     splits = Splits(tiny_set("train", 6, seed=1), tiny_set("val", 5, seed=2), DATA)
     assert same(values(quick(embedder(), splits)), values(quick(embedder(), DATA)))
+    for name, part in vars(splits).items():
+        table = quick(embedder(), splits, split=name)
+        assert same(values(table), values(quick(embedder(), part)))
+        assert {(row.split, row.classes) for row in table.rows} == {(name, len(part.class_names))}
+    for data in (DATA, None):
+        with pytest.raises(UsageTypeError, match="expected Splits to take val from, got a"):
+            quick(embedder().encode(DATA), data, split="val")
     bank = EmbeddingBank(embedder().encode(DATA).embeddings, DATA.labels * 1000 + 2**60)
     assert {row.classes for row in quick(bank).rows} == {6}
 
@@ -160,7 +173,8 @@ def test_a_head_replaces_every_methods_own_and_gets_its_distance():
 
 
 def test_retrieval_over_a_reference_is_called_gallery_and_can_be_left_out():
-    bank, reference = embedder().encode(DATA), embedder().encode(tiny_set("other", 6, seed=5))
+    bank, other = embedder().encode(DATA), embedder().encode(tiny_set("other", 6, seed=5))
+    reference = replace(other, class_names=bank.class_names)
     exact = RetrievalTester().test(bank, reference)
     rows = [row for row in quick(bank, reference=reference).rows if row.ways is None]
     assert {row.protocol for row in rows} == {"gallery"}
@@ -172,8 +186,8 @@ def test_retrieval_over_a_reference_is_called_gallery_and_can_be_left_out():
 def test_notes_of_the_set_and_of_the_caller_reach_the_table():
     assert {row.note for row in quick(embedder(), DATA, note="half trained").rows} == {"made up; half trained"}
     unnoted = FewShotDataset(DATA.images, DATA.labels, DATA.class_names)
-    rows = quick(embedder(), unnoted, note="half trained", split="val").rows
-    assert {(row.method, row.note, row.split) for row in rows} == {("Embedder", "half trained", "val")}
+    rows = quick(embedder(), unnoted, note="half trained").rows
+    assert {(row.method, row.note) for row in rows} == {("Embedder", "half trained")}
 
 
 def test_seconds_hold_all_that_a_method_took_and_untimed_tables_are_the_same():

@@ -51,7 +51,7 @@ def share_found(found: torch.Tensor, distances: np.ndarray) -> float:
 @pytest.mark.parametrize(("index", "parameters", "name"), EXHAUSTIVE)
 def test_an_index_that_searches_everything_finds_the_nearest(index: str, parameters: str, name: str):
     bank = clustered(800)
-    found = Gallery(bank, index, parameters, DISTANCES[name][0]).search(QUERY, 10)
+    found = Gallery(bank, index, parameters, DISTANCES[name][0]).search(QUERY, 10).indices
     distances = all_distances(QUERY, bank.embeddings, name)
     assert (found.shape, found.dtype) == ((20, 10), torch.int64)
     assert all(len(set(row)) == 10 for row in found.tolist())
@@ -64,7 +64,7 @@ def test_an_index_that_searches_everything_finds_the_nearest(index: str, paramet
 @pytest.mark.parametrize("name", ["none", "cosine"])
 def test_the_chosen_parameters_find_nearly_all_on_clustered_data(index: str, name: str):
     bank, query = clustered(3000, dims=16), clustered(100, seed=1, dims=16).embeddings
-    found = Gallery(bank, index, "", DISTANCES[name][0]).search(query, 10)
+    found = Gallery(bank, index, "", DISTANCES[name][0]).search(query, 10).indices
     assert share_found(found, all_distances(query, bank.embeddings, name)) > 0.95
 
 
@@ -118,12 +118,14 @@ def test_memory_maps_are_added_in_blocks(index: str, dtype: str, tmp_path: Path,
     blocks.add(EmbeddingBank(mapped[600:], bank.labels[600:]))
     assert len(blocks) == len(whole) == blocks.faiss_index.ntotal == 700
     assert torch.equal(blocks.labels, bank.labels)
-    assert torch.equal(blocks.search(QUERY, 9), whole.search(QUERY, 9))
+    assert torch.equal(blocks.search(QUERY, 9).indices, whole.search(QUERY, 9).indices)
 
 
 def test_the_seed_chooses_the_training_sample(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "training_sample", lambda n, _, generator: torch.randperm(n, generator=generator)[:200])
-    first, again, other = (Gallery(clustered(800), "ivf", "nprobe=1", seed=seed).search(QUERY, 5) for seed in (0, 0, 1))
+    first, again, other = (
+        Gallery(clustered(800), "ivf", "nprobe=1", seed=seed).search(QUERY, 5).indices for seed in (0, 0, 1)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -139,7 +141,7 @@ def test_a_saved_gallery_reads_back_the_same(index: str, parameters: str, tmp_pa
         gallery = Gallery(high, index, parameters, DISTANCES[name][0])
         gallery.save(tmp_path / name / "gallery")
         again = Gallery.load(str(tmp_path / name / "gallery"))
-        assert torch.equal(again.search(QUERY, 9), gallery.search(QUERY, 9))
+        assert torch.equal(again.search(QUERY, 9).indices, gallery.search(QUERY, 9).indices)
         assert torch.equal(again.labels - 2**53, bank.labels)
         assert str(again) == str(gallery)
         assert (again.ranking.kind, again.ranking.normalize) == (gallery.ranking.kind, gallery.ranking.normalize)
@@ -250,5 +252,5 @@ def test_a_training_sample_has_enough_for_each_list():
 @pytest.mark.parametrize(("count", "dims"), [(1, 4), (5, 1), (30, 7), (39, 8), (100, 13)])
 def test_small_galleries_are_searched_exactly(index: str, count: int, dims: int):
     bank, query = clustered(count, dims=dims), clustered(20, seed=1, dims=dims).embeddings
-    found = Gallery(bank, index, "k_factor_rf=100" if index == "ivfpq" else "").search(query, min(5, count))
+    found = Gallery(bank, index, "k_factor_rf=100" if index == "ivfpq" else "").search(query, min(5, count)).indices
     assert share_found(found, all_distances(query, bank.embeddings)) == 1

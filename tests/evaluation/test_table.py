@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from statistics import stdev
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from pml_fewshot.evaluation.table import ResultRow, ResultTable, RowContext
 from pml_fewshot.sampling.episodes import EpisodeSpec
 
 FIGURE_COLUMNS = ["method", "figure", "value", "ci95", "ways", "shots", "queries", "count", "seed", "split", "classes"]
-FIGURE_COLUMNS += ["protocol", "ranking", "episodes_hash", "note", "trained", "seconds"]
+FIGURE_COLUMNS += ["protocol", "ranking", "episodes_hash", "note", "trained", "seconds", "classifier"]
 ABOUT = ["method", "split", "classes", "trained", "seconds", "note"]
 HASH = "0123456789abcdef"
 ONE_SHOT = EpisodeSpec(5, 1, 15)
@@ -231,16 +232,32 @@ def test_a_written_table_is_read_to_the_last_digit(tmp_path: Path, monkeypatch: 
     table.rows[0] = replace(table.rows[0], **odd, value=1 / 3, seconds=0.1 + 0.2, trained=3)
     table.rows[1] = replace(table.rows[1], ci95=float("nan"), seconds=0.1 + 0.2, trained=3)
     table.write(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"results.csv", "results.md", "figures.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {"results.csv", "results.md", "figures.csv", "values.npz"}
     assert (tmp_path / "results.csv").read_bytes().decode() == table.csv()
     assert (tmp_path / "results.md").read_bytes().decode() == table.markdown()
     assert ResultTable().figures_csv() == ",".join(FIGURE_COLUMNS) + "\n"
     again = ResultTable.read(tmp_path)
     assert repr(again.rows) == repr(table.rows)  # by repr, in which NaN equals NaN
+    for row, then in zip(again.rows, table.rows, strict=True):
+        assert (row.values is None) if then.values is None else torch.equal(row.values, then.values)
+        assert row.values is None or row.values.mean().item() == pytest.approx(row.value) or row.value == 1 / 3
     written: list[str] = []
     monkeypatch.setattr("pml_fewshot.evaluation.table.write_text", lambda path, text: written.append(path.name))
     table.write(tmp_path)
     assert written[-1] == "figures.csv"  # which marks a finished run
+
+
+def test_notebooks_and_pandas_show_the_same_table():
+    table = two_methods()
+    pytest.importorskip("pandas")
+    table.rows[0] = replace(table.rows[0], method="<b>& |")
+    shown, (head, _, *body) = ElementTree.fromstring(f"<div>{table._repr_html_()}</div>"), grid(table.markdown())
+    lines = [[cell.text or "" for cell in line] for line in shown.iter("tr")]
+    assert lines == [head, *([cell.replace(r"\|", "|") for cell in line] for line in body)]
+    assert [paragraph.text for paragraph in shown.iter("p")] == below(table)
+    frame = table.to_pandas()
+    assert frame.columns.tolist() == FIGURE_COLUMNS
+    assert frame["value"].tolist() == [row.value for row in table.rows]
 
 
 def test_what_is_no_table_of_figures_raises(tmp_path: Path):
@@ -252,7 +269,7 @@ def test_what_is_no_table_of_figures_raises(tmp_path: Path):
         (whole.replace(b"method,", b"name,", 1), r"columns \['name', .*, not \['method'"),
         (whole.replace(b"inductive", b"inductiv"), "did you mean 'inductive'"),
         (whole.replace(b",10000,", b",many,"), "many"),
-        (whole.replace(b",10000,", b","), "line 2 has not 17 cells"),
+        (whole.replace(b",10000,", b","), "line 2 has not 18 cells"),
         (whole + b'"', "unexpected end"),
         (whole + b"\xff", "decode byte 0xff"),
     ):
@@ -264,7 +281,7 @@ def test_what_is_no_table_of_figures_raises(tmp_path: Path):
 def test_best_first_sorts_methods_by_their_first_figure_and_keeps_their_rows_together():
     table = two_methods()
     table.rows.insert(0, replace(table.rows[0], method="worst", value=0.5))
-    table.rows.append(replace(table.rows[0], figure="NMI", value=1.0))
+    table.rows.append(replace(table.rows[0], figure="NMI", ways=None, value=1.0))
     table.failures["broken"] = "why"
     best = table.best_first()
     assert [row.method for row in best.rows] == ["ProtoNet"] * 3 + ["Other"] * 2 + ["worst"] * 2

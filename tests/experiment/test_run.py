@@ -69,7 +69,7 @@ def rates(folder: Path) -> list[float]:
 def test_run_folder_holds_what_is_promised(finished: Finished) -> None:
     files = {path.name for path in finished.folder.iterdir()} - {"tensorboard", ".lock", "results.tex"}
     about = {"config.txt", "config.json", "logs.db", "train.csv", "validation.csv", "last.pt", "embedder.safetensors"}
-    assert files == about | {"results.csv", "results.md", "figures.csv"}
+    assert files == about | {"results.csv", "results.md", "figures.csv", "values.npz"}
     train, validation = (rows_of(finished.folder, group) for group in ("train", "validation"))
     assert (train[0]["step"], train[-1]["step"]) == (1, 24)
     assert train[0].keys() >= {"loss", "learning_rate", "accuracy"}

@@ -93,7 +93,7 @@ def test_a_saved_state_goes_on_with_the_very_next_episode(position: int, episode
 
 
 def test_a_class_too_small_or_no_tasks_are_refused_at_once():
-    with pytest.raises(ValueError, match="in every class, got 4 in class 0"):
+    with pytest.raises(ValueError, match="in every class, got 4 in class 'a'"):
         EpisodeStream(DATA, EpisodeSpec(2, 2, 3), 0)
     for wrong in (0, True):
         with pytest.raises(ValueError, match="expected episodes_per_batch to be an integer of at least 1"):

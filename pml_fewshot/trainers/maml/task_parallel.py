@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pml_fewshot.embedders.eval_mode import eval_mode
+from pml_fewshot.embedders.modes import eval_mode
 from pml_fewshot.trainers.maml.batch_statistics import BatchStatistics
 from pml_fewshot.trainers.maml.grouped_tasks import GroupedTasks
 

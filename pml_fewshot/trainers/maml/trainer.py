@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError, check_at_least_one, check_choice
 from pml_fewshot.data.dataset import FewShotDataset, Splits
-from pml_fewshot.embedders.eval_mode import eval_mode
-from pml_fewshot.evaluation.heads import Head
+from pml_fewshot.embedders.modes import eval_mode
+from pml_fewshot.evaluation.heads import Head, name_of_head
 from pml_fewshot.parts.instantiate import Part, instantiate
 from pml_fewshot.sampling.batches import BatchSpec
 from pml_fewshot.sampling.episodes import Episode, EpisodeSpec
@@ -120,6 +120,11 @@ class MAMLTrainer(FewShotTrainer):
     @property
     def divergence_hint(self) -> str:
         return f"lower the inner learning rate ({self.inner.inner_lr:g})"
+
+    @property
+    def classifier(self) -> str:
+        steps = f"the network after {self.eval_inner_steps} inner steps"
+        return steps if self.head is None else f"{name_of_head(self.head)} on {steps}"
 
     @property
     def transductive(self) -> bool:

@@ -1,0 +1,77 @@
+"""What surrounds a call and must not change its figures: train mode, autocast, grad and inference mode, 16 bits."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_lock = threading.Lock()
+_in_eval: dict[nn.Module, tuple[int, bool]] = {}  # part -> how many blocks hold it in eval mode, its own mode
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """The arithmetic of every evaluation: eval mode, no gradient, and no autocast, whatever the caller has set."""
+    with torch.inference_mode(False), torch.no_grad(), no_autocast(), eval_mode(*modules):
+        yield
+
+
+@contextmanager
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
+    """Puts modules and their parts into eval mode and gives each its own mode back, even a frozen batch norm.
+
+    Threads may hold one module at the same time: the last to leave gives the modes back.
+    """
+    parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
+    with _lock:
+        for part in parts:
+            blocks, training = _in_eval.get(part, (0, part.training))
+            _in_eval[part] = blocks + 1, training
+        for module in modules:
+            module.eval()
+    try:
+        yield
+    finally:
+        with _lock:
+            for part in parts:
+                blocks, training = _in_eval.pop(part)
+                if blocks > 1:
+                    _in_eval[part] = blocks - 1, training
+                else:
+                    part.training = training
+
+
+@contextmanager
+def no_autocast() -> Iterator[None]:
+    """Autocast off on every device: bfloat16's 8 bits cannot tell near embeddings apart."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+def in_float32(function: Callable[P, T]) -> Callable[P, T]:
+    """Has a function of tensors compute in float32 at least, whatever their type and autocast say.
+
+    float16 overflows in squares above 255, and has no place for a norm below 1e-7.
+    """
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        wide = {id(each): widened(each) for each in (*args, *kwargs.values())}  # one tensor given twice stays one
+        with no_autocast():
+            return function(*(wide[id(a)] for a in args), **{name: wide[id(a)] for name, a in kwargs.items()})
+
+    return wrapped
+
+
+def widened(value: Any) -> Any:
+    """A tensor of floats in float32 at least; anything else as it is."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(torch.promote_types(value.dtype, torch.float32))
+    return value
