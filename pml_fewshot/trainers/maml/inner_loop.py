@@ -76,7 +76,8 @@ class InnerLoop(nn.Module):
 
     def weights(self, tasks: int) -> Weights:
         """The network's own weights, once for each task, without a copy: (T, *shape) each."""
-        return {name: p.expand(tasks, *p.shape) for name, p in self.network.named_parameters()}
+        own = self.network.named_parameters()  # those made in inference mode take no gradient, but their copies do
+        return {name: (p.clone() if p.is_inference() else p).expand(tasks, *p.shape) for name, p in own}
 
     def outputs(
         self, weights: Weights, images: Tensor, ways: int, stats_of: Tensor | None = None, double: bool = False

@@ -5,13 +5,14 @@ images (T, B, *item) and `num_stat_items`, the items at the front of a task's ba
 from (all when None), and returns (T, B, *output).
 """
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from pml_fewshot.embedders.modes import eval_mode
 from pml_fewshot.trainers.maml.batch_statistics import BatchStatistics
@@ -41,9 +42,8 @@ def vmap(network: nn.Module, weights: Weights, images: Tensor, num_stat_items: i
 
 
 def _one_task(network: nn.Module, num_stat_items: int | None, decomposed: bool, own: Weights, images: Tensor) -> Tensor:
-    state = {**_buffers(network), **own}
-    with BatchStatistics(len(images), num_stat_items, decomposed):
-        return functional_call(network, state, (images,))
+    with BatchStatistics(len(images), num_stat_items, decomposed), swapped(network, {**_buffers(network), **own}):
+        return network(images)
 
 
 def grouped(
@@ -58,8 +58,9 @@ def grouped(
     if channels_last and side_by_side.ndim == 4:
         side_by_side = side_by_side.contiguous(memory_format=torch.channels_last)
     buffers = _buffers(network)
-    with GroupedTasks(images, weights.values(), buffers.values(), num_stat_items):
-        output = functional_call(network, {**buffers, **weights}, (side_by_side,))
+    mode = GroupedTasks(images, weights.values(), buffers.values(), num_stat_items)
+    with swapped(network, {**buffers, **weights}), mode:
+        output = network(side_by_side)
     return output.unflatten(1, (len(images), -1)).transpose(0, 1)
 
 
@@ -97,9 +98,34 @@ def max_tasks_per_chunk(support: Tensor, query: Tensor) -> int:
 def normalizes(network: nn.Module, images: Tensor) -> bool:
     """Whether the network calls `F.batch_norm` for images (B, *item), as all of torch's batch norms do."""
     state = {**_buffers(network), **{name: p.detach() for name, p in network.named_parameters()}}
-    with eval_mode(network), torch.enable_grad(), BatchStatistics(len(images)) as statistics:
-        functional_call(network, state, (images,))
+    statistics = BatchStatistics(len(images))
+    with eval_mode(network), torch.enable_grad(), statistics, swapped(network, state):
+        network(images)
     return statistics.was_used
+
+
+_swapping = threading.RLock()
+
+
+@contextmanager
+def swapped(network: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within this context a network has other parameters and buffers, given by their first names; then its own again.
+
+    Each place is changed once and given its own object back, however many names lead to it and whatever the network
+    did there. (`torch.func.functional_call` leaves the wrong tensor in a module that has two names, torch 2.13.)
+    One thread at a time: the network is changed while it runs.
+    """
+    with _swapping:
+        owners: list[dict[str, Any]] = [each for m in network.modules() for each in (m._parameters, m._buffers)]
+        named = {id(own): name for name, own in (*network.named_parameters(), *network.named_buffers())}
+        places = [(each, key, own) for each in owners for key, own in each.items() if own is not None]
+        try:
+            for entries, key, own in places:
+                entries[key] = tensors[named[id(own)]]
+            yield
+        finally:
+            for entries, key, own in places:
+                entries[key] = own
 
 
 def _buffers(network: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError, check_at_least_one, check_choice
 from pml_fewshot.data.dataset import FewShotDataset, Splits
-from pml_fewshot.embedders.modes import eval_mode
+from pml_fewshot.embedders.modes import evaluating
 from pml_fewshot.evaluation.heads import Head, name_of_head
 from pml_fewshot.parts.instantiate import Part, instantiate
 from pml_fewshot.sampling.batches import BatchSpec
@@ -200,11 +200,11 @@ class MAMLTrainer(FewShotTrainer):
             raise UsageError(
                 f"expected inner_steps of at least 0, got {steps}; 0 classifies by the weights as they are"
             )
-        if torch.is_inference_mode_enabled():
-            raise UsageError("expected no torch.inference_mode(), for classify takes gradients; use torch.no_grad()")
         chunk = self.task_chunk or max_tasks_per_chunk(support, query)
         logits = []
-        with eval_mode(self), torch.no_grad():
+        with evaluating(self):
+            # (gradients of tensors made in inference mode cannot be taken)
+            support, query = (each.clone() if each.is_inference() else each for each in (support, query))
             for own, queries in zip(support.split(chunk), query.split(chunk), strict=True):
                 weights = self.inner.adapt_to(own, steps)
                 logits.append(self._logits(weights, own, self._query_outputs(weights, own, queries)))

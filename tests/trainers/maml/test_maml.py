@@ -262,9 +262,11 @@ def test_an_inner_loss_that_learns_nothing_from_one_shot_is_refused() -> None:
     maml(episodes())  # two shots have a positive pair
 
 
-def test_classify_needs_gradients_and_a_number_of_steps() -> None:
-    with torch.inference_mode(), pytest.raises(UsageError, match=r"use torch\.no_grad"):
-        classified(trainer())
+def test_classify_is_the_same_in_any_mode_and_needs_a_number_of_steps() -> None:
+    expected = classified(trainer())
+    for mode in (torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16)):
+        with mode:
+            assert torch.equal(classified(trainer()), expected)
     with pytest.raises(UsageError, match="expected inner_steps of at least 0, got -1"):
         classified(trainer(), -1)
 

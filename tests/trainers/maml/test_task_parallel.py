@@ -1,5 +1,6 @@
 """Loop, vmap and grouped convolutions: one result and one gradient, for every network that they take."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -16,8 +17,16 @@ from pml_fewshot.embedders.resnet12 import ResNet12
 from pml_fewshot.trainers.maml import inner_loop
 from pml_fewshot.trainers.maml.batch_statistics import BatchStatistics
 from pml_fewshot.trainers.maml.grouped_tasks import NotGroupable
-from pml_fewshot.trainers.maml.task_parallel import fastest, grouped, loop, max_tasks_per_chunk, normalizes, vmap
-from tests.trainers.maml.small_maml import SIZE, TASKS, close, convolutions, trainer, vector
+from pml_fewshot.trainers.maml.task_parallel import (
+    fastest,
+    grouped,
+    loop,
+    max_tasks_per_chunk,
+    normalizes,
+    swapped,
+    vmap,
+)
+from tests.trainers.maml.small_maml import SIZE, TASKS, close, convolutions, episodes, trainer, vector
 
 ITEMS = 4
 RUNS = {"vmap": vmap, "grouped": grouped, "grouped, channels last": partial(grouped, channels_last=True)}
@@ -250,3 +259,49 @@ def test_dropout_differs_between_tasks(run: Callable[..., Tensor]) -> None:
     outputs = run(nn.Sequential(nn.Flatten(), nn.Dropout(0.5)), {}, torch.ones(2, 1, 1, 8, 8))
     assert outputs.shape == (2, 1, 64)
     assert not torch.equal(outputs[0], outputs[1])
+
+
+class TwoNames(nn.Module):
+    """A layer under two names, twice in the network, and a buffer that the network replaces."""
+
+    def __init__(self, tied: bool, counts: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(SIZE * SIZE, SIZE * SIZE), nn.Linear(SIZE * SIZE, 2)
+        self.again = nn.Sequential(self.first, self.last) if tied else nn.Identity()
+        self.counts, self.calls = counts, nn.Buffer(torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.counts:
+            self.calls = self.calls + 1
+        return self.last(self.first(torch.tanh(self.first(images.flatten(1)))))
+
+
+@pytest.mark.parametrize("mode", ["loop", "vmap", "grouped"])
+def test_a_layer_of_two_names_trains_as_with_one_and_stays_the_users_own(mode: str) -> None:
+    losses = []
+    for tied in (True, False):
+        network = TwoNames(tied, counts=mode != "grouped")
+        maml = trainer(lambda network=network: network, inner_steps=2, parallel=mode)
+        own = [*map(id, network.parameters()), id(network.calls)]
+        optimizer = torch.optim.SGD(maml.parameters(), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            maml(episodes()).backward()
+            optimizer.step()
+        losses.append(maml(episodes()).item())
+        maml.classify(episodes().support, episodes().query.flatten(1, 2))
+        assert [*map(id, network.parameters()), id(network.calls)] == own
+        assert all(type(parameter) is nn.Parameter for parameter in network.parameters())
+        assert network.calls == 0
+    assert losses[0] == losses[1] != pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_a_network_has_its_own_tensors_back_after_an_error() -> None:
+    network = nn.Linear(3, 2)
+    own, other = network.weight, {name: parameter + 1 for name, parameter in network.named_parameters()}
+    with swapped(network, other):
+        assert network.weight is other["weight"]
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), swapped(network, other):
+        network(torch.zeros(1, 4))
+    assert network.weight is own
