@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,31 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
                     _in_eval[part] = blocks - 1, training
                 else:
                     part.training = training
+
+
+_frozen: WeakSet[nn.Module] = WeakSet()  # parts that were in eval mode when a training of them began
+
+
+@contextmanager
+def train_mode(module: nn.Module) -> Iterator[None]:
+    """Puts a module into train mode, but for the parts frozen by hand, and into eval mode at the end.
+
+    Frozen are the parts in eval mode within a module in train mode. They stay so in a second training too, when the
+    whole module is in eval mode, until somebody calls their `train()`. Gradients are on, whatever the caller has set.
+    """
+    parts = set(module.modules())
+    if module.training:
+        _frozen.difference_update(parts)
+        _frozen.update(part for part in parts if not part.training)
+    frozen = [part for part in parts & set(_frozen) if not part.training]
+    module.train()
+    for part in frozen:
+        part.training = False
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        module.eval()
 
 
 @contextmanager

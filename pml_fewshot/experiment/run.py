@@ -32,9 +32,8 @@ from pml_fewshot.sampling.episode_stream import EpisodeStream
 from pml_fewshot.trainers.base import FewShotTrainer
 from pml_fewshot.training.fit import fit
 from pml_fewshot.training.interruption import TrainingDiverged, TrainingInterrupted
-from pml_fewshot.training.state import RECORDED, History, history_of, lower_learning_rate
-
-RETRY_FACTOR = 0.5  # of the learning rate, each time that a training diverged
+from pml_fewshot.training.schedule import lower_learning_rate
+from pml_fewshot.training.state import RECORDED, History, history_of
 
 
 @dataclass
@@ -141,9 +140,7 @@ def train(prepared: Prepared, folder: RunFolder) -> History:
     """Trains from the folder's checkpoint, if there is one; a NaN returns to it as often as the config says."""
     config, checkpoint = prepared.config, folder.checkpoint
     with closing(Recorder(folder.path)) as recorder:
-        if checkpoint.exists():
-            _stretch_schedule(prepared, checkpoint)
-        else:  # rows of a process that was killed before its first checkpoint
+        if not checkpoint.exists():  # rows of a process that was killed before its first checkpoint
             recorder.forget_after(0, RECORDED)
         while True:
             try:
@@ -168,7 +165,7 @@ def train(prepared: Prepared, folder: RunFolder) -> History:
                 state = load_checkpoint(checkpoint) if checkpoint.exists() else None
                 if state is None or history_of(state).retries >= config.retries:
                     raise
-                lower_learning_rate(state, RETRY_FACTOR)
+                lower_learning_rate(state)
                 save_checkpoint(checkpoint, state)
                 step = state["history"]["steps"]
                 print(f"{str(error).partition(';')[0]}; back to step {step} with half the learning rate")
@@ -252,22 +249,3 @@ def _stream(config: ExperimentConfig, train: FewShotDataset, trainer: FewShotTra
         model = next(iter(trainer.exports().values()), None)  # for samplers that embed
         return BatchStream(train, config.train_spec, config.seed, config.augment, config.sampler, model)
     return EpisodeStream(train, config.train_spec, config.seed, config.augment, config.episodes_per_batch)
-
-
-def _stretch_schedule(prepared: Prepared, checkpoint: Path) -> None:
-    """Gives a checkpoint the rates of a schedule over more steps: a cosine that has ended would rise again."""
-    if (scheduler := prepared.scheduler) is None:
-        return
-    state, now = load_checkpoint(checkpoint), scheduler.state_dict()
-    if all(state["scheduler"].get(name) == now.get(name) for name in ("T_max", "total_steps")):
-        return
-    prepared.optimizer.step()  # without gradients, so it moves nothing: schedulers want it to come first
-    for _ in range(state["history"]["steps"]):
-        scheduler.step()
-    state["scheduler"] = scheduler.state_dict()
-    for stored, group in zip(state["optimizer"]["param_groups"], prepared.optimizer.param_groups, strict=True):
-        stored |= {name: value for name, value in group.items() if name != "params"}  # OneCycleLR sets momentum too
-    retries, state["history"]["retries"] = state["history"]["retries"], 0
-    for _ in range(retries):
-        lower_learning_rate(state, RETRY_FACTOR)
-    save_checkpoint(checkpoint, state)

@@ -1,23 +1,25 @@
 """fit: the only training loop."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
 from pml_fewshot.checks import ExistingFileError, UsageError, check_at_least_one
-from pml_fewshot.embedders.modes import eval_mode
+from pml_fewshot.embedders.modes import eval_mode, train_mode
 from pml_fewshot.evaluation.episodic import EpisodicResult
 from pml_fewshot.io.checkpoint import load_checkpoint
 from pml_fewshot.training.early_stopping import EarlyStopping
+from pml_fewshot.training.freezing import frozen_parts
 from pml_fewshot.training.interruption import StopOnSignal, TrainingInterrupted
 from pml_fewshot.training.state import RECORDED, History, Recorder, TrainingState
+from pml_fewshot.training.step import check_optimizer, check_trainable, learning_rates, train_step
 
 LOG_EVERY = 20  # steps between two readings of the loss, each of which waits for the GPU
 
@@ -28,13 +30,15 @@ def fit(
     optimizer: Optimizer,
     steps: int,
     *,
-    scheduler: LRScheduler | ReduceLROnPlateau | None = None,
+    scheduler: LRScheduler | None = None,
     validate: Callable[[], EpisodicResult] | None = None,
     validate_every: int = 1000,
     patience: int | None = None,
     loss_patience: int | None = None,
     clip_norm: float | None = None,
     bf16: bool = False,
+    frozen: Mapping[str, int] | None = None,
+    ema: float | None = None,
     recorder: Recorder | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 500,
@@ -45,7 +49,8 @@ def fit(
 
     Args:
         trainer: `trainer(batch)` is the scalar loss. Where it needs no gradient the step is skipped and counted.
-        batches: as many batches as steps, or an endless stream; each has a method `to(device)`.
+        batches: as many batches as steps, or an endless stream; each has a method `to(device)`, or is a pair of images
+            (floats in [0, 1]) and labels, as of a DataLoader.
         steps: in all, with those of earlier sessions.
         scheduler: stepped after every step; ReduceLROnPlateau after every validation, by its error (its accuracy in
             mode "max"): it ends the training when a rate should fall below its `min_lr`.
@@ -53,19 +58,25 @@ def fit(
         patience, loss_patience: end the training early; see EarlyStopping.
         clip_norm: largest L2 norm of the gradient.
         bf16: autocast to bfloat16 on CUDA; on a CPU it does not pay.
+        frozen: parts that are not trained in their first steps, `{"embedder.trunk": 500}`; see frozen_parts.
+        ema: validate, keep and end with an exponential moving average of the weights, which keeps this share of itself
+            in each step (0.999 looks back about 1,000 steps); buffers are those of the last step.
         recorder: gets losses, rates and accuracies as "train" and "validation".
         checkpoint: file of the state to resume from, written after the first step, every `checkpoint_every` steps,
             after each validation, at the end and when interrupted.
         resume: continue from `checkpoint` where that file exists. Batches with a `state_dict` continue exactly, a list
-            after what was trained on; any other endless iterator must stand there already.
+            after what was trained on; any other endless iterator must stand there already. Where optimizer or scheduler
+            are other ones than the checkpoint's began with (more steps, a lower rate), theirs are the rates.
 
+    A part that is in eval mode before, in a trainer in train mode, stays frozen, in later trainings too.
     Ctrl-C or SIGTERM ends training after the current step (and validation); a second one ends it at once.
 
     Raises:
         TrainingDiverged: NaN or infinity; names step, learning rate and classes. The checkpoint is of a step before it.
         TrainingInterrupted: (a KeyboardInterrupt) Ctrl-C or SIGTERM; `checkpoint` holds the last step.
         CannotWriteError: (an OSError) the disk is full or the folder read-only; `checkpoint` is as it was.
-        UsageError: a wrong option, too few batches, another's checkpoint, or one (FileExistsError) without resume.
+        UsageError: a wrong option, too few batches, another's checkpoint, one (FileExistsError) without resume, an
+            optimizer that needs a closure (LBFGS), or a loss that depends on no weight.
     """
     plateau = scheduler if isinstance(scheduler, ReduceLROnPlateau) else None
     stopper = EarlyStopping(validate is not None, patience, loss_patience, plateau)
@@ -73,8 +84,8 @@ def fit(
         check_at_least_one(name, count)
     if clip_norm is not None and not clip_norm > 0:
         raise UsageError(f"expected clip_norm above 0, got {clip_norm}; use None not to clip")
-    if not any(parameter.requires_grad for parameter in trainer.parameters()):
-        raise UsageError("expected a parameter to train, got none that requires a gradient; unfreeze some, or evaluate")
+    check_trainable(trainer)
+    check_optimizer(optimizer)
     if resume and checkpoint is None:
         raise UsageError("expected a checkpoint to resume from, got none; pass checkpoint=...")
     found = checkpoint is not None and Path(checkpoint).exists()
@@ -82,7 +93,7 @@ def fit(
         raise ExistingFileError(f"expected no file at {checkpoint}, got one; pass resume=True, or name another file")
     device = next(trainer.parameters()).device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type == "cuda")
-    state = TrainingState(trainer, optimizer, scheduler, batches, stopper)
+    state = TrainingState(trainer, optimizer, scheduler, batches, stopper, ema)
     if checkpoint is not None and found:
         state.load_state_dict(load_checkpoint(checkpoint))
         if recorder is not None:  # a process that was killed may have recorded more than it saved
@@ -91,16 +102,15 @@ def fit(
     started = time.perf_counter() - history.seconds
     source = state.remaining_batches()
     bar = tqdm(total=steps, initial=history.steps, desc="training", unit="step", disable=not progress, mininterval=1)
-    if not trainer.training:  # else modes stay as they are: a batch norm may have been frozen by hand
-        trainer.train()
-    with bar, StopOnSignal() as signal:
+    with bar, train_mode(trainer), frozen_parts(trainer, frozen or {}) as thaw, StopOnSignal() as signal:
         stopping = False
         while history.steps < steps and not state.stopped_early and not stopping:
             batch = next(source, None)
             if batch is None:
                 raise UsageError(f"expected {steps} batches, got {history.steps}; lower steps, or pass a stream")
-            rate = float(optimizer.param_groups[0]["lr"])
-            state.note(train_step(trainer, batch.to(device), optimizer, clip_norm, autocast), rate, batch)
+            thaw(history.steps)
+            rates = learning_rates(optimizer)
+            state.note(train_step(trainer, batch.to(device), optimizer, clip_norm, autocast), rates, batch)
             if scheduler is not None and plateau is None:
                 scheduler.step()
             bar.update()
@@ -114,7 +124,7 @@ def fit(
             if log_due:
                 bar.set_postfix(state.log(batch, recorder))
             if validate is not None and (validation_due or state.stopped_early):
-                with eval_mode(trainer):
+                with eval_mode(trainer), state.averaged():
                     result = validate()
                 state.log_validation(result.mean, result.ci95, recorder)
                 stopping = signal.received is not None
@@ -123,27 +133,10 @@ def fit(
                 state.save(checkpoint, recorder)
     history.seconds = time.perf_counter() - started
     state.restore_best()
-    trainer.eval()
     if signal.received:
         where = f", saved in {checkpoint}" if checkpoint else ""
         raise TrainingInterrupted(f"interrupted by {signal.received.name} after step {history.steps}{where}")
     return history
-
-
-def train_step(
-    trainer: nn.Module, batch: Any, optimizer: Optimizer, clip_norm: float | None, autocast: torch.autocast
-) -> Tensor | None:
-    """One update of the weights; returns the loss, or None where the batch held nothing to learn from."""
-    optimizer.zero_grad(set_to_none=True)
-    with autocast:
-        loss: Tensor = trainer(batch)
-    if not loss.requires_grad:
-        return None
-    loss.backward()
-    if clip_norm is not None:
-        nn.utils.clip_grad_norm_(trainer.parameters(), clip_norm)
-    optimizer.step()
-    return loss.detach()
 
 
 def due(step: int, every: int, steps: int) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -9,16 +10,22 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pml_fewshot.checks import UsageError
 from pml_fewshot.io.checkpoint import check_weights, save_checkpoint
 from pml_fewshot.sampling.batch_stream import BatchStream
+from pml_fewshot.sampling.batches import Batch
 from pml_fewshot.sampling.episode_stream import EpisodeStream
 from pml_fewshot.training.early_stopping import EarlyStopping
 from pml_fewshot.training.interruption import TrainingDiverged
+from pml_fewshot.training.schedule import adopt_schedule, schedule_of
 
-FORMAT_VERSION = 3  # of state_dict: raise it when its entries change
-KEYS = {"trainer", "optimizer", "early_stopping", "best", "pending", "history", "kinds"}
+FORMAT_VERSION = 4  # of state_dict: raise it when its entries change
+KEYS = {"trainer", "optimizer", "early_stopping", "best", "pending", "history", "kinds", "schedule"}
 ALL_STEPS = "all steps"  # why a training ended that was not stopped early
 RECORDED = ("train", "validation")  # groups of records
 NAMED_CLASSES = 10  # at most, in the message about a NaN
@@ -83,7 +90,7 @@ class StepRecord(NamedTuple):
 
     step: int
     loss: Tensor
-    learning_rate: float
+    rates: dict[str, float]  # of each group of the optimizer
     classes: Tensor | None  # labels in its batch, where known
 
 
@@ -93,12 +100,14 @@ class TrainingState:
     def __init__(
         self,
         trainer: nn.Module,
-        optimizer: Stateful,
-        scheduler: Stateful | None,
+        optimizer: Optimizer,
+        scheduler: LRScheduler | None,
         batches: Iterable[Any],
         stopper: EarlyStopping,
+        ema: float | None = None,
     ) -> None:
         self.trainer = trainer
+        self.optimizer, self.scheduler = optimizer, scheduler
         self.batches = batches
         self.stopper = stopper
         self.parts: dict[str, Stateful] = {"trainer": trainer, "optimizer": optimizer, "early_stopping": stopper}
@@ -106,25 +115,31 @@ class TrainingState:
             self.parts["scheduler"] = scheduler
         if isinstance(batches, Stateful):
             self.parts["batches"] = batches
+        self.average = None if ema is None else _average(trainer, ema)
+        if self.average is not None:
+            self.parts["average"] = self.average
+        self.schedule = schedule_of(optimizer, scheduler)  # as the caller made it
         self.history = History()
         self.best: dict[str, Any] | None = None  # weights of the best validation, or of the lowest loss
         self.pending: list[StepRecord] = []
 
     def remaining_batches(self) -> Iterator[Any]:
         """The batches that follow the steps taken."""
-        source = iter(self.batches)
+        source = map(_as_batch, self.batches)
         if "batches" not in self.parts and not isinstance(self.batches, Iterator):
             return islice(source, self.history.steps, None)  # a list starts from its beginning again
         return source
 
-    def note(self, loss: Tensor | None, learning_rate: float, batch: Any) -> None:
+    def note(self, loss: Tensor | None, rates: dict[str, float], batch: Any) -> None:
         """Counts a step; its loss, None where nothing was learned, is read at the next log step."""
         self.history.steps += 1
         if loss is None:
             self.history.skipped += 1
             return
+        if self.average is not None:
+            self.average.update_parameters(self.trainer)
         classes = batch.classes if hasattr(batch, "classes") and torch.is_tensor(batch.classes) else None
-        self.pending.append(StepRecord(self.history.steps, loss, learning_rate, classes))
+        self.pending.append(StepRecord(self.history.steps, loss, rates, classes))
 
     @property
     def stopped_early(self) -> bool:
@@ -142,8 +157,7 @@ class TrainingState:
             if self.stopper.is_best_loss(values["loss"], step):
                 self.keep_weights()
             if recorder is not None:
-                rate, skipped = self.pending[-1].learning_rate, self.history.skipped
-                recorder.record("train", step, **values, learning_rate=rate, skipped=skipped)
+                recorder.record("train", step, **values, **self.pending[-1].rates, skipped=self.history.skipped)
             self.pending.clear()
         self.history.stopped = self.stopper.reason_after_log(step) or ALL_STEPS
         return {name: f"{value:.4f}" for name, value in values.items()}
@@ -173,10 +187,11 @@ class TrainingState:
         kept = f"the last good state is in {checkpoint}" if exists else "none was kept"
         hint = self.trainer.divergence_hint if isinstance(self.trainer, Reporting) else ""
         self.restore_best()
+        rate = next(iter(record.rates.values()))
         raise TrainingDiverged(
-            f"expected a finite loss, got {got} step {record.step} (learning rate {record.learning_rate:g})"
-            f"{self._listed(record.classes)}; {kept}; lower the learning rate, {hint + ', ' if hint else ''}clip the "
-            "gradient (clip_norm), let `run` retry (retries), or look for NaN in the data"
+            f"expected a finite loss, got {got} step {record.step} (learning rate {rate:g})"
+            f"{self._listed(record.classes)}; {kept}; lower the learning rate, clip the gradient (clip_norm) or let "
+            f"`run` retry (retries), and resume; {hint + ' in a new run, ' if hint else ''}or look for NaN in the data"
         )
 
     def _listed(self, classes: Tensor | None) -> str:
@@ -194,15 +209,32 @@ class TrainingState:
 
     def keep_weights(self) -> None:
         """Keeps a copy of the weights as the best so far."""
-        self.best = copy.deepcopy(self.trainer.state_dict())
+        self.best = copy.deepcopy(self._weights())
         self.history.best_step = self.history.steps
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this context the trainer has the averaged weights, where there are any."""
+        if self.average is None:
+            yield
+            return
+        own = copy.deepcopy(self.trainer.state_dict())
+        self.trainer.load_state_dict(self._weights())
+        try:
+            yield
+        finally:
+            self.trainer.load_state_dict(own)
+
+    def _weights(self) -> dict[str, Any]:
+        """What the training is about: the averaged weights where there are any, else the trainer's own."""
+        return (self.trainer if self.average is None else self.average.module).state_dict()
 
     def restore_best(self) -> None:
         """Gives the trainer the best weights so far; it keeps the last ones where none were kept."""
         if self.best is None:
             self.history.best_step = self.history.steps
-        else:
-            self.trainer.load_state_dict(self.best)
+        if self.best is not None or self.average is not None:
+            self.trainer.load_state_dict(self._weights() if self.best is None else self.best)
 
     def state_dict(self) -> dict[str, Any]:
         history = asdict(self.history)
@@ -212,6 +244,7 @@ class TrainingState:
         return {
             "format_version": FORMAT_VERSION,
             "kinds": self._kinds(),
+            "schedule": self.schedule,
             **{name: part.state_dict() for name, part in self.parts.items()},
             "best": self.best,
             "pending": [list(record) for record in self.pending],
@@ -225,13 +258,14 @@ class TrainingState:
         if state["kinds"] != self._kinds():
             raise UsageError(f"expected the checkpoint's {state['kinds']}, got {self._kinds()}; pass what the run had")
         check_weights(self.trainer.state_dict(), state["trainer"], "the checkpoint")
+        adopt_schedule(state, self.optimizer, self.scheduler)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.best = state["best"]
         device = next(self.trainer.parameters()).device
         self.pending = [
-            StepRecord(step, loss.to(device), rate, classes if classes is None else classes.to(device))
-            for step, loss, rate, classes in state["pending"]
+            StepRecord(step, loss.to(device), rates, classes if classes is None else classes.to(device))
+            for step, loss, rates, classes in state["pending"]
         ]
         self.history = history
         torch.set_rng_state(state["torch_generator"])
@@ -241,6 +275,19 @@ class TrainingState:
     def _kinds(self) -> dict[str, str]:
         """Classes of all parts but the trainer: another would take the state silently, or fail over it in a step."""
         return {name: type(part).__qualname__ for name, part in self.parts.items() if name != "trainer"}
+
+
+def _average(trainer: nn.Module, ema: float) -> AveragedModel:
+    if not 0 < ema < 1:
+        raise UsageError(f"expected ema between 0 and 1, got {ema}; 0.999 keeps that share of the average in each step")
+    if any(map(is_lazy, trainer.parameters())):
+        raise UsageError("expected weights of known shape for an average, got a lazy one; give the distance its dim")
+    return AveragedModel(trainer, multi_avg_fn=get_ema_multi_avg_fn(ema))
+
+
+def _as_batch(batch: Any) -> Any:
+    """What a DataLoader gives, a pair of images and labels, as a Batch; all else as it is."""
+    return Batch(*batch) if isinstance(batch, list | tuple) and len(batch) == 2 else batch
 
 
 def history_of(state: dict[str, Any]) -> History:
@@ -266,18 +313,8 @@ def history_of(state: dict[str, Any]) -> History:
 def load_trained(trainer: nn.Module, state: dict[str, Any]) -> None:
     """Gives a trainer the weights that a finished training ends with: the best validated, else the last."""
     history_of(state)
-    weights = state["trainer"] if state["best"] is None else state["best"]
+    average = {name.removeprefix("module."): each for name, each in state.get("average", {}).items()}
+    average.pop("n_averaged", None)
+    weights = state["best"] or average or state["trainer"]
     check_weights(trainer.state_dict(), weights, "the checkpoint")
     trainer.load_state_dict(weights)
-
-
-def lower_learning_rate(state: dict[str, Any], factor: float) -> None:
-    """Multiplies the learning rates in a training's state_dict, of optimizer and scheduler, and counts a retry."""
-    for group in state["optimizer"]["param_groups"]:
-        group |= {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
-    schedulers = [state.get("scheduler", {})]
-    for scheduler in schedulers:
-        rates = scheduler.keys() & {"base_lrs", "_last_lr"}
-        scheduler |= {name: [rate * factor for rate in scheduler[name]] for name in rates}
-        schedulers += scheduler.get("_schedulers", [])  # of SequentialLR and ChainedScheduler
-    state["history"]["retries"] += 1

@@ -1,0 +1,63 @@
+"""train_step: one update of the weights; and what must be true of a trainer and an optimizer for it."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from pml_fewshot.checks import UsageError
+
+
+def train_step(
+    trainer: nn.Module, batch: Any, optimizer: Optimizer, clip_norm: float | None, autocast: torch.autocast
+) -> Tensor | None:
+    """One update of the weights; returns the loss, or None where the batch held nothing to learn from.
+
+    Raises:
+        UsageError: a loss other than 0 that no weight has led to.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    with autocast:
+        loss: Tensor = trainer(batch)
+    if not loss.requires_grad:
+        if loss.detach() != 0:
+            raise UsageError(
+                f"expected a loss that depends on weights to train, got {loss.item():g} without a gradient; look for "
+                "torch.no_grad() or .detach() on the way from the images to the loss, and for frozen weights"
+            )
+        return None
+    loss.backward()
+    if clip_norm is not None:
+        nn.utils.clip_grad_norm_(trainer.parameters(), clip_norm)
+    optimizer.step()
+    return loss.detach()
+
+
+def check_trainable(trainer: nn.Module) -> None:
+    """Raises a UsageError unless some of the weights can be trained."""
+    weights = list(trainer.parameters())
+    if not any(weight.requires_grad for weight in weights):
+        raise UsageError("expected a parameter to train, got none that requires a gradient; unfreeze some, or evaluate")
+    if any(not is_lazy(weight) and weight.is_inference() for weight in weights):
+        raise UsageError("expected weights that can be trained, got some made in inference mode; make them outside")
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raises a UsageError for an optimizer, or a class of them, that evaluates the loss itself (LBFGS)."""
+    needed = [p for p in inspect.signature(optimizer.step).parameters.values() if p.name == "closure"]
+    if needed and needed[0].default is inspect.Parameter.empty:
+        name = getattr(optimizer, "__name__", type(optimizer).__name__)
+        do = "take one that steps by the gradient alone, such as Adam or SGD"
+        raise UsageError(f"expected an optimizer whose step needs no closure, got {name}; {do}")
+
+
+def learning_rates(optimizer: Optimizer) -> dict[str, float]:
+    """The rate of each group, as it is recorded: "learning_rate", and of a part "learning_rate_embedder_trunk"."""
+    rates = {}
+    for number, group in enumerate(optimizer.param_groups):
+        name = group.get("name", str(number) if number else "").replace(".", "_")
+        rates[f"learning_rate_{name}" if name else "learning_rate"] = float(group["lr"])
+    return rates
