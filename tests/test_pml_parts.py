@@ -97,7 +97,7 @@ BASES += [reducers.BaseReducer, regularizers.BaseRegularizer]
 MIXINS = named(losses, "EmbeddingRegularizerMixin WeightRegularizerMixin")
 CANNOT: dict[type, Reason] = {
     **dict.fromkeys(BASES, ("a base class", "NotImplementedError")),
-    **dict.fromkeys(MIXINS, ("a base class", "AttributeError")),
+    **dict.fromkeys(MIXINS, ("a base class", "UsageError: expected a PML loss, .*Mixin, which is no module")),
     losses.GenericPairLoss: ("a base class", "_compute_loss"),
     distances.BatchedDistance: ("returns nothing: it hands the matrix to a callback, block by block", "NoneType"),
     reducers.DoNothingReducer: ("returns the dictionary of losses, no scalar", "dict"),

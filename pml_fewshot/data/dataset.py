@@ -89,6 +89,11 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         flat = self.images[index.to(self.device).flatten()]
         return flat.to(torch.float32).div_(255).reshape(*index.shape, *self.item_shape)
 
+    def first(self, count: int) -> "FewShotDataset":
+        """The first images, to try things out on, all in one class: the labels do not matter."""
+        images = self.images[:count]
+        return FewShotDataset(images, torch.zeros(len(images), dtype=torch.int64, device=self.device), ["any"])
+
     def fingerprint(self) -> str:
         """16 hex digits of class names, item shape and labels: which set this is, without reading its images."""
         digest = hashlib.blake2b(repr((self.class_names, self.item_shape)).encode(), digest_size=8)

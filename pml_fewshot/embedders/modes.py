@@ -75,6 +75,13 @@ def train_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def ordinary_modes() -> Iterator[None]:
+    """Gradients on and autocast off, whatever the caller has set."""
+    with torch.inference_mode(False), torch.enable_grad(), no_autocast():
+        yield
+
+
+@contextmanager
 def no_autocast() -> Iterator[None]:
     """Autocast off on every device: bfloat16's 8 bits cannot tell near embeddings apart."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):

@@ -1,6 +1,6 @@
 """ExperimentConfig: an experiment as data; and the same with other parts (swap)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,8 @@ from pml_fewshot.sampling.batches import BatchSpec
 from pml_fewshot.sampling.episode_stream import Augmentation
 from pml_fewshot.sampling.episodes import EpisodeSpec
 from pml_fewshot.trainers.base import FewShotTrainer
+from pml_fewshot.training.state import Recorder
+from pml_fewshot.training.step import check_optimizer
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -52,15 +54,22 @@ class ExperimentConfig:
     steps: int
     """training steps"""
     seed: int = 0
-    """of weights, training episodes, augmentation and test episodes"""
+    """of weights, training episodes, augmentation and validation episodes"""
+    eval_seed: int = 0
+    """of the test episodes: trainings from several seeds are evaluated on the same ones"""
     episodes_per_batch: int = 1
     """episodes in a training batch: MAML wants many, for the metric methods one large one is better"""
     sampler: Fixed[SamplerFactory | None] = None
     """factory of a PML sampler that chooses the items of ordinary batches in place of our own; see BatchStream"""
     loss_lr: float | None = None
     """learning rate of the loss's own parameters (proxies, class weights, margins); the optimizer's when None"""
+    part_lr: Fixed[Mapping[str, float] | None] = None
+    """learning rates of other parts by their names in the trainer, `{"embedder.trunk": 1e-4}`; each is recorded"""
+    frozen: Fixed[Mapping[str, int] | None] = None
+    """parts that are not trained for their first steps, `{"embedder.trunk": 500}`: no gradient, and in eval mode"""
     scheduler: Fixed[Callable[..., Any] | None] = None
-    """called with the optimizer; gets the steps as `T_max` (CosineAnnealingLR) where it still needs that argument"""
+    """called with the optimizer; gets the steps as `T_max`, `total_steps` or `total_iters` (CosineAnnealingLR,
+    OneCycleLR, PolynomialLR) where it is not given that argument"""
     augment: Fixed[Augmentation | None] = None
     """`augment(images, generator)`, an object like RandomAffine(), distorts the training images"""
     train_on_validation: bool = False
@@ -80,6 +89,8 @@ class ExperimentConfig:
     """times that a training that diverged returns to its last checkpoint, with half the learning rate each time"""
     bf16: bool = False
     """autocast to bfloat16 on CUDA"""
+    ema: float | None = None
+    """validate and end with an exponential moving average of the weights, which keeps this share a step (0.999)"""
     num_episodes: int = 10_000
     """test episodes of each spec"""
     val_episodes: int = 1000
@@ -87,7 +98,10 @@ class ExperimentConfig:
     retrieval: Fixed[Callable[[], RetrievalTester] | RetrievalTester | None] = RetrievalTester
     """k-NN figures over the test classes, ranked by the loss's distance; none when None"""
     extra_evaluations: Fixed[Callable[..., ResultTable] | None] = None
-    """`extra_evaluations(trainer, splits, config)` gives more rows, from other classes or sizes of episodes"""
+    """`extra_evaluations(trainer, splits, config)` gives more rows, from other classes or sizes of episodes; tried
+    before the training with an untrained trainer and 2 as config.num_episodes"""
+    recorder: Fixed[Callable[[Path], Recorder] | None] = None
+    """called with the run folder, records beside the folder's own files: `partial(WandbRecorder, project="mine")`"""
     device: Device = "auto"
     """auto: CUDA where there is one"""
     data_root: Path | None = None
@@ -103,7 +117,8 @@ class ExperimentConfig:
             elif each.name in ("data_root", "run_dir") and isinstance(value, str):
                 object.__setattr__(self, each.name, Path(value))
             elif each.name in ("data", "trainer", "optimizer") and not callable(value):
-                raise UsageError(f"expected {each.name} as something to call, got {value!r}; give a class or a partial")
+                do = "give a function, a class or a partial that makes it"
+                raise UsageError(f"expected {each.name} as something to call, got {value!r}; {do}")
             check_arguments(value, each.name)
         for name in ("steps", "episodes_per_batch", "validate_every", "checkpoint_every"):
             check_at_least_one(name, getattr(self, name))
@@ -111,6 +126,8 @@ class ExperimentConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"expected {name} of at least {least}, got {value}; give {name} >= {least}")
+        if isinstance(made := getattr(self.optimizer, "func", self.optimizer), type):
+            check_optimizer(made)
         check_choice("device", self.device, ("auto", "cpu", "cuda"))
         specs = self.eval_specs
         if not isinstance(specs, tuple | list) or not specs or not all(isinstance(s, EpisodeSpec) for s in specs):

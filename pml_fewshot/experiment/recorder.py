@@ -89,6 +89,29 @@ class Recorder:
         return SummaryWriter(log_dir=str(self._folder / "tensorboard"), purge_step=self._first_step)
 
 
+class Recorders:
+    """Several recorders as one."""
+
+    def __init__(self, recorders: Sequence[Any]) -> None:
+        self._recorders = recorders
+
+    def record(self, group: str, step: int, **values: float) -> None:
+        for each in self._recorders:
+            each.record(group, step, **values)
+
+    def save(self) -> None:
+        for each in self._recorders:
+            each.save()
+
+    def forget_after(self, step: int, groups: Sequence[str]) -> None:
+        for each in self._recorders:
+            each.forget_after(step, groups)
+
+    def close(self) -> None:
+        for each in self._recorders:
+            each.close()
+
+
 class ClosedDatabase(DBManager):
     """Record-keeper's database, whose connection is closed after an error too: each new column begins with one."""
 

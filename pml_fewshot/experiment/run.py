@@ -12,17 +12,19 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from pml_fewshot.checks import UsageError
 from pml_fewshot.data.dataset import FewShotDataset, Splits, concat
+from pml_fewshot.embedders.modes import eval_mode, ordinary_modes
 from pml_fewshot.environment import keep_freed_memory
 from pml_fewshot.evaluation.benchmark import benchmark
 from pml_fewshot.evaluation.episodic import EpisodicEvaluator, EpisodicResult
 from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment.config import Device, ExperimentConfig
-from pml_fewshot.experiment.recorder import Recorder
+from pml_fewshot.experiment.recorder import Recorder, Recorders
 from pml_fewshot.experiment.run_folder import RunFolder, open_run
 from pml_fewshot.io.checkpoint import check_exportable, export_embedder, load_checkpoint, save_checkpoint
 from pml_fewshot.parts.instantiate import instantiate
@@ -31,6 +33,7 @@ from pml_fewshot.sampling.batches import BatchSpec
 from pml_fewshot.sampling.episode_stream import EpisodeStream
 from pml_fewshot.trainers.base import FewShotTrainer
 from pml_fewshot.training.fit import fit
+from pml_fewshot.training.freezing import check_parts
 from pml_fewshot.training.interruption import TrainingDiverged, TrainingInterrupted
 from pml_fewshot.training.schedule import lower_learning_rate
 from pml_fewshot.training.state import RECORDED, History, history_of
@@ -56,12 +59,16 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
 
     With `resume` a run in `config.run_dir` continues from its last checkpoint, one that is not there begins, and one
     that is finished gives its table. More steps train a finished run longer, where a schedule that is given the steps
-    continues on the curve of the new number; other num_episodes, eval_specs after the first, retrieval or
-    extra_evaluations evaluate it again; retries and clip_norm may change too, after a NaN.
+    continues on the curve of the new number; other num_episodes, eval_seed, eval_specs after the first, retrieval or
+    extra_evaluations evaluate it again; optimizer, scheduler, rates, retries, clip_norm and recorder may change too, as
+    after a NaN.
 
     The run folder holds config.txt and config.json (the config, data, versions, git commit), logs.db and CSV files of
     the training, last.pt (the state to resume from), embedder.safetensors (network.safetensors of MAML), results.csv,
-    results.md and figures.csv.
+    results.md, figures.csv and values.npz (the accuracy of each episode).
+
+    All that comes after the training is tried before it, on random embeddings. Neither what ran in the process before
+    nor autocast or no_grad around the call change a digit.
 
     Raises:
         UsageError: bad options, or data that cannot give the episodes asked for, both before any training; a folder
@@ -72,7 +79,7 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
         TrainingInterrupted: (a KeyboardInterrupt) Ctrl-C or SIGTERM; the run can be resumed.
         CannotWriteError: (an OSError) the disk is full or the folder read-only; what was there is whole, to be resumed.
     """
-    with open_run(config, resume) as folder:
+    with open_run(config, resume) as folder, ordinary_modes():
         if folder.finished:
             table = ResultTable.read(folder.path)
             print(f"{table}\nfinished before, in {folder.path}")
@@ -104,9 +111,7 @@ def _run(folder: RunFolder) -> ResultTable:
 
 def prepare(config: ExperimentConfig) -> Prepared:
     """Loads the data and makes all parts; whatever can be wrong with them raises here, before hours of training."""
-    # a run leaves the config's own parts as they are, instances too, for the caller or another run may use them
-    copies = {name: copy.deepcopy(getattr(config, name)) for name in ("trainer", "sampler", "augment", "retrieval")}
-    config, device = replace(config, **copies), resolve_device(config.device)
+    config, device = own_parts(config), resolve_device(config.device)
     if device.type == "cpu" and keep_freed_memory():
         print("memory: glibc keeps freed blocks for reuse (mallopt); otherwise training steps take twice as long")
     root = config.data_root or Path(os.environ.get("PML_FEWSHOT_DATA", "data"))
@@ -125,21 +130,46 @@ def prepare(config: ExperimentConfig) -> Prepared:
     trainer.check(Splits(train, val, splits.test), (config.train_spec, *config.eval_specs))
     for part in trainer.exports().values():
         check_exportable(part)
-    _rehearse(config, trainer, splits.test)
     train, test = _on_device_if_small(train, device), _on_device_if_small(splits.test, device)
     val = val and _on_device_if_small(val, device)
     stream = _stream(config, train, trainer)
-    optimizer = config.optimizer(trainer.parameter_groups(config.loss_lr))
-    scheduler = _scheduler(config, optimizer)
-    validate = partial(evaluator.evaluate, trainer, val) if val is not None else None
+    check_parts(trainer, config.frozen or {})
+    optimizer, scheduler = make_optimizer(config, trainer)
     tester = _instance(config.retrieval)
-    return Prepared(config, device, replace(splits, test=test), trainer, stream, optimizer, scheduler, validate, tester)
+    validate = None if val is None else partial(evaluator.evaluate, trainer, val)
+    splits = Splits(splits.train, splits.val, test)
+    prepared = Prepared(config, device, splits, trainer, stream, optimizer, scheduler, validate, tester)
+    _rehearse(prepared, val)
+    return prepared
+
+
+def make_optimizer(config: ExperimentConfig, trainer: FewShotTrainer) -> tuple[Optimizer, Any]:
+    """A new optimizer for a trainer, with the rates of its parts, and its scheduler or None."""
+    rates = {**(config.part_lr or {}), **({} if config.loss_lr is None else {"loss": config.loss_lr})}
+    optimizer = config.optimizer(trainer.parameter_groups(rates))
+    return optimizer, _scheduler(config, optimizer)
+
+
+def own_parts(config: ExperimentConfig) -> ExperimentConfig:
+    """The config with copies of its parts: a run leaves instances as they are, for the caller or another run to use."""
+    parts = ("trainer", "optimizer", "scheduler", "sampler", "augment", "retrieval", "extra_evaluations")
+    copies = {}
+    for name in parts:
+        try:
+            copies[name] = copy.deepcopy(getattr(config, name))
+        except TypeError as error:  # of a lock, a file, a generator
+            do = "give a partial of its class, which every run calls"
+            raise UsageError(
+                f"expected a {name} that each run can copy, got one that cannot be ({error}); {do}"
+            ) from error
+    return replace(config, **copies)
 
 
 def train(prepared: Prepared, folder: RunFolder) -> History:
     """Trains from the folder's checkpoint, if there is one; a NaN returns to it as often as the config says."""
     config, checkpoint = prepared.config, folder.checkpoint
-    with closing(Recorder(folder.path)) as recorder:
+    more = [] if config.recorder is None else [config.recorder(folder.path)]
+    with closing(Recorders([Recorder(folder.path), *more])) as recorder:
         if not checkpoint.exists():  # rows of a process that was killed before its first checkpoint
             recorder.forget_after(0, RECORDED)
         while True:
@@ -156,6 +186,8 @@ def train(prepared: Prepared, folder: RunFolder) -> History:
                     loss_patience=config.loss_patience,
                     clip_norm=config.clip_norm,
                     bf16=config.bf16,
+                    frozen=config.frozen,
+                    ema=config.ema,
                     recorder=recorder,
                     checkpoint=checkpoint,
                     checkpoint_every=config.checkpoint_every,
@@ -168,6 +200,8 @@ def train(prepared: Prepared, folder: RunFolder) -> History:
                 lower_learning_rate(state)
                 save_checkpoint(checkpoint, state)
                 step = state["history"]["steps"]
+                # new ones, for those at hand have moved on
+                prepared.optimizer, prepared.scheduler = make_optimizer(config, prepared.trainer)
                 print(f"{str(error).partition(';')[0]}; back to step {step} with half the learning rate")
 
 
@@ -183,12 +217,13 @@ def evaluate(prepared: Prepared, history: History) -> ResultTable:
         config.eval_specs,
         prepared.tester,
         config.num_episodes,
-        config.seed,
+        config.eval_seed,
         timed=False,  # a run that is repeated gives the same files
         note="; ".join(notes),
     )
     if config.extra_evaluations is not None:
-        table.rows += config.extra_evaluations(prepared.trainer, prepared.splits, config).rows
+        with eval_mode(prepared.trainer):
+            table.rows += config.extra_evaluations(prepared.trainer, prepared.splits, config).rows
     return table
 
 
@@ -214,27 +249,47 @@ def _needed(factory: Callable[..., Any], **offers: Any) -> dict[str, Any]:
 def _scheduler(config: ExperimentConfig, optimizer: Optimizer) -> Any:
     if config.scheduler is None:
         return None
-    given = _needed(config.scheduler, T_max=config.steps)
-    parameters = inspect.signature(config.scheduler).parameters
-    if {"total_steps", "epochs"} <= parameters.keys() and parameters["epochs"].default is None:  # OneCycleLR
-        given |= {"total_steps": config.steps} if parameters["total_steps"].default is None else {}
+    made = getattr(config.scheduler, "func", config.scheduler)
+    set_by_user = getattr(config.scheduler, "keywords", {}).keys()
+    given = {}
+    for name, parameter in inspect.signature(config.scheduler).parameters.items():
+        wanted = parameter.default is parameter.empty or isinstance(made, type)  # (a function's default is its own)
+        if name in ("T_max", "total_steps", "total_iters") and name not in set_by_user and wanted:
+            given[name] = config.steps
+    if "epochs" in set_by_user:  # OneCycleLR takes either
+        given.pop("total_steps", None)
     before = {group["lr"] for group in optimizer.param_groups}
     scheduler = config.scheduler(optimizer, **given)
     if len(before) > len({group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}):
-        got = f"got {type(scheduler).__name__}, which sets one for all; give it two (max_lr=[..., ...])"
-        raise UsageError(f"expected a scheduler that keeps loss_lr={config.loss_lr}, {got}")
+        got = f"got {type(scheduler).__name__}, which sets one for all; give it a list (max_lr=[..., ...])"
+        raise UsageError(
+            f"expected a scheduler that keeps loss_lr={config.loss_lr} and part_lr={config.part_lr}, {got}"
+        )
     return scheduler
 
 
-def _rehearse(config: ExperimentConfig, trainer: FewShotTrainer, test: FewShotDataset) -> None:
-    """Evaluates a copy of the untrained trainer on a few test images: errors there must not wait for the training."""
-    with torch.random.fork_rng():  # what this draws must not change the training
-        for spec in config.eval_specs:
-            few = test.select_classes(range(spec.ways))
-            rank = torch.cat([torch.arange(count) for count in few.labels.bincount().cpu()])
-            kept = few.labels.argsort(stable=True).cpu()[rank < spec.shots + spec.queries].to(few.device)
-            few = FewShotDataset(few.images[kept], few.labels[kept], few.class_names, few.note)
-            EpisodicEvaluator(spec, num_episodes=2).evaluate(copy.deepcopy(trainer), few)
+def _rehearse(prepared: Prepared, val: FewShotDataset | None) -> None:
+    """Does all that comes after the training, with an untrained trainer: errors there must not wait for the training.
+
+    Two episodes of each kind, and random embeddings but for a few images, which cost most; all else is as it will be.
+    """
+    trainer = copy.deepcopy(prepared.trainer)
+    trainer.bank = partial(_random_bank, trainer.bank)  # type: ignore[method-assign]
+    config = replace(prepared.config, num_episodes=2)
+    devices = [prepared.device] if prepared.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # what this draws must not change the training
+        if val is not None:
+            EpisodicEvaluator(config.eval_specs[0], 2, config.seed).evaluate(trainer, val)
+        evaluate(replace(prepared, trainer=trainer, config=config), History())
+
+
+def _random_bank(bank: Callable[[FewShotDataset], Tensor], dataset: FewShotDataset) -> Tensor:
+    """As many embeddings as a trainer's `bank` gives, random ones of its width; a bank of images stays what it is."""
+    few = bank(dataset.first(4))
+    if few.ndim > 2:
+        return bank(dataset)
+    rows = torch.randn(len(dataset), few.shape[1], generator=torch.Generator().manual_seed(0))
+    return rows.to(few)
 
 
 def _on_device_if_small(dataset: FewShotDataset, device: torch.device) -> FewShotDataset:

@@ -28,8 +28,9 @@ from pml_fewshot.training.state import history_of
 
 PLACE = ("run_dir", "data_root", "device")  # where a run happens, not what it does
 # what a trained run may be evaluated by again, and what may change on resuming; validation uses the first of eval_specs
-EVALUATION = ("num_episodes", "eval_specs", "retrieval", "extra_evaluations")
-MAY_CHANGE = ("steps", "retries", "clip_norm", *EVALUATION)
+EVALUATION = ("num_episodes", "eval_seed", "eval_specs", "retrieval", "extra_evaluations")
+RATES = ("optimizer", "scheduler", "loss_lr", "part_lr", "clip_norm", "retries")  # what a NaN is answered with
+MAY_CHANGE = ("steps", *RATES, "recorder", *EVALUATION)
 PACKAGES = ("pml_fewshot", "torch", "torchvision", "pytorch-metric-learning", "faiss-cpu", "numpy", "record-keeper")
 
 

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+from torch.optim.swa_utils import AveragedModel
 
 from pml_fewshot.checks import MissingFileError, UsageError
 from pml_fewshot.io.atomic import atomic_write
 from pml_fewshot.io.tensors import checksum, read_tensors, write_tensors
 
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 SEAL = b"\npml_fewshot "  # between torch's zip, whose readers ignore what follows it, and the checksum of the zip
 
 
@@ -53,12 +55,33 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 def export_embedder(path: str | Path, embedder: nn.Module) -> None:
     """Writes an embedder's weights and buffers as safetensors, which any tool can read, with a checksum.
 
+    Their names are those of the embedder itself, whatever it is wrapped in.
+
     Raises:
         UsageError: its state holds more than tensors.
     """
     check_exportable(embedder)
+    own = embedder.state_dict()
     # (safetensors refuses tied weights, which share memory)
-    write_tensors(path, {name: value.detach().cpu().clone() for name, value in embedder.state_dict().items()})
+    write_tensors(path, {plain: own[name].detach().cpu().clone() for plain, name in plain_names(embedder).items()})
+
+
+def plain_names(module: nn.Module) -> dict[str, str]:
+    """The names in a module's state, as they are without wrappers around it or its parts -> as they are.
+
+    Wrappers are `torch.compile`, DataParallel, DistributedDataParallel and AveragedModel, whose counter is left out.
+    """
+    names = {}
+    for name in module.state_dict():
+        here, plain, counts = module, [], False
+        for part in name.split("."):
+            wrapped = isinstance(here, WRAPPERS) or "_orig_mod" in here._modules  # of torch.compile
+            counts = counts or (isinstance(here, AveragedModel) and part == "n_averaged")
+            plain += [] if wrapped and part in ("module", "_orig_mod") else [part]
+            here = here._modules.get(part) or nn.Module()
+        if not counts:
+            names[".".join(plain)] = name
+    return names
 
 
 def check_exportable(embedder: nn.Module) -> None:
@@ -72,7 +95,7 @@ def check_exportable(embedder: nn.Module) -> None:
 
 
 def load_embedder(path: str | Path, embedder: nn.Module) -> None:
-    """Reads weights that export_embedder wrote into an embedder of the same architecture.
+    """Reads weights that export_embedder wrote into an embedder of the same architecture, wrapped or not.
 
     Raises:
         MissingFileError: there is no such file.
@@ -80,11 +103,12 @@ def load_embedder(path: str | Path, embedder: nn.Module) -> None:
             not finite.
     """
     stored, _ = read_tensors(path)
-    check_weights(embedder.state_dict(), stored, str(path))
+    own, names = embedder.state_dict(), plain_names(embedder)
+    check_weights({plain: own[name] for plain, name in names.items()}, stored, str(path))
     for name, value in stored.items():
         if not torch.isfinite(value).all():
             raise UsageError(f"expected finite weights in {path}, got NaN or infinity in {name}; use an earlier file")
-    embedder.load_state_dict(stored)
+    embedder.load_state_dict(own | {names[plain]: value for plain, value in stored.items()})
 
 
 def check_weights(own: Mapping[str, Any], stored: Mapping[str, Any], where: str) -> None:

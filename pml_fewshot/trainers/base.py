@@ -1,6 +1,6 @@
 """FewShotTrainer: what `fit`, `run` and evaluation ask of a method, by default of an embedder with a PML loss."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,9 +9,10 @@ from pytorch_metric_learning.losses import CrossBatchMemory
 from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor, nn
 
-from pml_fewshot.checks import UsageError, check_at_least_one
+from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one, check_choice
 from pml_fewshot.data.dataset import FewShotDataset, Splits
-from pml_fewshot.embedders.embedder import Embedder
+from pml_fewshot.embedders.embedder import check_rows, encode
+from pml_fewshot.embedders.modes import widened
 from pml_fewshot.evaluation.heads import Head, name_of_head, nearest_prototype
 from pml_fewshot.parts.instantiate import Part, instantiate
 from pml_fewshot.sampling.batches import Batch, BatchSpec
@@ -26,7 +27,8 @@ class FewShotTrainer(nn.Module):
     embedder and loss, and gives `forward`, `bank` and `classify` of its own.
 
     Args:
-        embedder: images to embeddings.
+        embedder: images to embeddings: an Embedder, a bare trunk, or one of them in a wrapper (`torch.compile`,
+            DataParallel).
         loss: PML loss, called as `loss(query, query_labels, indices, support, support_labels)`. Its distance also
             classifies at test time and ranks for retrieval.
         miner: PML miner, called as `miner(query, query_labels, support, support_labels)`; none when None. Where it
@@ -43,7 +45,7 @@ class FewShotTrainer(nn.Module):
 
     def __init__(
         self,
-        embedder: Part[Embedder] | None = None,
+        embedder: Part[nn.Module] | None = None,
         loss: Part[nn.Module] | None = None,
         miner: Part[BaseMiner] | None = None,
         support_rotations: int = 1,
@@ -56,6 +58,11 @@ class FewShotTrainer(nn.Module):
         self.miner = instantiate(miner)
         self.support_rotations, self.head = support_rotations, head
         self._last_episodes: tuple[Tensor, Tensor] | None = None  # support and query embeddings, for `accuracy`
+        if embedder is not None and not isinstance(self.embedder, nn.Module):
+            do = "call it, or wrap it as partial(...)"
+            raise UsageTypeError(f"expected a module as embedder, got {self.embedder!r}; {do}")
+        if loss is not None:
+            pml_compat.check_loss(self.loss)
         parts = list(self.loss.modules()) if loss is not None else []
         pml_compat.patch(parts)
         if self.miner is not None and any(isinstance(part, CrossBatchMemory) for part in parts):
@@ -69,6 +76,7 @@ class FewShotTrainer(nn.Module):
         train_spec = specs[0]
         if self.embedder is None:  # of another kind
             return
+        pml_compat.check_width(self.loss, self.bank(splits.train.first(2)).shape[1])
         if isinstance(train_spec, EpisodeSpec):
             self.check_episodes(train_spec.shots, train_spec.queries)
         else:
@@ -118,9 +126,9 @@ class FewShotTrainer(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Embeds (..., C, H, W) to (..., D) in one pass, so that batch norm sees all of them, as in papers' code."""
-        embeddings = self.embedder(images.flatten(0, -4)).unflatten(0, images.shape[:-3])
+        embeddings = check_rows(self.embedder(images.flatten(0, -4)), self.embedder)
         # Under autocast embeddings are bfloat16, whose 8 bits cannot tell near ones apart: distances in float32.
-        return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        return widened(embeddings).unflatten(0, images.shape[:-3])
 
     def batch_loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Loss of an ordinary batch: embeddings (V, B, D) of V views, labels (B,)."""
@@ -158,7 +166,7 @@ class FewShotTrainer(nn.Module):
 
     def bank(self, dataset: FewShotDataset) -> Tensor:
         """Returns what episodes of a set are gathered from, (M, *item): its embeddings (M, D), or its images."""
-        return self.embedder.encode(dataset).embeddings
+        return encode(self.embedder, dataset).embeddings
 
     def classify(self, support: Tensor, query: Tensor) -> Tensor:
         """Scores queries (E, N, *item) over the classes of support (E, W, K, *item): logits (E, N, W)."""
@@ -168,17 +176,27 @@ class FewShotTrainer(nn.Module):
         """Returns the modules that a run stores in files of their own, by file name."""
         return {} if self.embedder is None else {"embedder.safetensors": self.embedder}
 
-    def loss_parameters(self) -> Iterable[nn.Parameter]:
-        """Returns the parameters of the loss: proxies, class weights, a learned scale or distance."""
-        return self.loss.parameters() if isinstance(self.loss, nn.Module) else ()
+    def parameter_groups(self, rates: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
+        """Returns the groups of an optimizer: one for each part that has a rate of its own, and before it the rest.
 
-    def parameter_groups(self, loss_lr: float | None = None) -> list[dict[str, Any]]:
-        """Returns the groups of an optimizer: all in one, or the loss's in one of their own with `loss_lr` as rate."""
-        own = {id(p) for p in self.loss_parameters()} if loss_lr is not None else set()
-        groups: list[dict[str, Any]] = [{"params": [p for p in self.parameters() if id(p) not in own]}]
-        if own:
-            groups.append({"params": [p for p in self.parameters() if id(p) in own], "lr": loss_lr})
-        return groups
+        Args:
+            rates: learning rates by names of parts: `{"embedder.trunk": 1e-4, "loss": 1e-2}` (the loss's parameters are
+                proxies, class weights, a learned scale or distance). Of two names that fit, the longer counts.
+
+        Raises:
+            UsageError: a part without parameters, other than the loss.
+        """
+        rates = rates or {}
+        rest: list[nn.Parameter] = []
+        parts: dict[str, list[nn.Parameter]] = {part: [] for part in rates}
+        for name, parameter in self.named_parameters():
+            fitting = [part for part in parts if name.startswith(f"{part}.") or name == part]
+            (parts[max(fitting, key=len)] if fitting else rest).append(parameter)
+        known = [name for name, module in self.named_modules() if name and next(module.parameters(), None) is not None]
+        for part in parts.keys() - {"loss"}:
+            check_choice("a part with a learning rate", part, known)
+        named = [{"name": part, "params": own, "lr": rates[part]} for part, own in parts.items() if own]
+        return [{"params": rest}, *named] if rest else named
 
     @property
     def distance(self) -> BaseDistance | None:

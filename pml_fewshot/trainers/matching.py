@@ -1,10 +1,9 @@
 """MatchingTrainer: Matching networks (Vinyals et al. 2016)."""
 
 from pytorch_metric_learning.miners import BaseMiner
-from torch import Tensor
+from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError
-from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.embedders.full_context import FullContext
 from pml_fewshot.evaluation.heads import similarities_to_each
 from pml_fewshot.evaluation.search import Ranking
@@ -32,7 +31,7 @@ class MatchingTrainer(FewShotTrainer):
 
     def __init__(
         self,
-        embedder: Part[Embedder],
+        embedder: Part[nn.Module],
         loss: Part[MatchingLoss] | None = None,
         miner: Part[BaseMiner] | None = None,
         support_rotations: int = 1,

@@ -5,7 +5,6 @@ from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError
-from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.evaluation.heads import Head, nearest_prototype
 from pml_fewshot.parts.instantiate import Part
 from pml_fewshot.trainers.base import FewShotTrainer
@@ -32,7 +31,7 @@ class MetricTrainer(FewShotTrainer):
 
     def __init__(
         self,
-        embedder: Part[Embedder],
+        embedder: Part[nn.Module],
         loss: Part[nn.Module] | None = None,
         miner: Part[BaseMiner] | None = None,
         support_rotations: int = 1,

@@ -55,6 +55,35 @@ def check_batch(loss: nn.Module, size: int, largest_label: int) -> None:
             raise UsageError(f"expected {wanted}, got {size} items; make the memory larger, of several batches")
 
 
+WIDTHS = {"W": 0, "fc": 0, "proxies": 1, "embedding_memory": 1}  # PML's weights and memories, and their axis of D
+
+
+def check_width(loss: nn.Module, width: int) -> None:
+    """Raises a UsageError when a loss has class weights or a memory for embeddings of another width."""
+    for part in loss.modules() if isinstance(loss, nn.Module) else ():
+        for name, axis in WIDTHS.items():
+            weight = getattr(part, name, None)
+            if isinstance(part, WITH_LABELS) and isinstance(weight, Tensor) and weight.shape[axis] != width:
+                wanted = f"embeddings of {weight.shape[axis]} dimensions, the embedding_size of {type(part).__name__}"
+                raise UsageError(f"expected {wanted}, got {width} from the embedder; set embedding_size={width}")
+
+
+def check_loss(loss: object) -> None:
+    """Raises a UsageError unless it can be called as a PML loss: `loss(embeddings, labels, indices, ...)`."""
+    if isinstance(loss, WITHOUT_LABELS):
+        return
+    if isinstance(loss, nn.Module):
+        arguments = inspect.signature(loss.forward).parameters.values()
+        positional = [p for p in arguments if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if len(positional) >= 3 or any(p.kind is p.VAR_POSITIONAL for p in arguments):
+            return
+        got = f"{type(loss).__name__}, which takes ({', '.join(p.name for p in arguments)})"
+    else:
+        got = f"{getattr(loss, '__qualname__', type(loss).__name__)}, which is no module"
+    wanted = "a PML loss, a module that is called loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)"
+    raise UsageError(f"expected {wanted}, got {got}; take one of PML's or ours, or derive from BaseMetricLossFunction")
+
+
 def check_supports_ref_emb(loss: nn.Module) -> None:
     """Raises a UsageError naming the loss when it has no place for a support set, or takes it wrongly."""
     kind: Any = type(loss)  # (mypy does not know that classes of modules can be hashed)

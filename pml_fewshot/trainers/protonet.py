@@ -2,8 +2,8 @@
 
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.miners import BaseMiner
+from torch import nn
 
-from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.evaluation.heads import Head, nearest_prototype
 from pml_fewshot.losses.prototypical import PrototypicalLoss
 from pml_fewshot.parts.instantiate import Part
@@ -27,7 +27,7 @@ class ProtoNetTrainer(FewShotTrainer):
 
     def __init__(
         self,
-        embedder: Part[Embedder],
+        embedder: Part[nn.Module],
         loss: Part[BaseMetricLossFunction] | None = None,
         miner: Part[BaseMiner] | None = None,
         support_rotations: int = 1,

@@ -3,10 +3,9 @@
 import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.miners import BaseMiner
-from torch import Tensor
+from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError
-from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.evaluation.heads import Head, mean_similarity
 from pml_fewshot.losses.pair_verification import PairVerificationLoss
 from pml_fewshot.parts.instantiate import Part
@@ -34,7 +33,7 @@ class SiameseTrainer(FewShotTrainer):
 
     def __init__(
         self,
-        embedder: Part[Embedder],
+        embedder: Part[nn.Module],
         loss: Part[BaseMetricLossFunction] | None = None,
         miner: Part[BaseMiner] | None = None,
         head: Head = mean_similarity,

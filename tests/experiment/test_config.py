@@ -41,7 +41,7 @@ NESTED = partial(Embedder, partial(nn.Sequential, partial(Conv4, 1, chanels=3)))
         ({"optimizer": partial(Adam, lrr=3)}, r"\(optimizer\).*did you mean 'lr'"),
         ({"retrieval": partial(RetrievalTester, metrcs=())}, "did you mean 'metrics'"),
         ({"trainer": partial(ProtoNetTrainer, partial(nn.Linear, 1, 2, True, "cpu", None, 6))}, "too many positional"),
-        ({"data": tiny_splits()}, "data as something to call, got Splits.*; give a class or a partial"),
+        ({"data": tiny_splits()}, "data as something to call, got Splits.*; give a function, a class or a partial"),
         ({"steps": 0}, "steps to be an integer of at least 1"),
         ({"validate_every": 0}, "validate_every"),
         ({"num_episodes": 1}, "num_episodes of at least 2"),

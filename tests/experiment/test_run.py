@@ -35,7 +35,7 @@ from pml_fewshot.parts.instantiate import instantiate
 from pml_fewshot.trainers.siamese import SiameseTrainer
 from pml_fewshot.training.fit import fit
 from pml_fewshot.training.interruption import TrainingDiverged
-from pml_fewshot.training.state import lower_learning_rate
+from pml_fewshot.training.schedule import lower_learning_rate
 from tests.killing import digest
 from tests.tiny_experiments import EMBEDDER, TINY_EXPERIMENTS, Finished, rows_of, tiny, tiny_set, tiny_splits
 
@@ -83,7 +83,7 @@ def test_files_of_the_table_have_its_figures_at_full_precision(finished: Finishe
     assert float(line["5way_1shot_5query"]) == finished.table.rows[0].value
     assert (finished.folder / "results.md").read_text() == str(finished.table)
     row = finished.table.rows[0]
-    assert (row.method, row.ways, row.shots, row.queries, row.count, row.seed) == ("protonet", 5, 1, 5, 30, 7)
+    assert (row.method, row.ways, row.shots, row.queries, row.count, row.seed) == ("protonet", 5, 1, 5, 30, 0)
     assert (row.split, row.classes, row.note, row.protocol) == ("test", 6, "made up", "inductive")
     figures = ["accuracy", "precision_at_1", "r_precision", "mean_average_precision_at_r"]
     assert [row.figure for row in finished.table.rows] == figures
@@ -191,7 +191,7 @@ def test_run_on_batches_is_the_training_made_by_hand(config: ExperimentConfig, t
     settings = (config.train_spec, config.seed, config.augment, config.sampler, trainer.embedder)
     fit(trainer, BatchStream(no_validation().train, *settings), ADAM(trainer.parameters()), 6, progress=False)
     assert digest(state_of(tmp_path / "run")["trainer"]) == digest(trainer.state_dict())
-    result = EpisodicEvaluator(SPECS[0], 30, seed=config.seed).evaluate(trainer, tiny_splits().test)
+    result = EpisodicEvaluator(SPECS[0], 30, seed=config.eval_seed).evaluate(trainer, tiny_splits().test)
     assert (result.mean, result.episodes_hash) == (table.rows[0].value, table.rows[0].episodes_hash)
 
 
@@ -224,7 +224,9 @@ def test_loss_lr_is_the_rate_of_the_loss_alone(tmp_path: Path) -> None:
 
 def test_a_one_cycle_schedule_gets_the_steps_and_may_not_override_loss_lr(tmp_path: Path) -> None:
     config = replace(swap(BATCHES, loss=partial(ArcFaceLoss, 8, 8)), loss_lr=0.2, run_dir=tmp_path / "run")
-    with pytest.raises(UsageError, match=r"expected a scheduler that keeps loss_lr=0\.2, got OneCycleLR"):
+    with pytest.raises(
+        UsageError, match=r"expected a scheduler that keeps loss_lr=0\.2 and part_lr=None, got OneCycleLR"
+    ):
         run(replace(config, scheduler=partial(OneCycleLR, max_lr=0.1)))
     scheduler = partial(OneCycleLR, max_lr=[0.1, 1.0])
     for name, steps in (("run", 4), ("run", 8), ("at once", 8)):
@@ -247,7 +249,7 @@ def test_training_on_validation_classes_leaves_none_and_extra_evaluations_add_ro
     table = run(replace(config, extra_evaluations=more))
     assert not (tmp_path / "run" / "validation.csv").exists()
     assert state_of(tmp_path / "run")["best"] is None
-    assert seen == [(8, 6, 4, 30)]
+    assert seen == [(8, 6, 4, 2), (8, 6, 4, 30)]  # tried before the training, with 2 episodes
     *rows, row = table.rows
     assert {row.note for row in rows} == {"made up; trained on train and val classes"}
     assert (row.method, row.ways, row.count, row.seed) == ("more", 3, 25, 9)
@@ -272,6 +274,10 @@ def test_a_finished_run_gives_its_table_at_once_and_is_not_written_over(
 def test_a_trained_run_is_evaluated_otherwise_without_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(TINY, run_dir=tmp_path / "run", retrieval=partial(RetrievalTester, metrics=("recall_at_100",)))
     with pytest.raises(UsageError, match="k of at most"):  # there are 60 test images
+        run(config)
+    assert not (tmp_path / "run").exists()  # before any step
+    monkeypatch.setattr("pml_fewshot.experiment.run._rehearse", lambda *_: None)
+    with pytest.raises(UsageError, match="k of at most"):
         run(config)
     weights = digest(state_of(tmp_path / "run")["trainer"])
     specs, tester = (SPECS[0], EpisodeSpec(ways=3, shots=1, queries=5)), RetrievalTester(("recall_at_10",))
@@ -313,7 +319,7 @@ def test_a_schedule_over_the_steps_follows_the_curve_of_the_new_number(tmp_path:
     curve = [0.005 * (1 + torch.tensor(step * torch.pi / 12).cos().item()) for step in range(12)]
     assert rates(tmp_path / "run")[4:] == pytest.approx([0.005, 3.08658e-3, 1.464466e-3, 3.80602e-4], rel=1e-5)
     state = state_of(tmp_path / "run")
-    lower_learning_rate(state, 0.5)  # as after a NaN
+    lower_learning_rate(state)  # as after a NaN
     save_checkpoint(tmp_path / "run" / "last.pt", state)
     run(replace(config, steps=12), resume=True)
     assert rates(tmp_path / "run")[8:] == pytest.approx([rate / 2 for rate in curve[8:]])

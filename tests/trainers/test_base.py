@@ -287,7 +287,7 @@ def test_a_method_of_ones_own_needs_three_methods() -> None:
     assert (trainer.distance, trainer.divergence_hint, trainer.transductive, trainer.thread_safe) == (None, "", 0, 0)
     assert (trainer.accuracy(given), trainer.exports()) == (None, {})
     trainer.check(m.splits(), [EpisodeSpec(2, 1, 1)])
-    optimizer = SGD(trainer.parameter_groups(loss_lr=0.5), lr=0.1)
+    optimizer = SGD(trainer.parameter_groups({"loss": 0.5}), lr=0.1)
     assert [group["lr"] for group in optimizer.param_groups] == [0.1]
     fit(trainer, [given], optimizer, 1, progress=False)
     assert torch.equal(trainer.weight, torch.full((2,), 0.8))
@@ -299,10 +299,10 @@ def test_parameters_of_the_loss_have_a_group_of_their_own_where_asked() -> None:
     assert group.keys() == {"params"}
     assert list(map(id, group["params"])) == list(map(id, trainer.parameters()))
     for rate in (0.5, 0.0):
-        first, second = trainer.parameter_groups(rate)
+        first, second = trainer.parameter_groups({"loss": rate})
         assert list(map(id, first["params"])) == list(map(id, trainer.embedder.parameters()))
         assert (list(map(id, second["params"])), second["lr"]) == ([id(trainer.loss.W)], rate)
-    assert len(MetricTrainer(m.embedder(), pml.NTXentLoss()).parameter_groups(0.5)) == 1
+    assert len(MetricTrainer(m.embedder(), pml.NTXentLoss()).parameter_groups({"loss": 0.5})) == 1
 
 
 def test_bank_is_the_embedding_of_the_set_in_eval_mode() -> None:

@@ -82,7 +82,7 @@ def test_scale_begins_at_10_and_is_learned_and_so_is_the_context() -> None:
     trainer = MatchingTrainer(m.embedder(), context=FullContext(m.DIMS))
     assert isinstance(trainer.distance, CosineSimilarity)
     assert trainer.loss.scale.item() == pytest.approx(10)
-    rest, own = trainer.parameter_groups(loss_lr=0.1)
+    rest, own = trainer.parameter_groups({"loss": 0.1})
     assert len(own["params"]) == 1
     assert {id(p) for p in trainer.context.parameters()} <= {id(p) for p in rest["params"]}
     before = {name: weight.detach().clone() for name, weight in trainer.named_parameters()}

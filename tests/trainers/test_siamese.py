@@ -97,7 +97,7 @@ def test_it_learns_from_batches() -> None:
 def test_similarity_that_takes_its_width_from_the_first_batch_is_trained_and_saved() -> None:
     """The optimizer is made before the weights have a shape, with a group of their own."""
     trainer = SiameseTrainer(m.embedder()).double()
-    groups = trainer.parameter_groups(loss_lr=0.1)
+    groups = trainer.parameter_groups({"loss": 0.1})
     assert [len(group["params"]) for group in groups] == [2, 2]
     history = fit(trainer, [m.batch(), m.batch(seed=1)], Adam(groups, lr=0.0), 2, progress=False)
     assert history.skipped == 0

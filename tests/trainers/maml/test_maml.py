@@ -220,10 +220,10 @@ def test_exports_parameter_groups_and_threads() -> None:
     maml = trainer(loss=small.Tempered(), learn_inner_lr="per_layer")
     assert maml.exports() == {"network.safetensors": maml.network}
     assert not maml.thread_safe
-    rest, own = maml.parameter_groups(loss_lr=0.5)
-    assert own == {"params": [maml.loss.temperature], "lr": 0.5}
+    rest, own = maml.parameter_groups({"loss": 0.5})
+    assert own == {"name": "loss", "params": [maml.loss.temperature], "lr": 0.5}
     assert {id(p) for p in rest["params"]} == {id(p) for p in (*maml.network.parameters(), maml.inner.learned_lr)}
-    assert len(trainer().parameter_groups(loss_lr=0.5)) == 1  # the loss is a function
+    assert len(trainer().parameter_groups({"loss": 0.5})) == 1  # the loss is a function
 
 
 def test_a_diverging_inner_loop_is_named() -> None:
