@@ -37,7 +37,7 @@ def evaluate_inductive(trainer: MAMLTrainer, splits: Splits, config: ExperimentC
     methods = {f"{config.name}, inductive": trainer.with_batch_norm("inductive")}
     note = "trained on train and val classes" if config.train_on_validation else ""
     return benchmark(
-        methods, splits.test, config.eval_specs, None, config.num_episodes, config.seed, timed=False, note=note
+        methods, splits, config.eval_specs, None, config.num_episodes, config.eval_seed, timed=False, note=note
     )
 
 

@@ -39,6 +39,7 @@ from .experiment.config import ExperimentConfig as ExperimentConfig
 from .experiment.config import swap as swap
 from .experiment.run import run as run
 from .experiment.sweep import sweep as sweep
+from .experiment.trained import load_trained as load_trained
 from .io.checkpoint import export_embedder as export_embedder
 from .io.checkpoint import load_embedder as load_embedder
 from .losses.dense import DenseNTXentLoss as DenseNTXentLoss

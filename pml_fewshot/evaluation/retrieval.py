@@ -94,9 +94,11 @@ class RetrievalTester:
             report their recall against exact search.
         distance: PML distance that ranks; Euclid when None.
         parameters: of an approximate index, as in `Gallery`.
+        num_queries: measure a random sample of so many queries, drawn by a seed of 0; all when None. Each searches the
+            whole set as ever.
 
     Raises:
-        UsageError: an unknown metric or index, or a k below 1.
+        UsageError: an unknown metric or index, or a k or num_queries below 1.
     """
 
     metrics: Sequence[str] = known.METRICS
@@ -104,6 +106,7 @@ class RetrievalTester:
     index: str = "flat"
     distance: BaseDistance | None = None
     parameters: str = ""
+    num_queries: int | None = None
 
     def __post_init__(self) -> None:
         self.metrics = (self.metrics,) if isinstance(self.metrics, str) else tuple(self.metrics)
@@ -113,6 +116,7 @@ class RetrievalTester:
             if not known.RECALL.fullmatch(metric):
                 check_choice("metric", metric, known.NAMES)
         check_index(self.index)
+        check_at_least_one("num_queries", 1 if self.num_queries is None else self.num_queries)
         if isinstance(self.k, str):
             check_choice("k", self.k, ("max_bin_count",))
         else:
@@ -172,8 +176,9 @@ class RetrievalTester:
         if figures and not counts.any():
             raise UsageError("expected a query whose class is among the references, got none; check the labels")
         k = self._choose_k(tuple(figures), int(relevant.max()), len(labels) - leave_one_out)
+        chosen = _sample(len(query), self.num_queries)
         # all at once where that fits, for queries among themselves need each pair only once
-        for part in torch.arange(len(query)).split(max(1, MAX_NEIGHBORS // k)) if figures else ():
+        for part in chosen.split(max(1, MAX_NEIGHBORS // k)) if figures else ():
             nearest = _search(query, part, references, k, ranking, leave_one_out)
             match = (labels[nearest] == query_labels[part].unsqueeze(1)) & (nearest >= 0)  # -1: fewer were found
             kept = counts[part]
@@ -181,14 +186,14 @@ class RetrievalTester:
                 values.append(known.measure(metric, match[kept], relevant[part][kept]))
         recall = None
         if indexed is not None:
-            part = torch.randperm(len(query), generator=torch.Generator().manual_seed(0))[:RECALL_SAMPLE].sort().values
+            part = _sample(len(query), RECALL_SAMPLE)
             found, exact = (_search(query, part, each, k, ranking, leave_one_out) for each in (references, indexed))
             recall = IndexRecall.of(found, exact)
         index = references if isinstance(references, Gallery) else "exact"
         return RetrievalResult(
             {metric: torch.cat(values) for metric, values in figures.items()},
-            query_labels[counts],
-            int((~counts).sum()),
+            query_labels[chosen][counts[chosen]],
+            int((~counts[chosen]).sum()),
             k,
             "leave-one-out" if leave_one_out else "gallery",
             ", ".join(str(each) for each in (index, ranking, recall) if each is not None),
@@ -206,6 +211,13 @@ class RetrievalTester:
         if k > num_references:
             raise UsageError(f"expected k of at most {num_references}, the gallery's size, got {k}; lower it")
         return k
+
+
+def _sample(count: int, size: int | None) -> Tensor:
+    """Indices (n,), ascending, of so many random ones of `count` items; of all when None."""
+    if size is None or size >= count:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:size].sort().values
 
 
 def _search(

@@ -13,7 +13,7 @@ from pml_fewshot.evaluation.retrieval import RetrievalResult
 
 @dataclass(frozen=True)
 class Comparison:
-    """Mean of the first accuracy minus the second over the same episodes, a fraction of 1, and half its 95 % interval.
+    """Mean of the first figure minus the second over the same episodes or queries, and half its 95 % interval.
 
     `ci95` is 1.96 standard errors of the mean of the differences.
     """
@@ -21,6 +21,7 @@ class Comparison:
     difference: float
     ci95: float
     num_episodes: int
+    of_queries: bool = False
 
     @property
     def significant(self) -> bool:
@@ -30,7 +31,8 @@ class Comparison:
     def __str__(self) -> str:
         verdict = "significant" if self.significant else "not significant, the interval holds 0"
         points = f"{100 * self.difference:+.2f} +- {100 * self.ci95:.2f} points"
-        return f"{points} on the same {self.num_episodes:,} episodes: {verdict} (95 %)"
+        on = "queries" if self.of_queries else "episodes"
+        return f"{points} on the same {self.num_episodes:,} {on}: {verdict} (95 %)"
 
 
 def compare(a: EpisodicResult, b: EpisodicResult) -> Comparison:

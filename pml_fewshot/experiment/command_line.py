@@ -15,6 +15,7 @@ from pml_fewshot.checks import UsageError
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment.config import ExperimentConfig
 from pml_fewshot.experiment.run import run
+from pml_fewshot.sampling.episodes import EpisodeSpec
 from pml_fewshot.training.interruption import TrainingDiverged, TrainingInterrupted
 
 Options = TypeVar("Options")
@@ -24,7 +25,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 @dataclass(frozen=True)
-class _EvalSpec:
+class EvalSpec:
     """Evaluate by one spec alone; what is not given comes from the experiment's first."""
 
     ways: int | None = None
@@ -34,11 +35,16 @@ class _EvalSpec:
     queries: int | None = None
     """query items of each class"""
 
+    def of(self, specs: tuple[EpisodeSpec, ...]) -> tuple[EpisodeSpec, ...]:
+        """The experiment's specs, or the one that was asked for."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return (replace(specs[0], **given),) if given else specs
+
 
 @dataclass(frozen=True)
 class _Options:
     config: Annotated[ExperimentConfig, tyro.conf.arg(name="")]
-    eval_spec: _EvalSpec = field(default_factory=_EvalSpec)
+    eval_spec: EvalSpec = field(default_factory=EvalSpec)
     resume: bool = False
     """continue the run in --run-dir, or start it; with more --steps train a finished one longer"""
 
@@ -51,9 +57,7 @@ def main(config: ExperimentConfig) -> ResultTable:
     """
     with one_line_errors():
         options = parse(_Options(config), f"Runs the experiment {config.name}.")
-        given = {name: value for name, value in vars(options.eval_spec).items() if value is not None}
-        specs = (replace(config.eval_specs[0], **given),) if given else config.eval_specs
-        return run(replace(options.config, eval_specs=specs), options.resume)
+        return run(replace(options.config, eval_specs=options.eval_spec.of(config.eval_specs)), options.resume)
 
 
 def parse(default: Options, description: str) -> Options:

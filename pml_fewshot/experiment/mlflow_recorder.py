@@ -17,8 +17,8 @@ class MLflowRecorder:
     """Sends numbers by group and step to a run of MLflow, as the metrics "train/loss" and so on.
 
     A run that is resumed in the same folder continues the same run of MLflow, whose id is in `mlflow_run_id.txt`
-    there. What MLflow has for a step is not sent again: where steps are repeated with other options (retries,
-    clip_norm) it keeps their first values.
+    there. What MLflow has for a step is not sent again: where steps are repeated with other options (a lower rate
+    after a NaN) it keeps their first values.
 
     Args:
         folder: of the run.

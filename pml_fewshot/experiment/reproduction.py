@@ -1,25 +1,23 @@
 """reproduce: a finished run is evaluated again from its weights; do the same figures come out?"""
 
-import importlib
-import importlib.util
-import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
 
-from pml_fewshot.checks import MissingFileError, UsageError
+from pml_fewshot.checks import MissingFileError
 from pml_fewshot.evaluation.table import STORED, ResultRow, ResultTable
 from pml_fewshot.experiment.command_line import one_line_errors
-from pml_fewshot.experiment.config import OPTIONS, Device, ExperimentConfig
+from pml_fewshot.experiment.config import Device, ExperimentConfig
 from pml_fewshot.experiment.run import evaluate, prepare
-from pml_fewshot.experiment.run_folder import PLACE, RunFolder, check_data, check_same, environment_changes, read_config
+from pml_fewshot.experiment.run_folder import RunFolder, check_data, check_same, environment_changes, read_config
+from pml_fewshot.experiment.stored_config import find_config, with_stored_options
 from pml_fewshot.io.checkpoint import load_checkpoint, load_embedder
-from pml_fewshot.training.state import history_of, load_trained
+from pml_fewshot.training.state import history_of, restore_trained
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def reproduce(
     prepared = prepare(replace(config, data_root=root, device=device))
     check_data(prepared.splits, stored, folder)
     state = load_checkpoint(folder / "last.pt")
-    load_trained(prepared.trainer, state)
+    restore_trained(prepared.trainer, state)
     differences = []
     for name, part in prepared.trainer.exports().items():
         weights = {key: value.clone() for key, value in part.state_dict().items()}
@@ -76,51 +74,6 @@ def reproduce(
     table = evaluate(prepared, history_of(state))
     differences += _differences(ResultTable.read(folder).rows, table.rows)
     return Reproduction(table, differences, environment_changes(stored, prepared.device))
-
-
-def with_stored_options(config: ExperimentConfig, stored: Mapping[str, Any]) -> ExperimentConfig:
-    """The config with the numbers that the command line may have changed, as a run's description has them."""
-
-    def as_stored(spec: Any, then: Mapping[str, Any]) -> Any:
-        return replace(spec, **{each.name: then[each.name] for each in fields(spec) if each.name in then})
-
-    options: dict[str, Any] = {name: stored[name] for name in OPTIONS if name in stored and name not in PLACE}
-    options["train_spec"] = as_stored(config.train_spec, stored["train_spec"])
-    options["eval_specs"] = tuple(as_stored(config.eval_specs[0], each) for each in stored["eval_specs"])
-    return replace(config, **options)
-
-
-def find_config(folder: str | Path, module: str = "") -> ExperimentConfig:
-    """The experiment of a run folder, from a module of the reader's: a config at its top, or in a list there.
-
-    Args:
-        folder: of the run.
-        module: that has the config; when empty the one that the run recorded, if that is one of `experiments`.
-
-    Raises:
-        UsageError: there is no such module, it lies in the run folder, or none of its configs has the run's name.
-    """
-    stored = read_config(Path(folder))
-    name, wanted = module or str(stored["module"]), stored["config"].get("name")
-    if not module and not re.fullmatch(r"experiments(\.[a-z_]\w*)+", name, re.ASCII):
-        raise UsageError(f"expected a run of a module of experiments, got one of {name!r}; name the module to use")
-    for end in [match.start() for match in re.finditer(r"\.|$", name)]:  # a package is imported to look below it
-        _check_outside(name[:end], Path(folder))
-    values = list(vars(importlib.import_module(name)).values())
-    values += [each for value in values if isinstance(value, list | tuple) for each in value]
-    configs = {each.name: each for each in values if isinstance(each, ExperimentConfig)}
-    if wanted not in configs:
-        raise UsageError(f"expected a config named {wanted!r} in {name}, got {sorted(configs)}; name another module")
-    return configs[wanted]
-
-
-def _check_outside(module: str, folder: Path) -> None:
-    """Raises a UsageError when there is no such module, or it lies in the run folder, which may be a stranger's."""
-    spec = importlib.util.find_spec(module)
-    places = [*(spec.submodule_search_locations or ()), spec.origin] if spec is not None else []
-    if spec is None or any(Path(each).resolve().is_relative_to(folder.resolve()) for each in places if each):
-        got = "one in the run folder" if spec is not None else "none"
-        raise UsageError(f"expected a module {module} of your own, got {got}; work in the checkout that has it")
 
 
 def _differences(then: Sequence[ResultRow], now: Sequence[ResultRow]) -> list[str]:

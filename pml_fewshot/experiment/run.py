@@ -26,6 +26,7 @@ from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment.config import Device, ExperimentConfig
 from pml_fewshot.experiment.recorder import Recorder, Recorders
 from pml_fewshot.experiment.run_folder import RunFolder, open_run
+from pml_fewshot.experiment.stored_config import what_is_lost
 from pml_fewshot.io.checkpoint import check_exportable, export_embedder, load_checkpoint, save_checkpoint
 from pml_fewshot.parts.instantiate import instantiate
 from pml_fewshot.sampling.batch_stream import BatchStream
@@ -96,6 +97,8 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
 def _run(folder: RunFolder) -> ResultTable:
     prepared = prepare(folder.config)
     folder.begin(prepared.splits, prepared.device)
+    if lost := what_is_lost(folder.config):
+        print(f"note: {lost}")
     print(f"{folder.config.name}: {prepared.stream.dataset} on {prepared.device}, run folder {folder.path}")
     history = train(prepared, folder)
     skipped = f", {history.skipped} steps skipped: nothing to learn from in their batches" if history.skipped else ""
@@ -114,8 +117,7 @@ def prepare(config: ExperimentConfig) -> Prepared:
     config, device = own_parts(config), resolve_device(config.device)
     if device.type == "cpu" and keep_freed_memory():
         print("memory: glibc keeps freed blocks for reuse (mallopt); otherwise training steps take twice as long")
-    root = config.data_root or Path(os.environ.get("PML_FEWSHOT_DATA", "data"))
-    splits = config.data(**_needed(config.data, root=root))
+    splits = load_data(config)
     train, val = splits.train, splits.val
     if config.train_on_validation and val is not None:
         train, val = concat([train, val]), None
@@ -126,7 +128,7 @@ def prepare(config: ExperimentConfig) -> Prepared:
         evaluator.check(val)
 
     torch.manual_seed(config.seed)  # initial weights, dropout and PML's miners draw from torch's own generator
-    trainer: FewShotTrainer = _instance(config.trainer, num_classes=len(train.class_names)).to(device)
+    trainer: FewShotTrainer = instance(config.trainer, num_classes=len(train.class_names)).to(device)
     trainer.check(Splits(train, val, splits.test), (config.train_spec, *config.eval_specs))
     for part in trainer.exports().values():
         check_exportable(part)
@@ -135,7 +137,7 @@ def prepare(config: ExperimentConfig) -> Prepared:
     stream = _stream(config, train, trainer)
     check_parts(trainer, config.frozen or {})
     optimizer, scheduler = make_optimizer(config, trainer)
-    tester = _instance(config.retrieval)
+    tester = instance(config.retrieval)
     validate = None if val is None else partial(evaluator.evaluate, trainer, val)
     splits = Splits(splits.train, splits.val, test)
     prepared = Prepared(config, device, splits, trainer, stream, optimizer, scheduler, validate, tester)
@@ -227,6 +229,12 @@ def evaluate(prepared: Prepared, history: History) -> ResultTable:
     return table
 
 
+def load_data(config: ExperimentConfig) -> Splits:
+    """The data of an experiment, from its data root."""
+    root = config.data_root or Path(os.environ.get("PML_FEWSHOT_DATA", "data"))
+    return config.data(**_needed(config.data, root=root))
+
+
 def resolve_device(wanted: Device) -> torch.device:
     """The device that "auto", "cpu" or "cuda" stands for on this machine."""
     if wanted == "cuda" and not torch.cuda.is_available():
@@ -234,7 +242,7 @@ def resolve_device(wanted: Device) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _instance(part: Any, **offers: Any) -> Any:
+def instance(part: Any, **offers: Any) -> Any:
     """The object that a class, function or partial makes, with the offered arguments that it needs; instances stay."""
     is_factory = isinstance(part, type | FunctionType | partial)
     return instantiate(partial(part, **_needed(part, **offers))) if is_factory else part
@@ -271,16 +279,18 @@ def _scheduler(config: ExperimentConfig, optimizer: Optimizer) -> Any:
 def _rehearse(prepared: Prepared, val: FewShotDataset | None) -> None:
     """Does all that comes after the training, with an untrained trainer: errors there must not wait for the training.
 
-    Two episodes of each kind, and random embeddings but for a few images, which cost most; all else is as it will be.
+    Two episodes of each kind, eight queries, and random embeddings but for a few images'; all else is as it will be.
     """
     trainer = copy.deepcopy(prepared.trainer)
     trainer.bank = partial(_random_bank, trainer.bank)  # type: ignore[method-assign]
-    config = replace(prepared.config, num_episodes=2)
+    config, tester = replace(prepared.config, num_episodes=2), copy.copy(prepared.tester)
+    if tester is not None:
+        tester.num_queries = 8  # which search the whole set
     devices = [prepared.device] if prepared.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # what this draws must not change the training
         if val is not None:
             EpisodicEvaluator(config.eval_specs[0], 2, config.seed).evaluate(trainer, val)
-        evaluate(replace(prepared, trainer=trainer, config=config), History())
+        evaluate(replace(prepared, trainer=trainer, config=config, tester=tester), History())
 
 
 def _random_bank(bank: Callable[[FewShotDataset], Tensor], dataset: FewShotDataset) -> Tensor:

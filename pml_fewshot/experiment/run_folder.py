@@ -187,9 +187,12 @@ def check_data(splits: Splits, stored: Mapping[str, Any], folder: Path) -> None:
         raise UsageError(f"expected the data of the run in {folder}, {got}")
 
 
-def _described(splits: Splits) -> dict[str, dict[str, str]]:
-    sets = {"train": splits.train, "val": splits.val, "test": splits.test}
-    return {role: {"shown": repr(each), "checksum": each.checksum() if each else "none"} for role, each in sets.items()}
+def _described(splits: Splits) -> dict[str, dict[str, Any]]:
+    sets = {role: each for role, each in vars(splits).items() if each is not None}
+    about = {role: {"shown": repr(each), "checksum": each.checksum()} for role, each in sets.items()}
+    shapes = {role: {"classes": len(each.class_names), "item": list(each.item_shape)} for role, each in sets.items()}
+    none = {"shown": "None", "checksum": "none", "classes": 0, "item": []}
+    return {role: {**about[role], **shapes[role]} if role in sets else none for role in vars(splits)}
 
 
 def _checksum(stored: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ class WandbRecorder:
 
     A run that is resumed in the same folder continues the same run of W&B: `wandb_run_id.txt` there holds its id, and
     for each group the last step sent, up to which later saves send nothing again. So the steps of a group must rise,
-    and where steps are repeated with other options (retries, clip_norm) W&B keeps their first values.
+    and where steps are repeated with other options (a lower rate after a NaN) W&B keeps their first values.
 
     With WANDB_MODE=offline all goes to `wandb/` in the folder, a part for each session, for `wandb sync` to send.
 
@@ -74,7 +74,7 @@ class WandbRecorder:
         self._rows.clear()
 
     def close(self) -> None:
-        """Saves, and waits until W&B has all."""
+        """Saves, and ends this session of W&B's run."""
         self.save()
         self._run.finish()
 

@@ -312,7 +312,7 @@ def history_of(state: dict[str, Any]) -> History:
     return History(**stored)
 
 
-def load_trained(trainer: nn.Module, state: dict[str, Any]) -> None:
+def restore_trained(trainer: nn.Module, state: dict[str, Any]) -> None:
     """Gives a trainer the weights that a finished training ends with: the best validated, else the last."""
     history_of(state)
     average = {name.removeprefix("module."): each for name, each in state.get("average", {}).items()}

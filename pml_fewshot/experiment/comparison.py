@@ -1,0 +1,153 @@
+"""compare_runs: finished runs side by side, the best first: what differs between them, and paired differences."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from pml_fewshot.checks import UsageError
+from pml_fewshot.evaluation.statistics import Comparison, average
+from pml_fewshot.evaluation.table import ResultTable
+from pml_fewshot.evaluation.table_formats import ResultRow, arrange
+from pml_fewshot.experiment.command_line import one_line_errors
+from pml_fewshot.experiment.run_folder import PLACE, read_config
+from pml_fewshot.experiment.trained import EVALUATIONS
+
+
+@dataclass(frozen=True)
+class RunComparison:
+    """What comparing runs gives; str() shows it all."""
+
+    table: ResultTable
+    """all figures, the best run first; of runs that differ in their seeds alone their mean too"""
+    changes: list[str]
+    """a line for each value in which the configs differ"""
+    differences: list[str]
+    """a line for each run and figure: the paired difference to the best run on the same episodes or queries"""
+
+    def __str__(self) -> str:
+        parts = [str(self.table)]
+        for title, lines in (("configs differ in", self.changes), ("paired differences to the best", self.differences)):
+            parts.append("\n".join([f"{title}:", *(f"- {line}" for line in lines)]) if lines else f"{title}: none")
+        return "\n\n".join(parts)
+
+
+def compare_runs(folders: Sequence[str | Path]) -> RunComparison:
+    """Compares finished runs, with what was evaluated in them afterwards.
+
+    Runs of one name are told apart by their folders. Differences are paired, on the same episodes (or queries of the
+    same data), so that the difficulty of an episode cancels out.
+
+    Raises:
+        MissingFileError: (a FileNotFoundError) a folder without a finished run.
+        UsageError: fewer than two runs, one of them twice, or damaged files.
+    """
+    paths = [Path(folder) for folder in folders]
+    if len({path.resolve() for path in paths}) < max(2, len(paths)):
+        got = ", ".join(map(str, paths)) or "none"
+        raise UsageError(f"expected two or more different runs, got {got}; name their folders")
+    stored = [read_config(path) for path in paths]
+    names = [each["config"]["name"] for each in stored]
+    labels = _labels(names, paths)
+    rows = {label: _rows(path, name, label) for label, path, name in zip(labels, paths, names, strict=True)}
+    configs = {label: dict(_flat(each["config"])) for label, each in zip(labels, stored, strict=True)}
+    data = {label: each["data"]["test"]["checksum"] for label, each in zip(labels, stored, strict=True)}
+    everything = [row for own in rows.values() for row in own] + _means(rows, configs, data)
+    return RunComparison(ResultTable(everything).best_first(), _changes(configs), _differences(rows, data))
+
+
+def _labels(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
+    """What each run is called: by its name, or where that is another's too, by its folder; or its whole path."""
+    pairs = list(zip(names, paths, strict=True))
+    shown = [f"{name} ({path.resolve().name})" if names.count(name) > 1 else name for name, path in pairs]
+    return [
+        f"{name} ({path})" if shown.count(label) > 1 else label
+        for label, (name, path) in zip(shown, pairs, strict=True)
+    ]
+
+
+def _rows(path: Path, name: str, label: str) -> list[ResultRow]:
+    rows = ResultTable.read(path).rows
+    if (path / EVALUATIONS / "figures.csv").exists():
+        rows += ResultTable.read(path / EVALUATIONS).rows
+    renamed = {name: label, **{row.method: f"{label}: {row.method}" for row in rows if row.method != name}}
+    return [replace(row, method=renamed[row.method]) for row in rows]
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a described config with their places; "trainer.loss.temperature"."""
+    inner = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
+    if not inner:
+        yield path, value
+    for name, each in inner.items():
+        # (a partial is described as {"call": its class, "with": its arguments}, an object with its class as "object")
+        step = "" if name in ("with", "call", "object") else str(name)
+        yield from _flat(each, ".".join(filter(None, (path, step))))
+
+
+def _changes(configs: dict[str, dict[str, Any]]) -> list[str]:
+    places = dict.fromkeys(place for config in configs.values() for place in config)
+    lines = []
+    for place in places:
+        values = {label: config.get(place, "nothing") for label, config in configs.items()}
+        if place not in PLACE and len(set(map(repr, values.values()))) > 1:
+            lines.append(f"{place}: " + ", ".join(f"{value} ({label})" for label, value in values.items()))
+    return lines
+
+
+def _key(row: ResultRow, data: str) -> tuple[Any, ...]:
+    """Equal for figures on the same episodes, or of the same queries."""
+    return row.column, row.protocol, row.episodes_hash or (data, row.split, row.classes, row.count, row.note)
+
+
+def _differences(rows: dict[str, list[ResultRow]], data: dict[str, str]) -> list[str]:
+    together: dict[Any, dict[str, ResultRow]] = {}
+    for label, own in rows.items():
+        for row in own:
+            if row.values is not None:
+                together.setdefault(_key(row, data[label]), {}).setdefault(row.method, row)
+    lines = []
+    for figures in together.values():
+        best = max(figures.values(), key=lambda row: row.value)
+        (title,) = arrange([best])[0].values()
+        for row in figures.values():
+            if row is not best and row.values is not None and best.values is not None:
+                found = Comparison(*average([row.values - best.values]), len(row.values), row.ways is None)
+                lines.append(f"{title}: {row.method} less {best.method}: {found}")
+    return lines
+
+
+def _means(
+    rows: dict[str, list[ResultRow]], configs: dict[str, dict[str, Any]], data: dict[str, str]
+) -> list[ResultRow]:
+    """For runs that differ in their seeds alone, a row for each figure that all of them have."""
+    groups: dict[str, list[str]] = {}
+    for label, config in configs.items():
+        same = {place: value for place, value in config.items() if place not in ("seed", *PLACE)}
+        groups.setdefault(repr(same), []).append(label)
+    means = []
+    for labels in groups.values():
+        keyed = [{_key(row, data[label]): row for row in rows[label] if row.values is not None} for label in labels]
+        for key, first in keyed[0].items():
+            values = [own[key].values for own in keyed if key in own]
+            if len(labels) > 1 and len(values) == len(labels):
+                value, ci95 = average(values)  # type: ignore[arg-type]
+                name = f"{first.method.partition(' (')[0]}, mean of {len(labels)} seeds"
+                means.append(replace(first, method=name, value=value, ci95=ci95, trained=len(labels), values=None))
+    return means
+
+
+def _command(runs: Annotated[tuple[Path, ...], tyro.conf.Positional]) -> None:
+    """Compares finished runs: all figures, the best first, what differs between the configs, and paired differences.
+
+    Args:
+        runs: their folders
+    """
+    print(compare_runs(runs))
+
+
+def main() -> None:
+    with one_line_errors():
+        tyro.cli(_command)

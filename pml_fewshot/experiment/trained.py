@@ -1,0 +1,165 @@
+"""A run folder's trained trainer: given back (load_trained), and evaluated on other episodes, data or metrics."""
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from filelock import FileLock, Timeout
+
+from pml_fewshot.checks import LockedError
+from pml_fewshot.data.dataset import FewShotDataset, Splits, concat
+from pml_fewshot.data.image_folder import load_image_folder
+from pml_fewshot.evaluation.benchmark import benchmark
+from pml_fewshot.evaluation.retrieval import RetrievalTester
+from pml_fewshot.evaluation.table import ResultTable
+from pml_fewshot.experiment.command_line import EvalSpec, one_line_errors
+from pml_fewshot.experiment.config import Device, ExperimentConfig
+from pml_fewshot.experiment.run import instance, load_data, own_parts, resolve_device
+from pml_fewshot.experiment.run_folder import check_data, check_same, read_config
+from pml_fewshot.experiment.stored_config import find_config, with_stored_options
+from pml_fewshot.io.checkpoint import load_checkpoint
+from pml_fewshot.sampling.episodes import EpisodeSpec
+from pml_fewshot.trainers.base import FewShotTrainer
+from pml_fewshot.training.state import history_of, restore_trained
+
+EVALUATIONS = "evaluations"  # the folder, in that of a run, of the tables that were made afterwards
+
+
+def load_trained(folder: str | Path, config: ExperimentConfig | None = None, device: Device = "auto") -> FewShotTrainer:
+    """The trainer of a run folder with its trained weights (the best validated ones), in eval mode.
+
+    Args:
+        folder: of the run, finished or not.
+        config: of the run; when None it is looked for in the module of `experiments` that the run recorded. Nothing in
+            the folder is run, and the data are not read.
+        device: where to.
+
+    Raises:
+        MissingFileError: (a FileNotFoundError) the folder lacks config.json or last.pt.
+        UsageError: one of them is damaged, or the config has another trainer than the run.
+    """
+    trainer, _ = _load(Path(folder), config, device)
+    return trainer
+
+
+def _load(folder: Path, config: ExperimentConfig | None, device: Device) -> tuple[FewShotTrainer, ExperimentConfig]:
+    stored = read_config(folder)
+    config = own_parts(with_stored_options(config or find_config(folder), stored["config"]))
+    check_same(config, stored, folder, [each.name for each in fields(config) if each.name != "trainer"])
+    roles = ("train", "val") if config.train_on_validation else ("train",)
+    state = load_checkpoint(folder / "last.pt")
+    with torch.random.fork_rng(devices=[]):  # weights that are replaced at once must not move the caller's generator
+        trainer = instance(config.trainer, num_classes=sum(stored["data"][role]["classes"] for role in roles))
+    restore_trained(trainer, state)
+    return trainer.to(resolve_device(device)).eval(), config
+
+
+def evaluate_again(
+    folder: str | Path,
+    config: ExperimentConfig | None = None,
+    data: Splits | FewShotDataset | str | Path | None = None,
+    eval_specs: Sequence[EpisodeSpec] | None = None,
+    retrieval: RetrievalTester | None = None,
+    num_episodes: int | None = None,
+    eval_seed: int | None = None,
+    split: Literal["train", "val", "test"] | None = None,
+    device: Device = "auto",
+    data_root: str | Path | None = None,
+) -> ResultTable:
+    """Evaluates the trained weights of a run on other episodes, data or metrics; also where its own evaluation failed.
+
+    The rows are added, with where they come from in their notes, to the table in the folder's `evaluations/`; the run's
+    own figures stay as they are. Returns the new rows.
+
+    Args:
+        folder, config, device: as for load_trained.
+        data: to evaluate on: sets, or a folder of images, a subfolder a class, all classes of which are taken, at the
+            size of the run's images. The run's own data when None, which must be the same to the pixel.
+        eval_specs, num_episodes, eval_seed: of the episodes; as in the run when None.
+        retrieval: tester; the config's when None.
+        split: which classes of Splits; the test classes when None.
+        data_root: where the run's own data are now.
+
+    Raises:
+        MissingFileError, UsageError: as load_trained and benchmark do; data that are not the run's.
+        LockedError: another process is writing the folder.
+    """
+    folder = Path(folder)
+    trainer, config = _load(folder, config, device)
+    stored = read_config(folder)
+    step = history_of(load_checkpoint(folder / "last.pt")).best_step
+    notes = [f"weights of step {step}, evaluated after the run"]
+    evaluated: Splits | FewShotDataset
+    if data is None:
+        root = Path(data_root) if data_root is not None else config.data_root
+        evaluated = load_data(replace(config, data_root=root))
+        check_data(evaluated, stored, folder)
+    elif isinstance(data, str | Path):
+        channels, height, _ = stored["data"]["test"]["item"]
+        photos = load_image_folder(data, image_size=height, channels=channels)
+        evaluated = concat([each for each in vars(photos).values() if each is not None])
+        notes.append(f"data {Path(data).name}, checksum {evaluated.checksum()}")
+    else:
+        evaluated = data
+    table = benchmark(
+        {config.name: trainer},
+        evaluated,
+        eval_specs or config.eval_specs,
+        instance(config.retrieval) if retrieval is None else retrieval,
+        config.num_episodes if num_episodes is None else num_episodes,
+        config.eval_seed if eval_seed is None else eval_seed,
+        timed=False,
+        note="; ".join(notes),
+        split=split,
+    )
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            place = folder / EVALUATIONS
+            place.mkdir(exist_ok=True)
+            before = ResultTable.read(place).rows if (place / "figures.csv").exists() else []
+            ResultTable([*before, *(row for row in table.rows if row not in before)]).write(place)
+    except Timeout as error:
+        raise LockedError(f"expected a run folder that no other process writes, got {folder}; wait for it") from error
+    return table
+
+
+def _command(
+    folder: Annotated[Path, tyro.conf.Positional],
+    experiment: Annotated[str, tyro.conf.Positional] = "",
+    data: Path | None = None,
+    eval_spec: EvalSpec = EvalSpec(),  # noqa: B008 (frozen)
+    num_episodes: int | None = None,
+    eval_seed: int | None = None,
+    retrieval: tuple[str, ...] = (),
+    split: Literal["train", "val", "test"] | None = None,
+    device: Device = "auto",
+    data_root: Path | None = None,
+) -> None:
+    """Evaluates a run's trained weights on other episodes, data or metrics, and adds the figures to the run folder.
+
+    Args:
+        folder: the run folder
+        experiment: module of its config, like experiments.quickstart; the one that the run recorded when not given
+        data: a folder of images, a subfolder a class; the run's own data when not given
+        eval_spec: evaluate by one spec alone; what is not given comes from the experiment's first
+        num_episodes: as in the run when not given
+        eval_seed: of the episodes; as in the run when not given
+        retrieval: metrics, like recall_at_1 NMI; those of the run when not given
+        split: which classes of the run's data; test when not given
+        device: auto: CUDA where there is one
+        data_root: folder of the data; PML_FEWSHOT_DATA, else data/, when not given
+    """
+    config = find_config(folder, experiment)
+    specs = eval_spec.of(with_stored_options(config, read_config(folder)["config"]).eval_specs)
+    tester = RetrievalTester(retrieval) if retrieval else None
+    options = (num_episodes, eval_seed, split, device, data_root)
+    print(evaluate_again(folder, config, data, specs, tester, *options))
+    print(f"added to {folder / EVALUATIONS / 'results.md'}")
+
+
+def main() -> None:
+    with one_line_errors():
+        tyro.cli(_command)
