@@ -115,8 +115,8 @@ def align(source: Any, to: Any) -> tuple[Tensor, tuple[str, ...]]:
         known, unknown = (source, to) if source.class_names else (to, source)
         names = ", ".join(map(repr, known.class_names[:3]))
         raise UsageError(
-            f"expected class names in both sets or in none, got {names} .. in a {type(known).__name__} and numbers "
-            f"alone in a {type(unknown).__name__}; give it class_names=[...], or make both without"
+            f"expected class names on both sides or on none, got {names}, .. on one ({type(known).__name__}), numbers "
+            f"alone on the other ({type(unknown).__name__}); give it class_names=[...], or take them from both"
         )
     if source.class_names == to.class_names:
         return source.labels, to.class_names

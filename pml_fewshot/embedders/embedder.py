@@ -108,7 +108,7 @@ def check_rows(output: object, module: nn.Module) -> Tensor:
     """What a module gave for images, where that is embeddings (B, D); else a UsageError that says what it gave."""
     if isinstance(output, Tensor) and output.ndim == 2:
         return output
-    got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"no tensor but {type(output).__name__}"
     do = "end the trunk with pooling or .flatten(1)" if isinstance(output, Tensor) else "wrap it to return one tensor"
     raise UsageError(f"expected embeddings of shape (B, D), got {got} from {type(module).__name__}; {do}")
 

@@ -4,6 +4,7 @@ Letters: E episodes, W ways, K shots, Q queries a class, N = W*Q, M items in the
 """
 
 import inspect
+import operator
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -104,6 +105,7 @@ class EpisodicEvaluator:
 
     def __post_init__(self) -> None:
         check_at_least_one("num_episodes", self.num_episodes)
+        self.seed = operator.index(self.seed)  # numpy's integers are none to torch's generators
         if self.num_episodes == 1:
             raise UsageError("expected num_episodes above 1, got 1; an interval needs at least two episodes")
         if self.chunk is not None:

@@ -209,7 +209,8 @@ class RetrievalTester:
         if k < needed:
             raise UsageError(f"expected k of at least {needed} for {self.metrics}, got {k}; use 'max_bin_count'")
         if k > num_references:
-            raise UsageError(f"expected k of at most {num_references}, the gallery's size, got {k}; lower it")
+            wanted = f"k of at most {num_references}, as many as there are to find"
+            raise UsageError(f"expected {wanted}, got {k} for {', '.join(self.metrics)}; lower it")
         return k
 
 

@@ -36,6 +36,7 @@ from pml_fewshot.trainers.base import FewShotTrainer
 from pml_fewshot.training.fit import fit
 from pml_fewshot.training.freezing import check_parts
 from pml_fewshot.training.interruption import TrainingDiverged, TrainingInterrupted
+from pml_fewshot.training.randomness import seeded
 from pml_fewshot.training.schedule import lower_learning_rate
 from pml_fewshot.training.state import RECORDED, History, history_of
 
@@ -69,7 +70,7 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
     results.md, figures.csv and values.npz (the accuracy of each episode).
 
     All that comes after the training is tried before it, on random embeddings. Neither what ran in the process before
-    nor autocast or no_grad around the call change a digit.
+    nor autocast or no_grad around the call change a digit; the global generators are the caller's again in the end.
 
     Raises:
         UsageError: bad options, or data that cannot give the episodes asked for, both before any training; a folder
@@ -80,7 +81,7 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
         TrainingInterrupted: (a KeyboardInterrupt) Ctrl-C or SIGTERM; the run can be resumed.
         CannotWriteError: (an OSError) the disk is full or the folder read-only; what was there is whole, to be resumed.
     """
-    with open_run(config, resume) as folder, ordinary_modes():
+    with open_run(config, resume) as folder, ordinary_modes(), seeded(config.seed):
         if folder.finished:
             table = ResultTable.read(folder.path)
             print(f"{table}\nfinished before, in {folder.path}")
@@ -127,7 +128,7 @@ def prepare(config: ExperimentConfig) -> Prepared:
     if val is not None:
         evaluator.check(val)
 
-    torch.manual_seed(config.seed)  # initial weights, dropout and PML's miners draw from torch's own generator
+    torch.manual_seed(config.seed)  # initial weights are drawn from torch's own generator, whatever a loader drew
     trainer: FewShotTrainer = instance(config.trainer, num_classes=len(train.class_names)).to(device)
     trainer.check(Splits(train, val, splits.test), (config.train_spec, *config.eval_specs))
     for part in trainer.exports().values():

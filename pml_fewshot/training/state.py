@@ -22,6 +22,7 @@ from pml_fewshot.sampling.batches import Batch
 from pml_fewshot.sampling.episode_stream import EpisodeStream
 from pml_fewshot.training.early_stopping import EarlyStopping
 from pml_fewshot.training.interruption import TrainingDiverged
+from pml_fewshot.training.randomness import global_state, set_global_state
 from pml_fewshot.training.schedule import adopt_schedule, schedule_of
 
 FORMAT_VERSION = 4  # of state_dict: raise it when its entries change
@@ -251,8 +252,7 @@ class TrainingState:
             "best": self.best,
             "pending": [list(record) for record in self.pending],
             "history": history,
-            "torch_generator": torch.get_rng_state(),  # dropout and PML's miners draw from it
-            "cuda_generators": torch.cuda.get_rng_state_all(),  # empty where there is no GPU
+            "generators": global_state(),  # dropout and PML's miners draw from torch's
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -270,9 +270,7 @@ class TrainingState:
             for step, loss, rates, classes in state["pending"]
         ]
         self.history = history
-        torch.set_rng_state(state["torch_generator"])
-        if state["cuda_generators"] and torch.cuda.is_available():  # a GPU's run may resume on a CPU, and vice versa
-            torch.cuda.set_rng_state_all(state["cuda_generators"][: torch.cuda.device_count()])
+        set_global_state(state["generators"])
 
     def _kinds(self) -> dict[str, str]:
         """Classes of all parts but the trainer: another would take the state silently, or fail over it in a step."""

@@ -1,0 +1,44 @@
+"""The global generators of torch, numpy and Python: ours draws from none, but dropout, PML and a user's parts may."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds the global generators for a block and gives the caller's own states back in the end."""
+    before = global_state()
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (it is the global one)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        set_global_state(before)
+
+
+def global_state() -> dict[str, Any]:
+    """The states of all global generators, as tensors, numbers and texts."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    version, numbers, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),  # empty where there is no GPU
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "python": [version, torch.tensor(numbers), gauss],
+    }
+
+
+def set_global_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():  # a GPU's run may resume on a CPU, and vice versa
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers.tolist()), gauss))
