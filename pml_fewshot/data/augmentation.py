@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pml_fewshot.checks import UsageError
+from pml_fewshot.embedders.modes import no_autocast
 
 
 @dataclass(frozen=True)
@@ -62,5 +63,6 @@ class RandomAffine:
         if self.flip:
             mirror = torch.where((draw[:, 7] < 0.5) & distorted, -1.0, 1.0)
             theta = torch.cat([theta[:, :, :1] * mirror.view(-1, 1, 1), theta[:, :, 1:]], dim=2)
-        grid = F.affine_grid(theta.to(images.dtype), list(images.shape), align_corners=False)
+        with no_autocast():  # in which a grid has bfloat16's 8 bits
+            grid = F.affine_grid(theta.to(images.dtype), list(images.shape), align_corners=False)
         return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

@@ -57,7 +57,7 @@ def train_mode(module: nn.Module) -> Iterator[None]:
     """Puts a module into train mode, but for the parts frozen by hand, and into eval mode at the end.
 
     Frozen are the parts in eval mode within a module in train mode. They stay so in a second training too, when the
-    whole module is in eval mode, until somebody calls their `train()`. Gradients are on, whatever the caller has set.
+    whole module is in eval mode, until somebody calls their `train()`. Gradients are on and autocast is off.
     """
     parts = set(module.modules())
     if module.training:
@@ -68,7 +68,7 @@ def train_mode(module: nn.Module) -> Iterator[None]:
     for part in frozen:
         part.training = False
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with ordinary_modes():
             yield
     finally:
         module.eval()

@@ -23,7 +23,7 @@ def adopt_schedule(state: dict[str, Any], optimizer: Optimizer, scheduler: LRSch
     by the state.
     """
     now, then = schedule_of(optimizer, scheduler), state["schedule"]
-    is_new = not optimizer.state and (scheduler is None or scheduler.last_epoch == 0)
+    is_new = not optimizer.state and getattr(scheduler, "last_epoch", 0) == 0  # (ChainedScheduler has none)
     if not is_new or repr(now) == repr(then):
         return
     replayed = scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau)
@@ -37,7 +37,7 @@ def adopt_schedule(state: dict[str, Any], optimizer: Optimizer, scheduler: LRSch
         own = now["scheduler"]
         state["scheduler"] |= {name: own[name] for name in own if own[name] != then["scheduler"].get(name)}
     reached = schedule_of(optimizer, scheduler)["groups"]
-    for stored, group, before in zip(state["optimizer"]["param_groups"], reached, then["groups"], strict=True):
+    for stored, group, before in zip(state["optimizer"]["param_groups"], reached, then["groups"], strict=False):
         stored |= {name: each for name, each in group.items() if replayed or each != before.get(name)}
     if replayed and now["groups"] == then["groups"]:  # else the caller has chosen the rate
         retries, state["history"]["retries"] = state["history"]["retries"], 0

@@ -104,7 +104,7 @@ def normalizes(network: nn.Module, images: Tensor) -> bool:
     return statistics.was_used
 
 
-_swapping = threading.RLock()
+one_at_a_time = threading.RLock()  # held by whoever changes a network or reads its weights while others may use it
 
 
 @contextmanager
@@ -113,9 +113,8 @@ def swapped(network: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
 
     Each place is changed once and given its own object back, however many names lead to it and whatever the network
     did there. (`torch.func.functional_call` leaves the wrong tensor in a module that has two names, torch 2.13.)
-    One thread at a time: the network is changed while it runs.
     """
-    with _swapping:
+    with one_at_a_time:
         owners: list[dict[str, Any]] = [each for m in network.modules() for each in (m._parameters, m._buffers)]
         named = {id(own): name for name, own in (*network.named_parameters(), *network.named_buffers())}
         places = [(each, key, own) for each in owners for key, own in each.items() if own is not None]

@@ -18,7 +18,7 @@ from pml_fewshot.sampling.episodes import Episode, EpisodeSpec
 from pml_fewshot.trainers.base import FewShotTrainer
 from pml_fewshot.trainers.maml.autograd import WithGradient
 from pml_fewshot.trainers.maml.inner_loop import InnerLoop, LearnedRates, Parallel, TaskLoss, as_task_loss, task_losses
-from pml_fewshot.trainers.maml.task_parallel import Weights, labels_of, max_tasks_per_chunk
+from pml_fewshot.trainers.maml.task_parallel import Weights, labels_of, max_tasks_per_chunk, one_at_a_time
 
 BatchNorm = Literal["transductive", "inductive"]
 Learned = tuple[Tensor, Sequence[Tensor], Tensor, Tensor]  # summed loss, its gradients, logits and labels
@@ -194,6 +194,7 @@ class MAMLTrainer(FewShotTrainer):
         """Adapts to support (E, W, K, *item) and scores queries (E, N, *item): logits (E, N, W).
 
         Images are floats in [0, 1]. `inner_steps` is `eval_inner_steps` when None; 0 leaves the weights as they are.
+        Threads that call it take turns.
         """
         steps = self.eval_inner_steps if inner_steps is None else inner_steps
         if steps < 0:
@@ -202,9 +203,10 @@ class MAMLTrainer(FewShotTrainer):
             )
         chunk = self.task_chunk or max_tasks_per_chunk(support, query)
         logits = []
-        with evaluating(self):
+        with evaluating(self), one_at_a_time:
+            weight = next(self.network.parameters())
             # (gradients of tensors made in inference mode cannot be taken)
-            support, query = (each.clone() if each.is_inference() else each for each in (support, query))
+            support, query = (each.to(weight, copy=each.is_inference()) for each in (support, query))
             for own, queries in zip(support.split(chunk), query.split(chunk), strict=True):
                 weights = self.inner.adapt_to(own, steps)
                 logits.append(self._logits(weights, own, self._query_outputs(weights, own, queries)))
