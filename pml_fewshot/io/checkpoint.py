@@ -78,7 +78,8 @@ def plain_names(module: nn.Module) -> dict[str, str]:
             wrapped = isinstance(here, WRAPPERS) or "_orig_mod" in here._modules  # of torch.compile
             counts = counts or (isinstance(here, AveragedModel) and part == "n_averaged")
             plain += [] if wrapped and part in ("module", "_orig_mod") else [part]
-            here = here._modules.get(part) or nn.Module()
+            child = here._modules.get(part)
+            here = nn.Module() if child is None else child  # (a compiled module has no truth value)
         if not counts:
             names[".".join(plain)] = name
     return names

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from pml_fewshot import Conv4, Embedder, UsageError, WeightedL1Similarity, export_embedder, load_embedder
 from pml_fewshot.checks import MissingFileError
@@ -186,3 +187,32 @@ def test_the_checksum_is_crc32_over_all_parts(monkeypatch: pytest.MonkeyPatch) -
     assert checksum(parts) == expected
     monkeypatch.setattr("pml_fewshot.io.tensors.BLOCK", 7)
     assert checksum(parts) == expected
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("wrap", [nn.DataParallel, partial(torch.compile, backend="eager"), AveragedModel])
+def test_wrapped_embedders_are_exported_to_plain_names_and_read_back_wrapped_or_not(
+    wrap: Callable[[nn.Module], nn.Module], inside: bool, tmp_path: Path
+) -> None:
+    def around(embedder: Embedder) -> nn.Module:
+        return Embedder(wrap(embedder.trunk), embedder.projection) if inside else wrap(embedder)
+
+    plain = conv4(seed=1)
+    wrapped = around(plain)
+    export_embedder(tmp_path / "plain.safetensors", plain)
+    export_embedder(tmp_path / "wrapped.safetensors", wrapped)
+    assert (tmp_path / "plain.safetensors").read_bytes() == (tmp_path / "wrapped.safetensors").read_bytes()
+    for other in (conv4(), around(conv4())):
+        load_embedder(tmp_path / "wrapped.safetensors", other)
+        export_embedder(tmp_path / "again.safetensors", other)
+        assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+
+
+def test_parts_that_only_have_a_wrappers_names_keep_them(tmp_path: Path) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Linear(2, 3)
+
+    export_embedder(tmp_path / "own.safetensors", Own())
+    assert load_file(tmp_path / "own.safetensors").keys() == {"module.weight", "module.bias"}
