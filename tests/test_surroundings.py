@@ -127,7 +127,7 @@ def of_run(given: Given, folder: Path) -> Any:
 
 
 def of_sweep(given: Given, folder: Path) -> Any:
-    config = replace(TINY_EXPERIMENTS["metric"], steps=3)
+    config = replace(TINY_EXPERIMENTS["siamese"], steps=3)
     return [row.value for row in p.sweep([config], folder / "sweep").rows]
 
 

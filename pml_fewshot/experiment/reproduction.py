@@ -13,7 +13,8 @@ from pml_fewshot.checks import MissingFileError
 from pml_fewshot.evaluation.table import STORED, ResultRow, ResultTable
 from pml_fewshot.experiment.command_line import one_line_errors
 from pml_fewshot.experiment.config import Device, ExperimentConfig
-from pml_fewshot.experiment.run import evaluate, prepare
+from pml_fewshot.experiment.evaluate import evaluate
+from pml_fewshot.experiment.prepare import prepare
 from pml_fewshot.experiment.run_folder import RunFolder, check_data, check_same, environment_changes, read_config
 from pml_fewshot.experiment.stored_config import find_config, with_stored_options
 from pml_fewshot.io.checkpoint import load_checkpoint, load_embedder
@@ -71,7 +72,7 @@ def reproduce(
         load_embedder(folder / name, part)
         if any(not torch.equal(weights[key], value) for key, value in part.state_dict().items()):
             differences.append(f"{name} has other weights than last.pt")
-    table = evaluate(prepared, history_of(state))
+    table = evaluate(prepared.config, prepared.trainer, prepared.splits, prepared.tester, history_of(state))
     differences += _differences(ResultTable.read(folder).rows, table.rows)
     return Reproduction(table, differences, environment_changes(stored, prepared.device))
 

@@ -1,59 +1,21 @@
 """run(config): an experiment from images to the result table, in three steps: prepare, train, evaluate."""
 
-import copy
-import inspect
-import os
-from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-from types import FunctionType
-from typing import Any
 
-import torch
-from torch import Tensor
-from torch.optim import Optimizer
-
-from pml_fewshot.checks import UsageError
-from pml_fewshot.data.dataset import FewShotDataset, Splits, concat
-from pml_fewshot.embedders.modes import eval_mode, ordinary_modes
-from pml_fewshot.environment import keep_freed_memory
-from pml_fewshot.evaluation.benchmark import benchmark
-from pml_fewshot.evaluation.episodic import EpisodicEvaluator, EpisodicResult
-from pml_fewshot.evaluation.retrieval import RetrievalTester
+from pml_fewshot.embedders.modes import ordinary_modes
 from pml_fewshot.evaluation.table import ResultTable
-from pml_fewshot.experiment.config import Device, ExperimentConfig
+from pml_fewshot.experiment.config import ExperimentConfig
+from pml_fewshot.experiment.evaluate import evaluate
+from pml_fewshot.experiment.prepare import Prepared, make_optimizer, prepare
 from pml_fewshot.experiment.recorder import Recorder, Recorders
 from pml_fewshot.experiment.run_folder import RunFolder, open_run
 from pml_fewshot.experiment.stored_config import what_is_lost
-from pml_fewshot.io.checkpoint import check_exportable, export_embedder, load_checkpoint, save_checkpoint
-from pml_fewshot.parts.instantiate import instantiate
-from pml_fewshot.sampling.batch_stream import BatchStream
-from pml_fewshot.sampling.batches import BatchSpec
-from pml_fewshot.sampling.episode_stream import EpisodeStream
-from pml_fewshot.trainers.base import FewShotTrainer
+from pml_fewshot.io.checkpoint import export_embedder, load_checkpoint, save_checkpoint
 from pml_fewshot.training.fit import fit
-from pml_fewshot.training.freezing import check_parts
 from pml_fewshot.training.interruption import TrainingDiverged, TrainingInterrupted
 from pml_fewshot.training.randomness import seeded
 from pml_fewshot.training.schedule import lower_learning_rate
 from pml_fewshot.training.state import RECORDED, History, history_of
-
-
-@dataclass
-class Prepared:
-    """An experiment whose parts are made and fit together."""
-
-    config: ExperimentConfig
-    device: torch.device
-    splits: Splits
-    trainer: FewShotTrainer
-    stream: EpisodeStream | BatchStream
-    optimizer: Optimizer
-    scheduler: Any
-    validate: Callable[[], EpisodicResult] | None
-    tester: RetrievalTester | None
 
 
 def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
@@ -107,65 +69,10 @@ def _run(folder: RunFolder) -> ResultTable:
     print(f"{done}, weights of step {history.best_step}{skipped}")
     for name, part in prepared.trainer.exports().items():
         export_embedder(folder.path / name, part)
-    table = evaluate(prepared, history)
+    table = evaluate(prepared.config, prepared.trainer, prepared.splits, prepared.tester, history)
     folder.finish(table)
     print(f"\n{table}\nwritten to {folder.path / 'results.csv'} and results.md")
     return table
-
-
-def prepare(config: ExperimentConfig) -> Prepared:
-    """Loads the data and makes all parts; whatever can be wrong with them raises here, before hours of training."""
-    config, device = own_parts(config), resolve_device(config.device)
-    if device.type == "cpu" and keep_freed_memory():
-        print("memory: glibc keeps freed blocks for reuse (mallopt); otherwise training steps take twice as long")
-    splits = load_data(config)
-    train, val = splits.train, splits.val
-    if config.train_on_validation and val is not None:
-        train, val = concat([train, val]), None
-    for spec in config.eval_specs:
-        EpisodicEvaluator(spec).check(splits.test)
-    evaluator = EpisodicEvaluator(config.eval_specs[0], config.val_episodes, config.seed)
-    if val is not None:
-        evaluator.check(val)
-
-    torch.manual_seed(config.seed)  # initial weights are drawn from torch's own generator, whatever a loader drew
-    trainer: FewShotTrainer = instance(config.trainer, num_classes=len(train.class_names)).to(device)
-    trainer.check(Splits(train, val, splits.test), (config.train_spec, *config.eval_specs))
-    for part in trainer.exports().values():
-        check_exportable(part)
-    train, test = _on_device_if_small(train, device), _on_device_if_small(splits.test, device)
-    val = val and _on_device_if_small(val, device)
-    stream = _stream(config, train, trainer)
-    check_parts(trainer, config.frozen or {})
-    optimizer, scheduler = make_optimizer(config, trainer)
-    tester = instance(config.retrieval)
-    validate = None if val is None else partial(evaluator.evaluate, trainer, val)
-    splits = Splits(splits.train, splits.val, test)
-    prepared = Prepared(config, device, splits, trainer, stream, optimizer, scheduler, validate, tester)
-    _rehearse(prepared, val)
-    return prepared
-
-
-def make_optimizer(config: ExperimentConfig, trainer: FewShotTrainer) -> tuple[Optimizer, Any]:
-    """A new optimizer for a trainer, with the rates of its parts, and its scheduler or None."""
-    rates = {**(config.part_lr or {}), **({} if config.loss_lr is None else {"loss": config.loss_lr})}
-    optimizer = config.optimizer(trainer.parameter_groups(rates))
-    return optimizer, _scheduler(config, optimizer)
-
-
-def own_parts(config: ExperimentConfig) -> ExperimentConfig:
-    """The config with copies of its parts: a run leaves instances as they are, for the caller or another run to use."""
-    parts = ("trainer", "optimizer", "scheduler", "sampler", "augment", "retrieval", "extra_evaluations")
-    copies = {}
-    for name in parts:
-        try:
-            copies[name] = copy.deepcopy(getattr(config, name))
-        except TypeError as error:  # of a lock, a file, a generator
-            do = "give a partial of its class, which every run calls"
-            raise UsageError(
-                f"expected a {name} that each run can copy, got one that cannot be ({error}); {do}"
-            ) from error
-    return replace(config, **copies)
 
 
 def train(prepared: Prepared, folder: RunFolder) -> History:
@@ -206,112 +113,3 @@ def train(prepared: Prepared, folder: RunFolder) -> History:
                 # new ones, for those at hand have moved on
                 prepared.optimizer, prepared.scheduler = make_optimizer(config, prepared.trainer)
                 print(f"{str(error).partition(';')[0]}; back to step {step} with half the learning rate")
-
-
-def evaluate(prepared: Prepared, history: History) -> ResultTable:
-    """The table of a trained experiment: its test episodes, retrieval and extra evaluations."""
-    config = prepared.config
-    notes = ["trained on train and val classes"] if config.train_on_validation else []
-    if history.skipped:
-        notes.append(f"{history.skipped:,} of {history.steps:,} training steps skipped")
-    table = benchmark(
-        {config.name: prepared.trainer},
-        prepared.splits,
-        config.eval_specs,
-        prepared.tester,
-        config.num_episodes,
-        config.eval_seed,
-        timed=False,  # a run that is repeated gives the same files
-        note="; ".join(notes),
-    )
-    if config.extra_evaluations is not None:
-        with eval_mode(prepared.trainer):
-            table.rows += config.extra_evaluations(prepared.trainer, prepared.splits, config).rows
-    return table
-
-
-def load_data(config: ExperimentConfig) -> Splits:
-    """The data of an experiment, from its data root."""
-    root = config.data_root or Path(os.environ.get("PML_FEWSHOT_DATA", "data"))
-    return config.data(**_needed(config.data, root=root))
-
-
-def resolve_device(wanted: Device) -> torch.device:
-    """The device that "auto", "cpu" or "cuda" stands for on this machine."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UsageError("expected a CUDA device for device='cuda', got none; use device='cpu' or 'auto'")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def instance(part: Any, **offers: Any) -> Any:
-    """The object that a class, function or partial makes, with the offered arguments that it needs; instances stay."""
-    is_factory = isinstance(part, type | FunctionType | partial)
-    return instantiate(partial(part, **_needed(part, **offers))) if is_factory else part
-
-
-def _needed(factory: Callable[..., Any], **offers: Any) -> dict[str, Any]:
-    """Those of the offered arguments that a function takes and has no value for, as `load_omniglot` the root."""
-    parameters = inspect.signature(factory).parameters
-    return {name: offers[name] for name in offers.keys() & parameters if parameters[name].default is inspect._empty}
-
-
-def _scheduler(config: ExperimentConfig, optimizer: Optimizer) -> Any:
-    if config.scheduler is None:
-        return None
-    made = getattr(config.scheduler, "func", config.scheduler)
-    set_by_user = getattr(config.scheduler, "keywords", {}).keys()
-    given = {}
-    for name, parameter in inspect.signature(config.scheduler).parameters.items():
-        wanted = parameter.default is parameter.empty or isinstance(made, type)  # (a function's default is its own)
-        if name in ("T_max", "total_steps", "total_iters") and name not in set_by_user and wanted:
-            given[name] = config.steps
-    if "epochs" in set_by_user:  # OneCycleLR takes either
-        given.pop("total_steps", None)
-    before = {group["lr"] for group in optimizer.param_groups}
-    scheduler = config.scheduler(optimizer, **given)
-    if len(before) > len({group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}):
-        got = f"got {type(scheduler).__name__}, which sets one for all; give it a list (max_lr=[..., ...])"
-        raise UsageError(
-            f"expected a scheduler that keeps loss_lr={config.loss_lr} and part_lr={config.part_lr}, {got}"
-        )
-    return scheduler
-
-
-def _rehearse(prepared: Prepared, val: FewShotDataset | None) -> None:
-    """Does all that comes after the training, with an untrained trainer: errors there must not wait for the training.
-
-    Two episodes of each kind, eight queries, and random embeddings but for a few images'; all else is as it will be.
-    """
-    trainer = copy.deepcopy(prepared.trainer)
-    trainer.bank = partial(_random_bank, trainer.bank)  # type: ignore[method-assign]
-    config, tester = replace(prepared.config, num_episodes=2), copy.copy(prepared.tester)
-    if tester is not None:
-        tester.num_queries = 8  # which search the whole set
-    devices = [prepared.device] if prepared.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # what this draws must not change the training
-        if val is not None:
-            EpisodicEvaluator(config.eval_specs[0], 2, config.seed).evaluate(trainer, val)
-        evaluate(replace(prepared, trainer=trainer, config=config, tester=tester), History())
-
-
-def _random_bank(bank: Callable[[FewShotDataset], Tensor], dataset: FewShotDataset) -> Tensor:
-    """As many embeddings as a trainer's `bank` gives, random ones of its width; a bank of images stays what it is."""
-    few = bank(dataset.first(4))
-    if few.ndim > 2:
-        return bank(dataset)
-    rows = torch.randn(len(dataset), few.shape[1], generator=torch.Generator().manual_seed(0))
-    return rows.to(few)
-
-
-def _on_device_if_small(dataset: FewShotDataset, device: torch.device) -> FewShotDataset:
-    """The set on the GPU where that takes less than a quarter of its free memory; else batches are moved."""
-    if device.type != "cuda" or dataset.images.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
-        return dataset
-    return dataset.to(device)
-
-
-def _stream(config: ExperimentConfig, train: FewShotDataset, trainer: FewShotTrainer) -> EpisodeStream | BatchStream:
-    if isinstance(config.train_spec, BatchSpec):
-        model = next(iter(trainer.exports().values()), None)  # for samplers that embed
-        return BatchStream(train, config.train_spec, config.seed, config.augment, config.sampler, model)
-    return EpisodeStream(train, config.train_spec, config.seed, config.augment, config.episodes_per_batch)

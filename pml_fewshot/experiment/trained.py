@@ -17,7 +17,7 @@ from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment.command_line import EvalSpec, one_line_errors
 from pml_fewshot.experiment.config import Device, ExperimentConfig
-from pml_fewshot.experiment.run import instance, load_data, own_parts, resolve_device
+from pml_fewshot.experiment.prepare import instance, load_data, own_parts, resolve_device
 from pml_fewshot.experiment.run_folder import check_data, check_same, read_config
 from pml_fewshot.experiment.stored_config import find_config, with_stored_options
 from pml_fewshot.io.checkpoint import load_checkpoint

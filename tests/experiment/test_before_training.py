@@ -24,6 +24,7 @@ from pml_fewshot import (
 )
 from pml_fewshot.checks import UsageError
 from pml_fewshot.embedders.full_context import FullContext
+from pml_fewshot.experiment import prepare as preparing
 from pml_fewshot.experiment import run as module
 from pml_fewshot.experiment.config import ExperimentConfig
 from pml_fewshot.io.checkpoint import load_checkpoint
@@ -150,7 +151,7 @@ def test_a_part_that_cannot_be_copied_for_each_run_is_refused(tmp_path: Path) ->
 def test_trying_leaves_no_trace_in_what_is_trained(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(TINY_EXPERIMENTS[name], steps=6)
     table = run(replace(config, run_dir=tmp_path / "tried"))
-    monkeypatch.setattr(module, "_rehearse", lambda *_: None)
+    monkeypatch.setattr(preparing, "_rehearse", lambda *_: None)
     assert repr(run(replace(config, run_dir=tmp_path / "not tried")).rows) == repr(table.rows)
     tried, not_tried = ((tmp_path / name / "train.csv").read_text() for name in ("tried", "not tried"))
     assert tried == not_tried
@@ -167,7 +168,7 @@ def test_few_images_are_embedded_and_two_episodes_made(monkeypatch: pytest.Monke
 
     many = partial(tiny_set, classes=30)
     config = replace(TINY, trainer=partial(ProtoNetTrainer, partial(Embedder, partial(Counting))), val_episodes=1000)
-    module.prepare(
+    preparing.prepare(
         replace(config, data=lambda: type(tiny_splits())(many("a", seed=0), many("b", seed=1), many("c", seed=2)))
     )
     assert sum(seen) <= 20

@@ -27,7 +27,8 @@ from pml_fewshot.evaluation.benchmark import benchmark
 from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment.config import ExperimentConfig, swap
-from pml_fewshot.experiment.run import _on_device_if_small, run
+from pml_fewshot.experiment.prepare import _on_device_if_small
+from pml_fewshot.experiment.run import run
 from pml_fewshot.experiment.run_folder import check_same, read_config
 from pml_fewshot.io.checkpoint import load_checkpoint, load_embedder, save_checkpoint
 from pml_fewshot.losses.prototypical import PrototypicalLoss
@@ -276,7 +277,7 @@ def test_a_trained_run_is_evaluated_otherwise_without_training(tmp_path: Path, m
     with pytest.raises(UsageError, match="k of at most"):  # there are 60 test images
         run(config)
     assert not (tmp_path / "run").exists()  # before any step
-    monkeypatch.setattr("pml_fewshot.experiment.run._rehearse", lambda *_: None)
+    monkeypatch.setattr("pml_fewshot.experiment.prepare._rehearse", lambda *_: None)
     with pytest.raises(UsageError, match="k of at most"):
         run(config)
     weights = digest(state_of(tmp_path / "run")["trainer"])
