@@ -28,6 +28,7 @@ from pml_fewshot.sampling.batches import BatchSpec
 from pml_fewshot.sampling.episode_stream import EpisodeStream
 from pml_fewshot.trainers.base import FewShotTrainer
 from pml_fewshot.training.freezing import check_parts
+from pml_fewshot.training.randomness import seeded
 from pml_fewshot.training.state import History
 
 
@@ -151,27 +152,26 @@ def _scheduler(config: ExperimentConfig, optimizer: Optimizer) -> Any:
 def _rehearse(prepared: Prepared, val: FewShotDataset | None) -> None:
     """Does all that comes after the training, with an untrained trainer: errors there must not wait for the training.
 
-    Two episodes of each kind, eight queries, and random embeddings but for a few images'; all else is as it will be.
+    Two episodes of each kind, eight queries, and mixtures of a few images' embeddings; all else is as it will be.
     """
     trainer = copy.deepcopy(prepared.trainer)
-    trainer.bank = partial(_random_bank, trainer.bank)  # type: ignore[method-assign]
+    trainer.bank = partial(_mixed_bank, trainer.bank)  # type: ignore[method-assign]
     config, tester = replace(prepared.config, num_episodes=2), copy.copy(prepared.tester)
     if tester is not None:
         tester.num_queries = 8  # which search the whole set
-    devices = [prepared.device] if prepared.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # what this draws must not change the training
+    with seeded(config.seed):  # what this draws must not change the training
         if val is not None:
             EpisodicEvaluator(config.eval_specs[0], 2, config.seed).evaluate(trainer, val)
         evaluate(config, trainer, prepared.splits, tester, History())
 
 
-def _random_bank(bank: Callable[[FewShotDataset], Tensor], dataset: FewShotDataset) -> Tensor:
-    """As many embeddings as a trainer's `bank` gives, random ones of its width; a bank of images stays what it is."""
-    few = bank(dataset.first(4))
+def _mixed_bank(bank: Callable[[FewShotDataset], Tensor], dataset: FewShotDataset) -> Tensor:
+    """As many embeddings as a trainer's `bank` gives, random means of a few; a bank of images stays what it is."""
+    few = bank(dataset.first(8))
     if few.ndim > 2:
         return bank(dataset)
-    rows = torch.randn(len(dataset), few.shape[1], generator=torch.Generator().manual_seed(0))
-    return rows.to(few)
+    shares = torch.rand(len(dataset), len(few), generator=torch.Generator().manual_seed(0)).to(few)
+    return shares / shares.sum(dim=1, keepdim=True) @ few  # positive where embeddings are
 
 
 def _on_device_if_small(dataset: FewShotDataset, device: torch.device) -> FewShotDataset:

@@ -93,23 +93,19 @@ class Recorders:
     """Several recorders as one."""
 
     def __init__(self, recorders: Sequence[Any]) -> None:
-        self._recorders = recorders
+        self.recorders = recorders
 
     def record(self, group: str, step: int, **values: float) -> None:
-        for each in self._recorders:
+        for each in self.recorders:
             each.record(group, step, **values)
 
     def save(self) -> None:
-        for each in self._recorders:
+        for each in self.recorders:
             each.save()
 
     def forget_after(self, step: int, groups: Sequence[str]) -> None:
-        for each in self._recorders:
+        for each in self.recorders:
             each.forget_after(step, groups)
-
-    def close(self) -> None:
-        for each in self._recorders:
-            each.close()
 
 
 class ClosedDatabase(DBManager):

@@ -1,6 +1,9 @@
 """run(config): an experiment from images to the result table, in three steps: prepare, train, evaluate."""
 
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 from pml_fewshot.embedders.modes import ordinary_modes
 from pml_fewshot.evaluation.table import ResultTable
@@ -31,7 +34,7 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
     the training, last.pt (the state to resume from), embedder.safetensors (network.safetensors of MAML), results.csv,
     results.md, figures.csv and values.npz (the accuracy of each episode).
 
-    All that comes after the training is tried before it, on random embeddings. Neither what ran in the process before
+    All that comes after the training is tried before it, in about a second. Neither what ran in the process before
     nor autocast or no_grad around the call change a digit; the global generators are the caller's again in the end.
 
     Raises:
@@ -78,8 +81,11 @@ def _run(folder: RunFolder) -> ResultTable:
 def train(prepared: Prepared, folder: RunFolder) -> History:
     """Trains from the folder's checkpoint, if there is one; a NaN returns to it as often as the config says."""
     config, checkpoint = prepared.config, folder.checkpoint
-    more = [] if config.recorder is None else [config.recorder(folder.path)]
-    with closing(Recorders([Recorder(folder.path), *more])) as recorder:
+    with ExitStack() as stack:
+        makers: list[Callable[[Path], Any]] = [Recorder] if config.recorder is None else [Recorder, config.recorder]
+        recorder = Recorders([make(folder.path) for make in makers])
+        for each in recorder.recorders:
+            stack.callback(getattr(each, "close", each.save))
         if not checkpoint.exists():  # rows of a process that was killed before its first checkpoint
             recorder.forget_after(0, RECORDED)
         while True:

@@ -76,8 +76,6 @@ class Recorder(Protocol):
 
     def forget_after(self, step: int, groups: Sequence[str]) -> None: ...
 
-    def close(self) -> None: ...
-
 
 @runtime_checkable
 class Reporting(Protocol):
