@@ -17,7 +17,7 @@ from pml_fewshot.io.checkpoint import export_embedder, load_checkpoint, save_che
 from pml_fewshot.training.fit import fit
 from pml_fewshot.training.interruption import TrainingDiverged, TrainingInterrupted
 from pml_fewshot.training.randomness import seeded
-from pml_fewshot.training.schedule import lower_learning_rate
+from pml_fewshot.training.schedule import check_kinds, lower_learning_rate
 from pml_fewshot.training.state import RECORDED, History, history_of
 
 
@@ -62,6 +62,10 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
 
 def _run(folder: RunFolder) -> ResultTable:
     prepared = prepare(folder.config)
+    if folder.checkpoint.exists():  # before anything is written
+        parts = {"optimizer": prepared.optimizer, "scheduler": prepared.scheduler}
+        made = {name: part for name, part in parts.items() if part is not None}
+        check_kinds(load_checkpoint(folder.checkpoint), made, names=parts)
     folder.begin(prepared.splits, prepared.device)
     if lost := what_is_lost(folder.config):
         print(f"note: {lost}")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -24,10 +25,19 @@ SEAL = b"\npml_fewshot "  # between torch's zip, whose readers ignore what follo
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """Writes tensors, numbers, texts, lists and dicts atomically, with a checksum; torch.load can read the file."""
     buffer = io.BytesIO()  # torch.save into a file hides a full disk behind a RuntimeError
-    torch.save(state, buffer)
+    torch.save(_plain(state), buffer)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(buffer.getbuffer())
         file.write(SEAL + checksum([buffer.getbuffer()]).encode())
+
+
+def _plain(value: Any) -> Any:
+    """The same with numpy's numbers, as of a learning rate from np.logspace, as Python's: only those can be read."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -49,7 +59,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler happens to meet
         data = "tensors, numbers, texts, lists and dicts"
-        raise UsageError(f"expected a checkpoint of {data} at {path}, got more; use one that fit wrote") from error
+        got = f"more ({str(error).partition(chr(10))[0][:200]})"
+        raise UsageError(
+            f"expected a checkpoint of {data} at {path}, got {got}; keep other objects out of it"
+        ) from error
 
 
 def export_embedder(path: str | Path, embedder: nn.Module) -> None:

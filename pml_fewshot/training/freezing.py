@@ -13,46 +13,52 @@ def frozen_parts(trainer: nn.Module, steps: Mapping[str, int]) -> Iterator[Calla
     """Freezes parts and yields a function that, told how many steps were taken, thaws those whose time has come.
 
     A frozen part is in eval mode, batch norm too, and no gradient is computed for it, nor through it where nothing
-    before it is trained. In the end every part has its own modes and `requires_grad` again.
+    before it is trained. Of a part within a part the longer time counts. In the end every part has its own modes and
+    `requires_grad` again.
 
     Args:
         steps: how many steps to freeze each part for, by the module's name in the trainer: `{"embedder.trunk": 500}`.
 
     Raises:
-        UsageError: no such part.
+        UsageError: no such part, or nothing else to train.
     """
     check_parts(trainer, steps)
-    frozen = {name: _Frozen(trainer.get_submodule(name)) for name in steps}
+    parts = sorted(((trainer.get_submodule(name), count) for name, count in steps.items()), key=lambda part: -part[1])
+    modes = {module: module.training for part, _ in parts for module in part.modules()}
+    weights = {weight for part, _ in parts for weight in part.parameters() if weight.requires_grad}
 
     def thaw(taken: int) -> None:
-        for name in [name for name in frozen if steps[name] <= taken]:
-            frozen.pop(name).thaw()
+        """Gives back what no part whose time is still to come holds."""
+        held = [part for part, count in parts if count > taken]
+        held_modules = {module for part in held for module in part.modules()}
+        held_weights = {weight for part in held for weight in part.parameters()}
+        for module in modes:
+            module.training = modes[module] and module not in held_modules
+        for weight in weights:
+            weight.requires_grad_(weight not in held_weights)
+        while parts and parts[-1][1] <= taken:
+            parts.pop()
+
+    def thaw_what_is_due(taken: int) -> None:
+        if parts and parts[-1][1] <= taken:
+            thaw(taken)
 
     try:
-        yield thaw
+        thaw(0)
+        yield thaw_what_is_due
     finally:
-        for part in frozen.values():
-            part.thaw()
+        thaw(max(steps.values(), default=0))
 
 
 def check_parts(trainer: nn.Module, steps: Mapping[str, int]) -> None:
-    """Raises a UsageError, with the nearest name, for a part that the trainer does not have, or no number of steps."""
+    """Raises a UsageError, with the nearest name, for a part that is not there, no number of steps, no weight left."""
     names = [name for name, _ in trainer.named_modules() if name]
     for name, count in steps.items():
         check_choice("a part to freeze", name, names)
         check_at_least_one(f"the steps that {name} is frozen for", count)
         if next(trainer.get_submodule(name).parameters(), None) is None:
             raise UsageError(f"expected a part with weights to freeze, got {name}, which has none; leave it out")
-
-
-class _Frozen:
-    def __init__(self, part: nn.Module) -> None:
-        self.modes = [(module, module.training) for module in part.modules()]
-        self.weights = [weight for weight in part.parameters() if weight.requires_grad]
-        part.eval().requires_grad_(False)
-
-    def thaw(self) -> None:
-        for module, training in self.modes:
-            module.training = training
-        for weight in self.weights:
-            weight.requires_grad_()
+    frozen = {weight for name in steps for weight in trainer.get_submodule(name).parameters()}
+    if steps and all(weight in frozen for weight in trainer.parameters() if weight.requires_grad):
+        got = f"got {', '.join(steps)}, which is all; freeze less"
+        raise UsageError(f"expected a weight to train in the first steps, {got}")

@@ -1,11 +1,15 @@
 """Learning rates over a training: as the caller made them, changed on resuming, and lowered after a NaN."""
 
 import copy
+from collections.abc import Container, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pml_fewshot.checks import UsageError
+
+RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of an optimizer's group, some of them OneCycleLR's
 RETRY_FACTOR = 0.5  # of the learning rate, each time that a training diverged; a power of 2 leaves the digits alone
 
 
@@ -22,12 +26,14 @@ def adopt_schedule(state: dict[str, Any], optimizer: Optimizer, scheduler: LRSch
     continues on the curve of 20; by the state alone it would rise again. Objects that have made steps already go on
     by the state.
     """
-    now, then = schedule_of(optimizer, scheduler), state["schedule"]
-    is_new = not optimizer.state and getattr(scheduler, "last_epoch", 0) == 0  # (ChainedScheduler has none)
-    if not is_new or repr(now) == repr(then):
+    if optimizer.state or getattr(scheduler, "last_epoch", 0) != 0:  # (ChainedScheduler has no last_epoch)
         return
+    now, then = schedule_of(optimizer, scheduler), state["schedule"]
+    same, retries = repr(now) == repr(then), state["history"]["retries"]
     replayed = scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau)
-    if scheduler is not None and replayed:
+    if same and (retries or not replayed):
+        return
+    if scheduler is not None and replayed:  # always, for the functions of a LambdaLR are in no state
         optimizer.zero_grad()
         optimizer.step()  # which moves nothing: schedulers want it to come first
         for _ in range(state["history"]["steps"]):
@@ -37,21 +43,39 @@ def adopt_schedule(state: dict[str, Any], optimizer: Optimizer, scheduler: LRSch
         own = now["scheduler"]
         state["scheduler"] |= {name: own[name] for name in own if own[name] != then["scheduler"].get(name)}
     reached = schedule_of(optimizer, scheduler)["groups"]
-    for stored, group, before in zip(state["optimizer"]["param_groups"], reached, then["groups"], strict=False):
+    for stored, group, before in zip(state["optimizer"]["param_groups"], reached, then["groups"], strict=True):
         stored |= {name: each for name, each in group.items() if replayed or each != before.get(name)}
     if replayed and now["groups"] == then["groups"]:  # else the caller has chosen the rate
-        retries, state["history"]["retries"] = state["history"]["retries"], 0
+        state["history"]["retries"] = 0
         for _ in range(retries):
             lower_learning_rate(state)
+
+
+def kinds_of(parts: Mapping[str, Any]) -> dict[str, str]:
+    """Classes of a training's parts but the trainer, and the groups of its optimizer.
+
+    Of others a state would be taken silently, or fail over it in a step.
+    """
+    kinds = {name: type(part).__qualname__ for name, part in parts.items() if name != "trainer"}
+    groups = len(parts["optimizer"].param_groups)
+    return kinds | ({"optimizer": f"{kinds['optimizer']} of {groups} groups"} if groups > 1 else {})
+
+
+def check_kinds(state: dict[str, Any], parts: Mapping[str, Any], names: Container[str] | None = None) -> None:
+    """Raises a UsageError where parts (those of `names`, if given) are of other classes than in a training's state."""
+    then = {name: kind for name, kind in state["kinds"].items() if names is None or name in names}
+    now = kinds_of(parts)
+    if then != now:
+        raise UsageError(f"expected the checkpoint's {then}, got {now}; pass what the run had, with other numbers")
 
 
 def lower_learning_rate(state: dict[str, Any]) -> None:
     """Halves the learning rates in a training's state_dict, of optimizer and scheduler, and counts a retry."""
     for group in state["optimizer"]["param_groups"]:
-        group |= {name: group[name] * RETRY_FACTOR for name in ("lr", "initial_lr") if name in group}
+        group |= {name: group[name] * RETRY_FACTOR for name in RATES if name in group}
     schedulers = [state.get("scheduler", {})]
     for scheduler in schedulers:
-        rates = scheduler.keys() & {"base_lrs", "_last_lr"}
+        rates = scheduler.keys() & {"base_lrs", "max_lrs", "_last_lr"}
         scheduler |= {name: [rate * RETRY_FACTOR for rate in scheduler[name]] for name in rates}
         schedulers += scheduler.get("_schedulers", [])  # of SequentialLR and ChainedScheduler
     state["history"]["retries"] += 1

@@ -16,14 +16,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pml_fewshot.checks import UsageError
-from pml_fewshot.io.checkpoint import check_weights, save_checkpoint
+from pml_fewshot.io.checkpoint import check_weights, load_checkpoint, save_checkpoint
 from pml_fewshot.sampling.batch_stream import BatchStream
 from pml_fewshot.sampling.batches import Batch
 from pml_fewshot.sampling.episode_stream import EpisodeStream
 from pml_fewshot.training.early_stopping import EarlyStopping
 from pml_fewshot.training.interruption import TrainingDiverged
 from pml_fewshot.training.randomness import global_state, set_global_state
-from pml_fewshot.training.schedule import adopt_schedule, schedule_of
+from pml_fewshot.training.schedule import adopt_schedule, check_kinds, kinds_of, schedule_of
 
 FORMAT_VERSION = 4  # of state_dict: raise it when its entries change
 KEYS = {"trainer", "optimizer", "early_stopping", "best", "pending", "history", "kinds", "schedule"}
@@ -206,7 +206,10 @@ class TrainingState:
     def save(self, checkpoint: str | Path, recorder: Recorder | None) -> None:
         if recorder is not None:
             recorder.save()  # first: what is recorded beyond the checkpoint is dropped on resuming
+        first = not Path(checkpoint).exists()
         save_checkpoint(checkpoint, self.state_dict())
+        if first:
+            load_checkpoint(checkpoint)  # what could not be read again is told after one step, not after all
 
     def keep_weights(self) -> None:
         """Keeps a copy of the weights as the best so far."""
@@ -228,7 +231,8 @@ class TrainingState:
 
     def _weights(self) -> dict[str, Any]:
         """What the training is about: the averaged weights where there are any, else the trainer's own."""
-        return (self.trainer if self.average is None else self.average.module).state_dict()
+        own = self.trainer.state_dict()
+        return own if self.average is None else own | dict(self.average.module.named_parameters())
 
     def restore_best(self) -> None:
         """Gives the trainer the best weights so far; it keeps the last ones where none were kept."""
@@ -244,7 +248,7 @@ class TrainingState:
         history["validations"] = torch.tensor(self.history.validations, dtype=torch.float64).reshape(-1, 3)
         return {
             "format_version": FORMAT_VERSION,
-            "kinds": self._kinds(),
+            "kinds": kinds_of(self.parts),
             "schedule": self.schedule,
             **{name: part.state_dict() for name, part in self.parts.items()},
             "best": self.best,
@@ -255,8 +259,7 @@ class TrainingState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         history = history_of(state)
-        if state["kinds"] != self._kinds():
-            raise UsageError(f"expected the checkpoint's {state['kinds']}, got {self._kinds()}; pass what the run had")
+        check_kinds(state, self.parts)
         check_weights(self.trainer.state_dict(), state["trainer"], "the checkpoint")
         adopt_schedule(state, self.optimizer, self.scheduler)
         for name, part in self.parts.items():
@@ -269,10 +272,6 @@ class TrainingState:
         ]
         self.history = history
         set_global_state(state["generators"])
-
-    def _kinds(self) -> dict[str, str]:
-        """Classes of all parts but the trainer: another would take the state silently, or fail over it in a step."""
-        return {name: type(part).__qualname__ for name, part in self.parts.items() if name != "trainer"}
 
 
 def _average(trainer: nn.Module, ema: float) -> AveragedModel:
@@ -311,8 +310,7 @@ def history_of(state: dict[str, Any]) -> History:
 def restore_trained(trainer: nn.Module, state: dict[str, Any]) -> None:
     """Gives a trainer the weights that a finished training ends with: the best validated, else the last."""
     history_of(state)
-    average = {name.removeprefix("module."): each for name, each in state.get("average", {}).items()}
-    average.pop("n_averaged", None)
-    weights = state["best"] or average or state["trainer"]
+    average = {n: state["average"][f"module.{n}"] for n, _ in trainer.named_parameters()} if "average" in state else {}
+    weights = state["best"] or state["trainer"] | average
     check_weights(trainer.state_dict(), weights, "the checkpoint")
     trainer.load_state_dict(weights)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -56,6 +57,12 @@ def test_other_files_are_no_checkpoints(content: bytes, tmp_path: Path) -> None:
     for missing in (tmp_path / "none.pt", tmp_path):
         with pytest.raises(MissingFileError, match=r"expected a checkpoint at .*, got no such file"):
             load_checkpoint(missing)
+
+
+def test_numbers_of_numpy_come_back_as_pythons(tmp_path: Path) -> None:
+    state = {"lr": np.float64(0.1), "rates": [np.float32(2), (np.int64(3),)], "texts": {"a": np.str_("b")}}
+    save_checkpoint(tmp_path / "last.pt", state)
+    assert load_checkpoint(tmp_path / "last.pt") == {"lr": 0.1, "rates": [2.0, (3,)], "texts": {"a": "b"}}
 
 
 def test_an_exported_embedder_comes_back_bit_for_bit_and_other_tools_can_read_it(tmp_path: Path) -> None:

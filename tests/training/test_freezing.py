@@ -91,6 +91,21 @@ def test_a_part_is_frozen_for_its_first_steps_with_its_batch_norm_and_no_gradien
     assert not torch.equal(trainer.embedder.state_dict()["trunk.1.weight"], before["trunk.1.weight"])
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_a_part_within_a_part_the_longer_time_counts(order: int) -> None:
+    trainer = normalized()
+    trunk, seen = trainer.embedder.trunk, []
+    trainer.register_forward_hook(lambda *_: seen.append((trunk[1].weight.requires_grad, trunk[2].training)))
+    frozen = dict([("embedder.trunk", 2), ("embedder.trunk.2", 4)][::order])
+    train(trainer, 6, frozen=frozen)
+    assert seen == [(False, False)] * 2 + [(True, False)] * 2 + [(True, True)] * 2
+
+
+def test_freezing_everything_is_refused() -> None:
+    with pytest.raises(UsageError, match="expected a weight to train in the first steps, got embedder, which is all"):
+        train(normalized(), 2, frozen={"embedder": 1})
+
+
 def test_a_resumed_training_thaws_at_the_same_step(tmp_path: Path) -> None:
     def ended(path: Path, *ends: int) -> dict[str, Tensor]:
         for steps in ends:
