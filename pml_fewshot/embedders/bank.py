@@ -166,7 +166,8 @@ def load_bank(
         tensors, texts = _read(path)
     numbers, names = _choose(tensors, labels_key, "labels", path), json.loads(texts.get("class_names", "[]"))
     if isinstance(numbers, np.ndarray):
-        names, index = np.unique(numbers, return_inverse=True)
+        labels_of_items = np.char.decode(numbers, "utf-8") if numbers.dtype.kind == "S" else numbers
+        names, index = np.unique(labels_of_items, return_inverse=True)
         numbers, names = torch.from_numpy(index), map(str, names)
     if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
         raise UsageTypeError(f"expected labels as integers or texts in {path}, got {numbers.dtype}; convert them")

@@ -46,7 +46,7 @@ class Embedder(nn.Module):
             check_width(self.projection, embeddings)
             embeddings = self.projection(embeddings)
         embeddings = check_rows(embeddings, self.trunk)
-        return F.normalize(embeddings, dim=1) if self.normalize else embeddings
+        return F.normalize(widened(embeddings), dim=1) if self.normalize else embeddings
 
     @property
     def device(self) -> torch.device:
@@ -61,6 +61,9 @@ class Embedder(nn.Module):
 
 def is_embedder(method: object) -> bool:
     """Whether it is a module that gives embeddings, wrapped or not; a trainer, which has a bank of its own, is not."""
+    if hasattr(getattr(method, "module", None), "bank"):
+        do = "give the trainer itself, its .module"
+        raise UsageTypeError(f"expected a trainer or an embedder, got a trainer within {type(method).__name__}; {do}")
     return isinstance(method, nn.Module) and not hasattr(method, "bank")
 
 

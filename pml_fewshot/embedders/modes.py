@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +31,8 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
     """
     parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
     with _lock:
+        for module in modules:
+            _mark_frozen(module)
         for part in parts:
             blocks, training = _in_eval.get(part, (0, part.training))
             _in_eval[part] = blocks + 1, training
@@ -49,7 +50,7 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
                     part.training = training
 
 
-_frozen: WeakSet[nn.Module] = WeakSet()  # parts that were in eval mode when a training of them began
+FROZEN = "_pml_fewshot_frozen"  # a mark on parts that were in eval mode within a module in train mode
 
 
 @contextmanager
@@ -59,11 +60,8 @@ def train_mode(module: nn.Module) -> Iterator[None]:
     Frozen are the parts in eval mode within a module in train mode. They stay so in a second training too, when the
     whole module is in eval mode, until somebody calls their `train()`. Gradients are on and autocast is off.
     """
-    parts = set(module.modules())
-    if module.training:
-        _frozen.difference_update(parts)
-        _frozen.update(part for part in parts if not part.training)
-    frozen = [part for part in parts & set(_frozen) if not part.training]
+    _mark_frozen(module)
+    frozen = [part for part in module.modules() if FROZEN in vars(part) and not part.training]
     module.train()
     for part in frozen:
         part.training = False
@@ -72,6 +70,12 @@ def train_mode(module: nn.Module) -> Iterator[None]:
             yield
     finally:
         module.eval()
+
+
+def _mark_frozen(module: nn.Module) -> None:
+    """Remembers, in copies too, what is frozen in a module in train mode: eval mode of the whole hides it."""
+    for part in module.modules() if module.training else ():
+        vars(part).pop(FROZEN, None) if part.training else vars(part).update({FROZEN: True})
 
 
 @contextmanager

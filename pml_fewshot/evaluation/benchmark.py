@@ -91,7 +91,8 @@ def benchmark(
         notes = "; ".join(filter(None, (getattr(labeled, "note", ""), note)))
         transductive = getattr(trainings[0], "transductive", False)
         seconds = (time.perf_counter() - start) / len(trainings) if timed else None
-        context = RowContext(name, name_of_split, len(torch.unique(labeled.labels)), notes, transductive, seconds)
+        own_split = "" if alone else name_of_split  # (a bank brings its own classes)
+        context = RowContext(name, own_split, len(torch.unique(labeled.labels)), notes, transductive, seconds)
         for results in zip(*episodic, strict=True):
             table.add_episodic(context, *results)
         if retrieved:

@@ -1,6 +1,7 @@
 """Gallery: references in a faiss index, for approximate search, and to be kept in a folder."""
 
 import json
+import operator
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from pml_fewshot.evaluation.search import Ranking
 from pml_fewshot.io.atomic import fsync, translate_write_errors
 from pml_fewshot.io.tensors import checksum, read_tensors, write_tensors
 
+EXACT = ("flat", "Flat")
 INDEXES = ("flat", "ivf", "ivfpq", "hnsw")
 MIN_FOR_CODES = 16 * 39  # references to train the 16 centers of a 4-bit code on
 ADD_ROWS = 2**16  # at a time: 32 MiB at 128 dimensions
@@ -81,6 +83,18 @@ class Gallery:
         distance: BaseDistance | None = None,
         seed: int = 0,
     ) -> None:
+        self._train(bank, index, parameters, distance, seed)
+        self.add(bank)
+
+    @classmethod
+    def check(cls, bank: EmbeddingBank, index: str, parameters: str = "", distance: BaseDistance | None = None) -> None:
+        """Raises what making a gallery would, without filling it: a graph of 60,000 references takes a minute."""
+        cls.__new__(cls)._train(bank, index, parameters, distance, seed=0)
+
+    def _train(
+        self, bank: EmbeddingBank, index: str, parameters: str, distance: BaseDistance | None, seed: int
+    ) -> None:
+        """Makes the index, without references yet."""
         import faiss
 
         check_index(index)
@@ -97,7 +111,7 @@ class Gallery:
         settings = dict(text.partition("=")[::2] for text in f"{chosen},{parameters}".split(",") if text)
         self.parameters = ",".join(f"{name}={value}" for name, value in settings.items())  # the caller's override ours
         self.labels, self.class_names = bank.labels.new_empty(0).cpu(), bank.class_names
-        sample = training_sample(count, self.description, torch.Generator().manual_seed(seed))
+        sample = training_sample(count, self.description, torch.Generator().manual_seed(operator.index(seed)))
         metric = faiss.METRIC_L2 if self.ranking.kind == "euclidean" else faiss.METRIC_INNER_PRODUCT
         try:
             self.faiss_index = faiss.index_factory(dims, self.description, metric)
@@ -111,7 +125,6 @@ class Gallery:
                 f"expected an index and parameters that faiss can build, got {index!r} with {parameters!r} for {count} "
                 f"references of {dims} dimensions ({reason}); use one of {', '.join(INDEXES)}, or see faiss's wiki"
             ) from error
-        self.add(bank)
 
     def __len__(self) -> int:
         return len(self.labels)

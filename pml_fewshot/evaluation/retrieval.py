@@ -1,5 +1,6 @@
 """RetrievalTester: how well the nearest neighbors of each item are of its class."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from pml_fewshot.data.dataset import FewShotDataset
 from pml_fewshot.embedders.bank import ClassName, EmbeddingBank, align, names_of
 from pml_fewshot.embedders.embedder import encode, is_embedder
 from pml_fewshot.evaluation import retrieval_metrics as known
-from pml_fewshot.evaluation.gallery import Gallery, IndexRecall, check_index
+from pml_fewshot.evaluation.gallery import EXACT, Gallery, IndexRecall, check_index
 from pml_fewshot.evaluation.search import Ranking, exact_search
 
 References = EmbeddingBank | Gallery
@@ -31,7 +32,8 @@ class RetrievalResult(Mapping[str, float]):
     the queries have names; `num_excluded` have no
     (other) item of their class among the references. "leave-one-out": each query searched the others; "gallery": a set
     of references, to `k` neighbors. `ranking` names index, distance and recall; `index_recall` compares an approximate
-    index with exact search, but not a Gallery, which holds no embeddings. `clustering` has NMI and AMI.
+    index with exact search, but not a Gallery, which holds no embeddings. `clustering` has NMI and AMI. Results with
+    equal `queries_hash` are of the same queries.
     """
 
     per_query: dict[str, Tensor]
@@ -43,6 +45,7 @@ class RetrievalResult(Mapping[str, float]):
     index_recall: IndexRecall | None = None
     clustering: Mapping[str, float] = field(default_factory=dict)
     class_names: tuple[str, ...] = ()
+    queries_hash: str = ""
 
     @property
     def num_queries(self) -> int:
@@ -153,7 +156,7 @@ class RetrievalTester:
             if width != other:
                 raise UsageError(f"expected references of {width} dimensions, got {other}; use one embedder for both")
             check_finite(bank.embeddings, "reference embeddings")
-        exact = self.index in ("flat", "Flat")
+        exact = self.index in EXACT
         searched = bank if exact else Gallery(bank, self.index, self.parameters, self.distance)
         return self._measure(query, searched, None if exact else bank, leave_one_out=reference is None)
 
@@ -200,6 +203,7 @@ class RetrievalTester:
             recall,
             known.clustering_scores(query, clustering, ranking) if clustering else {},
             query.class_names,
+            hashlib.blake2b(f"{query.fingerprint()} {self.num_queries}".encode(), digest_size=8).hexdigest(),
         )
 
     def _choose_k(self, metrics: Sequence[str], largest_class: int, num_references: int) -> int:

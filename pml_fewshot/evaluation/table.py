@@ -76,7 +76,12 @@ class ResultTable:
         except (csv.Error, ValueError) as error:
             raise UsageError(f"expected figures in {path}, got a broken table ({error}); evaluate again") from error
         values = _read_values(path.with_name("values.npz"))
-        table.rows = [replace(row, values=values.get(str(number))) for number, row in enumerate(table.rows)]
+        for number, row in enumerate(table.rows):
+            own = values.get(str(number))
+            if own is not None and (len(own) != row.count or abs(own.mean().item() - row.value) > 1e-9):
+                got = f"others than of line {number + 2} of figures.csv; evaluate again"
+                raise UsageError(f"expected the values of the figures in {path.with_name('values.npz')}, got {got}")
+            table.rows[number] = replace(row, values=own)
         return table
 
     def best_first(self) -> "ResultTable":
@@ -129,6 +134,7 @@ class ResultTable:
                 count=first.num_queries,
                 protocol=first.protocol,
                 ranking=first.ranking,
+                episodes_hash=first.queries_hash,
                 note="; ".join(filter(None, (context.note, excluded))),
                 trained=len(trainings),
                 values=_mean_of_queries(metric, trainings),

@@ -31,7 +31,7 @@ class ResultRow:
             rest; gallery: each searches a set of references.
         ranking: index and distance of a retrieval.
         classifier: head and distance that classified episodes.
-        episodes_hash: equal for results on the same episodes.
+        episodes_hash: equal for results on the same episodes, or of the same queries.
         note: what a reader must know of the data.
         trained: trainings (seeds) that the figure is averaged over.
         values: (count,) what the mean is over, of each episode or query (over several trainings its mean), for paired
@@ -67,7 +67,8 @@ class ResultRow:
     def conditions(self) -> str:
         """How the figure came about."""
         seed = "" if self.seed is None else f"seed {self.seed}"
-        episodes = self.episodes_hash and f"episodes {self.episodes_hash}"
+        what = "queries" if self.ways is None else "episodes"
+        episodes = self.episodes_hash and f"{what} {self.episodes_hash}"
         return ", ".join(filter(None, (self.protocol, self.classifier or self.ranking, seed, episodes)))
 
 
@@ -120,7 +121,7 @@ def _conditions(lines: Lines) -> list[str]:
         own = [f"{rows[0].split}, {classes}" if rows[0].split else classes, *(row.note for row in rows)]
         for row in rows:
             if row.ways is None:
-                own.append(f"{row.count:,} queries, {row.conditions}")
+                own.append(f"{row.count:,} queries, {row.protocol}, {row.ranking}")
             else:
                 own.append(f"{row.count:,} episodes of {row.queries} queries a class, seed {row.seed}, {row.protocol}")
                 own.append(row.classifier)

@@ -48,14 +48,13 @@ def compare_runs(folders: Sequence[str | Path]) -> RunComparison:
     if len({path.resolve() for path in paths}) < max(2, len(paths)):
         got = ", ".join(map(str, paths)) or "none"
         raise UsageError(f"expected two or more different runs, got {got}; name their folders")
-    stored = [read_config(path) for path in paths]
+    stored = [_finished(path) for path in paths]
     names = [each["config"]["name"] for each in stored]
     labels = _labels(names, paths)
     rows = {label: _rows(path, name, label) for label, path, name in zip(labels, paths, names, strict=True)}
     configs = {label: dict(_flat(each["config"])) for label, each in zip(labels, stored, strict=True)}
-    data = {label: each["data"]["test"]["checksum"] for label, each in zip(labels, stored, strict=True)}
-    everything = [row for own in rows.values() for row in own] + _means(rows, configs, data)
-    return RunComparison(ResultTable(everything).best_first(), _changes(configs), _differences(rows, data))
+    everything = [row for own in rows.values() for row in own] + _means(rows, configs)
+    return RunComparison(ResultTable(everything).best_first(), _changes(configs), _differences(rows))
 
 
 def _labels(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
@@ -97,17 +96,27 @@ def _changes(configs: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _key(row: ResultRow, data: str) -> tuple[Any, ...]:
+def _finished(path: Path) -> dict[str, Any]:
+    """What a run stores, whose figures are of its config: not of fewer steps than it was resumed for."""
+    stored = read_config(path)
+    differ = [name for name, value in stored.get("finished", {}).items() if stored["config"].get(name) != value]
+    if "finished" not in stored or differ:
+        got = f"figures of another {', '.join(differ)}" if differ else "none"
+        raise UsageError(f"expected the figures of a finished run in {path}, got {got}; finish it with --resume")
+    return stored
+
+
+def _key(row: ResultRow) -> tuple[str, ...]:
     """Equal for figures on the same episodes, or of the same queries."""
-    return row.column, row.protocol, row.episodes_hash or (data, row.split, row.classes, row.count, row.note)
+    return row.column, row.protocol, row.episodes_hash
 
 
-def _differences(rows: dict[str, list[ResultRow]], data: dict[str, str]) -> list[str]:
+def _differences(rows: dict[str, list[ResultRow]]) -> list[str]:
     together: dict[Any, dict[str, ResultRow]] = {}
-    for label, own in rows.items():
+    for own in rows.values():
         for row in own:
             if row.values is not None:
-                together.setdefault(_key(row, data[label]), {}).setdefault(row.method, row)
+                together.setdefault(_key(row), {}).setdefault(row.method, row)
     lines = []
     for figures in together.values():
         best = max(figures.values(), key=lambda row: row.value)
@@ -119,22 +128,22 @@ def _differences(rows: dict[str, list[ResultRow]], data: dict[str, str]) -> list
     return lines
 
 
-def _means(
-    rows: dict[str, list[ResultRow]], configs: dict[str, dict[str, Any]], data: dict[str, str]
-) -> list[ResultRow]:
+def _means(rows: dict[str, list[ResultRow]], configs: dict[str, dict[str, Any]]) -> list[ResultRow]:
     """For runs that differ in their seeds alone, a row for each figure that all of them have."""
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, dict[Any, str]] = {}
     for label, config in configs.items():
         same = {place: value for place, value in config.items() if place not in ("seed", *PLACE)}
-        groups.setdefault(repr(same), []).append(label)
+        groups.setdefault(repr(same), {})[config.get("seed")] = label  # (a copy of a run is no other training)
     means = []
-    for labels in groups.values():
-        keyed = [{_key(row, data[label]): row for row in rows[label] if row.values is not None} for label in labels]
+    for labels in [list(group.values()) for group in groups.values() if len(group) > 1]:
+        # what a run calls its rows, behind its own label, tells several of its figures on the same episodes apart
+        keyed = [{(*_key(row), row.method[len(label) :], row.ranking): row for row in rows[label]} for label in labels]
+        shown = f"mean of {', '.join(labels)}"
         for key, first in keyed[0].items():
             values = [own[key].values for own in keyed if key in own]
-            if len(labels) > 1 and len(values) == len(labels):
+            if len(values) == len(labels) and all(each is not None for each in values):
                 value, ci95 = average(values)  # type: ignore[arg-type]
-                name = f"{first.method.partition(' (')[0]}, mean of {len(labels)} seeds"
+                name = shown + first.method[len(labels[0]) :]
                 means.append(replace(first, method=name, value=value, ci95=ci95, trained=len(labels), values=None))
     return means
 

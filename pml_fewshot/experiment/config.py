@@ -26,6 +26,9 @@ from pml_fewshot.training.step import check_optimizer
 Device = Literal["auto", "cpu", "cuda"]
 
 
+CALLED = ("data", "trainer", "optimizer", "scheduler", "sampler", "augment", "extra_evaluations", "recorder")
+
+
 @dataclass(frozen=True)
 class ExperimentConfig:
     """All that defines an experiment.
@@ -112,13 +115,13 @@ class ExperimentConfig:
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            if isinstance(value, np.integer):
-                object.__setattr__(self, each.name, int(value))
+            if isinstance(value, np.generic):
+                object.__setattr__(self, each.name, value.item())
             elif each.name in ("data_root", "run_dir") and isinstance(value, str):
                 object.__setattr__(self, each.name, Path(value))
-            elif each.name in ("data", "trainer", "optimizer") and not callable(value):
+            elif each.name in CALLED and not callable(value) and value != each.default:
                 do = "give a function, a class or a partial that makes it"
-                raise UsageError(f"expected {each.name} as something to call, got {value!r}; {do}")
+                raise UsageError(f"expected {each.name} as something to call, got {repr(value)[:100]}; {do}")
             check_arguments(value, each.name)
         for name in ("steps", "episodes_per_batch", "validate_every", "checkpoint_every"):
             check_at_least_one(name, getattr(self, name))
@@ -128,6 +131,18 @@ class ExperimentConfig:
                 raise UsageError(f"expected {name} of at least {least}, got {value}; give {name} >= {least}")
         if isinstance(made := getattr(self.optimizer, "func", self.optimizer), type):
             check_optimizer(made)
+        if self.loss_lr is not None and "loss" in (self.part_lr or {}):
+            raise UsageError(f"expected one rate of the loss, got loss_lr={self.loss_lr} and part_lr; leave one out")
+        for name in ("patience", "loss_patience"):
+            check_at_least_one(name, 1 if getattr(self, name) is None else getattr(self, name))
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UsageError(f"expected clip_norm above 0, got {self.clip_norm}; use None not to clip")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UsageError(f"expected ema between 0 and 1, got {self.ema}; 0.999 looks back about 1,000 steps")
+        if not (self.retrieval is None or callable(self.retrieval) or isinstance(self.retrieval, RetrievalTester)):
+            raise UsageError(
+                f"expected retrieval as a RetrievalTester or its partial, got {self.retrieval!r}; make one"
+            )
         check_choice("device", self.device, ("auto", "cpu", "cuda"))
         specs = self.eval_specs
         if not isinstance(specs, tuple | list) or not specs or not all(isinstance(s, EpisodeSpec) for s in specs):

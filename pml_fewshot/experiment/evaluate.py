@@ -18,9 +18,6 @@ def evaluate(
     history: History,
 ) -> ResultTable:
     """The table of a trained experiment: its test episodes, retrieval and extra evaluations."""
-    notes = ["trained on train and val classes"] if config.train_on_validation else []
-    if history.skipped:
-        notes.append(f"{history.skipped:,} of {history.steps:,} training steps skipped")
     table = benchmark(
         {config.name: trainer},
         splits,
@@ -29,9 +26,17 @@ def evaluate(
         config.num_episodes,
         config.eval_seed,
         timed=False,  # a run that is repeated gives the same files
-        note="; ".join(notes),
+        note="; ".join(notes_on_training(config, history)),
     )
     if config.extra_evaluations is not None:
         with eval_mode(trainer):
             table.rows += config.extra_evaluations(trainer, splits, config).rows
     return table
+
+
+def notes_on_training(config: ExperimentConfig, history: History) -> list[str]:
+    """What a reader of any figure must know of the training."""
+    notes = ["trained on train and val classes"] if config.train_on_validation else []
+    if history.skipped:
+        notes.append(f"{history.skipped:,} of {history.steps:,} training steps skipped")
+    return notes

@@ -7,17 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pml_fewshot.checks import UsageError
 from pml_fewshot.data.dataset import FewShotDataset, Splits, concat
+from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.environment import keep_freed_memory
 from pml_fewshot.evaluation.episodic import EpisodicEvaluator, EpisodicResult
+from pml_fewshot.evaluation.gallery import EXACT, Gallery
 from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.experiment.config import Device, ExperimentConfig
 from pml_fewshot.experiment.evaluate import evaluate
@@ -63,7 +65,7 @@ def prepare(config: ExperimentConfig) -> Prepared:
         evaluator.check(val)
 
     torch.manual_seed(config.seed)  # initial weights are drawn from torch's own generator, whatever a loader drew
-    trainer: FewShotTrainer = instance(config.trainer, num_classes=len(train.class_names)).to(device)
+    trainer = made_trainer(config, len(train.class_names)).to(device)
     trainer.check(Splits(train, val, splits.test), (config.train_spec, *config.eval_specs))
     for part in trainer.exports().values():
         check_exportable(part)
@@ -80,6 +82,22 @@ def prepare(config: ExperimentConfig) -> Prepared:
     return prepared
 
 
+def made_trainer(config: ExperimentConfig, num_classes: int) -> FewShotTrainer:
+    """The trainer of an experiment, a copy where its factory gives the same object each time."""
+    trainer = instance(config.trainer, num_classes=num_classes)
+    if not hasattr(trainer, "parameter_groups"):
+        got = f"got {type(trainer).__name__}; give ProtoNetTrainer or the like, or derive from FewShotTrainer"
+        raise UsageError(f"expected a trainer, {got}")
+    return copied(trainer)
+
+
+def copied(part: Any) -> Any:
+    """A deep copy, in which tensors of a graph (the old weight_norm's, a loss's memory) are constants."""
+    modules = part.modules() if isinstance(part, nn.Module) else ()
+    inner = [tensor for module in modules for tensor in vars(module).values() if isinstance(tensor, Tensor)]
+    return copy.deepcopy(part, {id(tensor): tensor.detach().clone() for tensor in inner if not tensor.is_leaf})
+
+
 def make_optimizer(config: ExperimentConfig, trainer: FewShotTrainer) -> tuple[Optimizer, Any]:
     """A new optimizer for a trainer, with the rates of its parts, and its scheduler or None."""
     rates = {**(config.part_lr or {}), **({} if config.loss_lr is None else {"loss": config.loss_lr})}
@@ -93,8 +111,8 @@ def own_parts(config: ExperimentConfig) -> ExperimentConfig:
     copies = {}
     for name in parts:
         try:
-            copies[name] = copy.deepcopy(getattr(config, name))
-        except TypeError as error:  # of a lock, a file, a generator
+            copies[name] = copied(getattr(config, name))
+        except (TypeError, RuntimeError) as error:  # of a lock, a file, a generator; of a graph
             do = "give a partial of its class, which every run calls"
             raise UsageError(
                 f"expected a {name} that each run can copy, got one that cannot be ({error}); {do}"
@@ -117,7 +135,7 @@ def resolve_device(wanted: Device) -> torch.device:
 
 def instance(part: Any, **offers: Any) -> Any:
     """The object that a class, function or partial makes, with the offered arguments that it needs; instances stay."""
-    is_factory = isinstance(part, type | FunctionType | partial)
+    is_factory = isinstance(part, type | FunctionType | MethodType | partial)
     return instantiate(partial(part, **_needed(part, **offers))) if is_factory else part
 
 
@@ -154,14 +172,18 @@ def _rehearse(prepared: Prepared, val: FewShotDataset | None) -> None:
 
     Two episodes of each kind, eight queries, and mixtures of a few images' embeddings; all else is as it will be.
     """
-    trainer = copy.deepcopy(prepared.trainer)
-    trainer.bank = partial(_mixed_bank, trainer.bank)  # type: ignore[method-assign]
+    trainer = copied(prepared.trainer)
+    trainer.bank = partial(_mixed_bank, trainer.bank)
     config, tester = replace(prepared.config, num_episodes=2), copy.copy(prepared.tester)
-    if tester is not None:
-        tester.num_queries = 8  # which search the whole set
     with seeded(config.seed):  # what this draws must not change the training
         if val is not None:
             EpisodicEvaluator(config.eval_specs[0], 2, config.seed).evaluate(trainer, val)
+        if tester is not None:
+            tester.num_queries = 8  # which search the whole set
+            if tester.index not in EXACT:  # to fill an index of 60,000 by "hnsw" takes a minute
+                bank = EmbeddingBank(trainer.bank(prepared.splits.test), prepared.splits.test.labels)
+                Gallery.check(bank, tester.index, tester.parameters, tester.distance or trainer.distance)
+                tester.index = "flat"
         evaluate(config, trainer, prepared.splits, tester, History())
 
 

@@ -9,7 +9,7 @@ import torch
 import tyro
 from filelock import FileLock, Timeout
 
-from pml_fewshot.checks import LockedError
+from pml_fewshot.checks import LockedError, UsageError
 from pml_fewshot.data.dataset import FewShotDataset, Splits, concat
 from pml_fewshot.data.image_folder import load_image_folder
 from pml_fewshot.evaluation.benchmark import benchmark
@@ -17,7 +17,8 @@ from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment.command_line import EvalSpec, one_line_errors
 from pml_fewshot.experiment.config import Device, ExperimentConfig
-from pml_fewshot.experiment.prepare import instance, load_data, own_parts, resolve_device
+from pml_fewshot.experiment.evaluate import notes_on_training
+from pml_fewshot.experiment.prepare import instance, load_data, made_trainer, own_parts, resolve_device
 from pml_fewshot.experiment.run_folder import check_data, check_same, read_config
 from pml_fewshot.experiment.stored_config import find_config, with_stored_options
 from pml_fewshot.io.checkpoint import load_checkpoint
@@ -52,7 +53,7 @@ def _load(folder: Path, config: ExperimentConfig | None, device: Device) -> tupl
     roles = ("train", "val") if config.train_on_validation else ("train",)
     state = load_checkpoint(folder / "last.pt")
     with torch.random.fork_rng(devices=[]):  # weights that are replaced at once must not move the caller's generator
-        trainer = instance(config.trainer, num_classes=sum(stored["data"][role]["classes"] for role in roles))
+        trainer = made_trainer(config, num_classes=sum(stored["data"][role]["classes"] for role in roles))
     restore_trained(trainer, state)
     return trainer.to(resolve_device(device)).eval(), config
 
@@ -90,8 +91,9 @@ def evaluate_again(
     folder = Path(folder)
     trainer, config = _load(folder, config, device)
     stored = read_config(folder)
-    step = history_of(load_checkpoint(folder / "last.pt")).best_step
-    notes = [f"weights of step {step}, evaluated after the run"]
+    history = history_of(load_checkpoint(folder / "last.pt"))
+    step = history.best_step or history.steps
+    notes = [*notes_on_training(config, history), f"weights of step {step}, evaluated after the run"]
     evaluated: Splits | FewShotDataset
     if data is None:
         root = Path(data_root) if data_root is not None else config.data_root
@@ -101,9 +103,14 @@ def evaluate_again(
         channels, height, _ = stored["data"]["test"]["item"]
         photos = load_image_folder(data, image_size=height, channels=channels)
         evaluated = concat([each for each in vars(photos).values() if each is not None])
-        notes.append(f"data {Path(data).name}, checksum {evaluated.checksum()}")
+        notes.append(f"data {Path(data).name}")
     else:
         evaluated = data
+    if isinstance(evaluated, Splits) and split == "val" and evaluated.val is None:
+        raise UsageError(f"expected val among the splits of {folder}, got none; evaluate test or train")
+    if data is not None:
+        own = getattr(evaluated, split or "test") if isinstance(evaluated, Splits) else evaluated
+        notes.append(f"data checksum {own.checksum()}")
     table = benchmark(
         {config.name: trainer},
         evaluated,

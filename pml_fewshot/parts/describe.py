@@ -8,6 +8,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -21,6 +22,8 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
     Of objects it is the class and attributes, because PML's reprs leave out numbers, and not weights, which are others
     in each process. `above` are the ids of the objects that hold this one.
     """
+    if isinstance(value, np.generic):
+        return value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
@@ -35,8 +38,13 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
         return f"tensor {tuple(value.shape)} {checksum([value.detach().cpu().numpy().tobytes()])}"
     attributes = dict(vars(value)) if hasattr(value, "__dict__") and not isinstance(value, Enum | Path) else {}
     if isinstance(value, nn.Module):
+        if "_orig_mod" in value._modules:  # compiled, which has an id of its own
+            return describe(value._modules["_orig_mod"], above)
         attributes = {name: each for name, each in attributes.items() if name not in vars(nn.Module())}
         attributes |= dict(value.named_children())
+        ours = any(kind.__module__.startswith("pml_fewshot.") for kind in type(value).__mro__)
+        remembered = "_" if ours else "_pml_fewshot"  # how names begin that are of the last use, not of the part
+        attributes = {name: each for name, each in attributes.items() if not name.startswith(remembered)}
     if not attributes or id(value) in above:
         return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # an address is another in each process
     return {"object": describe(type(value)), **describe(attributes, (*above, id(value)))}

@@ -59,7 +59,7 @@ class BatchStream:
         if self.sampler is None:
             names = self.dataset.class_names
             self.classes = ClassSampler(self.dataset.labels, spec.classes, spec.per_class, str(spec), names)
-        seeds = torch.randint(2**62, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
+        seeds = torch.randint(2**62, (2,), generator=torch.Generator().manual_seed(int(seed))).tolist()
         self.generator, self.augmentation_generator = (torch.Generator().manual_seed(each) for each in seeds)
         self._construction_seed = seed % 2**32  # numpy's seeds have 32 bits
         self._block = torch.empty(0, spec.size, dtype=torch.int64)  # (batches, B) indices

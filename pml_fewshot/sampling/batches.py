@@ -25,8 +25,9 @@ class BatchSpec:
     """2 for two augmented views of each item, for SelfSupervisedLoss and VICRegLoss"""
 
     def __post_init__(self) -> None:
-        check_at_least_one("classes", self.classes)
-        check_at_least_one("per_class", self.per_class)
+        for name in ("classes", "per_class"):
+            check_at_least_one(name, getattr(self, name))
+            object.__setattr__(self, name, int(getattr(self, name)))  # numpy's integers are none to JSON
         if self.classes < 2:
             raise UsageError(
                 f"expected at least 2 classes in a batch, got {self.classes}; there is none to compare with"

@@ -38,7 +38,7 @@ class EpisodeStream:
 
     def __post_init__(self, seed: int) -> None:
         check_at_least_one("episodes_per_batch", self.episodes_per_batch)
-        seeds = torch.randint(2**62, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
+        seeds = torch.randint(2**62, (2,), generator=torch.Generator().manual_seed(int(seed))).tolist()
         generator, self.augmentation_generator = (torch.Generator().manual_seed(each) for each in seeds)
         self.sampler = EpisodeSampler(self.dataset.labels, self.spec, generator, self.dataset.class_names)
         self._block_state = generator.get_state()

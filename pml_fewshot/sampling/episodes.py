@@ -29,6 +29,7 @@ class EpisodeSpec:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             check_at_least_one(name, value)
+            object.__setattr__(self, name, int(value))  # numpy's integers are none to JSON
 
     def __str__(self) -> str:
         return f"{self.ways}-way {self.shots}-shot {self.queries}-query"

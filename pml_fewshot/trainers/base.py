@@ -187,16 +187,21 @@ class FewShotTrainer(nn.Module):
             UsageError: a part without parameters, other than the loss.
         """
         rates = rates or {}
-        rest: list[nn.Parameter] = []
-        parts: dict[str, list[nn.Parameter]] = {part: [] for part in rates}
-        for name, parameter in self.named_parameters():
-            fitting = [part for part in parts if name.startswith(f"{part}.") or name == part]
-            (parts[max(fitting, key=len)] if fitting else rest).append(parameter)
-        known = [name for name, module in self.named_modules() if name and next(module.parameters(), None) is not None]
-        for part in parts.keys() - {"loss"}:
-            check_choice("a part with a learning rate", part, known)
-        named = [{"name": part, "params": own, "lr": rates[part]} for part, own in parts.items() if own]
-        return [{"params": rest}, *named] if rest else named
+        modules = {name: module for name, module in self.named_modules() if next(module.parameters(), None) is not None}
+        own = {name: {parameter} for name, parameter in self.named_parameters()}
+        own |= {name: set(modules[name].parameters()) for name in modules}
+        part_of: dict[nn.Parameter, str] = {}
+        for part, rate in sorted(rates.items(), key=lambda item: len(item[0])):
+            if not isinstance(rate, int | float) or not rate >= 0:
+                raise UsageError(f"expected the learning rate of {part} as a number of at least 0, got {rate!r}")
+            if part != "loss":
+                check_choice("a part with a learning rate", part, list(own))
+            part_of |= dict.fromkeys(own.get(part, ()), part)
+        groups: dict[str, list[nn.Parameter]] = {}
+        for parameter in self.parameters():
+            groups.setdefault(part_of.get(parameter, ""), []).append(parameter)
+        rest = [{"params": groups.pop("")}] if "" in groups else []
+        return rest + [{"name": part, "params": groups[part], "lr": rates[part]} for part in rates if part in groups]
 
     @property
     def distance(self) -> BaseDistance | None:

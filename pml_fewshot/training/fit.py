@@ -19,7 +19,7 @@ from pml_fewshot.training.early_stopping import EarlyStopping
 from pml_fewshot.training.freezing import frozen_parts
 from pml_fewshot.training.interruption import StopOnSignal, TrainingInterrupted
 from pml_fewshot.training.state import RECORDED, History, Recorder, TrainingState
-from pml_fewshot.training.step import check_optimizer, check_trainable, learning_rates, train_step
+from pml_fewshot.training.step import check_optimizer, check_trainable, learning_rates, train_step, warn_of_unreached
 
 LOG_EVERY = 20  # steps between two readings of the loss, each of which waits for the GPU
 
@@ -110,7 +110,10 @@ def fit(
                 raise UsageError(f"expected {steps} batches, got {history.steps}; lower steps, or pass a stream")
             thaw(history.steps)
             rates = learning_rates(optimizer)
-            state.note(train_step(trainer, batch.to(device), optimizer, clip_norm, autocast), rates, batch)
+            loss = train_step(trainer, batch.to(device), optimizer, clip_norm, autocast)
+            state.note(loss, rates, batch)
+            if loss is not None and history.steps - history.skipped == 1:
+                warn_of_unreached(trainer)
             if scheduler is not None and plateau is None:
                 scheduler.step()
             bar.update()

@@ -1,6 +1,7 @@
 """train_step: one update of the weights; and what must be true of a trainer and an optimizer for it."""
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -36,6 +37,18 @@ def train_step(
     return loss.detach()
 
 
+def warn_of_unreached(trainer: nn.Module) -> None:
+    """Warns of the parts of a trainer none of whose weights got a gradient, though others did: a lost graph?"""
+    for name, part in trainer.named_children():
+        weights = [weight for weight in part.parameters() if weight.requires_grad]
+        if weights and all(weight.grad is None for weight in weights):
+            warnings.warn(
+                f"no gradient reached {name} in the first step: it is not trained; freeze it if that is meant, else "
+                "look for torch.no_grad() or .detach() on its way to the loss",
+                stacklevel=3,
+            )
+
+
 def check_trainable(trainer: nn.Module) -> None:
     """Raises a UsageError unless some of the weights can be trained."""
     weights = list(trainer.parameters())
@@ -58,6 +71,6 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     """The rate of each group, as it is recorded: "learning_rate", and of a part "learning_rate_embedder_trunk"."""
     rates = {}
     for number, group in enumerate(optimizer.param_groups):
-        name = group.get("name", str(number) if number else "").replace(".", "_")
+        name = str(group.get("name") or number or "").replace(".", "_")
         rates[f"learning_rate_{name}" if name else "learning_rate"] = float(group["lr"])
     return rates

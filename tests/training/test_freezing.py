@@ -40,7 +40,8 @@ def test_a_batch_norm_frozen_by_hand_stays_so_in_later_trainings_until_it_is_tha
     trainer = normalized()
     frozen, other = norms(trainer)
     frozen.eval()
-    for use in (lambda: None, trainer.eval, lambda: EpisodicEvaluator(SPEC, 5).evaluate(trainer, DATA)):
+    evaluator = EpisodicEvaluator(SPEC, 5)
+    for use in (lambda: None, trainer.eval, lambda: evaluator.evaluate(trainer, DATA)):
         use()
         train(trainer, 2)
         assert not moved(frozen)
@@ -49,6 +50,16 @@ def test_a_batch_norm_frozen_by_hand_stays_so_in_later_trainings_until_it_is_tha
     frozen.train()
     train(trainer, 2)
     assert moved(frozen)
+
+
+def test_evaluation_before_and_copies_keep_what_is_frozen() -> None:
+    trainer = normalized()
+    norms(trainer)[0].eval()
+    EpisodicEvaluator(SPEC, 5).evaluate(trainer, DATA)
+    copied = copy.deepcopy(trainer.eval())
+    for each in (copied, trainer):
+        train(each, 2)
+        assert [moved(norm) for norm in norms(each)] == [False, True]
 
 
 def test_a_whole_trainer_in_train_mode_thaws_what_was_frozen() -> None:

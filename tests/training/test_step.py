@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from pml_fewshot.checks import UsageError
 from pml_fewshot.embedders.embedder import Embedder
+from pml_fewshot.losses.prototypical import PrototypicalLoss
 from pml_fewshot.trainers.metric import MetricTrainer
 from pml_fewshot.trainers.protonet import ProtoNetTrainer
 from pml_fewshot.training.step import check_optimizer
@@ -37,6 +38,12 @@ def test_a_loss_without_a_graph_is_no_empty_batch(how: str) -> None:
         UsageError, match=r"a loss that depends on weights to train, got \d.* without a gradient; look for"
     ):
         train(trainer, 5)
+
+
+def test_an_embedder_that_no_gradient_reaches_beside_a_loss_that_learns_is_told() -> None:
+    trainer = ProtoNetTrainer(Embedder(Detached("no_grad")), PrototypicalLoss(scale=10, learn_scale=True))
+    with pytest.warns(UserWarning, match="no gradient reached embedder in the first step: it is not trained"):
+        train(trainer, 3)
 
 
 def test_frozen_weights_alone_and_a_nan_without_a_graph_are_no_empty_batches_either() -> None:

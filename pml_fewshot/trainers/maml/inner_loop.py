@@ -45,9 +45,9 @@ class InnerLoop(nn.Module):
         check_choice("parallel", parallel, get_args(Parallel))
         self.network, self.loss, self.gives_logits = network, loss, gives_logits
         self.inner_lr, self.checkpoint_steps, self.parallel = inner_lr, checkpoint_steps, parallel
-        self.normalizes = any(isinstance(module, _BatchNorm) for module in network.modules())  # until it has run
-        self.modes: dict[str, Mode] = {}  # how tasks are run, by type of device
-        self.was_seen_to_learn = False
+        self._normalizes = any(isinstance(module, _BatchNorm) for module in network.modules())  # until it has run
+        self._modes: dict[str, Mode] = {}  # how tasks are run, by type of device
+        self._was_seen_to_learn = False
         self.adapt = ("",) if adapt is None else (adapt,) if isinstance(adapt, str) else tuple(adapt)
         names = [name for name, _ in network.named_parameters()]
         if not self.adapt or not all(any(name.startswith(prefix) for name in names) for prefix in self.adapt):
@@ -62,6 +62,11 @@ class InnerLoop(nn.Module):
             self.learned_lr = nn.Parameter(torch.full((rows, len(layers)), float(inner_lr)))
 
     @property
+    def normalizes(self) -> bool:
+        """Whether the network has a batch norm; by its modules until it has run."""
+        return self._normalizes
+
+    @property
     def adapted(self) -> list[str]:
         """Names of the parameters that a step changes: those asked for, without the frozen ones."""
         return [n for n, p in self.network.named_parameters() if p.requires_grad and n.startswith(self.adapt)]
@@ -69,10 +74,10 @@ class InnerLoop(nn.Module):
     def mode(self, images: Tensor) -> Mode:
         """How tasks of images (B, *item) run fastest on their device; tried out there once, which waits for a GPU."""
         device = images.device.type
-        if device not in self.modes:
-            self.normalizes = normalizes(self.network, images)
-            self.modes[device] = fastest(self.network, images) if self.parallel == "auto" else self.parallel
-        return self.modes[device]
+        if device not in self._modes:
+            self._normalizes = normalizes(self.network, images)
+            self._modes[device] = fastest(self.network, images) if self.parallel == "auto" else self.parallel
+        return self._modes[device]
 
     def weights(self, tasks: int) -> Weights:
         """The network's own weights, once for each task, without a copy: (T, *shape) each."""
@@ -140,14 +145,14 @@ class InnerLoop(nn.Module):
                 after: Sequence[Tensor] = Recompute.apply(step, len(values), *values, *loss_parameters)
             else:
                 after = step(values, second_order)
-            if not self.was_seen_to_learn and support.shape[2] == 1:  # looks once, because it waits for a GPU
+            if not self._was_seen_to_learn and support.shape[2] == 1:  # looks once, because it waits for a GPU
                 if all(torch.equal(weights[name], new) for name, new in zip(adapted, after, strict=True)):
                     got = getattr(self.loss, "__name__", type(self.loss).__name__)
                     raise UsageError(
                         f"expected an inner loss that learns from one image of each class, got {got}, whose gradient is"
                         " 0 without positive pairs; give cross-entropy or a loss with class weights, or more shots"
                     )
-                self.was_seen_to_learn = True
+                self._was_seen_to_learn = True
             weights = {**weights, **dict(zip(adapted, after, strict=True))}
             yield weights
 

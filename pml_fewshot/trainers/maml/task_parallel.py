@@ -69,6 +69,8 @@ def fastest(network: nn.Module, images: Tensor) -> Mode:
 
     It is tried on two tasks, and not taken where it fails or has other outputs than the loop. Waits for a GPU.
     """
+    if any("_orig_mod" in module._modules for module in network.modules()):  # compiled for one shape of weights
+        return "loop"
     mode: Mode = "vmap" if images.is_cuda else "grouped"
     run = vmap if mode == "vmap" else grouped
     weights = {name: torch.stack([p, 1.1 * p + 0.01]).detach() for name, p in network.named_parameters()}
@@ -115,16 +117,17 @@ def swapped(network: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
     did there. (`torch.func.functional_call` leaves the wrong tensor in a module that has two names, torch 2.13.)
     """
     with one_at_a_time:
-        owners: list[dict[str, Any]] = [each for m in network.modules() for each in (m._parameters, m._buffers)]
         named = {id(own): name for name, own in (*network.named_parameters(), *network.named_buffers())}
-        places = [(each, key, own) for each in owners for key, own in each.items() if own is not None]
+        places: list[dict[str, Any]] = [each for m in network.modules() for each in (m._parameters, m._buffers)]
+        before = [dict(place) for place in places]
         try:
-            for entries, key, own in places:
-                entries[key] = tensors[named[id(own)]]
+            for place in places:
+                place.update({key: tensors[named[id(own)]] for key, own in place.items() if own is not None})
             yield
         finally:
-            for entries, key, own in places:
-                entries[key] = own
+            for place, own_tensors in zip(places, before, strict=True):
+                place.clear()
+                place.update(own_tensors)
 
 
 def _buffers(network: nn.Module) -> dict[str, Tensor]:

@@ -109,7 +109,8 @@ class MAMLTrainer(FewShotTrainer):
             built, support_loss, head is None, inner_lr, inner_steps, learn_inner_lr, adapt, checkpoint_steps, parallel
         )
         self.inner_steps, self.eval_inner_steps = inner_steps, eval_inner_steps or inner_steps
-        self.first_order, self.reptile, self.batch_norm, self.task_chunk = first_order, reptile, batch_norm, task_chunk
+        self.first_order, self.reptile, self.batch_norm = first_order, reptile, batch_norm
+        self.task_chunk = None if task_chunk is None else int(task_chunk)
         self.head = head  # type: ignore[assignment]  # None: the network gives logits
         self._last_accuracy: Tensor | None = None
 

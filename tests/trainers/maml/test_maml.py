@@ -307,7 +307,7 @@ def test_bfloat16_autocast_trains_and_has_distances_in_float32(parallel: str) ->
         loss = maml(batch)
         head(batch).backward()  # torch.cdist takes no bfloat16
     loss.backward()
-    assert maml.inner.modes == {"cpu": "loop" if parallel == "loop" else "grouped"}
+    assert maml.inner._modes == {"cpu": "loop" if parallel == "loop" else "grouped"}
     assert loss.item() == pytest.approx(trainer().float()(batch).item(), rel=0.05)
 
 

@@ -28,5 +28,5 @@ def test_gradients_and_logits_of_a_cpu(options: dict[str, Any], parallel: str) -
         batch = episodes(shots=1).to(device)
         slopes = gradient(maml.to(device), batch).cpu()
         results.append((slopes, maml.classify(batch.support, batch.query.flatten(1, 2)).cpu()))
-    assert parallel != "auto" or maml.inner.modes == {"cpu": "grouped", "cuda": "vmap"}
+    assert parallel != "auto" or maml.inner._modes == {"cpu": "grouped", "cuda": "vmap"}
     assert all(close(there, here, 1e-8) for here, there in zip(*results, strict=True))
