@@ -1,8 +1,7 @@
 """Heads that fit a linear classifier to each episode's support, for all episodes of a chunk at once.
 
 Support (E, W, K, D) and query (E, N, D) give logits (E, N, W); `distance` is not used, but there for every head's form.
-The fits have S = W * K unknowns a class, one for each support item, or D where those are fewer and it is worth it, in
-float64, because the Gram matrix of linearly dependent float32 embeddings is not quite positive definite.
+The fits are in float64 and in the space that the S = W * K support items span, with S unknowns a class instead of D.
 
 A penalty is on the squared norm of the weights, so what a number does depends on how long the embeddings are: 1.0 is
 strong on embeddings of length 1 and next to nothing on those of length 20. The defaults, None, are constants times the
@@ -113,7 +112,7 @@ def logistic_regression(
         moving = length > tolerance**2 * first
         if not moving.any():
             break
-        # to a third far from the minimum, where a better step is no use (Eisenstat and Walker 1996), then to a hundredth
+        # rough far from the minimum, where a better step is no use (Eisenstat and Walker 1996)
         accuracy = torch.where(length > 0.1**2 * first, 0.1, 1e-4).to(length)[:, None, None]
         step = _newton_step(root, shares, gradient, factor, accuracy) * moving[:, None, None]
         for _ in range(SHORTENINGS):
@@ -138,7 +137,7 @@ def _check_penalty(penalty: float | None) -> None:
 def _newton_step(root: Tensor, shares: Tensor, gradient: Tensor, penalty: Tensor, accuracy: Tensor) -> Tensor:
     """Solves Hessian x step = gradient by conjugate gradients, at most R * (W - 1) or 30 of them.
 
-    They end when the residual's squared length is the given share, `accuracy` (E, 1, 1), of the gradient's.
+    They end when the residual's squared length has fallen to `accuracy` (E, 1, 1) times the gradient's.
     """
     step, residual, direction = torch.zeros_like(gradient), gradient, gradient
     norm = first = residual.square().sum(dim=(1, 2), keepdim=True)

@@ -187,9 +187,10 @@ class FewShotTrainer(nn.Module):
             UsageError: a part without parameters, other than the loss.
         """
         rates = rates or {}
-        modules = {name: module for name, module in self.named_modules() if next(module.parameters(), None) is not None}
-        own = {name: {parameter} for name, parameter in self.named_parameters()}
-        own |= {name: set(modules[name].parameters()) for name in modules}
+        # by all names, of which a part may have several
+        own = {name: {weight} for name, weight in self.named_parameters(remove_duplicate=False)}
+        modules = [(name, module) for name, module in self.named_modules(remove_duplicate=False) if name]
+        own |= {name: weights for name, module in modules if (weights := set(module.parameters()))}
         part_of: dict[nn.Parameter, str] = {}
         for part, rate in sorted(rates.items(), key=lambda item: len(item[0])):
             if not isinstance(rate, int | float) or not rate >= 0:

@@ -52,7 +52,7 @@ def frozen_parts(trainer: nn.Module, steps: Mapping[str, int]) -> Iterator[Calla
 
 def check_parts(trainer: nn.Module, steps: Mapping[str, int]) -> None:
     """Raises a UsageError, with the nearest name, for a part that is not there, no number of steps, no weight left."""
-    names = [name for name, _ in trainer.named_modules() if name]
+    names = [name for name, _ in trainer.named_modules(remove_duplicate=False) if name]
     for name, count in steps.items():
         check_choice("a part to freeze", name, names)
         check_at_least_one(f"the steps that {name} is frozen for", count)

@@ -124,6 +124,8 @@ def test_splits_are_evaluated_on_their_test_classes_and_classes_counted_by_label
         table = quick(embedder(), splits, split=name)
         assert same(values(table), values(quick(embedder(), part)))
         assert {(row.split, row.classes) for row in table.rows} == {(name, len(part.class_names))}
+    rows = quick({"bank": embedder().encode(splits.train), "embedder": embedder()}, splits).rows
+    assert {(row.method, row.split) for row in rows} == {("bank", ""), ("embedder", "test")}  # a bank brings its own
     for data in (DATA, None):
         with pytest.raises(UsageTypeError, match="expected Splits to take val from, got a"):
             quick(embedder().encode(DATA), data, split="val")

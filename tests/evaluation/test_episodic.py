@@ -150,6 +150,14 @@ def test_the_confusion_matrix_counts_as_a_loop():
         without.per_class()
 
 
+def test_a_trainer_in_a_wrapper_is_refused_and_numpys_seeds_are_taken():
+    with pytest.raises(UsageError, match=r"got a trainer within DataParallel; give the trainer itself, its \.module"):
+        EpisodicEvaluator(SPEC, 20).evaluate(nn.DataParallel(ProtoNetTrainer(nn.Flatten())), labeled())
+    bank = bank_of()
+    hashes = {EpisodicEvaluator(SPEC, 20, seed=seed).evaluate(bank).episodes_hash for seed in (3, np.int64(3))}
+    assert len(hashes) == 1
+
+
 def test_images_are_gathered_as_floats_in_0_to_1():
     dataset = labeled()
     seen: list[tuple[Tensor, Tensor]] = []

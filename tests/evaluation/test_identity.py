@@ -54,6 +54,11 @@ def test_sets_numbered_apart_are_aligned_by_name(kind: str, tmp_path: Path) -> N
         assert result.per_class("precision_at_1") == {"bee": 1, "cat": 1, "dog": 1}
 
 
+def test_labels_in_bytes_are_the_same_names(tmp_path: Path) -> None:
+    np.savez(tmp_path / "bytes.npz", embeddings=ROWS.numpy(), labels=np.array([name.encode() for name in NAMES]))
+    assert load_bank(tmp_path / "bytes.npz").class_names == tuple(NAMES)
+
+
 def test_names_of_either_side_alone_are_no_match() -> None:
     result = TESTER.test(bank(["cat", "ant"]), bank(["bee", "dog", "cat"]))
     assert (result["precision_at_1"], result.num_queries, result.num_excluded) == (1, 1, 1)  # nothing matches ant

@@ -278,6 +278,27 @@ def test_what_is_no_table_of_figures_raises(tmp_path: Path):
             ResultTable.read(tmp_path)
 
 
+def test_values_that_are_not_those_of_the_figures_are_refused(tmp_path: Path):
+    table = filled()
+    table.write(tmp_path)
+    for other in (episodic(wrong=500), episodic(count=300, wrong=12)):
+        wrong = filled()
+        wrong.rows[0] = replace(wrong.rows[0], values=other.per_episode)
+        wrong.write(tmp_path)
+        with pytest.raises(UsageError, match=r"values of the figures in .*values\.npz, got others than of line 2"):
+            ResultTable.read(tmp_path)
+
+
+def test_runs_of_one_name_are_sorted_by_value_too():
+    table = ResultTable()
+    for seed, wrong in ((0, 600), (1, 200), (2, 400)):
+        table.add_episodic(RowContext("one", "test", 9), episodic(wrong=wrong, seed=seed))
+        table.add_retrieval(RowContext("one", "test", 9), retrieval())
+    best = table.best_first().rows
+    assert [row.seed for row in best if row.ways] == [1, 2, 0]
+    assert [row.figure for row in best[:3]] == ["accuracy", "mean_average_precision_at_r", "recall_at_4"]
+
+
 def test_best_first_sorts_methods_by_their_first_figure_and_keeps_their_rows_together():
     table = two_methods()
     table.rows.insert(0, replace(table.rows[0], method="worst", value=0.5))

@@ -1,6 +1,7 @@
 """A run folder used again: its trained trainer, other evaluations of it, and runs compared with each other."""
 
 import re
+import shutil
 import sys
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
@@ -15,15 +16,27 @@ from filelock import FileLock
 from PIL import Image
 from torch import nn
 
-from pml_fewshot import EpisodicEvaluator, ResultTable, RetrievalTester, compare, load_trained, run
+from pml_fewshot import (
+    EpisodeStream,
+    EpisodicEvaluator,
+    ProtoNetTrainer,
+    ResultTable,
+    RetrievalTester,
+    benchmark,
+    compare,
+    load_trained,
+    ridge_regression,
+    run,
+)
 from pml_fewshot.checks import LockedError, MissingFileError, UsageError
 from pml_fewshot.evaluation.episodic import EpisodicResult
 from pml_fewshot.experiment import comparison, trained
 from pml_fewshot.experiment.comparison import compare_runs
 from pml_fewshot.experiment.stored_config import what_is_lost
 from pml_fewshot.experiment.trained import EVALUATIONS, evaluate_again
+from pml_fewshot.parts.instantiate import instantiate
 from pml_fewshot.sampling.episodes import EpisodeSpec
-from tests.tiny_experiments import TINY_EXPERIMENTS, Finished, tiny_set, tiny_splits
+from tests.tiny_experiments import EMBEDDER, TINY_EXPERIMENTS, Finished, tiny_set, tiny_splits
 
 OTHER = EpisodeSpec(ways=3, shots=2, queries=4)
 
@@ -170,6 +183,69 @@ def test_what_is_not_on_the_same_episodes_is_not_subtracted_and_later_evaluation
         evaluate_again(folder, config, eval_specs=[OTHER])
     found = compare_runs([first, second])
     assert [line.split(":")[0] for line in found.differences] == ["5-way 1-shot", "3-way 2-shot"]
+
+
+def test_several_figures_on_the_same_episodes_have_a_mean_each_and_a_copy_is_no_other_training(tmp_path: Path) -> None:
+    def by_ridge(trainer: Any, splits: Any, config: Any) -> ResultTable:
+        sizes = (config.eval_specs, None, config.num_episodes, config.eval_seed)
+        return benchmark({"ridge": trainer}, splits, *sizes, head=ridge_regression, timed=False)
+
+    folders = seeds(tmp_path, 2, extra_evaluations=by_ridge)
+    shutil.copytree(folders[0], tmp_path / "copy")
+    found = compare_runs([*folders, tmp_path / "copy"]).table
+    stored = [ResultTable.read(folder).rows for folder in folders]
+    means = {row.method: row for row in found.rows if row.trained == 2 and row.ways}
+    own, ridge = sorted(means, key=len)
+    assert own.startswith("mean of protonet (")
+    assert ridge == f"{own}: ridge"
+    for name, number in ((own, 0), (ridge, -1)):
+        assert means[name].value == pytest.approx(sum(rows[number].value for rows in stored) / 2)
+        assert means[name].classifier == stored[0][number].classifier
+
+
+def test_a_run_that_was_continued_but_not_finished_is_not_compared(tmp_path: Path) -> None:
+    first, second = seeds(tmp_path, 2)
+    broken = replace(TINY_EXPERIMENTS["protonet"], steps=9, num_episodes=60, run_dir=first)
+
+    def stop(self: Any, batch: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(load_trained(first, broken)), "forward", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(broken, resume=True)
+    with pytest.raises(UsageError, match=r"finished run in .*seed0, got figures of another steps; finish it with"):
+        compare_runs([first, second])
+
+
+def test_retrieval_of_other_classes_is_not_subtracted(tmp_path: Path) -> None:
+    first, second = seeds(tmp_path, 2, retrieval=None)
+    tester, config = RetrievalTester("precision_at_1"), TINY_EXPERIMENTS["protonet"]
+    for folder, prefix in ((first, "x"), (second, "y")):
+        evaluate_again(folder, config, tiny_set(prefix, 6, 5), retrieval=tester)
+    assert not [line for line in compare_runs([first, second]).differences if line.startswith("P@1")]
+    for folder in (first, second):
+        evaluate_again(folder, config, tiny_set("z", 6, 5), retrieval=tester)
+    assert len([line for line in compare_runs([first, second]).differences if line.startswith("P@1")]) == 1
+
+
+def test_a_factory_of_one_object_and_a_used_instance_give_trainers_of_their_own(tmp_path: Path) -> None:
+    shared = instantiate(EMBEDDER)
+    before = {name: value.clone() for name, value in shared.state_dict().items()}
+    config = replace(TINY_EXPERIMENTS["protonet"], trainer=lambda: ProtoNetTrainer(shared), steps=4)
+    tables = [run(replace(config, run_dir=tmp_path / str(n))) for n in range(2)]
+    assert repr(tables[0].rows) == repr(tables[1].rows)
+    assert all(torch.equal(value, before[name]) for name, value in shared.state_dict().items())
+    first, second = (load_trained(tmp_path / str(n), config) for n in range(2))
+    assert first.embedder is not second.embedder
+    for name in ("protonet", "maml"):
+        used = instantiate(TINY_EXPERIMENTS[name].trainer)
+        config = replace(TINY_EXPERIMENTS[name], trainer=used, steps=4, run_dir=tmp_path / name)
+        run(config)
+        EpisodicEvaluator(config.eval_specs[0], 3).evaluate(used, tiny_splits().test)
+        used(next(EpisodeStream(tiny_splits().train, config.train_spec, 0)))
+        load_trained(tmp_path / name, config)
+        run(replace(config, steps=6), resume=True)
 
 
 def test_fewer_than_two_runs_or_one_twice_are_refused(finished: Finished) -> None:

@@ -293,6 +293,26 @@ def test_a_method_of_ones_own_needs_three_methods() -> None:
     assert torch.equal(trainer.weight, torch.full((2,), 0.8))
 
 
+def test_parts_are_known_by_any_of_their_names_and_the_longer_counts() -> None:
+    trainer = MetricTrainer(m.embedder(0, nn.Linear(m.DIMS, m.DIMS)), pml.ArcFaceLoss(m.CLASSES, m.DIMS))
+    trainer.embedder.alias = trainer.embedder.trunk[2]
+    rates = {"embedder.alias": 0.3, "embedder": 0.1, "embedder.trunk.1.bias": 0.2}
+    rest, *parts = trainer.parameter_groups(rates)
+    found = {group["name"]: (group["lr"], {id(p) for p in group["params"]}) for group in parts}
+    trunk = trainer.embedder.trunk
+    assert {id(p) for p in rest["params"]} == {id(trainer.loss.W)}
+    assert found == {
+        "embedder": (0.1, {id(trunk[1].weight)}),
+        "embedder.trunk.1.bias": (0.2, {id(trunk[1].bias)}),
+        "embedder.alias": (0.3, {id(trunk[2].weight), id(trunk[2].bias)}),
+    }
+    for wrong, says in (({"embeder": 0.1}, "did you mean 'embedder'"), ({"loss": -1}, "of at least 0, got -1")):
+        with pytest.raises(UsageError, match=says):
+            trainer.parameter_groups(wrong)
+    with pytest.raises(UsageError, match="as a number of at least 0, got '1e-4'"):
+        trainer.parameter_groups({"embedder": "1e-4"})  # type: ignore[dict-item]
+
+
 def test_parameters_of_the_loss_have_a_group_of_their_own_where_asked() -> None:
     trainer = MetricTrainer(m.embedder(), pml.ArcFaceLoss(m.CLASSES, m.DIMS))
     (group,) = trainer.parameter_groups()

@@ -9,6 +9,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
     CosineAnnealingLR,
+    CyclicLR,
     ExponentialLR,
     LambdaLR,
     LinearLR,
@@ -23,6 +24,8 @@ from torch.optim.lr_scheduler import (
 )
 
 from pml_fewshot.checks import UsageError
+from pml_fewshot.io.checkpoint import load_checkpoint, save_checkpoint
+from pml_fewshot.training.schedule import lower_learning_rate
 from tests.training.test_fit import Script, make_trainer, quiet_fit, same_weights, stream
 
 SHORT, LONG = 6, 12
@@ -83,6 +86,23 @@ def test_more_steps_go_on_the_curve_of_the_new_length_and_the_same_steps_exactly
     )  # (one more: the step that moves nothing)
     trained(tmp_path / "same.pt", LONG, make, until=SHORT)
     assert trained(tmp_path / "same.pt", LONG, make, resume=True)[-(LONG - SHORT) :] == whole[SHORT:]
+
+
+def cyclic(optimizer: Optimizer, steps: int) -> LRScheduler:
+    return CyclicLR(optimizer, base_lr=0.02, max_lr=0.2, step_size_up=4)
+
+
+@pytest.mark.parametrize("name", [*SCHEDULES, "cyclic"])
+def test_a_retry_halves_all_rates_to_come(name: str, tmp_path: Path) -> None:
+    make = {**SCHEDULES, "cyclic": cyclic}[name]
+    whole = trained(tmp_path / "whole.pt", LONG, make)
+    trained(tmp_path / "last.pt", LONG, make, until=SHORT)
+    state = load_checkpoint(tmp_path / "last.pt")
+    lower_learning_rate(state)
+    save_checkpoint(tmp_path / "last.pt", state)
+    after = trained(tmp_path / "last.pt", LONG, make, resume=True)[-(LONG - SHORT) :]
+    floor = 1e-3 if name == "cosine" else 0.0  # eta_min is no rate but a limit
+    assert after == pytest.approx([rate / 2 for rate in whole[SHORT:]], rel=1e-6, abs=floor)
 
 
 def test_a_lower_rate_is_the_callers_with_a_schedule_or_without(tmp_path: Path) -> None:

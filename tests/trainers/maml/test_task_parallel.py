@@ -297,6 +297,22 @@ def test_a_layer_of_two_names_trains_as_with_one_and_stays_the_users_own(mode: s
     assert losses[0] == losses[1] != pytest.approx(math.log(2), abs=1e-3)
 
 
+def test_a_buffer_that_the_network_fills_is_empty_again_and_a_compiled_network_is_run_by_the_loop() -> None:
+    class Fills(nn.Linear):
+        def forward(self, images: Tensor) -> Tensor:
+            self.seen = images.mean()
+            return super().forward(images)
+
+    network = Fills(3, 2)
+    network.register_buffer("seen", None)
+    with swapped(network, dict(network.named_parameters())):
+        network(torch.ones(1, 3))
+        assert network.seen == 1
+    assert network.seen is None
+    compiled = torch.compile(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), backend="eager")
+    assert fastest(compiled, torch.rand(3, 1, 2, 2)) == "loop"
+
+
 def test_a_network_has_its_own_tensors_back_after_an_error() -> None:
     network = nn.Linear(3, 2)
     own, other = network.weight, {name: parameter + 1 for name, parameter in network.named_parameters()}
