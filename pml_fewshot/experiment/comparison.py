@@ -138,13 +138,14 @@ def _means(rows: dict[str, list[ResultRow]], configs: dict[str, dict[str, Any]])
     for labels in [list(group.values()) for group in groups.values() if len(group) > 1]:
         # what a run calls its rows, behind its own label, tells several of its figures on the same episodes apart
         keyed = [{(*_key(row), row.method[len(label) :], row.ranking): row for row in rows[label]} for label in labels]
-        shown = f"mean of {', '.join(labels)}"
+        name = configs[labels[0]]["name"]  # which all of them have, so that they are labeled "name (place)"
+        shown = f"mean of {name} ({', '.join(label[len(name) + 2 : -1] for label in labels)})"
         for key, first in keyed[0].items():
             values = [own[key].values for own in keyed if key in own]
             if len(values) == len(labels) and all(each is not None for each in values):
                 value, ci95 = average(values)  # type: ignore[arg-type]
-                name = shown + first.method[len(labels[0]) :]
-                means.append(replace(first, method=name, value=value, ci95=ci95, trained=len(labels), values=None))
+                method = shown + first.method[len(labels[0]) :]
+                means.append(replace(first, method=method, value=value, ci95=ci95, trained=len(labels), values=None))
     return means
 
 
