@@ -78,7 +78,7 @@ def prepare(config: ExperimentConfig) -> Prepared:
     validate = None if val is None else partial(evaluator.evaluate, trainer, val)
     splits = Splits(splits.train, splits.val, test)
     prepared = Prepared(config, device, splits, trainer, stream, optimizer, scheduler, validate, tester)
-    _rehearse(prepared, val)
+    rehearse(prepared)
     return prepared
 
 
@@ -167,7 +167,7 @@ def _scheduler(config: ExperimentConfig, optimizer: Optimizer) -> Any:
     return scheduler
 
 
-def _rehearse(prepared: Prepared, val: FewShotDataset | None) -> None:
+def rehearse(prepared: Prepared) -> None:
     """Does all that comes after the training, with an untrained trainer: errors there must not wait for the training.
 
     Two episodes of each kind, eight queries, and mixtures of a few images' embeddings; all else is as it will be.
@@ -176,8 +176,8 @@ def _rehearse(prepared: Prepared, val: FewShotDataset | None) -> None:
     trainer.bank = partial(_mixed_bank, trainer.bank)
     config, tester = replace(prepared.config, num_episodes=2), copy.copy(prepared.tester)
     with seeded(config.seed):  # what this draws must not change the training
-        if val is not None:
-            EpisodicEvaluator(config.eval_specs[0], 2, config.seed).evaluate(trainer, val)
+        if prepared.validate is not None and prepared.splits.val is not None:
+            EpisodicEvaluator(config.eval_specs[0], 2, config.seed).evaluate(trainer, prepared.splits.val)
         if tester is not None:
             tester.num_queries = 8  # which search the whole set
             if tester.index not in EXACT:  # to fill an index of 60,000 by "hnsw" takes a minute

@@ -166,7 +166,7 @@ def test_trying_leaves_no_trace_in_what_is_trained(name: str, tmp_path: Path, mo
     drawing = replace(TINY_EXPERIMENTS["protonet"], trainer=partial(Drawing, EMBEDDER), augment=careless)
     config = replace(drawing if name == "drawing" else TINY_EXPERIMENTS[name], steps=6)
     table = run(replace(config, run_dir=tmp_path / "tried"))
-    monkeypatch.setattr(preparing, "_rehearse", lambda *_: None)
+    monkeypatch.setattr(preparing, "rehearse", lambda *_: None)
     assert repr(run(replace(config, run_dir=tmp_path / "not tried")).rows) == repr(table.rows)
     tried, not_tried = ((tmp_path / name / "train.csv").read_text() for name in ("tried", "not tried"))
     assert tried == not_tried

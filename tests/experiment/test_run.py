@@ -277,7 +277,7 @@ def test_a_trained_run_is_evaluated_otherwise_without_training(tmp_path: Path, m
     with pytest.raises(UsageError, match="k of at most"):  # there are 60 test images
         run(config)
     assert not (tmp_path / "run").exists()  # before any step
-    monkeypatch.setattr("pml_fewshot.experiment.prepare._rehearse", lambda *_: None)
+    monkeypatch.setattr("pml_fewshot.experiment.prepare.rehearse", lambda *_: None)
     with pytest.raises(UsageError, match="k of at most"):
         run(config)
     weights = digest(state_of(tmp_path / "run")["trainer"])
