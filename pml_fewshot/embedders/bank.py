@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,15 +98,8 @@ class EmbeddingBank:
         return replace(self, embeddings=F.normalize(widened(self.embeddings), dim=1))
 
 
-class Named(Protocol):
-    """Labels, and the class names that they are indices into, if there are any: a data set, a bank, a Gallery."""
-
-    labels: Tensor
-    class_names: tuple[str, ...]
-
-
 def align(source: Any, to: Any) -> tuple[Tensor, tuple[str, ...]]:
-    """The labels of a `Named` source as another numbers its classes: by name; and the names, with new ones at the end.
+    """The labels of a set, bank or Gallery as another numbers its classes: by name; and the names, new ones at the end.
 
     Raises:
         UsageError: one has names and the other has none.

@@ -75,7 +75,10 @@ def train_mode(module: nn.Module) -> Iterator[None]:
 def _mark_frozen(module: nn.Module) -> None:
     """Remembers, in copies too, what is frozen in a module in train mode: eval mode of the whole hides it."""
     for part in module.modules() if module.training else ():
-        vars(part).pop(FROZEN, None) if part.training else vars(part).update({FROZEN: True})
+        if part.training:
+            vars(part).pop(FROZEN, None)
+        else:
+            vars(part)[FROZEN] = True
 
 
 @contextmanager

@@ -269,6 +269,24 @@ def test_wrong_arguments_of_the_tester_are_refused(arguments: dict[str, Any], sa
         RetrievalTester(**arguments).test(bank(UNEVEN))  # 22 items, 21 others
 
 
+@pytest.mark.parametrize("gallery", [False, True])
+def test_a_sample_of_the_queries_has_the_values_that_they_have_among_all(gallery: bool):
+    query, reference = bank(UNEVEN), (bank({3: 4, 8: 6, 0: 5}),) * gallery
+    whole, part = (RetrievalTester(num_queries=count).test(query, *reference) for count in (None, 21))
+    chosen = torch.randperm(len(query), generator=torch.Generator().manual_seed(0))[:21].sort().values
+    counted = torch.isin(query.labels, whole.labels)
+    place = (counted.cumsum(0) - 1)[chosen[counted[chosen]]]
+    assert (part.num_queries, part.num_excluded) == (len(place), 21 - len(place))
+    assert part.num_excluded > 0
+    assert torch.equal(part.labels, whole.labels[place])
+    for metric in whole:
+        assert torch.equal(part.per_query[metric], whole.per_query[metric][place])
+    assert part.queries_hash != whole.queries_hash
+    assert RetrievalTester(num_queries=10**6).test(query, *reference).per_query.keys() == whole.per_query.keys()
+    with pytest.raises(UsageError, match="num_queries to be an integer of at least 1, got 0"):
+        RetrievalTester(num_queries=0)
+
+
 def test_sets_that_cannot_be_searched_are_refused():
     query, tester = bank(UNEVEN), RetrievalTester()
     for banks, says in (
