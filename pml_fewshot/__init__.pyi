@@ -1,13 +1,19 @@
 # What `pml_fewshot` offers: read by type checkers and, for the lazy imports of __init__.py, at run time.
 
 from .checks import UsageError as UsageError
+from .data.augmentation import PerImage as PerImage
 from .data.augmentation import RandomAffine as RandomAffine
 from .data.dataset import FewShotDataset as FewShotDataset
 from .data.dataset import Splits as Splits
 from .data.glyphs import load_glyphs as load_glyphs
 from .data.image_folder import load_image_folder as load_image_folder
+from .data.image_folder import load_images as load_images
+from .data.image_table import load_image_table as load_image_table
 from .data.mini_imagenet import load_mini_imagenet as load_mini_imagenet
 from .data.omniglot import load_omniglot as load_omniglot
+from .data.photo_augmentation import ColorJitter as ColorJitter
+from .data.photo_augmentation import RandomHorizontalFlip as RandomHorizontalFlip
+from .data.photo_augmentation import RandomResizedCrop as RandomResizedCrop
 from .distances.weighted_l1 import WeightedL1Similarity as WeightedL1Similarity
 from .embedders.bank import EmbeddingBank as EmbeddingBank
 from .embedders.bank import load_bank as load_bank
@@ -19,6 +25,7 @@ from .embedders.torchvision_trunk import TorchvisionTrunk as TorchvisionTrunk
 from .evaluation.benchmark import benchmark as benchmark
 from .evaluation.episodic import EpisodicEvaluator as EpisodicEvaluator
 from .evaluation.episodic import adaptation_curve as adaptation_curve
+from .evaluation.fixed_support import evaluate_fixed as evaluate_fixed
 from .evaluation.gallery import Gallery as Gallery
 from .evaluation.heads import nearest_neighbour as nearest_neighbour
 from .evaluation.heads import nearest_prototype as nearest_prototype

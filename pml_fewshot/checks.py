@@ -3,7 +3,9 @@
 import difflib
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,15 +67,51 @@ def check_finite(values: Tensor, what: str, do: str = "") -> None:
         raise UsageError(f"expected finite {what}, {got}; {do}")
 
 
-def check_labels(labels: Tensor, length: int, what: str) -> None:
-    """Raises a UsageError unless labels are int64, of shape (length,)."""
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        got = f"a tensor of {labels.dtype}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
-        raise UsageTypeError(
-            f"expected {what} labels as an int64 tensor, got {got}; use torch.as_tensor(labels).long()"
-        )
+def as_labels(labels: Any, length: int, what: str) -> tuple[Tensor, tuple[str, ...]]:
+    """Labels as an int64 tensor (length,), and where they are texts their class names, numbered in alphabetical order.
+
+    Args:
+        labels: integers or texts, as a tensor, numpy array, list, or anything that numpy takes for one.
+        length: how many there must be.
+        what: whose they are, for messages: "the bank's".
+
+    Raises:
+        UsageError: another type (UsageTypeError) or number, or an integer that int64 cannot hold.
+    """
+    names: tuple[str, ...] = ()
+    if not isinstance(labels, Tensor) or labels.dtype == torch.uint64:
+        try:
+            array = np.asarray(labels)
+        except ValueError as error:  # of lists in lists
+            got = f"a {type(labels).__name__} of {type(labels[0]).__name__}s of different lengths"
+            raise UsageError(f"expected one of {what} labels for each item, got {got}; give one each") from error
+        if array.dtype == object and all(isinstance(label, str) for label in array.flat):
+            array = array.astype(str)
+        if array.dtype.kind == "S":
+            array = np.char.decode(array, "utf-8")
+        if array.dtype.kind == "U":
+            distinct, array = np.unique(array, return_inverse=True)
+            names = tuple(map(str, distinct))
+        if array.dtype.kind not in "iu":
+            got = f"{type(labels).__name__} of {array.dtype}"
+            raise UsageTypeError(f"expected {what} labels as integers or texts, got {got}; convert them")
+        if array.dtype.kind == "u" and array.size and array.max() > torch.iinfo(torch.int64).max:
+            raise UsageError(f"expected {what} labels below 2**63, got {array.max()}; number the classes from 0")
+        labels = torch.from_numpy(array.astype(np.int64))
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        do = "convert them"
+        raise UsageTypeError(f"expected {what} labels as integers or texts, got a tensor of {labels.dtype}; {do}")
     if labels.shape != (length,):
         raise UsageError(f"expected {what} labels of shape ({length},), got shape {tuple(labels.shape)}; give one each")
+    return labels.long(), names
+
+
+def renumbered(labels: Tensor, texts: Sequence[str], names: Sequence[str]) -> Tensor:
+    """Labels that are indices into `texts`, as indices into `names`, which hold all of these."""
+    place = {name: number for number, name in enumerate(names)}
+    if unknown := [name for name in texts if name not in place]:
+        raise UsageError(f"expected labels among the class names, got {unknown[0]!r}; add it to class_names")
+    return torch.tensor([place[name] for name in texts], device=labels.device)[labels]
 
 
 def check_enough_items(labels: Tensor, counts: Tensor, needed: int, what: str, class_names: Sequence[str] = ()) -> None:
@@ -95,4 +133,5 @@ def check_disjoint(groups: Sequence[tuple[str, Sequence[str]]]) -> None:
         for name in names:
             if owner.setdefault(name, group) != group:
                 got = f"class {name!r} in {owner[name]} and in {group}"
-                raise UsageError(f"expected splits without a common class, got {got}; put each class into one split")
+                do = "put each class into one split, or say shared_classes=True"
+                raise UsageError(f"expected splits without a common class, got {got}; {do}")

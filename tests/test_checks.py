@@ -1,15 +1,16 @@
 """checks: what passes, and what the errors say."""
 
+import numpy as np
 import pytest
 import torch
 
 from pml_fewshot.checks import (
     BLOCK_ROWS,
+    as_labels,
     check_at_least_one,
     check_disjoint,
     check_enough_items,
     check_finite,
-    check_labels,
 )
 
 
@@ -62,14 +63,33 @@ def test_a_nan_among_values_whose_sum_overflows_is_found_and_only_it(shape: tupl
     assert refusal(values) == f"1 of {len(values)} rows, first in row {len(values) - 1}"
 
 
-def test_labels_are_int64_one_for_each_item():
-    check_labels(torch.tensor([5, -3, 2**60]), 3, "the")
-    for wrong in (torch.zeros(3), torch.zeros(3, dtype=torch.int32), torch.zeros(3, dtype=torch.bool), [0, 1, 2]):
-        with pytest.raises(TypeError, match=r"expected the set's labels as an int64 tensor, got .*; use torch.as_t"):
-            check_labels(wrong, 3, "the set's")
+@pytest.mark.parametrize(
+    ("labels", "expected", "names"),
+    [
+        (torch.tensor([5, -3, 2**60]), [5, -3, 2**60], ()),
+        (torch.tensor([5, 3, 0], dtype=torch.uint8), [5, 3, 0], ()),
+        (np.array([5, -3, 0], np.int16), [5, -3, 0], ()),
+        ((5, -3, 0), [5, -3, 0], ()),
+        ([np.int64(5), np.int64(3), np.int64(0)], [5, 3, 0], ()),
+        (["ü", "b", "ü"], [1, 0, 1], ("b", "ü")),
+        (np.array(["ü", "b", "ü"], object), [1, 0, 1], ("b", "ü")),
+        (np.array(["c", "b", "c"], np.bytes_), [1, 0, 1], ("b", "c")),
+    ],
+)
+def test_labels_are_converted_to_int64_and_texts_numbered(labels: object, expected: list[int], names: tuple[str, ...]):
+    found, found_names = as_labels(labels, 3, "the set's")
+    assert (found.dtype, found.tolist(), found_names) == (torch.int64, expected, names)
+
+
+def test_labels_of_other_kinds_and_numbers_are_refused():
+    for wrong in (torch.zeros(3), torch.zeros(3, dtype=torch.bool), [0.5, 1, 2], [True, False, True], [None, 1, 2]):
+        with pytest.raises(TypeError, match=r"expected the set's labels as integers or texts, got .*; convert them"):
+            as_labels(wrong, 3, "the set's")
+    with pytest.raises(ValueError, match=r"the set's labels below 2\*\*63, got 9223372036854775808; number"):
+        as_labels(np.array([1, 2**63, 0], np.uint64), 3, "the set's")
     for shape in ((2,), (4,), (3, 1), ()):
         with pytest.raises(ValueError, match=r"labels of shape \(3,\), got shape"):
-            check_labels(torch.zeros(shape, dtype=torch.int64), 3, "the set's")
+            as_labels(torch.zeros(shape, dtype=torch.int64), 3, "the set's")
 
 
 def test_the_first_class_with_too_few_items_is_named_by_its_label():

@@ -4,30 +4,61 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas
 import pytest
 from PIL import Image
 
 import experiments.quickstart
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS = {page: re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE) for page in PAGES}
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# (code, what it prints where the page shows that)
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", re.DOTALL | re.MULTILINE)
+BLOCKS = {page: BLOCK.findall(page.read_text()) for page in PAGES}
+
+
+def write_data(root: Path) -> None:
+    """What the pages find in the working folder: eight classes of ten photos, each of its own color."""
+    classes, rows = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen"], ["path,label,split"]
+    for label, name in enumerate(classes):
+        for number in range(10):
+            pixels = np.random.default_rng(10 * label + number).integers(0, 150, (100, 90, 3), dtype=np.uint8)
+            image = Image.fromarray(pixels + np.array([15 * label, 105 - 15 * label, 50 * (label % 2)], np.uint8))
+            split = "train" if label < 4 else "val" if label < 6 else "test"
+            for folder in (
+                "photos",
+                f"train_and_val/{'train' if label < 4 else 'val'}",
+                f"seen/{'test' if number > 3 else 'train'}",
+            ):
+                (root / folder / name).mkdir(parents=True, exist_ok=True)
+                image.save(root / folder / name / f"{number}.png")
+            rows.append(f"photos/{name}/{number}.png,{name},{split}")
+    (root / "photos.csv").write_text("\n".join(rows))
+    features = np.random.default_rng(0).normal(size=(80, 16)) + np.repeat(np.arange(8), 10)[:, None]
+    frame = pandas.DataFrame(features).add_prefix("feature").assign(label=np.repeat(classes, 10))
+    frame.to_parquet(root / "features.parquet")
+
+
+def without_figures(text: str) -> str:
+    """Figures differ in their last digits from processor to processor."""
+    return " ".join(re.sub(r"-?\d+\.\d+", "#", text).split())
 
 
 @pytest.mark.parametrize("page", [page for page, blocks in BLOCKS.items() if blocks], ids=lambda page: page.name)
-def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     for name in ("PYTHONPATH", "PML_FEWSHOT_DATA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     quick = {"steps": 2, "num_episodes": 20, "val_episodes": 20}
     for name, value in quick.items():
         monkeypatch.setitem(vars(experiments.quickstart.CONFIG), name, value)
-    for number in range(5):
-        folder = tmp_path / "photos" / f"class{number}"
-        folder.mkdir(parents=True)
-        Image.new("RGB", (90, 100), (40 * number, 0, 0)).save(folder / "one.png")
+    write_data(tmp_path)
     namespace: dict[str, Any] = {}
-    exec("\n".join(BLOCKS[page]).replace("num_episodes=100)", "num_episodes=2)"), namespace)  # noqa: S102
+    for code, output in BLOCKS[page]:
+        capsys.readouterr()
+        exec(code.replace("num_episodes=100)", "num_episodes=2)"), namespace)  # noqa: S102
+        assert not output or without_figures(capsys.readouterr().out) == without_figures(output)
     for variant in ("cosine", "mined", "on_batches", "variant"):
         if variant in namespace:  # a whole trainer, with the part that the page swaps
             trainer = namespace[variant].trainer()

@@ -163,6 +163,13 @@ def of_evaluator(given: Given, folder: Path) -> Any:
     return [result.per_episode for result in results], p.compare(results[1], results[2]).difference
 
 
+def of_fixed(given: Given, folder: Path) -> Any:
+    query = p.EmbeddingBank(given(rows(5)), LABELS)
+    results = [p.evaluate_fixed(bank(given), bank(given), query)]
+    results.append(p.evaluate_fixed(conv4(), images(), images(), shots=2))
+    return [result["accuracy"] for result in results]
+
+
 def of_retrieval(given: Given, folder: Path) -> Any:
     tester = p.RetrievalTester(("precision_at_1", "mean_average_precision_at_r"))
     results = [tester.test(bank(given)), tester.test(bank(given), bank(given, 5)), tester.test(conv4(), images())]
@@ -179,10 +186,17 @@ def of_benchmark(given: Given, folder: Path) -> Any:
 
 
 def of_streams(given: Given, folder: Path) -> Any:
-    episodes = p.EpisodeStream(images(), SPEC, 0, RandomAffine())
+    each = p.PerImage(lambda image: image * torch.rand(()))
+    episodes = p.EpisodeStream(images(), SPEC, 0, [RandomAffine(), each])
     batches = p.BatchStream(images(), p.BatchSpec(4, 2), 0, RandomAffine())
     index = p.EpisodeSampler(LABELS, SPEC, torch.Generator().manual_seed(0)).sample(5)
     return [next(episodes).support, next(batches).images, index.support, index.query]
+
+
+def of_photo_augmentation(given: Given, folder: Path) -> Any:
+    photos = given(torch.rand(6, 3, 12, 12, generator=torch.Generator().manual_seed(0)).mul(256).round() / 256)
+    steps = (p.RandomResizedCrop(8), p.RandomHorizontalFlip(), p.ColorJitter(0.4, 0.4, 0.4, 0.1))
+    return [step(photos, torch.Generator().manual_seed(1)).float() for step in steps]
 
 
 FIGURES: dict[str, Callable[[Given, Path], Any]] = {
@@ -204,14 +218,17 @@ FIGURES: dict[str, Callable[[Given, Path], Any]] = {
     **dict.fromkeys(("save_bank", "load_bank", "export_embedder", "load_embedder"), of_files),
     "EmbeddingBank": of_bank,
     **dict.fromkeys(("EpisodicEvaluator", "compare"), of_evaluator),
+    "evaluate_fixed": of_fixed,
     "RetrievalTester": of_retrieval,
     "Gallery": of_gallery,
     "benchmark": of_benchmark,
-    **dict.fromkeys(("EpisodeStream", "BatchStream", "EpisodeSampler", "RandomAffine"), of_streams),
+    **dict.fromkeys(("EpisodeStream", "BatchStream", "EpisodeSampler", "RandomAffine", "PerImage"), of_streams),
+    **dict.fromkeys(("RandomResizedCrop", "RandomHorizontalFlip", "ColorJitter"), of_photo_augmentation),
 }
 WITHOUT_FIGURES = {
     *("UsageError", "FewShotDataset", "Splits", "Batch", "BatchSpec", "Episode", "EpisodeSpec", "ResultTable"),
     *("load_omniglot", "load_mini_imagenet", "load_image_folder", "load_glyphs"),  # of bytes
+    *("load_images", "load_image_table"),
     *("ExperimentConfig", "swap", "main"),  # which are run
 }
 

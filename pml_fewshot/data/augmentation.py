@@ -1,14 +1,159 @@
-"""Augmentation of whole batches, on their device: each image is distorted by its own amounts, in one operation."""
+"""Augmentation of training images: what the streams take (as_augmentation), each image by its own draws.
 
+An augmentation is `augment(images (B, C, H, W), generator) -> images`, floats in [0, 1], one call a batch.
+"""
+
+import inspect
 import math
+import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from pml_fewshot.checks import UsageError
+from pml_fewshot.checks import UsageError, UsageTypeError
 from pml_fewshot.embedders.modes import no_autocast
+from pml_fewshot.sampling.randomness import restored, seed_quickly
+
+BatchAugmentation: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
+Augmentation: TypeAlias = Callable[..., Any] | Sequence[Any]  # what as_augmentation takes
+
+
+def as_augmentation(augment: Augmentation | None) -> BatchAugmentation | None:
+    """What a user gives as `augment`, as one augmentation of batches.
+
+    Args:
+        augment: `augment(images, generator)`, which is returned as it is; a transform of torchvision or any function of
+            one image, which becomes a PerImage; a list of these, which are applied in turn; None for none.
+
+    Raises:
+        UsageError: (UsageTypeError) something else, a class among them.
+    """
+    if augment is None:
+        return None
+    if isinstance(augment, list | tuple):
+        steps = [as_augmentation(each) for each in augment]
+        return InTurn(tuple(step for step in steps if step is not None))
+    wanted = "augment(images, generator), a transform of one image, or a list of them"
+    if isinstance(augment, type) or isinstance(getattr(augment, "func", None), type) or not callable(augment):
+        raise UsageTypeError(f"expected {wanted}, got {augment!r}; give an object, like RandomAffine()")
+    if any(kind.__module__.startswith("torchvision.") for kind in type(augment).__mro__):
+        return PerImage(augment)  # whose `forward(*inputs)` does not tell
+    try:
+        parameters = inspect.signature(augment.forward if isinstance(augment, nn.Module) else augment).parameters
+    except ValueError as error:  # written in C
+        raise UsageTypeError(
+            f"expected {wanted}, got {augment!r}; give PerImage(..) of what takes one image"
+        ) from error
+    kinds = inspect.Parameter
+    if any(each.kind is kinds.VAR_POSITIONAL for each in parameters.values()):
+        return augment
+    taken = [p for p in parameters.values() if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+    if len(taken) > 1 and (taken[1].default is kinds.empty or taken[1].name == "generator"):
+        return augment
+    return PerImage(augment)
+
+
+def augmented(images: Tensor, augment: BatchAugmentation | None, generator: torch.Generator) -> Tensor:
+    """The images, augmented, as many as before; their size may be another.
+
+    Raises:
+        UsageError: another number of images, or no tensor.
+    """
+    if augment is None:
+        return images
+    result = augment(images, generator)
+    if not isinstance(result, Tensor) or result.shape[:1] != images.shape[:1]:
+        got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+        wanted = f"expected a tensor of {len(images)} images, as many as were given, from {shown(augment)}"
+        raise UsageError(f"{wanted}, got {got}; return one image for each, in order")
+    return result
+
+
+def shown(augment: object) -> str:
+    """On one line, for messages."""
+    return textwrap.shorten(repr(augment), 160)
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """Several augmentations, one after the other."""
+
+    steps: tuple[BatchAugmentation, ...]
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        for step in self.steps:
+            images = augmented(images, step, generator)
+        return images
+
+
+@dataclass(frozen=True)
+class PerImage:
+    """Applies a transform of one image to each image of a batch, by draws of its own.
+
+    Transforms of torchvision draw from torch's global generator, and give a whole batch the same crop and colors. Here
+    the global generators of torch, numpy and Python are seeded anew for each image, from the generator that is passed
+    in, and are as before in the end: the same seed gives the same images, and a training resumes exactly.
+
+    Args:
+        transform: called with one image (C, H, W) of floats in [0, 1], on the images' device; returns such an image, of
+            any size that is the same for all. In a Compose of torchvision's first transforms, ToTensor and PILToTensor
+            are left out where an image is a tensor already, as those of `v2` do by themselves. For a function of PIL
+            images, put ToPILImage before it and ToTensor after it. What the transform itself remembers from image to
+            image (a counter, a generator of its own) is not saved when a training is.
+
+    Raises:
+        UsageError: (in a call) images of different sizes, or no floats.
+    """
+
+    transform: Callable[[Any], Any]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.transform, type) or not callable(self.transform):
+            raise UsageTypeError(f"expected a transform of one image, got {self.transform!r}; give an object")
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        seeds = torch.randint(2**63 - 1, (len(images),), generator=generator, device=generator.device).tolist()
+        results: list[Any] = []
+        with restored():
+            for image, seed in zip(images.clone(), seeds, strict=True):  # a clone, for some transforms work in place
+                seed_quickly(seed, images.device)
+                results.append(_applied(self.transform, image))
+        self._check(results, images)
+        return torch.stack(results).to(images)  # what was a PIL image is on the CPU
+
+    def _check(self, results: list[Any], images: Tensor) -> None:
+        for result in results:
+            got, do = "", ""
+            if not isinstance(result, Tensor):
+                got, do = f"a {type(result).__name__}", "end it with ToTensor() where it is one of PIL images"
+            elif not result.is_floating_point():
+                got, do = f"{result.dtype}", "end it with v2.ToDtype(torch.float32, scale=True)"
+            elif result.ndim != images.ndim - 1:
+                got, do = f"shape {tuple(result.shape)} for {tuple(images[0].shape)}", "return it without a batch axis"
+            elif result.shape != results[0].shape:
+                got = f"shapes {tuple(results[0].shape)} and {tuple(result.shape)}"
+                do = "end it with v2.Resize((84, 84)) or another transform to one size"
+            if got:
+                wanted = f"expected a float tensor of one size for each image from {shown(self.transform)}"
+                raise UsageError(f"{wanted}, got {got}; {do}")
+
+
+def _applied(transform: Callable[[Any], Any], image: Any) -> Any:
+    """The transform's result; in a Compose of torchvision's first transforms what makes a tensor passes over one."""
+    kind = type(transform)
+    if kind.__module__ != "torchvision.transforms.transforms":
+        return transform(image)
+    from torchvision.transforms import Compose, PILToTensor, ToTensor  # is imported already: it takes half a second
+
+    if isinstance(transform, Compose):
+        for step in transform.transforms:
+            image = _applied(step, image)
+        return image
+    return image if isinstance(transform, ToTensor | PILToTensor) and isinstance(image, Tensor) else transform(image)
 
 
 @dataclass(frozen=True)
@@ -48,7 +193,8 @@ class RandomAffine:
 
         The numbers are drawn on the generator's own device, so a CPU generator gives the same ones on every device.
         """
-        draw = torch.rand(len(images), 8, generator=generator, device=generator.device).to(images.device)
+        draw = torch.rand(len(images), 8, generator=generator, device=generator.device)
+        draw = draw.to(images.device, non_blocking=True)
         plus_minus = 2 * draw - 1
         angle = plus_minus[:, 0] * math.radians(self.degrees)
         shear = (plus_minus[:, 1] * math.radians(self.shear)).tan()

@@ -1,140 +1,188 @@
 """The loaders' cache: images decoded once, then read through a memory map in well under a second.
 
 An entry is a folder `<name>-<source>-<state>`: a changed source gets another entry in place of the old one. It is
-written under another name and renamed when it is whole; one process builds it while the others wait.
+written under another name and renamed when it is whole; one process builds it while the others wait. It holds pixels
+alone: labels and splits are the loaders', so one entry serves them all.
+
+    python -m pml_fewshot.data.cache            lists the entries
+    python -m pml_fewshot.data.cache --empty    removes them (or some: --empty NAME ...)
 """
 
+import argparse
 import hashlib
 import json
 import os
 import shutil
+import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
 from pml_fewshot.checks import UsageError
-from pml_fewshot.data.dataset import FewShotDataset
-from pml_fewshot.io.atomic import fsync, translate_write_errors
+from pml_fewshot.data.dataset import digests_of
+from pml_fewshot.io.atomic import CannotWriteError, fsync, translate_write_errors
 from pml_fewshot.io.tensors import checksum, read_tensors, write_tensors
 
-FORMAT_VERSION = 4  # raise it when what an entry holds changes: older ones are then replaced
+FORMAT_VERSION = 5  # raise it when what an entry holds changes: older ones are then replaced
 
 
 class Source(NamedTuple):
     """What a loader gives to fill an entry."""
 
-    items: Iterator[tuple[np.ndarray, int]]  # (image (C, H, W) uint8, label), decoded as asked for, labels ascending
+    items: Iterable[np.ndarray]  # images (C, H, W), decoded as asked for
     total: int  # number of items at most, for the progress bar
     item_shape: tuple[int, ...]  # (C, H, W)
-    sets: dict[str, list[str]]  # name -> class names of the data sets, whose labels count on from one to the next
     notes: dict[str, Any]  # what else to keep; may be filled while the items are read
+    dtype: Any = np.uint8
 
 
-def cached_sets(
+class Stored(NamedTuple):
+    """What an entry holds."""
+
+    images: Tensor  # (M, C, H, W), a memory map unless the cache cannot be written
+    digests: Tensor  # (M,) int64, of each image
+    notes: dict[str, Any]
+
+
+def cached_images(
     name: str,
     source: Sequence[object],
     files: Iterable[Path],
     read: Callable[[], Source],
     cache_dir: str | Path | None = None,
     memory_map: bool = False,
-) -> tuple[dict[str, FewShotDataset], dict[str, Any]]:
-    """Returns a source's data sets and notes, from the cache where it holds them as they are now, else read and stored.
+) -> Stored:
+    """Returns a source's images and notes, from the cache where it holds them as they are now, else read and stored.
+
+    Where the cache cannot be written, a warning says so and the images are decoded into memory.
 
     Args:
         name: the data set's, the entry's first word.
         source: where the images come from and how they are prepared; another value is another entry.
-        files: what they are read from; another name, size or time replaces the entry.
+        files: what they are read from; another name, size, time or place on the disk replaces the entry.
         read: called only when the cache does not hold the source's content.
         cache_dir: by default `$PML_FEWSHOT_CACHE`, `$XDG_CACHE_HOME/pml_fewshot` or `~/.cache/pml_fewshot`.
-        memory_map: leave the images in the file and check only their number and shape, for sets larger than memory.
-            Otherwise they are copied and compared with their checksum, 0.3 seconds a GB.
+        memory_map: the images are too many for memory: check only their number and shape. Otherwise they are compared
+            with their checksum, 0.3 seconds a GB.
 
     Raises:
         UsageError: the entry is damaged. It is not rebuilt silently: a disk that loses data should be known.
-        CannotWriteError: the disk is full or the folder read-only; an older entry is as it was.
+        CannotWriteError: with memory_map, the disk is full or the folder read-only; an older entry is as it was.
     """
-    user_cache = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
-    folder = Path(cache_dir or os.environ.get("PML_FEWSHOT_CACHE") or Path(user_cache, "pml_fewshot"))
-    state = [FORMAT_VERSION, *((file, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files))]
+    folder = cache_folder(cache_dir)
     prefix = f"{name}-{_short_hash(source)}-"
-    entry, temporary = folder / f"{prefix}{_short_hash(state)}", folder / f".tmp-{prefix}"
+    entry, temporary = folder / f"{prefix}{_short_hash(_state(files))}", folder / f".tmp-{prefix}"
     if entry.exists():
         return _load(entry, memory_map)
-    with translate_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f".{prefix}lock", mode=0o666)  # the system releases it when a process is killed
-        lock.acquire()
     try:
-        if not entry.exists():  # otherwise another process built it while this one waited
-            shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
-            _write(read(), name, temporary, entry)
         with translate_write_errors(folder):
-            for outdated in set(folder.glob(f"{prefix}*")) - {entry}:
-                shutil.rmtree(outdated)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        lock.release()
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / f".{prefix}lock", mode=0o666)  # the system releases it when a process is killed
+            lock.acquire()
+        try:
+            if not entry.exists():  # otherwise another process built it while this one waited
+                shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
+                _write(read(), name, list(map(str, source)), temporary, entry)
+            with translate_write_errors(folder):
+                for outdated in set(folder.glob(f"{prefix}*")) - {entry}:
+                    shutil.rmtree(outdated)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            lock.release()
+    except CannotWriteError as error:
+        if memory_map:
+            raise
+        reason = str(error.__cause__ or error)
+        do = "they are decoded into memory, now and next time; set PML_FEWSHOT_CACHE to a folder with room"
+        warnings.warn(f"the cache in {folder} cannot keep the images of {name} ({reason}): {do}", stacklevel=2)
+        return _in_memory(read(), name)
     return _load(entry, memory_map)
+
+
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """Where decoded images are kept."""
+    user_cache = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    return Path(cache_dir or os.environ.get("PML_FEWSHOT_CACHE") or Path(user_cache, "pml_fewshot"))
+
+
+def _state(files: Iterable[Path]) -> list[object]:
+    """What changes with the files' content: beside size and time the inode, which goes with a renamed folder's files,
+    and the time of the last change of any kind, which no copying tool sets."""
+    stats = ((file, file.stat()) for file in sorted(files))
+    return [
+        FORMAT_VERSION,
+        *((file, each.st_size, each.st_mtime_ns, each.st_ctime_ns, each.st_ino) for file, each in stats),
+    ]
 
 
 def _short_hash(parts: Iterable[object]) -> str:
     return hashlib.blake2b("\0".join(map(str, parts)).encode(errors="surrogateescape"), digest_size=8).hexdigest()
 
 
-def _write(source: Source, name: str, folder: Path, entry: Path) -> None:
+def _progress(source: Source, name: str) -> Iterator[np.ndarray]:
+    # delay: a set that is read within two seconds needs no bar
+    yield from tqdm(source.items, f"reading {name}", source.total, unit="image", delay=2, mininterval=1)
+
+
+def _in_memory(source: Source, name: str) -> Stored:
+    images, count = np.empty((max(1, source.total), *source.item_shape), source.dtype), 0
+    for image in _progress(source, name):
+        if count == len(images):  # of a source that did not know
+            images = np.concatenate([images, np.empty_like(images)])
+        images[count], count = image, count + 1
+    return Stored(torch.from_numpy(images[:count]), digests_of(images[:count]), source.notes)
+
+
+def _write(source: Source, name: str, shown: list[str], folder: Path, entry: Path) -> None:
     """Writes the files of `entry` to `folder` and renames it. What the source's reading raises passes unchanged."""
-    labels: list[int] = []
-    header = {"descr": "|u1", "fortran_order": False}
+    header = {"descr": np.dtype(source.dtype).newbyteorder("<").str, "fortran_order": False}
+    digests: list[Tensor] = []
     with translate_write_errors(entry):
         folder.mkdir()
         # no memory map, which on a full disk ends the interpreter; no buffer, which fails once more when it is closed
         file = (folder / "images.npy").open("wb", buffering=0)
         np.lib.format.write_array_header_1_0(file, header | {"shape": (0, *source.item_shape)})
     with file:
-        # delay: a set that is read within two seconds needs no bar
-        for image, label in tqdm(source.items, f"reading {name}", source.total, unit="image", delay=2, mininterval=1):
+        for image in _progress(source, name):
+            digests.append(digests_of(image[None]))
             content = image.tobytes()
             with translate_write_errors(entry):
                 while content:  # a disk that becomes full takes a part, and gives the reason when asked again
                     content = content[file.write(content) :]
-            labels.append(label)
-        shape = (len(labels), *source.item_shape)
+        shape = (len(digests), *source.item_shape)
         with translate_write_errors(entry):
             file.seek(0)  # the new header is as long: numpy leaves room in it for any length of the first axis
             np.lib.format.write_array_header_1_0(file, header | {"shape": shape})
     images = _map_images(folder)
-    sets = _slices(images, torch.tensor(labels), source.sets)
-    recorded = [(part, each.class_names, each.checksum()) for part, each in sets.items()]
-    about = json.dumps(
-        {"sets": recorded, "notes": source.notes, "shape": shape, "checksum": checksum([images.numpy().data])}
-    )
+    about = {"notes": source.notes, "shape": shape, "checksum": _checksum(images), "source": shown}
     with translate_write_errors(entry):
-        write_tensors(folder / "rest.safetensors", {"labels": torch.tensor(labels)}, {"about": about})
+        write_tensors(
+            folder / "rest.safetensors",
+            {"digests": torch.cat([torch.empty(0, dtype=torch.int64), *digests])},
+            {"about": json.dumps(about)},
+        )
         fsync(folder / "images.npy")
         folder.rename(entry)
         fsync(entry.parent)
 
 
-def _load(entry: Path, memory_map: bool) -> tuple[dict[str, FewShotDataset], dict[str, Any]]:
+def _load(entry: Path, memory_map: bool) -> Stored:
     try:
         images = _map_images(entry)  # an error where the file is truncated
         tensors, texts = read_tensors(entry / "rest.safetensors")  # which verifies its own checksum
         about = json.loads(texts["about"])
         if list(images.shape) != about["shape"]:
             raise ValueError(f"images of shape {list(images.shape)}, not {about['shape']} as written")
-        if not memory_map and checksum([images.numpy().data]) != about["checksum"]:
+        if not memory_map and _checksum(images) != about["checksum"]:
             raise ValueError("other images than were written")
-        sets = _slices(images, tensors["labels"], {name: class_names for name, class_names, _ in about["sets"]})
-        for name, _, recorded in about["sets"]:
-            sets[name].recorded_checksum = recorded
-            if not memory_map:  # each in memory of its own, which goes with it
-                sets[name].images = sets[name].images.clone()
     except MemoryError:
         raise
     except Exception as error:  # on broken files numpy raises whatever its code happens to meet
@@ -142,7 +190,9 @@ def _load(entry: Path, memory_map: bool) -> tuple[dict[str, FewShotDataset], dic
         raise UsageError(
             f"expected a whole cache entry in {entry}, got {got}; delete that folder and run again"
         ) from error
-    return sets, about["notes"]
+    with suppress(OSError):  # a folder that is read-only is read all the same
+        os.utime(entry / "rest.safetensors")  # when it was last used, for the list
+    return Stored(images, tensors["digests"], about["notes"])
 
 
 def _map_images(entry: Path) -> Tensor:
@@ -150,10 +200,55 @@ def _map_images(entry: Path) -> Tensor:
     return torch.from_numpy(np.load(entry / "images.npy", mmap_mode="c", allow_pickle=False))
 
 
-def _slices(images: Tensor, labels: Tensor, sets: dict[str, list[str]]) -> dict[str, FewShotDataset]:
-    parts, label = {}, 0
-    for name, class_names in sets.items():
-        start, end = torch.searchsorted(labels, torch.tensor([label, label + len(class_names)])).tolist()
-        parts[name] = FewShotDataset(images[start:end], labels[start:end] - label, class_names)
-        label += len(class_names)
-    return parts
+def _checksum(images: Tensor) -> str:
+    return checksum([images.numpy().data])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command: lists the entries, or removes them."""
+    parser = argparse.ArgumentParser("python -m pml_fewshot.data.cache", description="Images that were decoded once.")
+    parser.add_argument("--cache-dir", type=Path, help="its folder; PML_FEWSHOT_CACHE or ~/.cache/pml_fewshot if left")
+    parser.add_argument("--empty", nargs="*", metavar="NAME", help="remove the entries of these names, or all")
+    given = parser.parse_args(arguments)
+    folder = cache_folder(given.cache_dir)
+    entries = sorted(path for path in folder.glob("*-*-*") if path.is_dir() and (path / "images.npy").is_file())
+    for wanted in given.empty or ():
+        if not any(entry.name.startswith(wanted) for entry in entries):
+            names = ", ".join(entry.name for entry in entries) or "no entries"
+            parser.exit(2, f"expected the beginning of an entry's name, got {wanted!r}; {folder} has {names}\n")
+    total = 0
+    for entry in entries:
+        if given.empty and not any(entry.name.startswith(wanted) for wanted in given.empty):
+            continue
+        size = sum(file.stat().st_size for file in entry.iterdir())
+        used = time.strftime("%Y-%m-%d", time.localtime((entry / "rest.safetensors").stat().st_mtime))
+        shown = ", ".join(_about(entry)["source"])
+        removed = ""
+        if given.empty is not None:
+            removed = "removed  " if _remove(entry) else "in use  "
+        print(f"{removed}{entry.name}  {size / 2**20:,.0f} MiB  used {used}  {shown}")
+        total += size
+    print(f"{len(entries)} entries, {total / 2**20:,.0f} MiB, in {folder}")
+
+
+def _about(entry: Path) -> dict[str, Any]:
+    try:
+        return json.loads(read_tensors(entry / "rest.safetensors")[1]["about"])
+    except (UsageError, KeyError, json.JSONDecodeError):
+        return {"source": ["damaged"]}
+
+
+def _remove(entry: Path) -> bool:
+    """Removes an entry, unless another process is building its like."""
+    prefix = entry.name.rpartition("-")[0]
+    lock = FileLock(entry.parent / f".{prefix}-lock", mode=0o666)
+    try:
+        with lock.acquire(timeout=0):
+            shutil.rmtree(entry)
+    except Timeout:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()

@@ -1,98 +1,178 @@
-"""Labeled images in one tensor (FewShotDataset) and their division into classes to train and evaluate on (Splits)."""
+"""Labeled images or features in one tensor (FewShotDataset), and sets to train and evaluate on (Splits)."""
 
 import copy
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import InitVar, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pml_fewshot.checks import UsageError, UsageTypeError, check_disjoint, check_labels
+from pml_fewshot.checks import UsageError, UsageTypeError, as_labels, check_disjoint, check_finite, renumbered
+from pml_fewshot.data.class_lists import ClassLists, draw_classes, read_class_lists
+from pml_fewshot.data.from_dataset import collect
+from pml_fewshot.data.images import Resize, Size
+from pml_fewshot.embedders.modes import widened
+
+HIGHEST = {torch.uint8: 255, torch.uint16: 65535}  # what becomes 1
+BLOCK_BYTES = 2**24  # read at a time: 16 MiB
 
 
 class FewShotDataset(Dataset[tuple[Tensor, int]]):
-    """uint8 images in one tensor with int64 labels and class names.
+    """Items in one tensor, uint8 images as a rule, with int64 labels and class names.
 
     Args:
-        images: (M, C, H, W) uint8, a tensor on any device or a numpy array. Of a memory map (`numpy.load(...,
-            mmap_mode="c")` or "r") only the images that are asked for are read, but `to`, `select_classes`,
-            `with_rotations_as_classes` and `concat` copy into memory, as does giving a slice of a read-only map.
-        labels: (M,) int64, indices into class_names.
-        class_names: one for each class.
+        images: (M, C, H, W) uint8, or uint16 (gray of 16 bits), a tensor on any device or a numpy array; or what a
+            network takes as it is, as floats of any shape (M, *item): features of a frozen trunk. Of a memory map
+            (`numpy.load(..., mmap_mode="c")` or "r") only the items that are asked for are read, but `to`, `images` of
+            a selection, `with_rotations_as_classes` and `concat` copy into memory.
+        labels: (M,) integers, indices into class_names; or texts, of which the class names are made. Lists, numpy and
+            other types of integers are converted.
+        class_names: one for each class; the labels themselves when None.
         note: what readers of figures from this set must know ("150 of 600 images a class"); kept with the results.
+        rows: (M,) int64 which rows of `images`, a memory map, are its items; all when None.
 
     Raises:
         UsageError: another type (UsageTypeError), shape or number of images or labels, a label that is no index into
             the class names, a repeated name, or a class without an image.
     """
 
-    recorded_checksum = ""  # what `checksum` gave when a loader stored the images in its cache
+    digests: Tensor | None = None  # (M,) int64 of each item's values, where a loader has them from its cache
 
-    def __init__(self, images: Tensor | np.ndarray, labels: Tensor, class_names: Sequence[str], note: str = "") -> None:
+    def __init__(
+        self,
+        images: Tensor | np.ndarray,
+        labels: Any,
+        class_names: Sequence[str] | None = None,
+        note: str = "",
+        rows: Tensor | None = None,
+    ) -> None:
         if isinstance(images, np.ndarray):
             images = torch.from_numpy(_writable(images))
+        if not isinstance(images, Tensor):
+            got = f"got {type(images).__name__}; use FewShotDataset.from_dataset, or stack them into one"
+            raise UsageTypeError(f"expected images as a tensor or a numpy array, {got}")
         got = f"{images.dtype} of shape {tuple(images.shape)}"
-        if images.dtype != torch.uint8:
-            raise UsageTypeError(f"expected uint8 images, got {got}; scale floats in [0, 1] by 255, round, and convert")
-        if images.ndim != 4 or len(images) == 0:
-            raise UsageError(f"expected images of shape (M, C, H, W), M > 0, got {got}; add images or the missing axis")
-        check_labels(labels, len(images), "the data set's")
-        low, high, classes = int(labels.min()), int(labels.max()), len(class_names)
+        is_image = images.dtype in HIGHEST
+        if not is_image and not images.is_floating_point():
+            raise UsageTypeError(f"expected uint8 images, or floats, got {got}; convert them")
+        if (images.ndim != 4 if is_image else images.ndim < 2) or len(images) == 0:
+            wanted = "images of shape (M, C, H, W)" if is_image else "features of shape (M, D)"
+            raise UsageError(f"expected {wanted}, M > 0, got {got}; add items or the missing axis")
+        if not is_image:
+            check_finite(images, "features")
+        labels, names = as_labels(labels, len(images) if rows is None else len(rows), "the data set's")
+        if class_names is None and not names:
+            values, labels = torch.unique(labels, return_inverse=True)
+            names = tuple(map(str, values.tolist()))
+        if class_names is not None:
+            given = tuple(map(str, class_names))
+            labels, names = renumbered(labels, names, given) if names else labels, given
+        low, high, classes = int(labels.min()), int(labels.max()), len(names)
         if low < 0 or high >= classes:
             wanted, do = f"indices into the {classes} class names", "number the classes from 0 and name each"
             raise UsageError(f"expected labels as {wanted}, got labels from {low} to {high}; {do}")
-        if repeated := [name for name, count in Counter(class_names).items() if count > 1]:
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
             raise UsageError(f"expected different class names, got {repeated[:3]} more than once; rename them")
         if empty := (torch.bincount(labels, minlength=classes) == 0).nonzero().flatten().tolist():
-            got = f"none in {len(empty)} of {classes}, first {class_names[empty[0]]!r}"
+            got = f"none in {len(empty)} of {classes}, first {names[empty[0]]!r}"
             raise UsageError(
                 f"expected an image in every class, got {got}; add images or leave out empty classes' names"
             )
-        self.images, self.labels = images, labels
-        self.class_names, self.note = tuple(class_names), note
+        self._stored, self._rows = images, rows
+        self.labels, self.class_names, self.note = labels.to(images.device), names, note
+
+    @classmethod
+    def from_dataset(
+        cls,
+        source: Any,
+        image_size: Size | None = None,
+        image: str | None = None,
+        label: str | None = None,
+        class_names: Sequence[str] | None = None,
+        resize: Resize = "crop",
+        workers: int = 0,
+        note: str = "",
+    ) -> "FewShotDataset":
+        """Reads a torch data set of (image, label), as torchvision's are, or a Hugging Face one with such columns.
+
+        Args:
+            source: images as PIL images, tensors (C, H, W) or (H, W) of uint8 or of floats in [0, 1], or numpy arrays
+                with the channels last; labels as integers or texts. Its own transforms are applied as they come, once:
+                leave out random ones and Normalize.
+            image_size: height and width, or one number for both; as in load_image_folder. When None the images stay as
+                they are, which must be all alike.
+            image: the column of the images; when None `image`, `img` or the only one of images.
+            label: the column of the labels; when None `label`, `labels`, `fine_label` or the only one of class labels.
+            class_names: when None the source's own (`classes`, or the column's), else the labels as text. Those
+                without an item are left out.
+            resize: "crop", "pad" or "stretch", as in load_image_folder.
+            workers: processes that read it; 0 for none beside this one.
+            note: kept with results.
+
+        Raises:
+            UsageError: no such column, images of different sizes, floats outside of [0, 1], another kind of item.
+        """
+        return cls(*collect(source, image_size, image, label, class_names, resize, workers), note)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, item: int) -> tuple[Tensor, int]:
-        """Image (C, H, W) as floats in [0, 1], and its label, for any DataLoader; `floats` is faster."""
-        return self.images[item].to(torch.float32).div_(255), int(self.labels[item])
+        """An item as floats, images (C, H, W) in [0, 1], and its label, for any DataLoader; `floats` is faster."""
+        return self.floats(torch.tensor(range(len(self))[item])), int(self.labels[item])
 
     def __repr__(self) -> str:
-        shape = "x".join(map(str, self.item_shape))
+        shape, kind = "x".join(map(str, self.item_shape)), "images" if self._stored.dtype in HIGHEST else "items"
         note = f", {self.note}" if self.note else ""
-        return f"FewShotDataset({len(self)} images of {shape}, {len(self.class_names)} classes{note})"
+        return f"FewShotDataset({len(self)} {kind} of {shape}, {len(self.class_names)} classes{note})"
+
+    @property
+    def images(self) -> Tensor:
+        """(M, *item) as they are stored; of a selection from a memory map a copy in memory."""
+        return self._items(slice(None)) if self._rows is not None else self._stored
 
     @property
     def item_shape(self) -> tuple[int, ...]:
         """(C, H, W)"""
-        return tuple(self.images.shape[1:])
+        return tuple(self._stored.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        """Of all items."""
+        return len(self) * self._stored[:1].nbytes
 
     @property
     def device(self) -> torch.device:
-        return self.images.device
+        return self._stored.device
 
     def to(self, device: torch.device | str) -> "FewShotDataset":
         """Returns the set with images and labels on `device` (itself when they are there already)."""
         if self.device == torch.device(device):
             return self
         moved = copy.copy(self)
-        moved.images, moved.labels = self.images.to(device), self.labels.to(device)
+        moved._stored, moved._rows, moved.labels = self.images.to(device), None, self.labels.to(device)
         return moved
 
-    def floats(self, index: Tensor) -> Tensor:
-        """The images at `index`, of any shape and device, as floats in [0, 1] on the set's: (*index.shape, C, H, W)."""
-        flat = self.images[index.to(self.device).flatten()]
-        return flat.to(torch.float32).div_(255).reshape(*index.shape, *self.item_shape)
+    def floats(self, index: Tensor | slice, device: torch.device | str | None = None) -> Tensor:
+        """The items at `index`, of any shape and device, as float32, images in [0, 1]: (*index.shape, *item).
+
+        On the set's device, or on another one.
+        """
+        shape = index.shape if isinstance(index, Tensor) else None
+        if isinstance(index, Tensor):
+            index = index.to(self.device).flatten()
+        items = as_floats(self._items(index).to(device or self.device)).float()
+        return items if shape is None else items.reshape(*shape, *self.item_shape)
 
     def first(self, count: int) -> "FewShotDataset":
-        """The first images, to try things out on, all in one class: the labels do not matter."""
-        images = self.images[:count]
-        return FewShotDataset(images, torch.zeros(len(images), dtype=torch.int64, device=self.device), ["any"])
+        """The first items, to try things out on, all in one class: the labels do not matter."""
+        items = self._items(slice(count))
+        return FewShotDataset(items, torch.zeros(len(items), dtype=torch.int64, device=self.device), ["any"])
 
     def fingerprint(self) -> str:
         """16 hex digits of class names, item shape and labels: which set this is, without reading its images."""
@@ -101,16 +181,24 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         return digest.hexdigest()
 
     def checksum(self, recompute: bool = False) -> str:
-        """16 hex digits of the whole set, images included: what a loader recorded, else computed at 1.3 GB a second.
+        """16 hex digits of the whole set, images included: from what a loader recorded, else read at 1 GB a second.
 
         Another value with recompute means that the memory-mapped file is damaged, or the images were changed since.
         """
-        if self.recorded_checksum and not recompute:
-            return self.recorded_checksum
+        digests = self.digests
+        if digests is None or recompute:
+            parts = (self._items(part).cpu().contiguous().numpy() for part in self._blocks())
+            digests = torch.cat([digests_of(part) for part in parts])
         digest = hashlib.blake2b(self.fingerprint().encode(), digest_size=8)
-        for images in self.images.split(max(1, 2**24 // self.images[0].numel())):  # 16 MiB
-            digest.update(images.cpu().contiguous().numpy().data)
+        digest.update(digests.numpy().astype("<i8", copy=False).data)
         return digest.hexdigest()
+
+    def _items(self, index: Tensor | slice) -> Tensor:
+        return self._stored[index if self._rows is None else self._rows[index]]
+
+    def _blocks(self) -> Iterator[slice]:
+        size = max(1, BLOCK_BYTES // max(1, self._stored[:1].nbytes))
+        return (slice(start, start + size) for start in range(0, len(self), size))
 
     def select_classes(self, classes: Sequence[int]) -> "FewShotDataset":
         """Returns the items of the numbered classes, relabeled from 0 in the order given."""
@@ -120,50 +208,174 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         new_label[torch.as_tensor(classes, device=self.device)] = torch.arange(len(classes), device=self.device)
         labels = new_label[self.labels]
         keep = (labels >= 0).nonzero().flatten()
-        return FewShotDataset(self.images[keep], labels[keep], [self.class_names[c] for c in classes], self.note)
+        stored, rows = (self._stored[keep], None) if self._rows is None else (self._stored, self._rows[keep])
+        selected = FewShotDataset(stored, labels[keep], [self.class_names[c] for c in classes], self.note, rows)
+        selected.digests = None if self.digests is None else self.digests[keep.cpu()]
+        return selected
+
+    def without_small_classes(self, least: int) -> "FewShotDataset":
+        """Returns the set without classes of fewer than `least` items, which its note then counts."""
+        counts = torch.bincount(self.labels, minlength=len(self.class_names))
+        kept = (counts >= least).nonzero().flatten().tolist()
+        if len(kept) == len(counts):
+            return self
+        if not kept:
+            raise UsageError(f"expected a class of at least {least} items, got at most {int(counts.max())}; lower it")
+        selected, lost = self.select_classes(kept), int(counts[counts < least].sum())
+        left_out = f"{len(counts) - len(kept)} of {len(counts)} classes with fewer than {least} items left out"
+        selected.note = joined_notes(self.note, f"{left_out} ({lost} items)")
+        return selected
 
     def with_rotations_as_classes(self) -> "FewShotDataset":
         """Returns four times the classes, as in Omniglot papers since Santoro et al. 2016.
 
         Class c rotated by 90 r degrees is a class of its own, of label 4 c + r and name "<name>/rot000" and so on.
         """
-        images = torch.cat([self.images.rot90(r, dims=(2, 3)) for r in range(4)])
+        if len(self.item_shape) != 3 or self.item_shape[1] != self.item_shape[2]:
+            do = "load them with one number as image_size"
+            raise UsageError(f"expected square images to rotate, got {self}; {do}")
+        images = torch.cat([torch.rot90(self.images, r, dims=(2, 3)) for r in range(4)])
         labels = torch.cat([self.labels * 4 + r for r in range(4)])
         names = [f"{name}/rot{90 * r:03d}" for name in self.class_names for r in range(4)]
         return FewShotDataset(images, labels, names, self.note)
 
+    def transformed(self, transform: Any) -> "FewShotDataset":
+        """Returns the set with its images put through `transform` once, in memory: `v2.CenterCrop(84)` before tests.
+
+        Args:
+            transform: called with images (B, C, H, W) as they are stored, uint8, a few hundred at a time; it must not
+                be random. What it leaves of them without a copy, as a crop, takes no memory of its own.
+
+        Raises:
+            UsageError: it gives other than as many tensors of the same type.
+        """
+        first = transform(self._items(slice(1)))
+        if not isinstance(first, Tensor) or first.dtype != self._stored.dtype or first.ndim != self._stored.ndim:
+            got = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
+            wanted = f"a transform from {self._stored.dtype} (B, *item) to the same"
+            raise UsageError(f"expected {wanted}, got {got} from {transform}; leave out what converts")
+        changed = copy.copy(self)
+        changed.digests = None
+        if self._rows is None and first.untyped_storage().data_ptr() == self._stored.untyped_storage().data_ptr():
+            changed._stored = transform(self._stored)
+            return changed
+        changed._stored, changed._rows = first.new_empty(len(self), *first.shape[1:]), None
+        for part in self._blocks():
+            changed._stored[part] = transform(self._items(part))
+        return changed
+
+    def split(
+        self,
+        splits: ClassLists | None = None,
+        val_fraction: float = 0.2,
+        test_fraction: float = 0.2,
+        seed: int = 0,
+    ) -> "Splits":
+        """Divides the classes into train, val and test: by lists of names, else by a draw; see load_image_folder."""
+        names = list(self.class_names)
+        if splits is None:
+            lists = draw_classes(names, val_fraction, test_fraction, seed)
+        else:
+            lists = read_class_lists(splits, names)
+        number, listed = {name: c for c, name in enumerate(names)}, sum(map(len, lists.values()))
+        parts = {split: self.select_classes([number[name] for name in own]) for split, own in lists.items()}
+        if listed < len(names):
+            for part in parts.values():
+                part.note = joined_notes(part.note, f"{len(names) - listed} of {len(names)} classes in no list")
+        return Splits.of(parts)
+
+
+def as_dataset(data: Any, name: str = "data") -> FewShotDataset:
+    """A set as it is, or an EmbeddingBank as one."""
+    if isinstance(data, FewShotDataset):
+        return data
+    if hasattr(data, "as_dataset"):
+        return data.as_dataset()
+    do = "use FewShotDataset.from_dataset for data sets of torch and Hugging Face"
+    raise UsageTypeError(f"expected {name} as a FewShotDataset or an EmbeddingBank, got {type(data).__name__}; {do}")
+
+
+def as_floats(items: Tensor) -> Tensor:
+    """Stored items as a network takes them: images in [0, 1], floats as they are, in float32 at least."""
+    highest = HIGHEST.get(items.dtype)
+    return widened(items) if highest is None else items.to(torch.float32).div_(highest)
+
+
+def digests_of(items: np.ndarray) -> Tensor:
+    """(n,) int64 hash of each item's values: of equal ones the same."""
+    digests = (hashlib.blake2b(np.ascontiguousarray(item).data, digest_size=8).digest() for item in items)
+    return torch.from_numpy(np.frombuffer(b"".join(digests), "<i8").astype(np.int64))
+
+
+def joined_notes(*notes: str) -> str:
+    """One note of several, each once."""
+    return "; ".join(dict.fromkeys(filter(None, notes)))
+
 
 def concat(datasets: Iterable[FewShotDataset]) -> FewShotDataset:
-    """Returns one set with the items and classes of all, in the order given; no class name may be in two of them."""
+    """Returns one set with the items of all, in the order given; classes of the same name become one."""
     datasets = list(datasets)
-    starts = np.cumsum([0, *(len(d.class_names) for d in datasets[:-1])]).tolist()
-    return FewShotDataset(
-        torch.cat([d.images for d in datasets]),
-        torch.cat([d.labels + start for d, start in zip(datasets, starts, strict=True)]),
-        [name for d in datasets for name in d.class_names],
-        "; ".join(dict.fromkeys(d.note for d in datasets if d.note)),
-    )
+    if len(shapes := dict.fromkeys((part.item_shape, part._stored.dtype) for part in datasets)) > 1:
+        got = " and ".join(f"{dtype} {shape}" for shape, dtype in shapes)
+        raise UsageError(f"expected sets of one item shape and type to join, got {got}; load them alike")
+    number = {name: c for c, name in enumerate(dict.fromkeys(name for part in datasets for name in part.class_names))}
+    labels = [torch.tensor([number[n] for n in d.class_names], device=d.device)[d.labels] for d in datasets]
+    images = torch.cat([part.images for part in datasets])
+    return FewShotDataset(images, torch.cat(labels), list(number), joined_notes(*(part.note for part in datasets)))
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Training, validation and test classes: three sets without a common class.
+    """Training, validation and test classes: three sets without a common class, unless `shared_classes` says so.
 
     Args:
-        train: classes to learn from.
+        train: classes to learn from. Each part may be an EmbeddingBank, to train a projection on: it becomes a set.
         val: classes to choose a checkpoint by, or None where the published split has none.
-        test: classes to report figures on.
+        test: classes to report figures on. Where there is none, the val set itself: figures then are of val, and
+            nothing is left to choose a checkpoint by.
+        shared_classes: the same classes are in train and test, other images of each: not few-shot classification of
+            unseen classes but, say, retrieval among those seen. Tables say so.
 
     Raises:
-        UsageError: a class name is in two of the sets.
+        UsageError: a class name is in two of the sets and shared_classes is False.
     """
 
     train: FewShotDataset
     val: FewShotDataset | None
     test: FewShotDataset
+    shared_classes: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
-        check_disjoint([(name, part.class_names) for name, part in vars(self).items() if part is not None])
+    def __post_init__(self, shared_classes: bool) -> None:
+        made = {id(part): as_dataset(part, name) for name, part in vars(self).items() if part is not None}
+        for name, part in vars(self).copy().items():
+            object.__setattr__(self, name, made.get(id(part)))
+        if not shared_classes:
+            parts = [("train", self.train), ("val", None if self.test_is_val else self.val), ("test", self.test)]
+            check_disjoint([(name, part.class_names) for name, part in parts if part is not None])
+
+    @classmethod
+    def of(cls, parts: Mapping[str, FewShotDataset], shared_classes: bool = False) -> "Splits":
+        """Splits of parts by their names, in which test or val may be missing."""
+        test = parts.get("test", parts.get("val"))
+        if test is None or "train" not in parts:
+            raise UsageError(f"expected parts train and test or val, got {', '.join(parts) or 'none'}; name them so")
+        return cls(parts["train"], parts.get("val"), test, shared_classes)
+
+    @property
+    def test_is_val(self) -> bool:
+        """Whether there is no test set, so that val takes its place."""
+        return self.test is self.val
+
+    def map(self, function: Callable[[FewShotDataset], FewShotDataset]) -> "Splits":
+        """Splits of what a function makes of each part."""
+        made = {id(part): function(part) for part in vars(self).values() if part is not None}
+        val = None if self.val is None else made[id(self.val)]
+        return Splits(made[id(self.train)], val, made[id(self.test)], shared_classes=True)
+
+    @property
+    def seen_in_training(self) -> bool:
+        """Whether a class of test is one of train."""
+        return not set(self.train.class_names).isdisjoint(self.test.class_names)
 
 
 def _writable(images: np.ndarray) -> np.ndarray:

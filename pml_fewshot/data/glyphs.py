@@ -16,8 +16,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, features
 
 from pml_fewshot.checks import MissingFileError
-from pml_fewshot.data.cache import Source, cached_sets
-from pml_fewshot.data.dataset import Splits
+from pml_fewshot.data.cache import Source, cached_images
+from pml_fewshot.data.dataset import FewShotDataset, Splits
 
 DRAWINGS = 20  # of each class
 IMAGE_SIZE = 28
@@ -70,12 +70,16 @@ def load_glyphs(seed: int = 0, cache_dir: str | Path | None = None) -> Splits:
 
     faces = _find_faces(Path(matplotlib.get_data_path()) / "fonts" / "ttf")
     key = (seed, RECIPE, PIL.__version__, features.version("freetype2"), *faces.values())
-    sets, twins = cached_sets("glyphs", key, faces.values(), lambda: _read(faces, seed), cache_dir)
-    roles = [SPLITS[name.split()[0]] for name in sets["all"].class_names]
-    parts = {split: sets["all"].select_classes([c for c, role in enumerate(roles) if role == split]) for split in twins}
+    stored = cached_images("glyphs", key, faces.values(), lambda: _read(faces, seed), cache_dir)
+    names, twins = stored.notes["names"], stored.notes["twins"]
+    labels = torch.arange(len(names)).repeat_interleave(len(stored.images) // len(names))
+    everything = FewShotDataset(stored.images, labels, names)
+    everything.digests = stored.digests
+    roles = [SPLITS[name.split()[0]] for name in names]
+    parts = {split: everything.select_classes([c for c, role in enumerate(roles) if role == split]) for split in twins}
     for split, part in parts.items():
         part.note = f"{twins[split]} look like a training class" if twins[split] else ""
-    return Splits(**parts)
+    return Splits.of(parts)
 
 
 def _find_faces(folder: Path) -> dict[str, Path]:
@@ -88,8 +92,8 @@ def _find_faces(folder: Path) -> dict[str, Path]:
 
 def _read(faces: dict[str, Path], seed: int) -> Source:
     holders, twins = _characters(_outlines(faces))
-    items, sets = _drawings(holders, faces, seed), {"all": [unicodedata.name(character) for character in holders]}
-    return Source(items, DRAWINGS * len(holders), (1, IMAGE_SIZE, IMAGE_SIZE), sets, twins)
+    notes = {"names": [unicodedata.name(character) for character in holders], "twins": twins}
+    return Source(_drawings(holders, faces, seed), DRAWINGS * len(holders), (1, IMAGE_SIZE, IMAGE_SIZE), notes)
 
 
 def _characters(outlines: dict[str, dict[str, bytes]]) -> tuple[dict[str, list[str]], dict[str, int]]:
@@ -143,18 +147,18 @@ def _is_letter(character: str) -> bool:
     return letter and unicodedata.is_normalized("NFC", character)
 
 
-def _drawings(holders: dict[str, list[str]], faces: dict[str, Path], seed: int) -> Iterator[tuple[np.ndarray, int]]:
+def _drawings(holders: dict[str, list[str]], faces: dict[str, Path], seed: int) -> Iterator[np.ndarray]:
     generator = torch.Generator().manual_seed(seed)
     # An em as large as the frame: capitals are 20 pixels high and o 16, so that o and O differ; tall letters shrink.
     # BASIC layout, for Raqm is not installed everywhere; single characters need none.
     size, basic = IMAGE_SIZE * FINE, ImageFont.Layout.BASIC
     fonts = {face: ImageFont.truetype(path, size, layout_engine=basic) for face, path in faces.items()}
-    for label, (character, held_by) in enumerate(holders.items()):
+    for character, held_by in holders.items():
         # each face once, in random order, before any is used again
         rounds = [torch.randperm(len(held_by), generator=generator) for _ in range(-(-DRAWINGS // len(held_by)))]
         warps = torch.rand(DRAWINGS, 6, generator=generator, dtype=torch.float64).mul(2).sub(1).tolist()
         for face, warp in zip(torch.cat(rounds)[:DRAWINGS].tolist(), warps, strict=True):
-            yield _drawing(fonts[held_by[face]], character, warp), label
+            yield _drawing(fonts[held_by[face]], character, warp)
 
 
 def _drawing(font: ImageFont.FreeTypeFont, character: str, warp: Sequence[float]) -> np.ndarray:

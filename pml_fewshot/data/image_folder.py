@@ -1,25 +1,20 @@
-"""Your own images, a folder a class (load_image_folder), and what loaders of image files share (read_splits)."""
+"""Your own images, a folder a class: divided into splits (load_image_folder), or as one set (load_images)."""
 
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from pml_fewshot.checks import MissingFileError, UsageError, check_disjoint
-from pml_fewshot.data.cache import Source, cached_sets
-from pml_fewshot.data.dataset import Splits
-from pml_fewshot.data.images import IMAGE_SUFFIXES, Read, open_images, read_images
+from pml_fewshot.data.class_lists import ROLES, ClassLists, draw_classes, read_class_lists
+from pml_fewshot.data.dataset import FewShotDataset, Splits
+from pml_fewshot.data.images import IMAGE_SUFFIXES, Form, ImageFiles, Resize, Size, open_images
+from pml_fewshot.data.listing import Classes, Listing, by_folder, common_folder, note_twins, what_is_left_out
 
-SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-
-Classes = dict[str, list[str]]  # class name -> names of its images, below one folder or zip, with "/" between folders
+ROLE_NAMES = sorted(set(ROLES.values()))
 
 
 def load_image_folder(
     root: str | Path,
-    image_size: int = 84,
+    image_size: Size = 84,
     channels: int = 3,
     val_fraction: float = 0.2,
     test_fraction: float = 0.2,
@@ -27,16 +22,26 @@ def load_image_folder(
     skip_broken: bool = False,
     memory_map: bool = False,
     cache_dir: str | Path | None = None,
+    splits: ClassLists | None = None,
+    resize: Resize = "crop",
+    depth: int = 8,
+    shared_classes: bool = False,
 ) -> Splits:
     """Reads a folder of images, a subfolder a class: root/<class>/*.jpg or root/{train,val,test}/<class>/*.jpg.
 
-    Where root holds `train` and `test`, those are the splits (with `val`, `valid` or `validation` as you like).
-    Otherwise the classes are split by `seed`. Images in deeper subfolders belong to the class above them; hidden files,
-    files of other kinds, and subfolders without an image are ignored. Class names are the subfolders', sorted in each
-    split; val is None where there is none.
+    Where root holds `train` and `test` or `val` (`valid`, `validation`), those are the splits; without `test`, figures
+    are of val. Otherwise the classes are divided by `splits`, or drawn by `seed`. Images in deeper subfolders belong to
+    the class above them; hidden files are ignored. Class names are the subfolders', sorted in each split; val is None
+    where there is none.
+
+    A warning counts what is left out, or taken otherwise than it looks: files of other endings in class folders,
+    folders without an image, deeper folders, a folder `train` among others. Images of the same pixels in two classes or
+    splits are counted in the sets' notes, which tables show.
 
     Args:
-        image_size: height and width in pixels, 84 as in miniImageNet; see `read_image` for the scaling.
+        root: the folder, or a zip of one, which is never unpacked. Where all images are below one subfolder (`images`,
+            as in CUB), their classes are the folders there.
+        image_size: height and width, or one number for both, in pixels; 84 as in miniImageNet.
         channels: 3 (RGB) or 1 (gray).
         val_fraction: share of the classes for val, rounded, at least one class; 0 for no val.
         test_fraction: share of the classes for test, rounded, at least one class.
@@ -44,103 +49,110 @@ def load_image_folder(
         skip_broken: leave out images that cannot be read, with a warning that names them and a note on the sets;
             otherwise the first one is an error.
         memory_map: leave the images in the cache's file and read only what is asked for, for sets larger than memory
-            (`FewShotDataset.checksum` can verify them); otherwise they are copied into memory.
+            (`FewShotDataset.checksum(recompute=True)` can verify them); otherwise they are copied into memory.
         cache_dir: where the decoded images are kept; `$PML_FEWSHOT_CACHE` or `~/.cache/pml_fewshot` when None.
+        splits: class names of each split, `{"train": [...], "val": [...], "test": "test.txt"}`, or a folder with
+            train.txt, val.txt, test.txt (a name a line; also .csv and .json, as published for CUB, CIFAR-FS and
+            tieredImageNet). Classes in no list are left out, and counted in the sets' notes.
+        resize: "crop" scales the largest part of the right shape in the middle, "pad" the whole image, with black
+            borders, "stretch" each side on its own.
+        depth: bits of a pixel; 16 keeps what gray images of 16 bits hold (channels=1).
+        shared_classes: the same classes are in train and test, other images of each, and that is meant; see Splits.
 
     Raises:
         UsageError: no folder (MissingFileError), no images, images outside of class folders, too few classes for the
             splits, a class in two splits, or a broken image (with skip_broken: a class of broken images only).
     """
-    root = Path(root).resolve()
-    if not root.is_dir():
-        raise MissingFileError(f"expected a folder of images at {root}, got no folder there; name another root")
-    with open_images(root) as (names, read):
-        given, fractions = splits_by_folder(names, root), (val_fraction, test_fraction, seed)
-        splits = given or _drawn_splits(_by_folder(names, root), *fractions)
-        key = ("image_folder", root, image_size, channels, skip_broken, () if given else fractions)
-        return read_splits(*key, splits, read, map(root.joinpath, names), memory_map, cache_dir)
+    form, root = Form.of(image_size, channels, resize, depth), _existing(root)
+    with open_images(root) as found:
+        top = common_folder(found.names)
+        depth_of_classes = top.count("/")
+        said: list[str] = []
+        by_split = {} if splits is not None else split_folders(found.names, root, depth_of_classes, said)
+        if by_split:
+            said += what_is_left_out(found, top, depth_of_classes + 1)
+            own = {split: by_folder(names, root, said, depth_of_classes + 1) for split, names in by_split.items()}
+            note = "" if "test" in own else "no test classes: val's in their place"
+        else:
+            said += what_is_left_out(found, top, depth_of_classes)
+            own, note = divided(_classes(found, top, said), splits, val_fraction, test_fraction, seed)
+        if not shared_classes:
+            check_disjoint([(split, tuple(classes)) for split, classes in own.items()])
+        listing = Listing(root, found.names, own, found.read, found.files, said)
+        sets = listing.sets("image_folder", form, skip_broken, memory_map, cache_dir, note)
+    note_twins(sets)
+    listing.warn()
+    return Splits.of(sets, shared_classes)
 
 
-def splits_by_folder(names: Sequence[str], path: Path) -> dict[str, Classes] | None:
-    """Returns split -> class -> image names when the first folders are train, test and perhaps val; None when not."""
-    folders = sorted({name.split("/")[0] for name in names})
-    roles = [SPLIT_FOLDERS.get(folder, "") for folder in folders]
-    if not any(roles) or ("" in roles and not {"train", "test"} <= set(roles)):
-        return None  # a folder `train` among others may well hold pictures of trains
-    if sorted(roles) not in (["test", "train"], ["test", "train", "val"]):
-        raise UsageError(
-            f"expected images in {path} in the folders train, test and perhaps val only, got them in "
-            f"{', '.join(folders[:10])}; move the others, or put all classes side by side to have them split"
-        )
-    below = {role: [n for n in names if SPLIT_FOLDERS[n.split("/")[0]] == role] for role in ("train", "val", "test")}
-    return {split: _by_folder(found, path, depth=1) for split, found in below.items() if found}
+def load_images(
+    root: str | Path,
+    image_size: Size = 84,
+    channels: int = 3,
+    skip_broken: bool = False,
+    memory_map: bool = False,
+    cache_dir: str | Path | None = None,
+    resize: Resize = "crop",
+    depth: int = 8,
+) -> FewShotDataset:
+    """Reads a folder of images, or a zip of one, a subfolder a class, as one set; arguments as in load_image_folder."""
+    form, root = Form.of(image_size, channels, resize, depth), _existing(root)
+    with open_images(root) as found:
+        top = common_folder(found.names)
+        said = what_is_left_out(found, top, top.count("/"))
+        listing = Listing(root, found.names, {"all": _classes(found, top, said)}, found.read, found.files, said)
+        sets = listing.sets("image_folder", form, skip_broken, memory_map, cache_dir)
+    note_twins(sets)
+    listing.warn()
+    return sets["all"]
 
 
-def _by_folder(names: Sequence[str], path: Path, depth: int = 0) -> Classes:
-    classes: Classes = {}
+def split_folders(names: Sequence[str], path: Path, depth: int, said: list[str]) -> dict[str, list[str]]:
+    """Returns split -> image names where the folders at `depth` are train, test or val, or both; else nothing."""
+    below: dict[str, list[str]] = {}
     for name in names:
-        parts = name.split("/")
-        if len(parts) < depth + 2:
-            raise UsageError(f"expected images of {path} in class folders, got {name} in none; move it into one")
-        classes.setdefault(parts[depth], []).append(name)
-    if not classes:
-        raise UsageError(f"expected images in class folders in {path}, got none; add files {', '.join(IMAGE_SUFFIXES)}")
-    return dict(sorted(classes.items()))
-
-
-def _drawn_splits(classes: Classes, val_fraction: float, test_fraction: float, seed: int) -> dict[str, Classes]:
-    names = list(classes)
-    val, test = (max(1, round(share * len(names))) if share else 0 for share in (val_fraction, test_fraction))
-    if val_fraction < 0 or test_fraction <= 0 or val + test >= len(names):
+        below.setdefault(name.split("/")[depth] if name.count("/") > depth else "", []).append(name)
+    roles = {folder: ROLES[folder] for folder in below if folder in ROLES}
+    if len(roles) < 2:
+        if roles:  # a folder `train` among others may well hold pictures of trains
+            said.append(f"folder {next(iter(roles))} is taken as a class, among {len(below) - 1} others")
+        return {}
+    if "" in below:
+        raise UsageError(f"expected images of {path} in class folders, got {below[''][0]} in none; move it into one")
+    if len(roles) < len(below) or sorted(roles.values()) not in (["test", "train"], ["train", "val"], ROLE_NAMES):
         raise UsageError(
-            f"expected val_fraction >= 0 and test_fraction > 0 that leave classes for train, got {val_fraction} and "
-            f"{test_fraction} of {len(names)} classes ({', '.join(names[:5])}); add classes or lower the fractions"
+            f"expected images in {path} in the folders train, test and val, or train and one of them, got them in "
+            f"{', '.join(sorted(below)[:10])}; move the others, or put all classes side by side to have them split"
         )
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
-    drawn = {"train": order[val + test :], "val": order[:val], "test": order[val : val + test]}
-    return {split: {names[c]: classes[names[c]] for c in sorted(own)} for split, own in drawn.items() if own}
+    by_role = {role: below[folder] for folder, role in roles.items()}
+    return {role: by_role[role] for role in ("train", "val", "test") if role in by_role}
 
 
-def read_splits(
-    name: str,
-    path: Path,
-    image_size: int,
-    channels: int,
-    skip_broken: bool,
-    drawn: tuple[float, ...],
-    splits: dict[str, Classes],
-    read: Read,
-    files: Iterable[Path],
-    memory_map: bool,
-    cache_dir: str | Path | None,
-    note: str = "",
-) -> Splits:
-    """Returns the splits "train", perhaps "val", and "test" of the images in a folder or zip, decoded once and cached.
+def divided(
+    classes: Classes, splits: ClassLists | None, val_fraction: float, test_fraction: float, seed: int
+) -> tuple[dict[str, Classes], str]:
+    """The classes of each split, by lists or a draw, and the note where some are in no list."""
+    names = list(classes)
+    if splits is None:
+        lists = draw_classes(names, val_fraction, test_fraction, seed)
+    else:
+        lists = read_class_lists(splits, names)
+    unlisted = len(names) - sum(map(len, lists.values()))
+    note = f"{unlisted} of {len(names)} classes in no list" if unlisted else ""
+    return {split: {name: classes[name] for name in listed} for split, listed in lists.items()}, note
 
-    `drawn` is what the splits were drawn by; as with the arguments before it, another value is another cache entry.
-    """
-    check_disjoint([(split, tuple(classes)) for split, classes in splits.items()])
-    by_class = [names for classes in splits.values() for names in classes.values()]
-    labels = {name: label for label, names in enumerate(by_class) for name in names}  # in the order to store
-    broken: list[str] = []
 
-    def items() -> Iterator[tuple[np.ndarray, int]]:
-        decoded = read_images(list(labels), read, image_size, channels, path, skip_broken)
-        for (name, label), image in zip(labels.items(), decoded, strict=True):
-            if image is None:
-                broken.append(name)
-            else:
-                yield image, label
+def _classes(found: ImageFiles, top: str, said: list[str]) -> Classes:
+    if not found.names:
+        got = f"got none among {len(found.others)} other files"
+        raise UsageError(
+            f"expected images in class folders in {found.path}, {got}; add files {', '.join(IMAGE_SUFFIXES)}"
+        )
+    return by_folder(found.names, found.path, said, top.count("/"))
 
-    class_names = {split: list(classes) for split, classes in splits.items()}
-    source = Source(items(), len(labels), (channels, image_size, image_size), class_names, {"broken": broken})
-    key = (path, image_size, channels, skip_broken, *drawn)
-    sets, notes = cached_sets(name, key, files, lambda: source, cache_dir, memory_map)
-    if skipped := notes["broken"]:
-        count = f"{len(skipped)} broken image{'s' if len(skipped) > 1 else ''} skipped"
-        more = f" and {len(skipped) - 10} more" if len(skipped) > 10 else ""
-        warnings.warn(f"{count} in {path}: {', '.join(skipped[:10])}{more}", stacklevel=3)
-        note = f"{note}; {count}" if note else count
-    for part in sets.values():
-        part.note = note
-    return Splits(sets["train"], sets.get("val"), sets["test"])
+
+def _existing(root: str | Path) -> Path:
+    path = Path(root).resolve()
+    if not path.exists():
+        raise MissingFileError(f"expected a folder of images at {path}, got none there; name another root")
+    return path

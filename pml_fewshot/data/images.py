@@ -1,4 +1,4 @@
-"""Image files: finding them in a folder or zip (open_images), and decoding them to (C, H, W) uint8 (read_images)."""
+"""Image files: finding them in a folder or zip (open_images), and decoding them to (C, H, W) pixels (read_images)."""
 
 import os
 import zipfile
@@ -7,28 +7,86 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
-from pml_fewshot.checks import UsageError, check_at_least_one
+from pml_fewshot.checks import UsageError, check_at_least_one, check_choice
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of these suffixes; Pillow's EPS starts a program
+# Of Pillow's formats the usual ones: its EPS starts a program
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", *(["AVIF"] if features.check("avif") else []))
+IMAGE_SUFFIXES = (
+    *(".avif", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"),
+    *(".pbm", ".pgm", ".pnm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
+)
+IGNORED = ("thumbs.db", "desktop.ini", "__macosx")  # what systems put beside images, as their hidden files
 THREADS = 4  # Pillow decodes outside of Python's lock: photos keep several cores busy ...
 THREADED_BYTES = 2**13  # ... but for Omniglot's 200-byte files waiting for the lock takes twice as long as all else
 CHUNK = 256  # images decoded ahead at most: 5 MB at 84 x 84
 
 Read = Callable[[str], bytes]  # gives the content of the image of that name
+Size = int | Sequence[int]  # height and width, or one number for both
+Resize = Literal["crop", "pad", "stretch"]
+Resampling = Image.Resampling
 
 
 class BrokenImageError(UsageError):
     """A file that cannot be read as an image; loaders that skip broken images skip on this error only."""
 
 
+class Form(NamedTuple):
+    """What images are made to: all of one size, number of channels and depth."""
+
+    height: int
+    width: int
+    channels: int
+    resize: Resize = "crop"
+    depth: int = 8
+
+    @classmethod
+    def of(cls, image_size: Size, channels: int = 3, resize: Resize = "crop", depth: int = 8) -> "Form":
+        """Raises a UsageError that names the argument which cannot be."""
+        sides = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
+        if len(sides) != 2:
+            raise UsageError(f"expected image_size as one number or (height, width), got {image_size!r}; give two")
+        for side in sides:
+            check_at_least_one("image_size", side)
+        if channels not in (1, 3):
+            raise UsageError(f"expected channels 3 (RGB) or 1 (gray), got {channels!r}; choose one of them")
+        check_choice("resize", resize, ("crop", "pad", "stretch"))
+        if depth not in (8, 16) or (depth == 16 and channels == 3):
+            got = f"{depth!r} with {channels} channels"
+            raise UsageError(f"expected depth 8, or 16 of gray images (channels=1), got {got}; choose one of them")
+        return cls(int(sides[0]), int(sides[1]), channels, resize, depth)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+        return self.channels, self.height, self.width
+
+    @property
+    def dtype(self) -> Any:
+        return np.uint16 if self.depth == 16 else np.uint8
+
+
+class ImageFiles(NamedTuple):
+    """The files of a folder or zip."""
+
+    path: Path
+    names: list[str]  # of images, sorted, with "/"
+    others: list[str]  # of files with other endings
+    read: Read
+
+    @property
+    def files(self) -> list[Path]:
+        """What the images are read from: the zip, or each file."""
+        return [self.path] if self.path.is_file() else [self.path / name for name in self.names]
+
+
 @contextmanager
-def open_images(path: Path) -> Iterator[tuple[list[str], Read]]:
-    """Yields the sorted names of all images below a folder or in a zip, with "/", and a function that reads one.
+def open_images(path: Path) -> Iterator[ImageFiles]:
+    """Yields the names of all files below a folder or in a zip, images apart, and a function that reads one.
 
     Hidden files and folders are ignored, links to folders followed. A zip is never unpacked; what zipfile finds wrong
     with it, also when an image is read, is a UsageError.
@@ -36,7 +94,7 @@ def open_images(path: Path) -> Iterator[tuple[list[str], Read]]:
     if path.is_dir():
         walk = os.walk(path, followlinks=True)
         files = (Path(parent, name).relative_to(path).as_posix() for parent, _, names in walk for name in names)
-        yield _images(files), lambda name: (path / name).read_bytes()
+        yield ImageFiles(path, *_images(files), lambda name: (path / name).read_bytes())
         return
     with _named_if_broken(path):
         archive = zipfile.ZipFile(path)
@@ -46,7 +104,7 @@ def open_images(path: Path) -> Iterator[tuple[list[str], Read]]:
             return archive.read(name)  # which verifies checksums
 
     with archive:
-        yield _images(archive.namelist()), read
+        yield ImageFiles(path, *_images(name for name in archive.namelist() if not name.endswith("/")), read)
 
 
 @contextmanager
@@ -60,25 +118,28 @@ def _named_if_broken(path: Path) -> Iterator[None]:
         raise UsageError(f"expected a whole zip file at {path}, got {got}; delete it and fetch it again") from error
 
 
-def _images(names: Iterable[str]) -> list[str]:
-    visible = (name for name in names if not any(part.startswith((".", "__MACOSX")) for part in name.split("/")))
-    return sorted(name for name in visible if name.lower().endswith(IMAGE_SUFFIXES))
+def _images(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    images: list[str] = []
+    others: list[str] = []
+    for name in sorted(names):
+        if not any(part.startswith(".") or part.lower() in IGNORED for part in name.split("/")):
+            (images if name.lower().endswith(IMAGE_SUFFIXES) else others).append(name)
+    return images, others
 
 
 def read_images(
     names: Sequence[str],
     read: Read,
-    image_size: int,
-    channels: int,
+    form: Form,
     path: Path,
     skip_broken: bool = False,
-    resampling: Image.Resampling = Image.Resampling.BILINEAR,
+    resampling: Resampling = Resampling.BILINEAR,
 ) -> Iterator[np.ndarray | None]:
     """Yields `read_image` of each name in turn; with skip_broken, None for a broken one. Large files in threads."""
 
     def decode(name: str) -> np.ndarray | None:
         try:
-            return read_image(read(name), image_size, channels, f"{path}/{name}", resampling)
+            return read_image(read(name), form, f"{path}/{name}", resampling)
         except BrokenImageError:
             if not skip_broken:
                 raise
@@ -90,38 +151,24 @@ def read_images(
             yield from (pool.map if in_threads else map)(decode, names[start : start + CHUNK])
 
 
-def read_image(
-    content: bytes,
-    image_size: int,
-    channels: int,
-    name: str,
-    resampling: Image.Resampling = Image.Resampling.BILINEAR,
-) -> np.ndarray:
-    """Decodes an image file's content, upright, its center square scaled: (channels, image_size, image_size) uint8.
+def read_image(content: bytes, form: Form, name: str, resampling: Resampling = Resampling.BILINEAR) -> np.ndarray:
+    """Decodes an image file's content, upright, in the form wanted: (C, H, W) uint8, or uint16 of depth 16.
 
     Every mode becomes 8 bits: palettes are looked up, CMYK converted, 16-bit gray divided by 257 (65,535 becomes 255;
-    Pillow alone would clip it), transparent parts laid on white. Of an animation the first frame is taken.
+    Pillow alone would clip it), transparent parts laid on white. Of an animation the first frame is taken. An image of
+    the right size passes unchanged; others are scaled as `fit_image` says.
 
     Args:
-        image_size: an image of that height and width passes unchanged. Others are scaled as by torchvision's Resize:
-            bilinear, averaged over the covered area where they shrink.
-        channels: 3 (RGB) or 1 (gray; of colors the luma).
         name: what to call the file in messages.
 
     Raises:
         BrokenImageError: the content is broken, cut off, no image, has gray values of no known range, or too many
             pixels for Pillow (179 million, twice its `Image.MAX_IMAGE_PIXELS`).
     """
-    check_at_least_one("image_size", image_size)
-    if channels not in (1, 3):
-        raise UsageError(f"expected channels 3 (RGB) or 1 (gray), got {channels!r}; choose one of them")
     try:
         with Image.open(BytesIO(content), formats=FORMATS) as image:
             ImageOps.exif_transpose(image, in_place=True)
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            square = _to_8_bits(image.crop((left, top, left + side, top + side)), "L" if channels == 1 else "RGB")
-            pixels = np.asarray(square.resize((image_size, image_size), resampling))
+            return fit_image(image, form, resampling)
     except MemoryError:
         raise
     except Exception as error:  # on broken content Pillow's readers raise whatever their code happens to meet
@@ -129,15 +176,53 @@ def read_image(
         raise BrokenImageError(
             f"expected a readable image at {name}, got {got}; replace the file or take it out"
         ) from error
-    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def fit_image(image: Image.Image, form: Form, resampling: Resampling = Resampling.BILINEAR) -> np.ndarray:
+    """(C, H, W) of an image, scaled as by torchvision's Resize: bilinear, averaged over the area where it shrinks.
+
+    "crop" takes the largest part of the right shape in the middle, "pad" lays the whole image on black, "stretch"
+    scales each side on its own.
+    """
+    size = form.width, form.height
+    if form.resize == "crop":
+        width = min(image.width, round(image.height * form.width / form.height))
+        height = min(image.height, round(image.width * form.height / form.width))
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + max(1, width), top + max(1, height)))
+    elif form.resize == "pad":
+        scale = min(form.width / image.width, form.height / image.height)
+        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    gray = _gray_16(image) if form.depth == 16 else None
+    if gray is None:
+        image = _to_8_bits(image, "L" if form.channels == 1 else "RGB").resize(size, resampling)
+        pixels = np.asarray(image)
+    else:  # Pillow scales 32-bit floats, which hold 16 bits exactly
+        scaled = np.asarray(Image.fromarray(gray.astype(np.float32)).resize(size, resampling))
+        pixels = scaled.round().clip(0, 65535).astype(np.uint16)
+    pixels = pixels[None] if form.channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    if form.resize == "pad" and pixels.shape[1:] != (form.height, form.width):
+        padded = np.zeros(form.shape, form.dtype)
+        top, left = (form.height - size[1]) // 2, (form.width - size[0]) // 2
+        padded[:, top : top + size[1], left : left + size[0]] = pixels
+        return padded
+    return pixels
+
+
+def _gray_16(image: Image.Image) -> np.ndarray:
+    """(H, W) gray values up to 65,535; 8 bits are spread over them."""
+    if image.mode[0] not in "IF":
+        return np.asarray(_to_8_bits(image, "L")).astype(np.uint16) * 257
+    # 16-bit gray is "I;16" or, from PGM and some TIFF, "I", which like "F" has 32 bits
+    gray = np.asarray(image)
+    if image.mode == "F" or gray.min() < 0 or gray.max() > 65535:
+        raise ValueError("gray values of no known range; save it with 8 or 16 bits")
+    return gray
 
 
 def _to_8_bits(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode[0] in "IF":  # 16-bit gray is "I;16" or, from PGM and some TIFF, "I", which like "F" has 32 bits
-        gray = np.asarray(image)
-        if image.mode == "F" or gray.min() < 0 or gray.max() > 65535:
-            raise ValueError("gray values of no known range; save it with 8 or 16 bits")
-        return Image.fromarray(((gray.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert(mode)
+    if image.mode[0] in "IF":
+        return Image.fromarray(((_gray_16(image).astype(np.uint32) + 128) // 257).astype(np.uint8)).convert(mode)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

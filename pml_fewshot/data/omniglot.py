@@ -2,17 +2,17 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from PIL import Image
 
 from pml_fewshot.checks import MissingFileError, UsageError, check_at_least_one, check_choice
-from pml_fewshot.data.cache import Source, cached_sets
+from pml_fewshot.data.cache import Source, cached_images
 from pml_fewshot.data.dataset import FewShotDataset, Splits
-from pml_fewshot.data.images import open_images, read_images
+from pml_fewshot.data.images import Form, open_images, read_images
 
 PARTS = {"images_background": 964, "images_evaluation": 659}  # characters in each part
 DRAWINGS = 20  # of each character
@@ -40,7 +40,8 @@ def load_omniglot(
     Class names are `Alphabet/characterNN`, with `/rotDDD` when rotations are classes.
 
     Args:
-        root: folder that holds images_background and images_evaluation, as zips or folders, or whose `omniglot` does.
+        root: folder that holds images_background and images_evaluation, as zips or folders, or whose `omniglot` does;
+            or that holds torchvision's `omniglot-py`.
         image_size: height and width in pixels; 28 as in most papers (the drawings are 105 x 105), area-averaged.
         split: "vinyals" gives 1,028 / 172 / 423 characters for train / val / test (Vinyals et al. 2016);
             "official" the background set's 964 for train, no val, and the evaluation set's 659 for test.
@@ -57,7 +58,11 @@ def load_omniglot(
     parts = {part: _find_part(Path(root).resolve(), part, download) for part in PARTS}
     files = [file for part in parts.values() for file in ([part] if part.is_file() else part.rglob("*.png"))]
     key = (*parts.values(), image_size)
-    everything = cached_sets("omniglot", key, files, lambda: _read(parts, image_size), cache_dir)[0]["all"]
+    stored = cached_images("omniglot", key, files, lambda: _read(parts, image_size), cache_dir)
+    characters_of_all = stored.notes["characters"]
+    labels = torch.arange(len(characters_of_all)).repeat_interleave(DRAWINGS)
+    everything = FewShotDataset(stored.images, labels, characters_of_all)
+    everything.digests = stored.digests
 
     def characters(role: str) -> FewShotDataset:
         wanted = [c for c, name in enumerate(everything.class_names) if _role(c, name, split) == role]
@@ -82,7 +87,8 @@ def _find_part(root: Path, part: str, download: bool) -> Path:
         from torchvision.datasets import Omniglot
 
         Omniglot(str(root), background=part == "images_background", download=True)  # md5 checked, also of an old file
-    for place in (*places, root / "omniglot-py" / f"{part}.zip"):  # where torchvision puts it
+    theirs = [root / "omniglot-py" / name for name in (part, f"{part}.zip")]  # where torchvision puts them
+    for place in (*places, *theirs):
         if place.exists():
             return place
     do = "name another root (--data-root or PML_FEWSHOT_DATA), or pass download=True to fetch the official zips"
@@ -92,22 +98,21 @@ def _find_part(root: Path, part: str, download: bool) -> Path:
 def _read(parts: dict[str, Path], image_size: int) -> Source:
     """Characters in sorted order, background part first; each image (1, S, S)."""
     class_names: list[str] = []
+    form = Form.of(image_size, channels=1)
     for part, path in parts.items():
-        with open_images(path) as (names, _):
-            counts = Counter("/".join(name.split("/")[-3:-1]) for name in names)  # keeps the order
-        wrong = [f", {found} drawings of {name}" for name, found in counts.items() if found != DRAWINGS]
+        with open_images(path) as found:
+            counts = Counter("/".join(name.split("/")[-3:-1]) for name in found.names)  # keeps the order
+        wrong = [f", {count} drawings of {name}" for name, count in counts.items() if count != DRAWINGS]
         if len(counts) != PARTS[part] or wrong:
             wanted, got = f"{PARTS[part]} characters of {DRAWINGS} drawings", f"{len(counts)} characters"
             raise UsageError(f"expected {wanted} in {path}, got {got}{''.join(wrong[:1])}; unpack or fetch it again")
         class_names += counts
 
-    def items() -> Iterator[tuple[np.ndarray, int]]:
-        number = count()
+    def items() -> Iterator[np.ndarray]:
         for path in parts.values():
-            with open_images(path) as (names, read):
+            with open_images(path) as found:
                 # 105 -> 28 is a factor of 3.75: area averaging keeps thin strokes, nearest neighbor breaks them
-                for drawing in read_images(names, read, image_size, 1, path, resampling=Image.Resampling.BOX):
-                    yield 255 - np.asarray(drawing), next(number) // DRAWINGS
+                for drawing in read_images(found.names, found.read, form, path, resampling=Image.Resampling.BOX):
+                    yield 255 - np.asarray(drawing)
 
-    total = DRAWINGS * len(class_names)
-    return Source(items(), total, (1, image_size, image_size), {"all": class_names}, {})
+    return Source(items(), DRAWINGS * len(class_names), form.shape, {"characters": class_names})

@@ -2,71 +2,127 @@
 
 import hashlib
 import json
-import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pml_fewshot.checks import (
-    BLOCK_ROWS,
-    MissingFileError,
-    UsageError,
-    UsageTypeError,
-    check_choice,
-    check_finite,
-    check_labels,
-)
+from pml_fewshot.checks import BLOCK_ROWS, UsageError, UsageTypeError, as_labels, check_finite, renumbered
+from pml_fewshot.data.dataset import FewShotDataset, joined_notes
+from pml_fewshot.embedders.feature_files import features_in, labels_in, read_file
+from pml_fewshot.embedders.features import as_rows, labeled_rows
 from pml_fewshot.embedders.modes import widened
-from pml_fewshot.io.tensors import read_tensors, write_tensors
+from pml_fewshot.io.tensors import write_tensors
 
 ClassName = str | int  # a class's name, or its label where the source has no names
 
-FORMATS = (".npy", ".npz", ".pt", ".pth", ".safetensors")
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class EmbeddingBank:
     """Embeddings of a data set with its labels.
 
     Args:
-        embeddings: (M, D) floats, all finite; a tensor over a memory map stays one (`load_bank` makes it).
-        labels: (M,) int64, of any values; where there are class names, indices into them.
+        embeddings: (M, D) floats, all finite: a tensor, numpy array, DataFrame or list of rows. One over a memory map
+            stays one (`load_bank` makes it).
+        labels: (M,) integers of any values, where there are class names indices into them; or texts. Tensors, numpy,
+            lists or a column of a table; they are kept as int64.
         source: fingerprint of the data set that was embedded, which tells that results from the bank and from the set
             are on the same episodes; empty when unknown.
-        class_names: where the source has names. Two banks that meet (queries and references) are aligned by them.
+        class_names: where the source has names; of labels that are texts these in alphabetical order when empty. Two
+            banks that meet (queries and references) are aligned by them.
+        note: what readers of figures from this bank must know; kept with it, and with results.
+
+    Raises:
+        UsageError: another type (UsageTypeError), shape or number, NaN or infinity, a label that is none of the class
+            names, or a repeated name.
     """
 
     embeddings: Tensor
     labels: Tensor
     source: str = ""
     class_names: tuple[str, ...] = ()
+    note: str = ""
 
-    def __post_init__(self) -> None:
-        shape = tuple(self.embeddings.shape)
-        if len(shape) != 2:
-            raise UsageError(f"expected embeddings of shape (M, D), got shape {shape}; flatten each item to one row")
-        if not self.embeddings.is_floating_point():
-            raise UsageTypeError(f"expected float embeddings, got {self.embeddings.dtype}; convert them with .float()")
-        check_labels(self.labels, len(self.embeddings), "the bank's")
-        check_finite(self.embeddings, "embeddings")
-        object.__setattr__(self, "class_names", tuple(self.class_names))
-        if repeated := [name for name, count in Counter(self.class_names).items() if count > 1]:
+    def __init__(
+        self, embeddings: Any, labels: Any, source: str = "", class_names: Sequence[str] = (), note: str = ""
+    ) -> None:
+        rows = as_rows(embeddings)
+        if rows.ndim != 2:
+            of_classes = ", or where these are (classes, items, D) use EmbeddingBank.from_features without labels"
+            do = "flatten each item to one row" + (of_classes if rows.ndim == 3 else "")
+            raise UsageError(f"expected embeddings of shape (M, D), got shape {tuple(rows.shape)}; {do}")
+        if not rows.is_floating_point():
+            do = "convert them with .float() or .astype('float32'), or write 1.0 for 1"
+            raise UsageTypeError(f"expected float embeddings, got {rows.dtype}; {do}")
+        numbers, found = as_labels(labels, len(rows), "the bank's")
+        check_finite(rows, "embeddings")
+        names = tuple(map(str, class_names)) or found
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
             raise UsageError(f"expected different class names, got {repeated[:3]} more than once; rename them")
-        if self.class_names and len(self.labels):
-            low, high = int(self.labels.min()), int(self.labels.max())
-            if low < 0 or high >= len(self.class_names):
-                wanted = f"labels that are indices into the {len(self.class_names)} class names"
+        if found:
+            numbers = renumbered(numbers, found, names)
+        if names and len(numbers):
+            low, high = int(numbers.min()), int(numbers.max())
+            if low < 0 or high >= len(names):
+                wanted = f"labels that are indices into the {len(names)} class names"
                 raise UsageError(f"expected {wanted}, got labels from {low} to {high}; number the classes from 0")
+        given = (rows, numbers.to(rows.device), source, names, note)
+        for field, value in zip(fields(self), given, strict=True):
+            object.__setattr__(self, field.name, value)
+
+    @classmethod
+    def from_features(
+        cls, features: Any, labels: Any = None, class_names: Sequence[str] = (), note: str = ""
+    ) -> "EmbeddingBank":
+        """A bank of features in any of the forms in which people have them.
+
+        Args:
+            features: a dict of rows (n, D) by class, named by texts or integers; floats (classes, items, D), whose
+                labels are 0, 1, ..; a list of pairs of row and label; embeddings and labels as a pair; or a DataFrame
+                with a column of labels (`label`, `class`, `class_name`, `target` or the only one of no numbers) and
+                columns of floats, or one column of lists (`embedding`, `features` or the only one). Rows alone where
+                labels are given.
+            labels: as of an EmbeddingBank, where they are not in the features.
+            class_names, note: as of an EmbeddingBank.
+
+        Raises:
+            UsageError: other forms, or what makes no EmbeddingBank.
+        """
+        rows, labels = labeled_rows(features) if labels is None else (features, labels)
+        return cls(rows, labels, class_names=class_names, note=note)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def as_dataset(self) -> FewShotDataset:
+        """The embeddings as items of a data set, to train a projection of them; its classes are those with items."""
+        values, labels = torch.unique(self.labels, return_inverse=True)
+        return FewShotDataset(self.embeddings, labels, list(map(str, names_of(values, self.class_names))), self.note)
+
+    def without_small_classes(self, least: int) -> "EmbeddingBank":
+        """Returns the bank without classes of fewer than `least` items, which its note then counts.
+
+        It is another set then, so episodes of it are not those of the whole bank, nor of a data set without the same
+        classes: to compare these, leave them out of the data set before it is embedded.
+        """
+        values, index, counts = torch.unique(self.labels, return_inverse=True, return_counts=True)
+        kept = counts >= least
+        if kept.all():
+            return self
+        if not kept.any():
+            raise UsageError(f"expected a class of at least {least} items, got at most {int(counts.max())}; lower it")
+        items, lost = kept[index], int(counts[~kept].sum())
+        names = names_of(values[kept], self.class_names)
+        labels = (kept.cumsum(0) - 1)[index] if self.class_names else self.labels
+        source = self.source and _hash(json.dumps([self.source, names]).encode())
+        note = f"{int((~kept).sum())} of {len(kept)} classes with fewer than {least} items left out ({lost} items)"
+        own_names = list(map(str, names)) if self.class_names else ()
+        return EmbeddingBank(self.embeddings[items], labels[items], source, own_names, joined_notes(self.note, note))
 
     def to(self, device: torch.device | str) -> "EmbeddingBank":
         return replace(self, embeddings=self.embeddings.to(device), labels=self.labels.to(device))
@@ -75,7 +131,7 @@ class EmbeddingBank:
         """16 hex digits that identify the set: its source where known, else a hash of its labels and class names."""
         labels = self.labels.cpu().contiguous().numpy().astype("<i8")
         names = json.dumps(self.class_names).encode() if self.class_names else b""
-        return self.source or hashlib.blake2b(labels.data.tobytes() + names, digest_size=8).hexdigest()
+        return self.source or _hash(labels.data.tobytes() + names)
 
     def mean(self) -> Tensor:
         """The mean embedding (D,), summed in float64, read a block at a time."""
@@ -98,6 +154,10 @@ class EmbeddingBank:
         return replace(self, embeddings=F.normalize(widened(self.embeddings), dim=1))
 
 
+def _hash(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
 def align(source: Any, to: Any) -> tuple[Tensor, tuple[str, ...]]:
     """The labels of a set, bank or Gallery as another numbers its classes: by name; and the names, new ones at the end.
 
@@ -113,9 +173,8 @@ def align(source: Any, to: Any) -> tuple[Tensor, tuple[str, ...]]:
         )
     if source.class_names == to.class_names:
         return source.labels, to.class_names
-    numbers = {name: number for number, name in enumerate(dict.fromkeys((*to.class_names, *source.class_names)))}
-    renumbered = torch.tensor([numbers[name] for name in source.class_names], device=source.labels.device)
-    return renumbered[source.labels], tuple(numbers)
+    numbers = dict.fromkeys((*to.class_names, *source.class_names))
+    return renumbered(source.labels, source.class_names, tuple(numbers)), tuple(numbers)
 
 
 def names_of(labels: Tensor, class_names: Sequence[str]) -> list[ClassName]:
@@ -127,8 +186,9 @@ def save_bank(path: str | Path, bank: EmbeddingBank) -> None:
     """Writes a bank as safetensors, atomically; `load_bank` and any other tool can read it."""
     if Path(path).suffix != ".safetensors":
         raise UsageError(f"expected a path that ends with .safetensors, got {path}; rename it")
-    names = {"class_names": json.dumps(bank.class_names)} if bank.class_names else {}
-    write_tensors(path, {"embeddings": bank.embeddings, "labels": bank.labels}, {"source": bank.source, **names})
+    texts = {"class_names": json.dumps(bank.class_names) if bank.class_names else "", "note": bank.note}
+    texts = {"source": bank.source} | {name: text for name, text in texts.items() if text}
+    write_tensors(path, {"embeddings": bank.embeddings, "labels": bank.labels}, texts)
 
 
 def load_bank(
@@ -137,93 +197,35 @@ def load_bank(
     """Reads embeddings and labels, onto the CPU, from a file that cannot run code.
 
     Args:
-        path: .npy, .npz, .pt or .pth (a dict, or a pair), or .safetensors. A .npy holds only embeddings and is
-            memory-mapped, read-only (writing to them would crash the process), so it may be larger than memory.
+        path: .npy, .npz, .pt or .pth, .safetensors, .h5 or .hdf5 (with h5py), .csv, .tsv or .parquet (with pandas, the
+            last with pyarrow too). It holds embeddings and labels by name or as a pair, or what `from_features` takes
+            without labels: floats (classes, items, D), rows by class (in HDF5 in a group too), pairs of row and label,
+            or a table. A .npy is memory-mapped, read-only (writing to it would crash the process), so it may be larger
+            than memory. What CSV holds becomes float32.
         labels: file of the labels where they are not in `path`, of any of these formats; for a .npy `<name>_labels.npy`
-            beside it when None. Texts are class names, numbered in alphabetical order.
-        embeddings_key: name of the embeddings in the file; when None "embeddings", else the only floats of two axes.
-        labels_key: name of the labels; when None "labels", else the only integers (or texts) of one axis.
+            beside it when None. Texts are class names, numbered in alphabetical order; where there are `class_names` in
+            the file, as these are.
+        embeddings_key: name of the embeddings in the file, or of a group that holds all; when None "embeddings",
+            "embedding" or "features", else the only floats of two axes.
+        labels_key: name of the labels; when None "labels", "label", "class", "class_name" or "target", else the only
+            integers (or texts) of one axis, of a table the only column of texts.
 
     Raises:
         MissingFileError: there is no such file.
-        UsageError: an unknown format, a broken file, one that holds objects other than data or in which it is not
-            clear what the embeddings and labels are, or what makes no EmbeddingBank.
+        UsageError: an unknown format, or one whose package is not installed, a broken file, one that holds objects
+            other than data or in which it is not clear what the embeddings and labels are, or what makes no
+            EmbeddingBank. Arrays by name are read as classes only where none has a name like "x_train" or "features".
     """
     path = Path(path)
-    tensors, texts = _read(path)
-    source, embeddings = texts.get("source", ""), _choose(tensors, embeddings_key, "embeddings", path)
-    if labels is None and path.suffix == ".npy":
-        labels = path.with_name(f"{path.stem}_labels.npy")
+    content, texts = read_file(path)
+    beside = path.with_name(f"{path.stem}_labels.npy")
+    if labels is None and path.suffix == ".npy" and (content.ndim != 3 or beside.exists()):
+        labels = beside
+    rows, numbers, names = features_in(content, embeddings_key, labels_key, path, labels is not None)
+    source, note = texts.get("source", ""), texts.get("note", "")
     if labels is not None:
-        path = Path(labels)
-        tensors, texts = _read(path)
-    numbers, names = _choose(tensors, labels_key, "labels", path), json.loads(texts.get("class_names", "[]"))
-    if isinstance(numbers, np.ndarray):
-        labels_of_items = np.char.decode(numbers, "utf-8") if numbers.dtype.kind == "S" else numbers
-        names, index = np.unique(labels_of_items, return_inverse=True)
-        numbers, names = torch.from_numpy(index), map(str, names)
-    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
-        raise UsageTypeError(f"expected labels as integers or texts in {path}, got {numbers.dtype}; convert them")
-    return EmbeddingBank(embeddings, numbers.long(), source, tuple(names))
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """All arrays of a file by name, tensors or texts (numpy), and what `save_bank` wrote beside them."""
-    check_choice("the file's ending", path.suffix, FORMATS)
-    if not path.is_file():
-        raise MissingFileError(f"expected a file of embeddings or labels at {path}, got none; check the path")
-    if path.suffix == ".safetensors":
-        return read_tensors(path)
-    try:
-        if path.suffix == ".npz":
-            with path.open("rb") as file:  # numpy leaves a broken one open
-                parts = dict(np.load(file, allow_pickle=False))
-        elif path.suffix == ".npy":  # "r": Linux refuses a writable map that is larger than memory, even a private one
-            parts = np.load(path, mmap_mode="r", allow_pickle=False)
-        else:
-            parts = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(parts, Tensor | np.ndarray):
-            parts = {path.stem: parts}
-        elif isinstance(parts, list | tuple) and len(parts) == 2:
-            parts = {"embeddings": parts[0], "labels": parts[1]}
-        return {str(name): _tensor(part) for name, part in parts.items() if _is_array(part)}, {}
-    except PermissionError:
-        raise
-    except Exception as error:  # on broken files readers raise whatever their code happens to meet
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        got = f"a file that is broken or holds more than data ({reason})"
-        raise UsageError(f"expected arrays in {path}, got {got}; write plain ones, in a dict or as a pair") from error
-
-
-def _is_array(part: Any) -> bool:
-    flat_list = isinstance(part, list | tuple) and bool(part) and isinstance(part[0], int | float | str)
-    return flat_list or isinstance(part, Tensor | np.ndarray)
-
-
-def _tensor(array: Tensor | np.ndarray | Sequence[Any]) -> Tensor | np.ndarray:
-    """A tensor, over the same memory map where there is one; texts stay a numpy array."""
-    if isinstance(array, Tensor):
-        return array.detach()
-    array = np.asarray(array)
-    if array.dtype.kind in "US":
-        return array
-    with warnings.catch_warnings():  # nothing here writes to embeddings, and `load_bank` says that nobody may
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
-
-
-def _choose(tensors: dict[str, Any], key: str | None, wanted: str, path: Path) -> Any:
-    """The tensor that is meant: the one of that name, else the only one that it can be."""
-    listing = ", ".join(f"{n} {tensor.dtype} {tuple(tensor.shape)}" for n, tensor in tensors.items()) or "nothing"
-    name = wanted if key is None else key
-    if name in tensors:
-        return tensors[name]
-    if key is not None:
-        raise UsageError(f"expected {wanted} named {key!r} in {path}, got {listing}; give one of these names")
-    axes, what = (2, "floats of two axes") if wanted == "embeddings" else (1, "integers or texts of one axis")
-    is_float = {name: isinstance(each, Tensor) and each.is_floating_point() for name, each in tensors.items()}
-    fitting = [each for name, each in tensors.items() if each.ndim == axes and is_float[name] == (axes == 2)]
-    if len(fitting) != 1:
-        do = f"say which by {wanted}_key, name it {wanted!r}" + ("" if axes == 2 else ", or give a file of labels")
-        raise UsageError(f"expected one array of {wanted}, {what}, in {path}, got {listing}; {do}")
-    return fitting[0]
+        content, texts = read_file(Path(labels))
+        numbers, names = labels_in(content, labels_key, Path(labels))
+    if names is None:
+        names = json.loads(texts.get("class_names", "[]"))
+    return EmbeddingBank(rows, numbers, source, names, note)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one
-from pml_fewshot.data.dataset import FewShotDataset
+from pml_fewshot.data.dataset import FewShotDataset, as_dataset
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.embedders.modes import evaluating, widened
 from pml_fewshot.parts.instantiate import Part, instantiate
@@ -89,6 +89,7 @@ def encode(
     if batch_size is None:
         batch_size = CUDA_BATCH if target.type == "cuda" else CPU_BATCH
     check_at_least_one("batch_size", batch_size)
+    dataset = as_dataset(dataset)
     starts = tqdm(range(0, len(dataset), batch_size), "embedding", unit="batch", delay=3, mininterval=1)
     bank = torch.empty(0)  # one tensor: a list of parts would take twice its size when joined
     with evaluating(embedder):
@@ -96,7 +97,7 @@ def encode(
             embedder.to(target)
         try:
             for start in starts:
-                images = dataset.images[start : start + batch_size].to(target).to(torch.float32).div_(255)
+                images = dataset.floats(slice(start, start + batch_size), target)
                 part = check_rows(embedder(images.to(weight.dtype)), embedder)
                 if start == 0:
                     bank = widened(part[:1]).new_empty(len(dataset), part.shape[1])
@@ -104,7 +105,8 @@ def encode(
         finally:
             if moved:
                 embedder.to(weight.device)
-    return EmbeddingBank(bank, dataset.labels.to(target), dataset.fingerprint(), dataset.class_names)
+    names = dataset.class_names
+    return EmbeddingBank(bank, dataset.labels.to(target), dataset.fingerprint(), names, dataset.note)
 
 
 def check_rows(output: object, module: nn.Module) -> Tensor:

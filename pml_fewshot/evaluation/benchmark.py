@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 
 from pml_fewshot.checks import UsageError, UsageTypeError
-from pml_fewshot.data.dataset import FewShotDataset, Splits
+from pml_fewshot.data.dataset import FewShotDataset, Splits, joined_notes
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.embedders.modes import evaluating
 from pml_fewshot.evaluation.episodic import Classify, EpisodicEvaluator, Method, embed, modules_of
+from pml_fewshot.evaluation.fixed_support import evaluate_fixed
 from pml_fewshot.evaluation.gallery import Gallery
 from pml_fewshot.evaluation.heads import Head
 from pml_fewshot.evaluation.retrieval import RetrievalTester
@@ -29,7 +30,8 @@ def benchmark(
     num_episodes: int = 10_000,
     seed: int = 0,
     head: Head | Classify | None = None,
-    reference: EmbeddingBank | Gallery | None = None,
+    reference: FewShotDataset | EmbeddingBank | Gallery | None = None,
+    support: FewShotDataset | EmbeddingBank | None = None,
     timed: bool = True,
     note: str = "",
     split: Literal["train", "val", "test"] | None = None,
@@ -46,7 +48,9 @@ def benchmark(
         num_episodes: of each spec.
         seed: of the episodes.
         head: classifies episodes in place of each method's own way, as in EpisodicEvaluator.
-        reference: gallery that retrieval searches; when None the set itself, without the query.
+        reference: what retrieval searches: images that each method embeds, a bank or a Gallery; when None the set
+            itself, without the query.
+        support: items of the same classes, in equal numbers: the set is classified by them too; see evaluate_fixed.
         timed: note the seconds that each method took; off where two tables are to be the same byte by byte.
         note: what a reader must know beside the data set's own note.
         split: which classes of Splits; the test classes when None.
@@ -64,8 +68,10 @@ def benchmark(
     dataset: Any = data
     name_of_split = ""
     if isinstance(data, Splits):
-        name_of_split = split or "test"
+        name_of_split = split or ("val" if data.test_is_val else "test")
         dataset = getattr(data, name_of_split)
+        if name_of_split != "train" and data.seen_in_training:
+            note = joined_notes(note, "classes seen in training")
     elif split is not None:
         got = "a bank" if data is None else f"a {type(data).__name__}"
         raise UsageTypeError(f"expected Splits to take {split} from, got {got}; give the Splits, or leave split out")
@@ -76,7 +82,7 @@ def benchmark(
         trainings: Sequence[Method] = method if isinstance(method, Sequence) else [method]
         if not trainings:
             raise UsageError(f"expected at least one training of {name!r}, got none; leave it out")
-        episodic, retrieved = [], []
+        episodic, retrieved, fixed = [], [], []
         for training in trainings:
             with evaluating(*modules_of(training)):
                 alone = isinstance(training, EmbeddingBank)
@@ -87,16 +93,22 @@ def benchmark(
                 if tester is not None and bank.ndim == 2:
                     labels = labeled.labels.to(bank.device)
                     embeddings = EmbeddingBank(bank, labels, labeled.fingerprint(), labeled.class_names)
-                    retrieved.append(_ranked_by(tester, training).test(embeddings, reference))
-        notes = "; ".join(filter(None, (getattr(labeled, "note", ""), note)))
+                    searched: Any = reference
+                    if isinstance(reference, FewShotDataset):
+                        rows, names = embed(training, reference)[1], reference.class_names
+                        searched = EmbeddingBank(rows, reference.labels.to(rows.device), class_names=names)
+                    retrieved.append(_ranked_by(tester, training).test(embeddings, searched))
+                if support is not None:
+                    fixed.append(evaluate_fixed(training, support, labeled, head))
+        notes = joined_notes(labeled.note, note)
         transductive = getattr(trainings[0], "transductive", False)
         seconds = (time.perf_counter() - start) / len(trainings) if timed else None
         own_split = "" if alone else name_of_split  # (a bank brings its own classes)
         context = RowContext(name, own_split, len(torch.unique(labeled.labels)), notes, transductive, seconds)
         for results in zip(*episodic, strict=True):
             table.add_episodic(context, *results)
-        if retrieved:
-            table.add_retrieval(context, *retrieved)
+        for trained in filter(None, (retrieved, fixed)):
+            table.add_retrieval(context, *trained)
     return table
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one, check_finite
-from pml_fewshot.data.dataset import FewShotDataset
+from pml_fewshot.data.dataset import FewShotDataset, as_floats
 from pml_fewshot.embedders.bank import ClassName, EmbeddingBank, names_of
 from pml_fewshot.embedders.embedder import encode, is_embedder
-from pml_fewshot.embedders.modes import evaluating, widened
+from pml_fewshot.embedders.modes import evaluating
 from pml_fewshot.evaluation.heads import Head, name_of_head, nearest_prototype
 from pml_fewshot.evaluation.linear_heads import cosine_classifier, logistic_regression, ridge_regression
 from pml_fewshot.sampling.episodes import EpisodeIndex, EpisodeSampler, EpisodeSpec
@@ -281,9 +281,8 @@ class Classifier:
 
 
 def _gather(bank: Tensor, index: Tensor) -> Tensor:
-    """bank[index], four times as fast on a CPU; in float32 at least (float16 overflows in squares), uint8 in [0, 1]."""
-    gathered = bank.index_select(0, index.flatten()).unflatten(0, index.shape)
-    return gathered.float().div_(255) if bank.dtype == torch.uint8 else widened(gathered)
+    """bank[index], four times as fast on a CPU; in float32 at least (float16 overflows in squares), images up to 1."""
+    return as_floats(bank.index_select(0, index.flatten()).unflatten(0, index.shape))
 
 
 def _confusion(labeled: Labeled, episodes: EpisodeIndex, predicted: Tensor) -> tuple[tuple[ClassName, ...], Tensor]:

@@ -5,9 +5,10 @@ import operator
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,12 +19,14 @@ from pml_fewshot.checks import (
     ExistingFileError,
     MissingFileError,
     UsageError,
+    UsageTypeError,
     check_at_least_one,
     check_choice,
     check_finite,
 )
-from pml_fewshot.embedders.bank import ClassName, EmbeddingBank, align, names_of
-from pml_fewshot.evaluation.search import Ranking
+from pml_fewshot.embedders.bank import EmbeddingBank, align
+from pml_fewshot.evaluation.neighbors import Neighbors
+from pml_fewshot.evaluation.search import Ranking, exact_neighbors, exact_search
 from pml_fewshot.io.atomic import fsync, translate_write_errors
 from pml_fewshot.io.tensors import checksum, read_tensors, write_tensors
 
@@ -32,29 +35,12 @@ INDEXES = ("flat", "ivf", "ivfpq", "hnsw")
 MIN_FOR_CODES = 16 * 39  # references to train the 16 centers of a 4-bit code on
 ADD_ROWS = 2**16  # at a time: 32 MiB at 128 dimensions
 READ_BYTES = 2**24  # at a time
-
-
-@dataclass(frozen=True)
-class Neighbors:
-    """The k references nearest to each of N queries, nearest first.
-
-    Args:
-        indices: (N, k) their places in the gallery; -1, which is none, where the lists that were searched hold fewer.
-        labels: (N, k) their labels, 0 where there is none.
-        class_names: that the labels are indices into, where the gallery has names.
-    """
-
-    indices: Tensor
-    labels: Tensor
-    class_names: tuple[str, ...] = ()
-
-    @property
-    def names(self) -> list[list[ClassName | None]]:
-        """Their classes' names, or labels where there are no names; None where there is no reference."""
-        names = iter(names_of(self.labels.flatten(), self.class_names))
-        return [
-            [name if i >= 0 else None for i, name in zip(row, names, strict=False)] for row in self.indices.tolist()
-        ]
+# kinds of faiss's index that references can be removed from: vectors or codes in one list, or in inverted lists
+REMOVABLE = (
+    *("IndexFlat", "IndexFlatL2", "IndexFlatIP", "IndexScalarQuantizer", "IndexPQ", "IndexPQFastScan"),
+    *("IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ", "IndexIVFPQFastScan"),
+)
+WRAPPERS = ("IndexRefine", "IndexRefineFlat", "IndexPreTransform")
 
 
 class Gallery:
@@ -63,12 +49,14 @@ class Gallery:
     Args:
         bank: the references, read a block at a time (a memory map may be larger than memory). "flat", "ivf", "ivfpq"
             and "hnsw" hold all floats in memory; "IVF4096,SQ8" a quarter, "IVF4096,PQ32" 32 bytes each.
-        index: "flat": exact. "ivf": inverted lists. "ivfpq": inverted lists of 4-bit product codes, the best of which
-            are compared again by their floats; several times faster than "ivf". "hnsw": a graph, fast to search and
-            slow to build. Or any description of faiss's index factory ("IVF4096,SQ8", "OPQ32,IVF1024,PQ32").
+        index: "flat": exact, of equally near ones in the order of their index. "ivf": inverted lists. "ivfpq": inverted
+            lists of 4-bit product codes, the best of which are compared again by their floats; several times faster
+            than "ivf". "hnsw": a graph, fast to search and slow to build. Or any description of faiss's index factory
+            ("IVF4096,SQ8", "OPQ32,IVF1024,PQ32").
         parameters: in faiss's own form: "nprobe=64", "efConstruction=100,efSearch=64", "nprobe=256,k_factor_rf=20".
             `recipe` chooses what is not given by the gallery's size.
-        distance: PML distance that ranks: Euclid (when None), cosine or dot product, which is all that faiss knows.
+        distance: PML distance that ranks, Euclid when None: for "flat" any, else Euclid, cosine or dot product, which
+            is all that faiss knows.
         seed: of the sample that the index is trained on.
 
     Raises:
@@ -99,11 +87,9 @@ class Gallery:
 
         check_index(index)
         self.ranking = Ranking.of(distance)
-        if self.ranking.kind == "distance":
-            raise UsageError(
-                f"expected Euclid, cosine or dot product for index {index!r}, got {distance}; RetrievalTester searches "
-                "by any PML distance with index='flat'"
-            )
+        if self.ranking.kind == "distance" and index not in EXACT:
+            wanted = f"Euclid, cosine or dot product for index {index!r}"
+            raise UsageError(f"expected {wanted}, got {distance}; index='flat' ranks by any PML distance")
         if len(bank) == 0:
             raise UsageError("expected at least one reference, got none; give a bank with items")
         count, dims = bank.embeddings.shape
@@ -143,26 +129,76 @@ class Gallery:
             self.faiss_index.add(self._rows(block))
         self.labels, self.class_names = torch.cat([self.labels, labels.cpu()]), names
 
-    def search(self, query: Tensor, k: int) -> Neighbors:
-        """The k references nearest to each of the queries (N, D): their indices, labels and class names."""
-        check_at_least_one("k", k)
-        self._check_width(query, "queries")
-        check_finite(query, "queries")
-        if k > len(self):
-            raise UsageError(f"expected k of at most {len(self)}, the gallery's size, got {k}; lower k")
-        indices = torch.from_numpy(self.faiss_index.search(self._rows(query), k)[1])
+    def remove(self, ids: int | Sequence[int] | np.ndarray | Tensor) -> None:
+        """Removes the references of these indices; those behind them move up, so that indices stay 0 to len - 1.
+
+        Class names stay, of classes without a reference too.
+
+        Raises:
+            UsageError: an index that is not in the gallery or given twice, or a kind of index that faiss cannot remove
+                from, such as a graph ("hnsw"); the gallery is as it was.
+        """
+        given = np.atleast_1d(ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids))
+        if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+            got = f"{type(ids).__name__} of {given.dtype} and shape {given.shape}"
+            raise UsageTypeError(f"expected ids as integers of one axis, got {got}; give indices of references")
+        removed, counts = np.unique(given, return_counts=True)
+        for wrong, says in (((removed < 0) | (removed >= len(self)), "unknown"), (counts > 1, "repeated")):
+            if wrong.any():
+                wanted = f"different indices from 0 to {len(self) - 1}"
+                first = removed[wrong][:3].tolist()
+                raise UsageError(f"expected {wanted}, got {wrong.sum()} {says}, {first} first; leave them out")
+        removed = removed.astype(np.int64)
+        parts = list(_parts(self.faiss_index))
+        if not_one := [name for part in parts if (name := type(part).__name__) not in (*REMOVABLE, *WRAPPERS)]:
+            wanted = "an index that references can be removed from"
+            raise UsageError(f"expected {wanted}, got {self} ({not_one[0]}); build it again without them")
+        for part in parts:
+            _remove(part, removed, len(self) - len(removed))
+        self.labels = self.labels[torch.from_numpy(np.delete(np.arange(len(self)), removed))]
+
+    def search(self, query: Any, k: int) -> Neighbors:
+        """The k references nearest to each of the queries, with their distances, labels and class names.
+
+        Distances of "flat" are exact; of "ivf", "ivfpq" and "hnsw" those of the floats, as faiss computes them; of
+        other indexes without floats ("IVF4096,SQ8") those of their codes.
+
+        Args:
+            query: (N, D) embeddings, a tensor, numpy array or list of rows.
+            k: how many, at most the gallery's size.
+        """
+        rows = self._queries(query, k)
+        if (floats := self._floats()) is not None:
+            indices, distances = exact_neighbors(rows, floats, k, self.ranking)
+        else:
+            found, indices = map(torch.from_numpy, self.faiss_index.search(rows.numpy(), k))
+            if self.ranking.kind == "euclidean":  # faiss gives squares, which rounding may leave below 0
+                found = found.clamp_(min=0) ** (self.ranking.power / 2)
+            distances = found.masked_fill_(indices < 0, torch.nan)
         labels = self.labels[indices.clamp(min=0)].masked_fill_(indices < 0, 0)
-        return Neighbors(indices, labels, self.class_names)
+        return Neighbors(indices, distances, labels, self.class_names)
+
+    def rank(self, query: Any, k: int) -> Tensor:
+        """The indices of `search` alone, (N, k), without the time that distances take."""
+        rows = self._queries(query, k)
+        if (floats := self._floats()) is not None:
+            return exact_search(rows, floats, k, replace(self.ranking, prepared=True))
+        return torch.from_numpy(self.faiss_index.search(rows.numpy(), k)[1])
 
     def save(self, folder: str | Path) -> None:
         """Writes index.faiss and labels.safetensors to a new folder: both or nothing.
 
         Raises:
+            UsageError: ranked by another distance than Euclid, cosine or dot product, which cannot be stored.
             ExistingFileError: the folder exists.
             CannotWriteError: the disk is full or the folder read-only.
         """
         import faiss
 
+        if self.ranking.kind == "distance":
+            wanted = "a gallery ranked by Euclid, cosine or dot product to save"
+            do = "a distance cannot be stored: save the bank (save_bank) and build the gallery again"
+            raise UsageError(f"expected {wanted}, got {self.ranking}; {do}")
         folder = Path(folder)
         if folder.exists():
             raise ExistingFileError(f"expected a new folder for the gallery, got {folder}, which exists; name another")
@@ -181,6 +217,7 @@ class Gallery:
                     "description": self.description,
                     "parameters": self.parameters,
                     "normalize": self.ranking.normalize,
+                    "power": self.ranking.power,
                     "class_names": self.class_names,
                 }
                 texts = {"gallery": json.dumps(about)}
@@ -213,8 +250,10 @@ class Gallery:
             raise UsageError(f"expected a gallery in {folder}, got {got}: damage, or of two galleries; build it again")
         gallery = cls.__new__(cls)
         gallery.labels, gallery.faiss_index = tensors["labels"], faiss.read_index(str(index))
-        euclidean = gallery.faiss_index.metric_type == faiss.METRIC_L2
-        gallery.ranking = Ranking("euclidean" if euclidean else "inner product", about["normalize"])
+        kind: Literal["euclidean", "inner product"] = "inner product"
+        if gallery.faiss_index.metric_type == faiss.METRIC_L2:
+            kind = "euclidean"
+        gallery.ranking = Ranking(kind, about["normalize"], power=about.get("power", 1))  # version 0.6 stored none
         gallery.description, gallery.parameters = about["description"], about["parameters"]
         gallery.class_names = tuple(about["class_names"])
         return gallery
@@ -222,7 +261,34 @@ class Gallery:
     def _check_width(self, embeddings: Tensor, what: str) -> None:
         width, shape = self.faiss_index.d, tuple(embeddings.shape)
         if len(shape) != 2 or shape[1] != width:
-            raise UsageError(f"expected {what} of shape (N, {width}), got {shape}; use one embedder for both")
+            do = f"add an axis: {what}[None]" if shape == (width,) else "use one embedder for both"
+            raise UsageError(f"expected {what} of shape (N, {width}), got {shape}; {do}")
+
+    def _queries(self, query: Any, k: int) -> Tensor:
+        """Checked queries (N, D), prepared for the ranking, on the CPU."""
+        check_at_least_one("k", k)
+        if not isinstance(query, Tensor):
+            try:
+                query = torch.from_numpy(np.array(query, dtype=np.float32))
+            except (TypeError, ValueError) as error:
+                got = f"{type(query).__name__} ({error})"
+                raise UsageTypeError(
+                    f"expected queries as rows of numbers, got {got}; give embeddings (N, D)"
+                ) from error
+        self._check_width(query, "queries")
+        check_finite(query, "queries")
+        if k > len(self):
+            raise UsageError(f"expected k of at most {len(self)}, the gallery's size, got {k}; lower k")
+        return self.ranking.prepare(query).cpu().contiguous()
+
+    def _floats(self) -> Tensor | None:
+        """The prepared references (M, D) where the index is flat, without a copy."""
+        import faiss
+
+        if self.description != "Flat":
+            return None
+        index: Any = faiss.downcast_index(self.faiss_index)
+        return torch.from_numpy(faiss.rev_swig_ptr(index.get_xb(), len(self) * index.d)).reshape(len(self), -1)
 
     def _rows(self, embeddings: Tensor) -> np.ndarray:
         return self.ranking.prepare(embeddings).cpu().contiguous().numpy()
@@ -245,8 +311,10 @@ class IndexRecall:
         """Compares the indices (N, k) that an index found with those of exact search."""
         ordered = found.sort(dim=1).values
         position = torch.searchsorted(ordered, exact.contiguous()).clamp_(max=ordered.shape[1] - 1)
-        at_k = (ordered.gather(1, position) == exact).double().mean().item()
-        return IndexRecall((found[:, 0] == exact[:, 0]).double().mean().item(), at_k, exact.shape[1], len(exact))
+        there = exact >= 0  # fewer than k, where the rest is left out
+        hit = (ordered.gather(1, position) == exact) & there
+        at_1 = (found[:, 0] == exact[:, 0])[there[:, 0]].double().mean().item()
+        return IndexRecall(at_1, hit.sum().item() / int(there.sum()), exact.shape[1], len(exact))
 
     def __str__(self) -> str:
         return f"recall@1 {self.at_1:.3f}, @{self.k} {self.at_k:.3f} of exact search on {self.sample:,} queries"
@@ -282,6 +350,50 @@ def training_sample(count: int, description: str, generator: torch.Generator) ->
     lists = re.search(r"IVF(\d+)", description)
     wanted = max(20_000, 64 * int(lists[1]) if lists else 0)
     return torch.randperm(count, generator=generator)[:wanted].sort().values
+
+
+def _parts(index: Any) -> Iterator[Any]:
+    """A faiss index and those that it holds, each of its own class, the inner ones first."""
+    import faiss
+
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexRefine):  # IndexRefineFlat too
+        yield from (*_parts(index.base_index), *_parts(index.refine_index))
+    elif isinstance(index, faiss.IndexPreTransform):
+        yield from _parts(index.index)
+    yield index
+
+
+def _remove(index: Any, ids: np.ndarray, left: int) -> None:
+    """Removes ids, ascending, from a part of an index, so that `left` stay, numbered from 0."""
+    import faiss
+
+    if type(index).__name__ in WRAPPERS:
+        index.ntotal = left
+        return
+    index.remove_ids(ids)
+    if isinstance(index, faiss.IndexPQFastScan):
+        _clear_tail(index, index.codes.get(), left)
+    if isinstance(index, faiss.IndexIVF):
+        lists: Any = index.invlists
+        for number in range(index.nlist):
+            if size := lists.list_size(number):
+                own = faiss.rev_swig_ptr(lists.get_ids(number), size)  # no copy
+                own -= np.searchsorted(ids, own)  # which faiss does not do in inverted lists
+                if isinstance(index, faiss.IndexIVFPQFastScan):
+                    _clear_tail(index, lists.get_codes(number), size)
+
+
+def _clear_tail(index: Any, codes: Any, size: int) -> None:
+    """Writes zeros behind the last of `size` codes to the end of its block, where faiss's next `add` expects them."""
+    import faiss
+
+    packer = index.get_CodePacker()
+    whole, rest = divmod(size, packer.nvec)
+    if rest:
+        blocks = faiss.rev_swig_ptr(codes, (whole + 1) * packer.block_size).reshape(whole + 1, -1)  # no copy
+        for place in range(rest, packer.nvec):
+            packer.pack_1(np.zeros(packer.code_size, dtype=np.uint8), place, blocks[whole:])
 
 
 def _file_checksum(path: Path) -> str:

@@ -3,13 +3,16 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any, Literal
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from pytorch_metric_learning.distances import BaseDistance
 from torch import Tensor, nn
 
-from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one, check_choice, check_finite
+from pml_fewshot.checks import UsageError, UsageTypeError, as_labels, check_at_least_one, check_choice, check_finite
 from pml_fewshot.data.dataset import FewShotDataset
 from pml_fewshot.embedders.bank import ClassName, EmbeddingBank, align, names_of
 from pml_fewshot.embedders.embedder import encode, is_embedder
@@ -19,6 +22,7 @@ from pml_fewshot.evaluation.search import Ranking, exact_search
 
 References = EmbeddingBank | Gallery
 Source = FewShotDataset | EmbeddingBank | Gallery
+Marks = Sequence[int] | Sequence[str] | np.ndarray | Tensor  # one of each item
 
 MAX_NEIGHBORS = 2**24  # held at a time where the whole ranking of each query is wanted: 128 MiB of indices
 RECALL_SAMPLE = 1000  # queries that an approximate index is compared with exact search on
@@ -29,18 +33,18 @@ class RetrievalResult(Mapping[str, float]):
     """Retrieval figures by name, each a mean over the queries (NMI and AMI: of all) and a fraction of 1.
 
     `per_query` has the values (N,) of the queries that count and `labels` (N,) their classes, of `class_names` where
-    the queries have names; `num_excluded` have no
-    (other) item of their class among the references. "leave-one-out": each query searched the others; "gallery": a set
-    of references, to `k` neighbors. `ranking` names index, distance and recall; `index_recall` compares an approximate
-    index with exact search, but not a Gallery, which holds no embeddings. `clustering` has NMI and AMI. Results with
-    equal `queries_hash` are of the same queries.
+    the queries have names; `num_excluded` have no item of their class among the references that count for them.
+    "leave-one-out": each query searched the others; "gallery": a set of references, to `k` neighbors; "fixed support"
+    is `evaluate_fixed`'s. `ranking` names index, distance, what ids or groups left out, and recall; `index_recall`
+    compares an approximate index with exact search, but not a Gallery, which holds no embeddings. `clustering` has NMI
+    and AMI. Results with equal `queries_hash` are of the same queries, with the same references left out.
     """
 
     per_query: dict[str, Tensor]
     labels: Tensor
     num_excluded: int
     k: int
-    protocol: Literal["leave-one-out", "gallery"] = "leave-one-out"
+    protocol: Literal["leave-one-out", "gallery", "fixed support"] = "leave-one-out"
     ranking: str = ""
     index_recall: IndexRecall | None = None
     clustering: Mapping[str, float] = field(default_factory=dict)
@@ -87,12 +91,17 @@ class RetrievalTester:
         metrics: "precision_at_1": the nearest is of the query's class. "r_precision": share of its class among the R
             nearest, R being the number of references of its class. "mean_average_precision_at_r": the mean over the R
             nearest of the precision at each rank that holds its class, else 0 (Musgrave et al. 2020, section 3.2).
-            "recall_at_<k>": any of the k nearest is of its class. "mean_average_precision": the mean over all
+            "precision_at_<k>": share of its class among the k nearest. "recall_at_<k>", "cmc_at_<k>" (cumulative match
+            characteristic): any of the k nearest is of its class. "mean_average_precision": the mean over all
             references of its class of the precision at their rank. "mean_reciprocal_rank": 1 / rank of the first of
-            its class. "NMI", "AMI": agreement of k-means clusters of the queries, as many as classes, with the classes.
+            its class. "ndcg_at_<k>": the sum of 1 / log2(1 + rank) over those of its class among the k nearest, over
+            the largest that it can be, with the min(R, k) nearest all of its class (Jarvelin and Kekalainen 2002);
+            "ndcg": of the whole ranking. "NMI", "AMI": agreement of k-means clusters of the queries, as many as
+            classes, with the classes.
         k: neighbors to search; "max_bin_count" is the size of the largest class, or more where a metric needs it (PML's
-            default, all references, has quadratic memory); mean_average_precision and mean_reciprocal_rank need the
-            whole ranking, made for a block of queries at a time, which a number cuts off there.
+            default, all references, has quadratic memory); mean_average_precision, mean_reciprocal_rank and ndcg need
+            the whole ranking, made for a block of queries at a time, which a number cuts off there. Counted without
+            what ids or groups leave out.
         index: "flat" is exact. Others, as in `Gallery`, are approximate, pay from about a million references on, and
             report their recall against exact search.
         distance: PML distance that ranks; Euclid when None.
@@ -114,9 +123,9 @@ class RetrievalTester:
     def __post_init__(self) -> None:
         self.metrics = (self.metrics,) if isinstance(self.metrics, str) else tuple(self.metrics)
         if not self.metrics:
-            raise UsageError(f"expected at least one metric, got none; choose of {known.METRICS} and recall_at_<k>")
+            raise UsageError(f"expected at least one metric, got none; choose of {known.NAMES}")
         for metric in self.metrics:
-            if not known.RECALL.fullmatch(metric):
+            if not known.AT_K.fullmatch(metric):
                 check_choice("metric", metric, known.NAMES)
         check_index(self.index)
         check_at_least_one("num_queries", 1 if self.num_queries is None else self.num_queries)
@@ -126,7 +135,15 @@ class RetrievalTester:
             check_at_least_one("k", self.k)
 
     def test(
-        self, embedder: nn.Module | EmbeddingBank, dataset: Source | None = None, reference: Source | None = None
+        self,
+        embedder: nn.Module | EmbeddingBank,
+        dataset: Source | None = None,
+        reference: Source | None = None,
+        *,
+        query_ids: Marks | None = None,
+        reference_ids: Marks | None = None,
+        query_groups: Marks | None = None,
+        reference_groups: Marks | None = None,
     ) -> RetrievalResult:
         """Evaluates an embedder on a data set, or a bank; the classes of both sides are aligned by their names.
 
@@ -136,10 +153,17 @@ class RetrievalTester:
             dataset: images to embed and to use as queries.
             reference: what to search: images, a bank, or a Gallery, whole: a query in it finds itself. When None the
                 queries search among themselves, each without itself (known by its index: duplicates of it count).
+            query_ids, reference_ids: one an item, integers or texts: references with the query's own id (another crop
+                or a copy of its photo) are left out before anything is measured, as if they were not there. Among
+                themselves `query_ids` stand for both sides.
+            query_groups, reference_groups: the same for items of the query's own group, whatever their class (one
+                camera, one video). With ids and groups, what shares either is left out; to leave out what shares two
+                things at once, as person re-identification does, give groups made of both: "person 7, camera 2".
 
         Raises:
             UsageError: a k above the number of references or below what a metric needs, banks of different widths,
-                class names on one side alone, NaN embeddings, or no query with a right answer among the references.
+                class names, ids or groups on one side alone, NaN embeddings, or no query with a right answer among the
+                references.
         """
         if not isinstance(embedder, EmbeddingBank):
             query = _as_bank(embedder, dataset)
@@ -148,62 +172,71 @@ class RetrievalTester:
         else:
             raise UsageError("expected a bank and at most one reference, got two; leave one out")
         check_finite(query.embeddings, "query embeddings")
+        references: References
         if isinstance(reference, Gallery):
-            return self._measure(query, reference, None, leave_one_out=False)
-        bank = query if reference is None else _as_bank(embedder, reference)
-        if bank is not query:
-            width, other = query.embeddings.shape[1], bank.embeddings.shape[1]
+            references = reference
+        else:
+            references = query if reference is None else _as_bank(embedder, reference)
+            width, other = query.embeddings.shape[1], references.embeddings.shape[1]
             if width != other:
                 raise UsageError(f"expected references of {width} dimensions, got {other}; use one embedder for both")
-            check_finite(bank.embeddings, "reference embeddings")
-        exact = self.index in EXACT
-        searched = bank if exact else Gallery(bank, self.index, self.parameters, self.distance)
-        return self._measure(query, searched, None if exact else bank, leave_one_out=reference is None)
-
-    def _measure(
-        self, query: EmbeddingBank, references: References, indexed: EmbeddingBank | None, leave_one_out: bool
-    ) -> RetrievalResult:
-        """Searches the references; where they are a Gallery of a bank `indexed`, also measures its recall."""
+            if references is not query:
+                check_finite(references.embeddings, "reference embeddings")
         if len(references) == 0:
             raise UsageError("expected at least one reference, got none; give a bank with items")
-        ranking = Ranking.of(self.distance)
+        sizes = len(query), None if reference is None else len(references)
+        marks = {"ids": (query_ids, reference_ids), "groups": (query_groups, reference_groups)}
+        return self._measure(query, references, _LeftOut.of(marks, *sizes), reference is None)
+
+    def _measure(
+        self, query: EmbeddingBank, references: References, left_out: "_LeftOut", leave_one_out: bool
+    ) -> RetrievalResult:
+        """Searches the references, by an index of them where one is asked for, whose recall is then measured too."""
+        ranking, searched = Ranking.of(self.distance), references
         if isinstance(references, Gallery):
             own, ranking = ranking, references.ranking
-            if self.distance is not None and (own.kind, own.normalize) != (ranking.kind, ranking.normalize):
+            same = (own.kind, own.normalize) == (ranking.kind, ranking.normalize)
+            if self.distance is not None and not (same and (own.kind != "distance" or str(own) == str(ranking))):
                 raise UsageError(f"expected a gallery ranked by {own}, got {ranking}; build it with that distance")
+        elif self.index not in EXACT:
+            searched = Gallery(references, self.index, self.parameters, self.distance)
         labels, query_labels = align(references, query)[0].cpu(), query.labels.cpu()
-        relevant = known.count_relevant(query_labels, labels, leave_one_out)  # R of each query
+        away = left_out.count()
+        relevant = known.count_equal([(query_labels, labels)]) - left_out.count((query_labels, labels))  # R
         counts = relevant > 0
         clustering = tuple(metric for metric in self.metrics if metric in known.CLUSTERING)
         figures: dict[str, list[Tensor]] = {metric: [] for metric in self.metrics if metric not in clustering}
         if figures and not counts.any():
-            raise UsageError("expected a query whose class is among the references, got none; check the labels")
-        k = self._choose_k(tuple(figures), int(relevant.max()), len(labels) - leave_one_out)
+            wanted = "a query whose class is among the references"
+            raise UsageError(f"expected {wanted}, got none; check the labels, and what ids or groups leave out")
+        k = self._choose_k(tuple(figures), int(relevant.max()), len(labels) - int(away.min()))
+        more = int(away.max())
         chosen = _sample(len(query), self.num_queries)
         # all at once where that fits, for queries among themselves need each pair only once
-        for part in chosen.split(max(1, MAX_NEIGHBORS // k)) if figures else ():
-            nearest = _search(query, part, references, k, ranking, leave_one_out)
+        for part in chosen.split(max(1, MAX_NEIGHBORS // (k + more))) if figures else ():
+            nearest = _search(query, part, searched, k, ranking, left_out, more)
             match = (labels[nearest] == query_labels[part].unsqueeze(1)) & (nearest >= 0)  # -1: fewer were found
             kept = counts[part]
             for metric, values in figures.items():
                 values.append(known.measure(metric, match[kept], relevant[part][kept]))
         recall = None
-        if indexed is not None:
+        if searched is not references:
             part = _sample(len(query), RECALL_SAMPLE)
-            found, exact = (_search(query, part, each, k, ranking, leave_one_out) for each in (references, indexed))
+            found, exact = (_search(query, part, each, k, ranking, left_out, more) for each in (searched, references))
             recall = IndexRecall.of(found, exact)
-        index = references if isinstance(references, Gallery) else "exact"
+        index = searched if isinstance(searched, Gallery) else "exact"
+        about = f"{query.fingerprint()} {self.num_queries}{left_out.digest}"
         return RetrievalResult(
             {metric: torch.cat(values) for metric, values in figures.items()},
             query_labels[chosen][counts[chosen]],
             int((~counts[chosen]).sum()),
             k,
             "leave-one-out" if leave_one_out else "gallery",
-            ", ".join(str(each) for each in (index, ranking, recall) if each is not None),
+            ", ".join(str(each) for each in (index, ranking, left_out.text, recall) if each),
             recall,
             known.clustering_scores(query, clustering, ranking) if clustering else {},
             query.class_names,
-            hashlib.blake2b(f"{query.fingerprint()} {self.num_queries}".encode(), digest_size=8).hexdigest(),
+            hashlib.blake2b(about.encode(), digest_size=8).hexdigest(),
         )
 
     def _choose_k(self, metrics: Sequence[str], largest_class: int, num_references: int) -> int:
@@ -225,22 +258,91 @@ def _sample(count: int, size: int | None) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:size].sort().values
 
 
+@dataclass(frozen=True)
+class _LeftOut:
+    """Which references do not count for a query: those equal to it in any of the columns, (of queries, of references).
+
+    In leave-one-out the query itself, always.
+    """
+
+    columns: Sequence[tuple[Tensor, Tensor]]
+    text: str = ""
+    digest: str = ""
+
+    @staticmethod
+    def of(marks: Mapping[str, tuple[Any, Any]], num_queries: int, num_references: int | None) -> "_LeftOut":
+        """Of "ids" and "groups" of both sides; `num_references` is None among the queries themselves."""
+        given = {name: pair for name, pair in marks.items() if any(each is not None for each in pair)}
+        columns = [_numbered(name, *pair, num_queries, num_references) for name, pair in given.items()]
+        if columns:
+            digest = hashlib.blake2b(b"".join(each.numpy().tobytes() for pair in columns for each in pair))
+            return _LeftOut(columns, f"own {' and '.join(given)} left out", f" {digest.hexdigest()}")
+        own = torch.arange(num_queries)
+        return _LeftOut([(own, own)] if num_references is None else [])
+
+    def count(self, *also: tuple[Tensor, Tensor]) -> Tensor:
+        """(N,) how many are left out of each query, or of those, how many equal it in the other columns too."""
+        counts = torch.zeros(1, dtype=torch.int64)
+        for size in range(1, len(self.columns) + 1):  # those of both columns would count twice
+            for columns in combinations(self.columns, size):
+                counts = counts - (-1) ** size * known.count_equal([*columns, *also])
+        return counts
+
+    def among(self, queries: Tensor, nearest: np.ndarray) -> np.ndarray:
+        """(n, k) which of the `nearest` (n, k) of the queries (n,) are left out."""
+        out = nearest < -1
+        for own, references in self.columns:
+            out |= references.numpy()[nearest] == own[queries].unsqueeze(1).numpy()
+        return out & (nearest >= 0)
+
+
+def _numbered(
+    name: str, query: Any, reference: Any, num_queries: int, num_references: int | None
+) -> tuple[Tensor, Tensor]:
+    """Ids or groups of queries and references as integers with one numbering."""
+    own, others = f"query_{name}", f"reference_{name}"
+    if num_references is None:
+        if reference is not None:
+            got = f"{others}, but the queries search among themselves"
+            raise UsageError(f"expected {own} alone, got {got}; leave {others} out")
+        reference, num_references, others = query, num_queries, own
+    elif query is None or reference is None:
+        raise UsageError(f"expected {own} and {others}, got {others if query is None else own} alone; give both")
+    numbers, names = as_labels(query, num_queries, own)
+    other_numbers, other_names = as_labels(reference, num_references, others)
+    if bool(names) != bool(other_names):
+        texts = own if names else others
+        raise UsageError(
+            f"expected {own} and {others} both as integers or both as texts, got texts as {texts} alone; convert one"
+        )
+    if names:
+        place = torch.from_numpy(np.unique([*names, *other_names], return_inverse=True)[1])
+        numbers, other_numbers = place[numbers], place[other_numbers + len(names)]
+    both = torch.cat([numbers.cpu(), other_numbers.cpu()]).unique(return_inverse=True)[1]
+    return both[:num_queries], both[num_queries:]
+
+
 def _search(
-    query: EmbeddingBank, own: Tensor, references: References, k: int, ranking: Ranking, leave_one_out: bool
+    query: EmbeddingBank, own: Tensor, references: References, k: int, ranking: Ranking, left_out: _LeftOut, more: int
 ) -> Tensor:
-    """(n, k) nearest references of the queries `own` (n,), ascending; with leave_one_out less each query itself."""
+    """(n, k) nearest references of the queries `own` (n,), ascending, that count for them; -1 where there are no more.
+
+    `more` is the largest number that is left out for a query.
+    """
     every = len(own) == len(query)
     rows = query.embeddings if every else query.embeddings[own]
+    wide = min(k + more, len(references))
     if isinstance(references, Gallery):
-        nearest = references.search(rows, k + leave_one_out).indices
+        nearest = references.rank(rows, wide)
     else:
-        among = None if every and leave_one_out else references.embeddings
-        nearest = exact_search(rows, among, k + leave_one_out, ranking).cpu()
-    if not leave_one_out:
+        nearest = exact_search(rows, None if every and references is query else references.embeddings, wide, ranking)
+        nearest = nearest.cpu()
+    if more == 0:
         return nearest
-    is_own = nearest == own.unsqueeze(1)
-    is_own[:, -1] |= ~is_own.any(dim=1)  # the last, where copies have crowded the query itself out
-    return nearest[~is_own].reshape(-1, k)
+    # each row now has k that count; numpy gathers twice as fast as torch, and masks seven times
+    padded = F.pad(nearest, (0, k + more - wide), value=-1).numpy()
+    count = ~left_out.among(own, padded)
+    return torch.from_numpy(padded[count & (count.cumsum(axis=1, dtype=np.int32) <= k)]).reshape(-1, k)
 
 
 def _as_bank(embedder: Any, source: object) -> EmbeddingBank:

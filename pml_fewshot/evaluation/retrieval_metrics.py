@@ -1,6 +1,7 @@
 """Retrieval metrics of each query, from which of its ranked neighbors are of its class; and NMI and AMI of a bank."""
 
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,19 +10,18 @@ from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.evaluation.search import Ranking
 
 METRICS = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
-WHOLE_RANKING = ("mean_average_precision", "mean_reciprocal_rank")
+WHOLE_RANKING = ("mean_average_precision", "mean_reciprocal_rank", "ndcg")
 CLUSTERING = ("NMI", "AMI")
-RECALL = re.compile(r"recall_at_([1-9][0-9]*)")
-NAMES = (*METRICS, *WHOLE_RANKING, *CLUSTERING, "recall_at_1", "recall_at_<k>")
+AT_K = re.compile(r"(precision|recall|cmc|ndcg)_at_([1-9][0-9]*)")
+OF_K = tuple(f"{name}_at_<k>" for name in ("precision", "recall", "cmc", "ndcg"))
+NAMES = (*METRICS, *WHOLE_RANKING, *CLUSTERING, *OF_K, "recall_at_1", "cmc_at_1", "ndcg_at_1")
 
 
 def neighbors_needed(metric: str, largest_class: int, num_references: int) -> int:
     """How many neighbors a metric depends on where the largest class has that many right answers."""
-    if recall := RECALL.fullmatch(metric):
-        return int(recall[1])
-    if metric in WHOLE_RANKING:
-        return num_references
-    return 1 if metric == "precision_at_1" else largest_class
+    if at := AT_K.fullmatch(metric):
+        return int(at[2])
+    return num_references if metric in WHOLE_RANKING else largest_class
 
 
 def measure(metric: str, match: Tensor, relevant: Tensor) -> Tensor:
@@ -29,13 +29,18 @@ def measure(metric: str, match: Tensor, relevant: Tensor) -> Tensor:
 
     `match` (N, k) says whether the neighbor at each rank is of the query's class, which has `relevant` (N,) references.
     """
-    if metric == "precision_at_1":
-        return match[:, 0].double()
-    if recall := RECALL.fullmatch(metric):
-        return match[:, : int(recall[1])].any(dim=1).double()
+    if at := AT_K.fullmatch(metric):
+        metric, match = at[1], match[:, : int(at[2])]
+    if metric == "precision":
+        return match.double().mean(dim=1)
+    if metric in ("recall", "cmc"):
+        return match.any(dim=1).double()
     if metric == "mean_reciprocal_rank":
         return match.any(dim=1).double() / (match.byte().argmax(dim=1) + 1)
     rank = torch.arange(1, match.shape[1] + 1, device=match.device)
+    if metric == "ndcg":
+        gain = 1 / (rank + 1).double().log2()
+        return match.double() @ gain / gain.cumsum(dim=0)[relevant.clamp(max=len(gain)) - 1]
     if metric != "mean_average_precision":
         match = match & (rank <= relevant.unsqueeze(1))  # only the first R ranks count
     hit = match.double()
@@ -44,11 +49,13 @@ def measure(metric: str, match: Tensor, relevant: Tensor) -> Tensor:
     return (hit * hit.cumsum(dim=1) / rank).sum(dim=1) / relevant
 
 
-def count_relevant(query_labels: Tensor, reference_labels: Tensor, leave_one_out: bool) -> Tensor:
-    """(N,) number of references of each query's class, less the query itself with `leave_one_out`."""
-    classes, counts = torch.unique(reference_labels, return_counts=True)
-    position = torch.searchsorted(classes, query_labels).clamp_(max=len(classes) - 1)
-    return torch.where(classes[position] == query_labels, counts[position], 0) - int(leave_one_out)
+def count_equal(columns: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """(N,) number of references that equal each query in all columns, pairs (of queries (N,), of references (M,))."""
+    count, code = len(columns[0][0]), torch.zeros(1, dtype=torch.int64)
+    for column in columns:
+        distinct, number = torch.unique(torch.cat(column), return_inverse=True)
+        code = torch.unique(code * len(distinct) + number, return_inverse=True)[1]
+    return torch.bincount(code[count:], minlength=len(code))[code[:count]]
 
 
 def clustering_scores(bank: EmbeddingBank, metrics: tuple[str, ...], ranking: Ranking) -> dict[str, float]:

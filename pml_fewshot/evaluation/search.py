@@ -3,7 +3,7 @@
 Letters: N queries, M references, D dimensions, k neighbors.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ CUDA_TILE = 16384  # 1 GiB
 STEP = 64  # of a tile's sides: matrix products are fastest in multiples of it
 GROUP = 16  # similarities of which only the largest bounds the k-th best
 FAISS_BLOCK = 2**17  # references at a time
+PAIR_NUMBERS = 2**22  # at a time where pairs are compared one by one: 16 MiB
 # Where faiss is faster, on one core. 1 query into 100,000 x 128: faiss 12 ms, tiles 57 ms; 200 queries: 1 s and 0.13 s.
 FEW_QUERIES = 32
 # 30,000 x 128 among themselves, 20 neighbors: faiss 4.5 s, tiles 4.1 s; 12,000 x 512, 1,000 neighbors: 5.2 and 7.3 s.
@@ -30,12 +31,15 @@ class Ranking:
     """How a PML distance (None: plain Euclid) orders references.
 
     "euclidean" and "inner product" are what faiss and a matrix product can rank by, of rows scaled to length 1 with
-    `normalize`; "distance" calls the PML distance block by block.
+    `normalize`; "distance" calls the PML distance block by block. `power` is what Euclid is raised to in its values;
+    `prepared` rows are taken as they are.
     """
 
     kind: Literal["euclidean", "inner product", "distance"]
     normalize: bool = False
     distance: BaseDistance | None = None
+    power: float = 1
+    prepared: bool = False
 
     @staticmethod
     def of(distance: BaseDistance | None) -> "Ranking":
@@ -45,7 +49,7 @@ class Ranking:
         normalize = distance.normalize_embeddings
         # a power above 0 does not change the order; rows are normalized by the distance's own p
         if type(distance) is LpDistance and distance.p == 2 and distance.power > 0:
-            return Ranking("euclidean", normalize, distance)
+            return Ranking("euclidean", normalize, distance, distance.power)
         if type(distance) in (CosineSimilarity, DotProductSimilarity) and distance.p == 2 and distance.power == 1:
             return Ranking("inner product", normalize, distance)
         return Ranking("distance", False, distance)
@@ -56,10 +60,10 @@ class Ranking:
         A UsageError where a squared length overflows float32: products would be NaN, which has no order.
         """
         rows = rows.detach().float()
-        if self.normalize:
+        if self.normalize and not self.prepared:
             rows = rows / _lengths(rows).clamp_(min=1e-12)
         rows = rows if center is None else rows - center
-        if self.kind != "distance" and not self.normalize:
+        if self.kind != "distance" and not self.normalize and not self.prepared:
             _lengths(rows)
         return rows
 
@@ -78,6 +82,20 @@ class Ranking:
         values = self.distance(query, reference)
         check_finite(values, f"distances by {self}")  # NaN has no place in an order
         return values if self.distance.is_inverted else -values
+
+    def of_pairs(self, query: Tensor, reference: Tensor, index: Tensor) -> Tensor:
+        """(N, k) values of Euclid or inner product of prepared queries and the references of `index` (N, k).
+
+        Pair by pair, for the difference of two large numbers would be left of products.
+        """
+        size = max(1, PAIR_NUMBERS // (index.shape[1] * query.shape[1]))
+        values = []
+        for rows, places in zip(query.unsqueeze(1).split(size), index.split(size), strict=True):
+            if self.kind == "euclidean":
+                values.append(torch.linalg.vector_norm(reference[places] - rows, dim=2) ** self.power)
+            else:
+                values.append((reference[places] * rows).sum(dim=2))
+        return torch.cat(values)
 
     def __str__(self) -> str:
         if self.distance is None:
@@ -107,7 +125,23 @@ def exact_search(query: Tensor, reference: Tensor | None, k: int, ranking: Ranki
     with torch.no_grad(), torch.autocast(references.device.type, enabled=False):  # which would use 16 bits
         if products and few_or_many and k < len(references) and not references.is_cuda:
             return _by_faiss(queries, references, k, ranking)
-        return _by_tiles(queries, references, k, ranking, symmetric=products and reference is None)
+        return _by_tiles(queries, references, k, ranking, symmetric=products and reference is None)[1]
+
+
+def exact_neighbors(query: Tensor, reference: Tensor, k: int, ranking: Ranking) -> tuple[Tensor, Tensor]:
+    """The indices (N, k) of `exact_search`, and the values (N, k) of the PML distance, in whose order they stand.
+
+    Both sides are prepared rows.
+    """
+    ranking = replace(ranking, prepared=True)
+    if ranking.distance is not None and ranking.kind == "distance":
+        with torch.no_grad(), torch.autocast(reference.device.type, enabled=False):
+            similarity, index = _by_tiles(query.to(reference.device), reference, k, ranking)
+        return index, similarity if ranking.distance.is_inverted else -similarity
+    index = exact_search(query, reference, k, ranking).sort(dim=1).values
+    values = ranking.of_pairs(query, reference, index)
+    values, order = values.sort(dim=1, descending=ranking.kind == "inner product", stable=True)
+    return index.gather(1, order), values
 
 
 def _by_faiss(query: Tensor, reference: Tensor, k: int, ranking: Ranking) -> Tensor:
@@ -132,12 +166,14 @@ def _by_faiss(query: Tensor, reference: Tensor, k: int, ranking: Ranking) -> Ten
     order = torch.from_numpy(np.lexsort((index[tied].numpy(), far[tied].numpy())))
     index[tied] = index[tied].gather(1, order)
     if cut.any():
-        index[cut, :k] = _by_tiles(query[cut], reference, k, ranking)
+        index[cut, :k] = _by_tiles(query[cut], reference, k, ranking)[1]
     return index[:, :k]
 
 
-def _by_tiles(query: Tensor, reference: Tensor, k: int, ranking: Ranking, symmetric: bool = False) -> Tensor:
-    """For many queries, any device and any distance: a tile of similarities at a time."""
+def _by_tiles(
+    query: Tensor, reference: Tensor, k: int, ranking: Ranking, symmetric: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Similarities and indices, for many queries, any device and any distance: a tile of similarities at a time."""
     tile, step = CUDA_TILE if reference.is_cuda else CPU_TILE, STEP
     if ranking.kind == "distance":  # some (SNR) hold all differences of a tile, D numbers a pair
         tile, step = max(1, int(tile / reference.shape[1] ** 0.5)), GROUP
@@ -170,7 +206,7 @@ def _by_tiles(query: Tensor, reference: Tensor, k: int, ranking: Ranking, symmet
             if symmetric and j > i:
                 _offer(both + offset(row_block, i)[:, None], i, best[j : j + rows], index[j : j + rows], dim=0)
             _offer(both.add_(offset(column_block, j)), j, best[i : i + rows], index[i : i + rows])
-    return index[: len(query)]
+    return best[: len(query)], index[: len(query)]
 
 
 def _even_part(count: int, largest: int, step: int) -> int:

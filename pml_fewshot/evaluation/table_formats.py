@@ -28,7 +28,8 @@ class ResultRow:
         split: which of the classes were evaluated on, test, val or train; empty for a set without splits. `classes` is
             how many they are.
         protocol: inductive: each query alone; transductive: queries inform each other; leave-one-out: each searches the
-            rest; gallery: each searches a set of references.
+            rest; gallery: each searches a set of references; fixed support: each is classified by given items of all
+            classes.
         ranking: index and distance of a retrieval.
         classifier: head and distance that classified episodes.
         episodes_hash: equal for results on the same episodes, or of the same queries.
@@ -50,7 +51,7 @@ class ResultRow:
     seed: int | None = None
     split: str = ""
     classes: int
-    protocol: Literal["inductive", "transductive", "leave-one-out", "gallery"]
+    protocol: Literal["inductive", "transductive", "leave-one-out", "gallery", "fixed support"]
     ranking: str = ""
     episodes_hash: str = ""
     note: str = ""

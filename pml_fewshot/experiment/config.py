@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 from torch.optim import Optimizer
 from tyro.conf import Fixed
 
 from pml_fewshot.checks import UsageError, check_at_least_one, check_choice
+from pml_fewshot.data.augmentation import Augmentation, as_augmentation
 from pml_fewshot.data.dataset import Splits
 from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.parts.arguments import check_arguments
 from pml_fewshot.sampling.batch_stream import SamplerFactory
 from pml_fewshot.sampling.batches import BatchSpec
-from pml_fewshot.sampling.episode_stream import Augmentation
 from pml_fewshot.sampling.episodes import EpisodeSpec
 from pml_fewshot.trainers.base import FewShotTrainer
 from pml_fewshot.training.state import Recorder
@@ -26,7 +27,7 @@ from pml_fewshot.training.step import check_optimizer
 Device = Literal["auto", "cpu", "cuda"]
 
 
-CALLED = ("data", "trainer", "optimizer", "scheduler", "sampler", "augment", "extra_evaluations", "recorder")
+CALLED = ("data", "trainer", "optimizer", "scheduler", "sampler", "eval_transform", "extra_evaluations", "recorder")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,11 @@ class ExperimentConfig:
     """called with the optimizer; gets the steps as `T_max`, `total_steps` or `total_iters` (CosineAnnealingLR,
     OneCycleLR, PolynomialLR) where it is not given that argument"""
     augment: Fixed[Augmentation | None] = None
-    """`augment(images, generator)`, an object like RandomAffine(), distorts the training images"""
+    """distorts the training images: RandomAffine(), RandomResizedCrop(84) and the like, any transform of torchvision
+    (called for each image), a function `augment(images, generator)`, or several of these one after the other"""
+    eval_transform: Fixed[Callable[[Tensor], Tensor] | None] = None
+    """applied once to all images that are evaluated: with images loaded at 92 and an augmentation that crops 84,
+    `v2.CenterCrop(84)`"""
     train_on_validation: bool = False
     """join the validation classes to the training classes, as Snell et al. do for final figures: nothing is left to
     validate on, and the last weights are kept"""
@@ -129,6 +134,7 @@ class ExperimentConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"expected {name} of at least {least}, got {value}; give {name} >= {least}")
+        as_augmentation(self.augment)
         if isinstance(made := getattr(self.optimizer, "func", self.optimizer), type):
             check_optimizer(made)
         if self.loss_lr is not None and "loss" in (self.part_lr or {}):

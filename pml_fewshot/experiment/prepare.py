@@ -28,9 +28,9 @@ from pml_fewshot.parts.instantiate import instantiate
 from pml_fewshot.sampling.batch_stream import BatchStream
 from pml_fewshot.sampling.batches import BatchSpec
 from pml_fewshot.sampling.episode_stream import EpisodeStream
+from pml_fewshot.sampling.randomness import seeded
 from pml_fewshot.trainers.base import FewShotTrainer
 from pml_fewshot.training.freezing import check_parts
-from pml_fewshot.training.randomness import seeded
 from pml_fewshot.training.state import History
 
 
@@ -54,10 +54,13 @@ def prepare(config: ExperimentConfig) -> Prepared:
     config, device = own_parts(config), resolve_device(config.device)
     if device.type == "cpu" and keep_freed_memory():
         print("memory: glibc keeps freed blocks for reuse (mallopt); otherwise training steps take twice as long")
-    splits = load_data(config)
-    train, val = splits.train, splits.val
-    if config.train_on_validation and val is not None:
-        train, val = concat([train, val]), None
+    loaded = load_data(config)
+    splits = for_evaluation(config, loaded)
+    train, val = loaded.train, None if splits.test_is_val else splits.val
+    if config.train_on_validation and loaded.val is not None:
+        if splits.test_is_val:
+            raise UsageError("expected test classes beside val to train on val too, got none; leave that out")
+        train, val = concat([train, loaded.val]), None
     for spec in config.eval_specs:
         EpisodicEvaluator(spec).check(splits.test)
     evaluator = EpisodicEvaluator(config.eval_specs[0], config.val_episodes, config.seed)
@@ -66,17 +69,17 @@ def prepare(config: ExperimentConfig) -> Prepared:
 
     torch.manual_seed(config.seed)  # initial weights are drawn from torch's own generator, whatever a loader drew
     trainer = made_trainer(config, len(train.class_names)).to(device)
-    trainer.check(Splits(train, val, splits.test), (config.train_spec, *config.eval_specs))
+    seen = train if config.eval_transform is None else train.transformed(config.eval_transform)
+    trainer.check(Splits(seen, val, splits.test, shared_classes=True), (config.train_spec, *config.eval_specs))
     for part in trainer.exports().values():
         check_exportable(part)
-    train, test = _on_device_if_small(train, device), _on_device_if_small(splits.test, device)
-    val = val and _on_device_if_small(val, device)
+    train, splits = _on_device_if_small(train, device), splits.map(partial(_on_device_if_small, device=device))
+    val = val and splits.val
     stream = _stream(config, train, trainer)
     check_parts(trainer, config.frozen or {})
     optimizer, scheduler = make_optimizer(config, trainer)
     tester = instance(config.retrieval)
     validate = None if val is None else partial(evaluator.evaluate, trainer, val)
-    splits = Splits(splits.train, splits.val, test)
     prepared = Prepared(config, device, splits, trainer, stream, optimizer, scheduler, validate, tester)
     rehearse(prepared)
     return prepared
@@ -107,7 +110,7 @@ def make_optimizer(config: ExperimentConfig, trainer: FewShotTrainer) -> tuple[O
 
 def own_parts(config: ExperimentConfig) -> ExperimentConfig:
     """The config with copies of its parts: a run leaves instances as they are, for the caller or another run to use."""
-    parts = ("trainer", "optimizer", "scheduler", "sampler", "augment", "retrieval", "extra_evaluations")
+    parts = ("trainer", "optimizer", "scheduler", "sampler", "augment", "eval_transform", "retrieval")
     copies = {}
     for name in parts:
         try:
@@ -124,6 +127,12 @@ def load_data(config: ExperimentConfig) -> Splits:
     """The data of an experiment, from its data root."""
     root = config.data_root or Path(os.environ.get("PML_FEWSHOT_DATA", "data"))
     return config.data(**_needed(config.data, root=root))
+
+
+def for_evaluation(config: ExperimentConfig, splits: Splits) -> Splits:
+    """The data as they are evaluated: put through the experiment's `eval_transform`."""
+    transform = config.eval_transform
+    return splits if transform is None else splits.map(lambda part: part.transformed(transform))
 
 
 def resolve_device(wanted: Device) -> torch.device:
@@ -198,7 +207,7 @@ def _mixed_bank(bank: Callable[[FewShotDataset], Tensor], dataset: FewShotDatase
 
 def _on_device_if_small(dataset: FewShotDataset, device: torch.device) -> FewShotDataset:
     """The set on the GPU where that takes less than a quarter of its free memory; else batches are moved."""
-    if device.type != "cuda" or dataset.images.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
+    if device.type != "cuda" or dataset.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
         return dataset
     return dataset.to(device)
 

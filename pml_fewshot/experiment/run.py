@@ -14,9 +14,9 @@ from pml_fewshot.experiment.recorder import Recorder, Recorders
 from pml_fewshot.experiment.run_folder import RunFolder, open_run
 from pml_fewshot.experiment.stored_config import what_is_lost
 from pml_fewshot.io.checkpoint import export_embedder, load_checkpoint, save_checkpoint
+from pml_fewshot.sampling.randomness import seeded
 from pml_fewshot.training.fit import fit
 from pml_fewshot.training.interruption import TrainingDiverged, TrainingInterrupted
-from pml_fewshot.training.randomness import seeded
 from pml_fewshot.training.schedule import check_kinds, lower_learning_rate
 from pml_fewshot.training.state import RECORDED, History, history_of
 

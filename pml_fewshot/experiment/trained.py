@@ -10,15 +10,15 @@ import tyro
 from filelock import FileLock, Timeout
 
 from pml_fewshot.checks import LockedError, UsageError
-from pml_fewshot.data.dataset import FewShotDataset, Splits, concat
-from pml_fewshot.data.image_folder import load_image_folder
+from pml_fewshot.data.dataset import FewShotDataset, Splits
+from pml_fewshot.data.image_folder import load_images
 from pml_fewshot.evaluation.benchmark import benchmark
 from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment.command_line import EvalSpec, one_line_errors
 from pml_fewshot.experiment.config import Device, ExperimentConfig
 from pml_fewshot.experiment.evaluate import notes_on_training
-from pml_fewshot.experiment.prepare import instance, load_data, made_trainer, own_parts, resolve_device
+from pml_fewshot.experiment.prepare import for_evaluation, instance, load_data, made_trainer, own_parts, resolve_device
 from pml_fewshot.experiment.run_folder import check_data, check_same, read_config
 from pml_fewshot.experiment.stored_config import find_config, with_stored_options
 from pml_fewshot.io.checkpoint import load_checkpoint
@@ -97,12 +97,11 @@ def evaluate_again(
     evaluated: Splits | FewShotDataset
     if data is None:
         root = Path(data_root) if data_root is not None else config.data_root
-        evaluated = load_data(replace(config, data_root=root))
+        evaluated = for_evaluation(config, load_data(replace(config, data_root=root)))
         check_data(evaluated, stored, folder)
     elif isinstance(data, str | Path):
-        channels, height, _ = stored["data"]["test"]["item"]
-        photos = load_image_folder(data, image_size=height, channels=channels)
-        evaluated = concat([each for each in vars(photos).values() if each is not None])
+        channels, *size = stored["data"]["test"]["item"]
+        evaluated = load_images(data, size, channels)
         notes.append(f"data {Path(data).name}")
     else:
         evaluated = data

@@ -15,7 +15,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
-from pml_fewshot.checks import UsageError, check_labels
+from pml_fewshot.checks import UsageError, as_labels
 from pml_fewshot.embedders.modes import in_float32
 
 
@@ -91,7 +91,7 @@ class EpisodicLoss(BaseMetricLossFunction):
     ) -> dict[str, Any]:
         c_f.labels_required(labels)
         with_support = ref_emb is not embeddings
-        check_labels(ref_labels, len(ref_emb), "support")
+        ref_labels = as_labels(ref_labels, len(ref_emb), "support")[0]
         if len(ref_emb) == 0:
             raise UsageError("expected at least one support item, got none; draw some of the queries' classes")
         # (W,); on a GPU W is S, with repeats: dropping them would wait for their number

@@ -12,11 +12,12 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError
-from pml_fewshot.data.dataset import FewShotDataset
+from pml_fewshot.data.augmentation import Augmentation, as_augmentation, augmented
+from pml_fewshot.data.dataset import FewShotDataset, as_dataset
 from pml_fewshot.embedders.modes import eval_mode
 from pml_fewshot.sampling.batches import Batch, BatchSpec
 from pml_fewshot.sampling.class_sampler import ClassSampler
-from pml_fewshot.sampling.episode_stream import Augmentation
+from pml_fewshot.sampling.randomness import seeded
 
 PREFETCH_BATCHES = 64
 
@@ -31,12 +32,14 @@ class BatchStream:
         dataset: images to draw from, on the device of the training.
         spec: size of a batch.
         seed: of the batches and their augmentation.
-        augment: `augment(images (B, C, H, W), generator) -> images`; none when None. Two views want one.
+        augment: `augment(images (B, C, H, W), generator) -> images`, a transform of one image (of torchvision, or any
+            function), which becomes a PerImage, or a list of these; none when None. Two views want one. The images may
+            get another size.
         sampler: factory of a PML sampler (or of any iterable of indices, or of lists of indices) that chooses the
             items in place of ours, for batches of `spec.size`. It is called again for each pass over its indices, with
             those of `labels` (numpy), `dataset` and `model` that it still needs: `partial(MPerClassSampler, m=4)`,
             `partial(FixedSetOfTriplets, num_triplets=1000)`, `partial(TuplesToWeightsSampler, miner=..., ...)`. PML's
-            samplers draw from numpy's and torch's global generators; here they get ones seeded from `seed`.
+            samplers draw from numpy's and torch's global generators; here these are seeded from `seed`.
         model: embeds for samplers that look at embeddings (TuplesToWeightsSampler).
 
     `state_dict()` and `load_state_dict()` let a run resume with the very batch that would have come next.
@@ -53,8 +56,9 @@ class BatchStream:
     model: nn.Module | None = None
 
     def __post_init__(self, seed: int) -> None:
-        spec = self.spec
-        if spec.views == 2 and self.augment is None:
+        spec, self.dataset = self.spec, as_dataset(self.dataset)
+        self._augment = as_augmentation(self.augment)
+        if spec.views == 2 and self._augment is None:
             raise UsageError("expected augmentation for two views, got none; give augment=RandomAffine()")
         if self.sampler is None:
             names = self.dataset.class_names
@@ -77,8 +81,8 @@ class BatchStream:
             self._position = 0
         index = self._block[self._position].to(self.dataset.device)
         self._position += 1
-        images, augment, generator = self.dataset.floats(index), self.augment, self.augmentation_generator
-        views = [images if augment is None else augment(images, generator) for _ in range(self.spec.views)]
+        images = self.dataset.floats(index)
+        views = [augmented(images, self._augment, self.augmentation_generator) for _ in range(self.spec.views)]
         return Batch(views[0], self.dataset.labels[index], *views[1:])
 
     def _one_pass(self, factory: SamplerFactory) -> Tensor:
@@ -119,11 +123,10 @@ class BatchStream:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """PML's samplers draw from numpy's global generator, and torch's: both are ours in here, and as before after."""
+    """The global generators seeded, numpy's among them as that of PML's samplers, and all as before after."""
     before = c_f.NUMPY_RANDOM
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        c_f.NUMPY_RANDOM = np.random.RandomState(seed)
+    with seeded(seed):
+        c_f.NUMPY_RANDOM = np.random
         try:
             yield
         finally:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pml_fewshot.checks import UsageError, check_at_least_one, check_labels
+from pml_fewshot.checks import UsageError, as_labels, check_at_least_one
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class BatchSpec:
 
 @dataclass(frozen=True)
 class Batch:
-    """Labeled images.
+    """Labeled images, or other items.
 
     Args:
-        images: (B, C, H, W) floats in [0, 1].
-        labels: (B,) int64, the data set's own.
-        other_view: (B, C, H, W) the same images augmented another time, or None.
+        images: (B, C, H, W) floats in [0, 1], or other items (B, *item).
+        labels: (B,) int64, the data set's own; other integers are converted.
+        other_view: (B, *item) the same images augmented another time, or None.
     """
 
     images: Tensor
@@ -59,9 +59,10 @@ class Batch:
     other_view: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.images.ndim != 4:
-            raise UsageError(f"expected images (B, C, H, W), got {tuple(self.images.shape)}; stack them")
-        check_labels(self.labels, len(self.images), "a batch's")
+        if self.images.ndim < 2:
+            got = tuple(self.images.shape)
+            raise UsageError(f"expected images (B, C, H, W), or items (B, *item), got {got}; stack them")
+        object.__setattr__(self, "labels", as_labels(self.labels, len(self.images), "a batch's")[0])
 
     @property
     def classes(self) -> Tensor:

@@ -1,11 +1,12 @@
 """Drawing without replacement, for thousands of rows at once: numbers, and classes with their items."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pml_fewshot.checks import UsageError, check_enough_items, check_labels
+from pml_fewshot.checks import UsageError, as_labels, check_enough_items
 
 SMALL = 32  # numbers; up to here Omniglot's classes, of 20 items, and episodes of 32 ways
 MAX_SHUFFLED = 2**22  # numbers in arrays that are shuffled at a time: 32 MiB
@@ -57,20 +58,20 @@ class ClassSampler:
     Classes may have different sizes. The same CPU generator state gives the same items on every machine and device.
 
     Args:
-        labels: (M,) int64 class of each item, any values.
+        labels: (M,) class of each item: integers of any values, or texts.
         classes: how many classes to draw at a time.
         per_class: how many items of each.
         what: what is drawn, for messages.
         class_names: that the labels are indices into, where there are names, for messages.
 
     Raises:
-        UsageError: labels are not int64, fewer classes than wanted, or a class (named by its label) with fewer items.
+        UsageError: labels that are neither integers nor texts, fewer classes than wanted, or a class (named by its
+            label) with fewer items.
     """
 
-    def __init__(
-        self, labels: Tensor, classes: int, per_class: int, what: str, class_names: Sequence[str] = ()
-    ) -> None:
-        check_labels(labels, len(labels), "the sampler's")
+    def __init__(self, labels: Any, classes: int, per_class: int, what: str, class_names: Sequence[str] = ()) -> None:
+        labels, names = as_labels(labels, len(labels), "the sampler's")
+        class_names = class_names or names
         self.classes, self.per_class = classes, per_class
         values, self.counts = torch.unique(labels, return_counts=True)
         if (found := len(values)) < classes:

@@ -1,19 +1,17 @@
 """EpisodeStream: the endless sequence of training episodes, drawn and augmented on the data's device."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import InitVar, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pml_fewshot.checks import check_at_least_one
-from pml_fewshot.data.dataset import FewShotDataset
+from pml_fewshot.data.augmentation import Augmentation, as_augmentation, augmented
+from pml_fewshot.data.dataset import FewShotDataset, as_dataset
 from pml_fewshot.sampling.episodes import Episode, EpisodeIndex, EpisodeSampler, EpisodeSpec
 
 PREFETCH_BATCHES = 64  # drawing 64 60-way episodes costs 25 ms, about what drawing one would
-
-Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 
 
 @dataclass(eq=False, repr=False)
@@ -24,7 +22,9 @@ class EpisodeStream:
         dataset: images to draw from, on the device of the training.
         spec: size of an episode.
         seed: of the episodes and their augmentation.
-        augment: `augment(images (B, C, H, W), generator) -> images`, for support and query alike; none when None.
+        augment: `augment(images (B, C, H, W), generator) -> images`, a transform of one image (of torchvision, or any
+            function), which becomes a PerImage, or a list of these; for support and query alike; none when None. The
+            images may get another size.
         episodes_per_batch: the E of an Episode.
 
     `state_dict()` and `load_state_dict()` let a run resume with the very episode that would have come next.
@@ -38,8 +38,10 @@ class EpisodeStream:
 
     def __post_init__(self, seed: int) -> None:
         check_at_least_one("episodes_per_batch", self.episodes_per_batch)
+        self.dataset = as_dataset(self.dataset)
         seeds = torch.randint(2**62, (2,), generator=torch.Generator().manual_seed(int(seed))).tolist()
         generator, self.augmentation_generator = (torch.Generator().manual_seed(each) for each in seeds)
+        self._augment = as_augmentation(self.augment)
         self.sampler = EpisodeSampler(self.dataset.labels, self.spec, generator, self.dataset.class_names)
         self._block_state = generator.get_state()
         self._block: EpisodeIndex | None = None
@@ -57,9 +59,9 @@ class EpisodeStream:
         self._position += 1
         index = self._block[start : start + self.episodes_per_batch]
         shots = index.support.shape[2]
-        images = self.dataset.floats(torch.cat([index.support, index.query], dim=2))  # (E, W, K+Q, C, H, W)
-        if self.augment is not None:
-            images = self.augment(images.flatten(0, 2), self.augmentation_generator).reshape(images.shape)
+        images = self.dataset.floats(torch.cat([index.support, index.query], dim=2))  # (E, W, K+Q, *item)
+        changed = augmented(images.flatten(0, 2), self._augment, self.augmentation_generator)
+        images = changed.unflatten(0, images.shape[:3])
         return Episode(images[:, :, :shots], images[:, :, shots:], self.dataset.labels[index.support[:, :, 0]])
 
     def state_dict(self) -> dict[str, Any]:

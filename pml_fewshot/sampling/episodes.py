@@ -6,6 +6,7 @@ Letters in shapes, here and everywhere: E episodes, W ways, K shots, Q queries p
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,18 +95,18 @@ class EpisodeSampler:
     generator state gives the same episodes on every machine and device.
 
     Args:
-        labels: (M,) int64 class of each item, any values.
+        labels: (M,) class of each item: integers of any values, or texts.
         spec: the episodes' size.
         generator: source of all randomness; its state moves on with each call.
         class_names: that the labels are indices into, for messages.
 
     Raises:
-        UsageError: labels are not int64, fewer classes than ways, or a class (named by its label) with fewer items than
-            shots + queries.
+        UsageError: labels that are neither integers nor texts, fewer classes than ways, or a class (named by its label)
+            with fewer items than shots + queries.
     """
 
     def __init__(
-        self, labels: Tensor, spec: EpisodeSpec, generator: torch.Generator, class_names: Sequence[str] = ()
+        self, labels: Any, spec: EpisodeSpec, generator: torch.Generator, class_names: Sequence[str] = ()
     ) -> None:
         self.spec, self.generator = spec, generator
         self.classes = ClassSampler(labels, spec.ways, spec.shots + spec.queries, str(spec), class_names)

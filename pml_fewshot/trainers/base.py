@@ -109,12 +109,12 @@ class FewShotTrainer(nn.Module):
             self.check_batches(len(views))
             if batch.labels.is_cpu:  # on a GPU each step would wait for it; `check` has looked at all labels of the set
                 pml_compat.check_batch(self.loss, len(batch.labels), int(batch.labels.max()))
-            embeddings = self.embed(views)
+            embeddings = self.embed(views, 2)
             with torch.autocast(embeddings.device.type, enabled=False):
                 return _skip_if_zero(self.batch_loss(embeddings, batch.labels))
         shots = batch.support.shape[2]
         self.check_episodes(shots, batch.query.shape[2])
-        embeddings = self.embed(torch.cat([batch.support, batch.query], dim=2))  # (E, W, K+Q, D)
+        embeddings = self.embed(torch.cat([batch.support, batch.query], dim=2), 3)  # (E, W, K+Q, D)
         losses = []
         with torch.autocast(embeddings.device.type, enabled=False):
             for rotation in range(self.support_rotations):
@@ -124,11 +124,15 @@ class FewShotTrainer(nn.Module):
         self._last_episodes = support.detach(), query.detach()
         return torch.stack(losses).mean()
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Embeds (..., C, H, W) to (..., D) in one pass, so that batch norm sees all of them, as in papers' code."""
-        embeddings = check_rows(self.embedder(images.flatten(0, -4)), self.embedder)
+    def embed(self, items: Tensor, axes: int | None = None) -> Tensor:
+        """Embeds items to (..., D) in one pass: batch norm sees all of them, as in papers' code.
+
+        They stand behind so many axes; when None they are images (..., C, H, W).
+        """
+        axes = items.ndim - 3 if axes is None else axes
+        embeddings = check_rows(self.embedder(items.flatten(0, axes - 1)), self.embedder)
         # Under autocast embeddings are bfloat16, whose 8 bits cannot tell near ones apart: distances in float32.
-        return widened(embeddings).unflatten(0, images.shape[:-3])
+        return widened(embeddings).unflatten(0, items.shape[:axes])
 
     def batch_loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Loss of an ordinary batch: embeddings (V, B, D) of V views, labels (B,)."""

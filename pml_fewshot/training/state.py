@@ -20,9 +20,9 @@ from pml_fewshot.io.checkpoint import check_weights, load_checkpoint, save_check
 from pml_fewshot.sampling.batch_stream import BatchStream
 from pml_fewshot.sampling.batches import Batch
 from pml_fewshot.sampling.episode_stream import EpisodeStream
+from pml_fewshot.sampling.randomness import global_state, set_global_state
 from pml_fewshot.training.early_stopping import EarlyStopping
 from pml_fewshot.training.interruption import TrainingDiverged
-from pml_fewshot.training.randomness import global_state, set_global_state
 from pml_fewshot.training.schedule import adopt_schedule, check_kinds, kinds_of, schedule_of
 
 FORMAT_VERSION = 4  # of state_dict: raise it when its entries change

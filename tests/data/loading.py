@@ -32,9 +32,14 @@ def by_class(splits: Splits) -> dict[str, np.ndarray]:
     }
 
 
+def shared_data(path: str) -> Path:
+    """A file or folder of the real data sets; skips where it is not there."""
+    root = Path(os.environ.get("PML_FEWSHOT_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+    if not (root / path).exists():
+        pytest.skip(f"no {path} in {root}; set PML_FEWSHOT_DATA to the data folder")
+    return root / path
+
+
 def real_root(file: str) -> Path:
     """The folder of the real data sets; skips where the file is not there."""
-    root = Path(os.environ.get("PML_FEWSHOT_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
-    if not (root / file).is_file():
-        pytest.skip(f"no {file} in {root}; set PML_FEWSHOT_DATA to the data folder")
-    return root
+    return shared_data(file).parents[file.count("/")]

@@ -1,13 +1,24 @@
-"""RandomAffine against a slow formula, and what its randomness comes from."""
+"""RandomAffine against a slow formula; transforms of one image, for each of a batch; where their draws come from."""
 
+import copy
 import math
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError
-from pml_fewshot.data.augmentation import RandomAffine
+from pml_fewshot.data.augmentation import InTurn, PerImage, RandomAffine, as_augmentation, augmented
+from pml_fewshot.parts.describe import describe
+
+# isort: split
+from torchvision import transforms as v1  # whose import pml_fewshot's has prepared
+from torchvision.transforms import v2
 
 # The columns of the uniform draws (B, 8), in the order that RandomAffine reads them.
 ANGLE, SHEAR, SCALE_X, SCALE_Y, SHIFT_X, SHIFT_Y, APPLIED, MIRRORED = range(8)
@@ -73,3 +84,149 @@ def test_the_generator_alone_decides_and_the_images_stay_as_they_are():
 def test_amounts_out_of_range_are_refused(amounts: dict[str, float]):
     with pytest.raises(UsageError, match=f"expected {next(iter(amounts))}"):
         RandomAffine(**amounts)
+
+
+def by_all_generators(image: Tensor) -> Tensor:
+    return image * random.random() + np.random.rand() + torch.rand(1)  # noqa: NPY002
+
+
+def crop(strength: float = 0.4) -> v2.Compose:
+    colors = v2.ColorJitter(strength, strength, strength, 0.1)
+    return v2.Compose([v2.RandomResizedCrop(8), v2.RandomHorizontalFlip(), colors])
+
+
+def global_states() -> list[Any]:
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return [torch.get_rng_state().tolist(), kind, keys.tolist(), rest, random.getstate()]
+
+
+@pytest.mark.parametrize("transform", [crop(), by_all_generators], ids=["torchvision", "all generators"])
+def test_each_image_is_transformed_as_by_itself_after_seeding(transform: Callable[[Tensor], Tensor]) -> None:
+    images = noise(1, 3, 12, 10).expand(6, -1, -1, -1).clone()
+    before, generator = global_states(), seeded(0)
+    first, second = PerImage(transform)(images, generator), PerImage(transform)(images, generator)
+    assert global_states() == before
+    assert len({image.numpy().tobytes() for image in first}) == 6
+    assert not torch.equal(first, second)
+    random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002, whatever others have drawn before
+    assert torch.equal(first, copy.deepcopy(PerImage(transform))(images, seeded(0)))
+    for image, expected, seed in zip(images, first, torch.randint(2**63 - 1, (6,), generator=seeded(0)), strict=True):
+        with torch.random.fork_rng():
+            torch.manual_seed(int(seed))
+            np.random.seed(int(seed) % 2**32)  # noqa: NPY002
+            random.seed(int(seed))
+            assert torch.equal(transform(image), expected)
+
+
+def test_the_global_generators_are_as_before_when_a_transform_fails() -> None:
+    def broken(image: Tensor) -> Tensor:
+        by_all_generators(image)
+        raise RuntimeError("broken")
+
+    before = global_states()
+    with pytest.raises(RuntimeError, match="broken"):
+        PerImage(broken)(noise(2, 1, 3, 3), seeded(0))
+    assert global_states() == before
+
+
+def test_images_stay_as_they_are_under_a_transform_that_works_in_place() -> None:
+    images = noise(2, 3, 4, 4)
+    kept = images.clone()
+    out = PerImage(v2.Normalize([0.5] * 3, [0.5] * 3, inplace=True))(images, seeded(0))
+    torch.testing.assert_close(out, 2 * images - 1)
+    assert torch.equal(images, kept)
+
+
+FOR_PIL = [v1.ToPILImage(), lambda image: image.rotate(90)]
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        v1.Compose([v1.RandomRotation((90, 90)), v1.ToTensor()]),
+        v1.Compose([v1.Compose([v1.PILToTensor(), v1.ConvertImageDtype(torch.float32)]), v1.RandomRotation((90, 90))]),
+        v1.Compose([*FOR_PIL, v1.ToTensor()]),
+        v2.Compose([v2.ToImage(), v2.PILToTensor(), v2.RandomRotation((90, 90)), v2.ToDtype(torch.float32, True)]),
+        v2.Compose([*FOR_PIL, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]),
+        nn.Sequential(v2.RandomRotation((90, 90)), nn.Identity()),
+        [v1.ToTensor(), v2.RandomRotation((90, 90)), None],
+        lambda image: torch.rot90(image, dims=(1, 2)),
+    ],
+)
+def test_transforms_made_for_pil_images_of_all_kinds_turn_a_batch(transform: Any) -> None:
+    images = (255 * noise(3, 3, 6, 6)).round() / 255
+    out = as_augmentation(transform)(images, seeded(0))
+    assert type(out) is Tensor
+    torch.testing.assert_close(out, images.rot90(dims=(2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (v2.ToPILImage(), r"from ToPILImage\(\), got a Image; end it with ToTensor"),
+        (v2.ToDtype(torch.uint8, scale=True), r"from ToDtype\(scale=True\), got torch.uint8; end it with v2.ToDtype"),
+        (v2.RandomChoice([v2.Resize(4), v2.Resize(5)]), r"from RandomChoice.*got shapes \(3, 4, 4\) and \(3, 5, 5\)"),
+        (lambda image: image[None], r"got shape \(1, 3, 6, 6\) for \(3, 6, 6\); return it without a batch axis"),
+    ],
+)
+def test_what_gives_no_batch_of_floats_is_refused(transform: Callable[..., Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        PerImage(transform)(noise(20, 3, 6, 6), seeded(1))
+
+
+class OfBatches(nn.Module):
+    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return images
+
+
+class OfOne(nn.Module):
+    def forward(self, image: Tensor, strength: float = 0.3) -> Tensor:
+        return image
+
+
+class Ours(v2.Transform):
+    pass
+
+
+def passed_on(*arguments: Any) -> Tensor:
+    return arguments[0]
+
+
+OF_BATCHES = [RandomAffine(), PerImage(crop()), OfBatches(), lambda images, generator: images, passed_on]
+OF_ONE = [crop(), Ours(), v1.Compose([]), v1.ToTensor(), OfOne(), lambda image: image, abs]
+
+
+def test_what_takes_batches_stays_and_what_takes_one_image_is_wrapped() -> None:
+    assert as_augmentation(None) is None
+    for augment in OF_BATCHES:
+        assert as_augmentation(augment) is augment
+    for augment in OF_ONE:
+        assert as_augmentation(augment) == PerImage(augment)
+    several = as_augmentation([crop(), None, (RandomAffine(), by_all_generators)])
+    assert isinstance(several, InTurn)
+    assert [type(step) for step in several.steps] == [PerImage, InTurn]
+
+
+def test_several_are_applied_in_turn_from_one_generator() -> None:
+    images, generator = noise(4, 3, 9, 9), seeded(0)
+    first = PerImage(crop())(images, generator)
+    expected = RandomAffine()(first, generator)
+    assert torch.equal(as_augmentation([crop(), RandomAffine()])(images, seeded(0)), expected)
+
+
+@pytest.mark.parametrize("wrong", [RandomAffine, partial(RandomAffine, flip=True), v2.RandomCrop, "flip", 3])
+def test_what_is_no_augmentation_is_refused(wrong: Any) -> None:
+    with pytest.raises(UsageError, match=r"expected augment\(images, generator\), a transform.*give an object"):
+        as_augmentation(wrong)
+
+
+def test_another_number_of_images_is_refused() -> None:
+    for wrong, got in ((lambda images, _: images[1:], r"shape \(3, 1, 5, 5\)"), (lambda *_: None, "a NoneType")):
+        with pytest.raises(UsageError, match=f"expected a tensor of 4 images.*from <function.*got {got}"):
+            augmented(noise(4, 1, 5, 5), wrong, seeded(0))
+
+
+def test_a_config_tells_transforms_of_other_amounts_apart() -> None:
+    described = describe(PerImage(crop()))
+    assert described == describe(copy.deepcopy(PerImage(crop())))
+    assert described != describe(PerImage(crop(0.3)))

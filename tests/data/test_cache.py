@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -16,55 +17,58 @@ import pytest
 
 from pml_fewshot.checks import UsageError
 from pml_fewshot.data import cache
-from pml_fewshot.data.cache import Source, cached_sets
-from pml_fewshot.data.dataset import FewShotDataset
+from pml_fewshot.data.cache import Source, Stored, cached_images
+from pml_fewshot.data.dataset import FewShotDataset, digests_of
 from pml_fewshot.io.atomic import CannotWriteError
 from tests.data.loading import entries
 
 
 class Made:
-    """A source of noise images in two sets that counts how often it is read, and fails after `fail_at` of them."""
+    """A source of noise images that counts how often it is read, and fails after `fail_at` of them."""
 
-    def __init__(self, count: int = 5, fail_at: int | None = None, seed: int = 0) -> None:
-        self.images = np.random.default_rng(seed).integers(0, 256, (count, 1, 3, 4), dtype=np.uint8)
-        self.labels = [min(i // 2, 2) for i in range(count)]
+    def __init__(self, count: int = 5, fail_at: int | None = None, seed: int = 0, dtype: type = np.uint8) -> None:
+        self.images = np.random.default_rng(seed).integers(0, 256, (count, 1, 3, 4)).astype(dtype)
         self.fail_at = fail_at
         self.reads = 0
         self.notes = {"yielded": 0}
 
     def __call__(self) -> Source:
         self.reads += 1
-        return Source(self.items(), len(self.images), (1, 3, 4), {"train": ["ä", "b"], "test": ["c"]}, self.notes)
+        return Source(self.items(), len(self.images), (1, 3, 4), self.notes, self.images.dtype)
 
-    def items(self) -> Iterator[tuple[np.ndarray, int]]:
-        for i, (image, label) in enumerate(zip(self.images, self.labels, strict=True)):
+    def items(self) -> Iterator[np.ndarray]:
+        for i, image in enumerate(self.images):
             if i == self.fail_at:
                 raise PermissionError(13, "not yours", "a.png")
             self.notes["yielded"] += 1
-            yield image, label
+            yield image
 
 
-def load(folder: Path | None, read: Made, *files: Path, source: Any = (), memory_map: bool = False) -> Any:
-    return cached_sets("set", source, files, read, folder, memory_map)[0]
+def load(folder: Path | None, read: Made, *files: Path, source: Any = (), memory_map: bool = False) -> Stored:
+    return cached_images("set", source, files, read, folder, memory_map)
 
 
-def images(sets: dict[str, FewShotDataset]) -> np.ndarray:
-    return np.concatenate([part.images.numpy() for part in sets.values()])
-
-
-def test_what_is_read_once_comes_back_the_same_without_reading(tmp_path: Path):
-    made, folder = Made(), tmp_path / "new" / "cache"
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_what_is_read_once_comes_back_the_same_without_reading(tmp_path: Path, dtype: type):
+    made, folder = Made(dtype=dtype), tmp_path / "new" / "cache"
     for memory_map in (False, False, True, True):
-        sets, notes = cached_sets("set", ("here", 28), [], made, folder, memory_map)
-        np.testing.assert_array_equal(images(sets), made.images)
-        assert {name: part.class_names for name, part in sets.items()} == {"train": ("ä", "b"), "test": ("c",)}
-        assert [part.labels.tolist() for part in sets.values()] == [[0, 0, 1, 1], [0]]
+        images, digests, notes = load(folder, made, source=("here", 28), memory_map=memory_map)
+        np.testing.assert_array_equal(images.numpy(), made.images)
+        assert digests.tolist() == digests_of(made.images).tolist()
         assert notes == {"yielded": 5}  # filled while the items were read
-        for part in sets.values():
-            assert part.recorded_checksum == part.checksum(recompute=True)
-            part.images.zero_()  # writes never reach the file
+        images.zero_()  # writes never reach the file
     assert made.reads == 1
     assert len(entries(folder)) == 1
+
+
+def test_equal_images_have_equal_digests_and_no_others():
+    images = Made(count=50).images
+    images[7] = images[3]
+    digests = digests_of(images).tolist()
+    assert digests[7] == digests[3]
+    assert len(set(digests)) == 49
+    expected = hashlib.blake2b(images[0].tobytes(), digest_size=8).digest()
+    assert digests[0] == int.from_bytes(expected, "little", signed=True)
 
 
 def test_a_changed_file_or_format_replaces_the_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -89,6 +93,9 @@ def test_a_changed_file_or_format_replaces_the_entry(tmp_path: Path, monkeypatch
     assert reads(tmp_path / "c") == 6
     monkeypatch.setattr(cache, "FORMAT_VERSION", cache.FORMAT_VERSION + 1)
     assert reads(tmp_path / "c") == 7
+    (tmp_path / "c").write_text("lOnger")  # of the same size and time
+    os.utime(tmp_path / "c", ns=(10, 11))
+    assert reads(tmp_path / "c") == 8
     assert len(entries(tmp_path / "cache")) == 2
 
 
@@ -106,21 +113,27 @@ def test_what_the_source_raises_passes_and_leaves_the_cache_as_it_was(tmp_path: 
 
 
 @pytest.mark.parametrize("limit", [10_000, 12_120])  # of 12,128 bytes: the last image but in part
-def test_a_full_disk_is_one_error_and_costs_no_older_entry(tmp_path: Path, limit: int):
+def test_where_the_cache_cannot_be_written_the_images_are_in_memory_and_an_older_entry_stays(
+    tmp_path: Path, limit: int
+):
     old, new = Made(), Made(count=1000)
     load(tmp_path, old)
     before, limits = entries(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))  # no file may grow above it
     try:
         with pytest.raises(CannotWriteError, match=r"^expected to write .*set-.*, got .*File too large"):
-            load(tmp_path, new, Path(__file__))
+            load(tmp_path, new, Path(__file__), memory_map=True)  # of images that may not fit into memory
+        with pytest.warns(UserWarning, match=r"the cache in .* cannot keep .* of set .*File too large.*PML_FEWSHOT_CA"):
+            found = load(tmp_path, new, Path(__file__))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert entries(tmp_path) == before
-    np.testing.assert_array_equal(images(load(tmp_path, new, Path(__file__))), new.images)
+    for each in (found, load(tmp_path, new, Path(__file__))):
+        np.testing.assert_array_equal(each.images.numpy(), new.images)
+        assert each.digests.tolist() == digests_of(new.images).tolist()
     (tmp_path / "file").touch()
-    with pytest.raises(CannotWriteError, match=r"^expected to write .*file/cache"):
-        load(tmp_path / "file" / "cache", new)
+    with pytest.warns(UserWarning, match=r"the cache in .*file/cache cannot keep the images of set"):
+        assert len(load(tmp_path / "file" / "cache", new).images) == 1000
 
 
 @pytest.mark.parametrize("signal", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -137,7 +150,7 @@ def test_what_a_killed_process_left_is_overwritten(tmp_path: Path, monkeypatch: 
                 load(tmp_path, Made(fail_at=2))
         assert [name[0] for name in entries(tmp_path)] == ["."]
     made = Made()
-    np.testing.assert_array_equal(images(load(tmp_path, made)), made.images)
+    np.testing.assert_array_equal(load(tmp_path, made).images.numpy(), made.images)
     assert len(entries(tmp_path)) == 1
 
 
@@ -146,7 +159,7 @@ def test_of_two_that_want_the_same_entry_one_builds_it(tmp_path: Path, monkeypat
     building, waiting = threading.Event(), threading.Event()
 
     class Slow(Made):
-        def items(self) -> Iterator[tuple[np.ndarray, int]]:
+        def items(self) -> Iterator[np.ndarray]:
             building.set()
             waiting.wait()
             yield from super().items()
@@ -165,28 +178,23 @@ def test_of_two_that_want_the_same_entry_one_builds_it(tmp_path: Path, monkeypat
         results.append(pool.submit(load, tmp_path, second))
     assert (first.reads, second.reads) == (1, 0)
     for result in results:
-        np.testing.assert_array_equal(images(result.result()), first.images)
-
-
-def test_a_memory_mapped_entry_is_not_read_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """B6: its bytes are neither compared with the checksum nor is that computed again for whom asks the sets for it."""
-    expected = [part.checksum(recompute=True) for part in load(tmp_path, Made()).values()]
-    hashed, digest = [], hashlib.blake2b
-    monkeypatch.setattr(hashlib, "blake2b", lambda data, **options: hashed.append(data) or digest(data, **options))
-    assert [part.checksum() for part in load(tmp_path, Made(), memory_map=True).values()] == expected
-    assert len(hashed) == 2  # the two parts of the entry's name
+        np.testing.assert_array_equal(result.result().images.numpy(), first.images)
 
 
 def test_one_changed_byte_of_the_images_is_seen_at_once_or_when_asked(tmp_path: Path):
-    right = load(tmp_path, Made())["test"].checksum()
+    load(tmp_path, Made())
     (damaged,) = tmp_path.glob("*/images.npy")
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
     with pytest.raises(UsageError, match=r"expected a whole cache entry in .*other images.*; delete that folder"):
         load(tmp_path, Made())
-    part = load(tmp_path, Made(), memory_map=True)["test"]
-    assert (part.checksum(), part.checksum(recompute=True) == right) == (right, False)
+    stored = load(tmp_path, Made(), memory_map=True)  # which is not read through
+    part = FewShotDataset(stored.images, [0, 0, 1, 1, 1])
+    part.digests = stored.digests
+    whole = FewShotDataset(Made().images, [0, 0, 1, 1, 1]).checksum()
+    assert part.checksum() == whole
+    assert part.checksum(recompute=True) != whole
 
 
 @pytest.mark.parametrize("memory_map", [False, True])
@@ -196,7 +204,7 @@ def test_a_damaged_entry_is_named(tmp_path: Path, file: str, damage: str, memory
     load(tmp_path, Made())
     (path,) = tmp_path.glob(f"*/{file}")
     content = path.read_bytes()
-    another = content.replace(b"(5, 1, 3, 4)", b"(5, 1, 2, 4)").replace(b"b", b"x")  # shape or class name
+    another = content.replace(b"(5, 1, 3, 4)", b"(5, 1, 2, 4)").replace(b"yielded", b"xielded")  # shape or a note
     path.write_bytes({"empty": b"", "cut": content[:-1], "another": another}.get(damage, content))
     if damage == "pickle":
         with path.open("wb") as opened:
@@ -215,3 +223,24 @@ def test_the_default_folder_follows_the_variables(tmp_path: Path, monkeypatch: p
         load(None, Made())
         assert len(entries(tmp_path / folder)) == 1
         monkeypatch.delenv(variable)
+
+
+def test_the_command_lists_entries_and_removes_those_named_or_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name in ("first", "second"):
+        cached_images(name, ("/photos", 28), [], Made(), tmp_path)
+
+    def shown(*arguments: str) -> str:
+        cache.main(["--cache-dir", str(tmp_path), *arguments])
+        return capsys.readouterr().out
+
+    assert re.search(r"^first-\w+-\w+  0 MiB  used \d{4}-\d\d-\d\d  /photos, 28$", shown(), re.MULTILINE)
+    with pytest.raises(SystemExit):
+        shown("--empty", "third")
+    assert "got 'third'" in capsys.readouterr().err
+    assert "removed  first-" in shown("--empty", "first")
+    assert [name.partition("-")[0] for name in entries(tmp_path)] == ["second"]
+    (tmp_path / entries(tmp_path)[0] / "rest.safetensors").write_bytes(b"")
+    assert "damaged" in shown()
+    assert f"1 entries, 0 MiB, in {tmp_path}" in shown("--empty")
+    assert entries(tmp_path) == []
+    assert "0 entries" in shown()

@@ -1,5 +1,7 @@
 """load_image_folder: both layouts, the drawn split, broken images, and the cache behind it."""
 
+import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from PIL import Image
 
 from pml_fewshot.checks import MissingFileError, UsageError
 from pml_fewshot.data.dataset import Splits
-from pml_fewshot.data.image_folder import load_image_folder
+from pml_fewshot.data.image_folder import load_image_folder, load_images
 from tests.data.loading import by_class, entries, parts
 
 
@@ -52,7 +54,7 @@ def test_every_image_keeps_its_class_in_a_drawn_split(tmp_path: Path, memory_map
         for part in parts(splits).values():
             assert (part.images.dtype, part.item_shape, part.note) == (torch.uint8, (1, 6, 6), "")
             assert list(part.class_names) == sorted(part.class_names)
-        storages = {part.images.untyped_storage().data_ptr() for part in parts(splits).values()}
+        storages = {part._stored.untyped_storage().data_ptr() for part in parts(splits).values()}
         assert len(storages) == (1 if memory_map else 3)  # slices of one map, or copies
 
 
@@ -98,11 +100,15 @@ GIVEN = "train/class1/x.png val/class2/x.png test/class3/x.png"
     ("files", "message"),
     [
         (f"{GIVEN} train/x.png", "images of .* in class folders, got train/x.png in none; move it"),
-        (f"{GIVEN} validation/a/x.png", "train, test and perhaps val only, got them in test, train, val, validation"),
-        (f"{GIVEN} x.png", "train, test and perhaps val only, got them in test, train, val, x.png"),
+        (
+            f"{GIVEN} validation/a/x.png",
+            "the folders train, test and val, or train and one of them, got them in test, train, val, validation",
+        ),
+        (f"{GIVEN} x.png", "images of .*set in class folders, got x.png in none"),
+        (f"{GIVEN} other/a/x.png", "or train and one of them, got them in other, test, train, val; move the others"),
         (f"{GIVEN} test/class1/x.png", "got class 'class1' in train and in test; put each class into one split"),
-        ("train/a/x.png val/b/x.png", "train, test and perhaps val only, got them in train, val"),
-        ("class0/notes.txt", r"images in class folders in .*set, got none; add files .*\.jpg"),
+        ("val/a/x.png test/b/x.png", "train and one of them, got them in test, val"),
+        ("class0/notes.txt", r"images in class folders in .*set, got none among 1 other files; add files .*\.jpg"),
         ("x.png", r"images of .*set in class folders, got x.png in none"),
     ],
 )
@@ -123,7 +129,8 @@ def test_names_with_spaces_and_other_letters_and_deeper_folders(tmp_path: Path):
         write(tmp_path / "set" / name / "deep er" / "ü.PNG", shade)
         write(tmp_path / "set" / name / "x.png", shade + 100)
     for _ in range(2):  # read, then cached
-        splits = load(tmp_path / "set", val_fraction=0, test_fraction=0.01)
+        with pytest.warns(UserWarning, match="folder train is taken as a class, among 6 others; 7 images in deeper f"):
+            splits = load(tmp_path / "set", val_fraction=0, test_fraction=0.01)
         assert list(splits.train.class_names) == sorted(splits.train.class_names)  # and not as their files' names are
         assert shades(splits) == {name: [shade, shade + 100] for shade, name in enumerate(names)}
 
@@ -141,7 +148,7 @@ def test_broken_images_are_named_or_skipped_on_request_and_listed(tmp_path: Path
     for name in ("class0/0.png", "class4/1.png", "class9/2.png"):
         (root / name).write_bytes((root / name).read_bytes()[:40])
     for _ in range(2):  # read, then cached: both times it says so
-        with pytest.warns(UserWarning, match=r"3 broken images skipped in .*set: class\d/\d.png, c") as caught:
+        with pytest.warns(UserWarning, match=r"set: 3 broken images skipped: class0/0.png, c") as caught:
             splits = load(root, skip_broken=True)
         assert caught[0].filename == __file__  # it points at the call, not into the library
         assert {part.note for part in parts(splits).values()} == {"3 broken images skipped"}
@@ -156,14 +163,14 @@ def test_broken_images_are_named_or_skipped_on_request_and_listed(tmp_path: Path
 def test_a_long_list_of_broken_images_is_cut_and_one_is_singular(tmp_path: Path):
     root = class_folders(tmp_path / "set", classes=4, images=5)
     (root / "class0" / "0.png").write_bytes(b"")
-    with pytest.warns(UserWarning, match=r"1 broken image skipped in .*: class0/0\.png$"):
+    with pytest.warns(UserWarning, match=r"1 broken image skipped: class0/0\.png$"):
         load(root, skip_broken=True)
     for file in [file for file in root.rglob("*.png") if file.name != "4.png"]:
         file.write_bytes(b"")
-    with pytest.warns(UserWarning, match=r"16 broken images skipped .* and 6 more$"):
+    with pytest.warns(UserWarning, match=r"16 broken images skipped: .* and 6 more$"):
         load(root, skip_broken=True)
     (root / "class3" / "4.png").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"an image in every class, got none in 1 of .*'class3'"):
+    with pytest.raises(UsageError, match=r"an image in every class of .*, got only broken ones in class3; replace"):
         load(root, skip_broken=True)
     assert len(entries(tmp_path / "cache")) == 1
 
@@ -177,4 +184,104 @@ def test_the_cache_follows_the_files_and_keeps_an_entry_for_each_setting(tmp_pat
     root = class_folders(tmp_path / "other")
     for options in ({}, {"seed": 1}, {"val_fraction": 0.3}, {"image_size": 5}, {"channels": 3}, {"skip_broken": True}):
         load(root, **options)
-    assert len(entries(tmp_path / "cache")) == 7
+    assert len(entries(tmp_path / "cache")) == 5  # seed and fractions choose among the same images
+
+
+@pytest.mark.parametrize("ending", [".jfif", ".jpe", ".JPEG", ".dib", ".webp", ".tif"])
+def test_every_usual_ending_is_read(tmp_path: Path, ending: str):
+    root = class_folders(tmp_path / "set", classes=3, images=1)
+    (root / "class3").mkdir()
+    kind = {".jfif": "JPEG", ".jpe": "JPEG", ".dib": "DIB", ".webp": "WEBP", ".tif": "TIFF"}.get(ending, "JPEG")
+    Image.new("L", (6, 6), 200).save(root / "class3" / f"0{ending}", kind)
+    assert abs(shades(load(root, val_fraction=0))["class3"][0] - 200) <= 2
+
+
+def test_what_is_left_out_is_counted_aloud(tmp_path: Path):
+    root = class_folders(tmp_path / "set", classes=4, images=1)
+    left_out, ignored = ("class0/a.heic", "class0/b.heic", "raw/x.cr2", "class1/notes"), (".git/x", "class0/Thumbs.db")
+    for name in (*left_out, *ignored, "readme.md"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).touch()
+    message = (
+        r"set: left out 4 files that are no images by their ending \(2 .heic, 1 without ending, 1 .cr2\), first "
+        r"class0/a.heic; left out 1 folders without an image: raw$"
+    )
+    for load_it in (load, lambda root: load_images(root, 6, 1, cache_dir=root.parent / "cache")):
+        with pytest.warns(UserWarning, match=message) as caught:
+            load_it(root)
+        assert caught[0].filename == __file__
+
+
+def test_train_and_val_alone_are_taken_as_they_are(tmp_path: Path):
+    root = class_folders(tmp_path / "set", 4, 2, ("train", "train", "val", "val"))
+    splits = load(root)
+    assert splits.test_is_val
+    assert splits.val.class_names == ("class2", "class3")
+    assert splits.test.note == "no test classes: val's in their place"
+    write(root / "val" / "class0" / "9.png", 99)
+    with pytest.raises(UsageError, match=r"class 'class0' in train and in val; .*shared_classes=True"):
+        load(root)
+    shared = load(root, shared_classes=True)
+    assert shared.test.class_names == ("class0", "class2", "class3")
+    assert shared.test.images[shared.test.labels == 0].unique().tolist() == [99]
+
+
+def test_the_classes_of_cub_are_below_its_images_and_divided_by_lists(tmp_path: Path):
+    root = class_folders(tmp_path / "CUB" / "images", classes=6, images=2)
+    (tmp_path / "CUB" / "images.txt").write_text("1 a.jpg")
+    (tmp_path / "CUB" / "attributes").mkdir()
+    (tmp_path / "CUB" / "attributes" / "names.txt").write_text("x")
+    lists = {"train": ["class5", "class0"], "val": ["class1"], "test": ["class3"]}
+    for place in (root, root.parent):
+        splits = load(place, splits=lists)
+        assert [part.class_names for part in parts(splits).values()] == [("class0", "class5"), ("class1",), ("class3",)]
+        assert shades(splits)["class3"] == [30, 31]
+        assert {part.note for part in parts(splits).values()} == {"2 of 6 classes in no list"}
+    with zipfile.ZipFile(tmp_path / "cub.zip", "w") as archive:
+        for file in sorted(root.rglob("*.png")):
+            archive.write(file, f"CUB/images/{file.relative_to(root)}")
+    assert shades(load(tmp_path / "cub.zip", splits=lists))["class5"] == [50, 51]
+
+
+def test_one_set_holds_all_classes(tmp_path: Path):
+    root = class_folders(tmp_path / "set", classes=3, images=2)
+    for memory_map in (False, True):
+        whole = load_images(root, 6, 1, memory_map=memory_map, cache_dir=tmp_path / "cache")
+        assert whole.class_names == ("class0", "class1", "class2")
+        assert whole.images[:, 0, 0, 0].tolist() == [0, 1, 10, 11, 20, 21]
+    load(root)
+    assert len(entries(tmp_path / "cache")) == 1  # the same copy for every division
+    with pytest.raises(MissingFileError, match=r"a folder of images at .*nowhere, got none there"):
+        load_images(tmp_path / "nowhere")
+
+
+def test_folders_that_change_places_are_seen(tmp_path: Path):
+    """The files have the same names, sizes and times afterwards."""
+    root = class_folders(tmp_path / "set", classes=4, images=1)
+    for file in root.rglob("*.png"):
+        (root / "x.bmp").write_bytes(file.read_bytes())
+        file.unlink()
+        Image.new("L", (6, 6), 10 * int(file.parent.name[-1])).save(file.with_suffix(".bmp"))
+        os.utime(file.with_suffix(".bmp"), (1e9, 1e9))
+    (root / "x.bmp").unlink()
+    assert shades(load(root)) == {f"class{c}": [10 * c] for c in range(4)}
+    for old, new in (("class0", "x"), ("class1", "class0"), ("x", "class1")):
+        (root / old).rename(root / new)
+    assert shades(load(root)) == {"class0": [10], "class1": [0], "class2": [20], "class3": [30]}
+    assert len(entries(tmp_path / "cache")) == 1
+
+
+def test_sizes_depth_and_ways_to_resize_reach_the_images(tmp_path: Path):
+    root = tmp_path / "set"
+    for c in range(3):
+        (root / str(c)).mkdir(parents=True)
+        Image.fromarray(np.full((4, 8), 300 * c + 5, np.uint16)).save(root / str(c) / "0.png")
+    splits = load(root, image_size=(2, 6), resize="pad", depth=16, val_fraction=0)
+    images = by_class(splits)
+    assert splits.train.images.dtype == torch.uint16
+    for c in range(3):  # 2 x 4 in the middle of 2 x 6
+        expected = [[0, *[300 * c + 5] * 4, 0]] * 2
+        np.testing.assert_array_equal(images[str(c)][0, 0], expected)
+    assert len(entries(tmp_path / "cache")) == 1
+    load(root, image_size=(2, 6), resize="stretch", depth=16, val_fraction=0)
+    assert len(entries(tmp_path / "cache")) == 2

@@ -1,5 +1,6 @@
 """load_mini_imagenet: a made-up set of 100 classes in every layout, and the real one where it is at hand."""
 
+import pickle
 import shutil
 import zipfile
 from pathlib import Path
@@ -79,10 +80,73 @@ def test_every_layout_gives_every_image_to_its_class(made_up: Path, tmp_path: Pa
             for split, part in parts(splits).items():
                 assert part.class_names == tuple(sorted(folder.name for folder in (made_up / split).iterdir()))
                 assert part.note == "2 of 600 images a class"
-            storages = {part.images.untyped_storage().data_ptr() for part in parts(splits).values()}
+            storages = {part._stored.untyped_storage().data_ptr() for part in parts(splits).values()}
             assert len(storages) == (1 if memory_map else 3)
         assert all(file.is_relative_to(tmp_path / "cache") for file in set(tmp_path.rglob("*")) - before)
     assert not list((tmp_path / "cache").rglob("*.jpg"))  # nothing is unpacked
+
+
+def pickled(source: Path, folder: Path, protocol: int = 4, size: int = SIZE) -> Path:
+    """The three files that are passed around, with the images of a class not side by side."""
+    folder.mkdir(parents=True)
+    for split in CLASSES:
+        files = sorted((source / split).rglob("*.jpg"), key=lambda file: file.name[::-1])
+        images = np.stack([np.asarray(Image.open(file).resize((size, size))) for file in files])
+        index: dict[str, list[int]] = {}
+        for place, file in enumerate(files):
+            index.setdefault(file.parent.name, []).append(place)
+        content = {"image_data": images, "class_dict": index}
+        (folder / f"mini-imagenet-cache-{split}.pkl").write_bytes(pickle.dumps(content, protocol))
+    return folder
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_the_pickles_that_are_passed_around_are_read(made_up: Path, tmp_path: Path, protocol: int):
+    folder = pickled(made_up, tmp_path / "data" / "miniimagenet", protocol)
+    expected = {
+        name.name: np.stack(
+            [np.asarray(Image.open(f)).transpose(2, 0, 1) for f in sorted(name.iterdir(), key=lambda f: f.name[::-1])]
+        )
+        for name in made_up.glob("*/*")
+    }
+    for root in (folder.parent, folder, folder / "mini-imagenet-cache-val.pkl"):
+        for memory_map in (False, True):
+            splits = load(root, tmp_path / "cache", memory_map=memory_map)
+            np.testing.assert_equal(by_class(splits), expected)
+            assert splits.test.note == "2 of 600 images a class"
+            assert splits.val.checksum() == splits.val.checksum(recompute=True)
+    assert len(entries(tmp_path / "cache")) == 1
+    (folder / "mini-imagenet-cache-test.pkl").unlink()
+    with pytest.raises(MissingFileError, match=r"mini-imagenet-cache-test.pkl in .* beside the others, got none"):
+        load(folder, tmp_path / "cache")
+
+
+def test_pickles_of_other_classes_are_read_and_say_so(made_up: Path, tmp_path: Path):
+    few = tmp_path / "few"
+    for split in CLASSES:
+        for folder in sorted((made_up / split).iterdir())[:3]:
+            shutil.copytree(folder, few / split / folder.name)
+    splits = load(pickled(few, tmp_path / "set", size=2 * SIZE), tmp_path / "cache")
+    assert splits.train.item_shape == (3, SIZE, SIZE)
+    assert "other numbers of classes ({'train': 3, 'val': 3, 'test': 3})" in splits.test.note
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1], "image_data and class_dict in .*val.pkl, got list; fetch it again"),
+        ({"data": 1}, "image_data and class_dict in .*, got data; fetch"),
+        ({"image_data": np.zeros((2, 4, 4, 3)), "class_dict": {"a": [0]}}, r"uint8 \(N, H, W, 3\) in .*, got float64"),
+        ({"image_data": np.zeros((2, 4, 4, 3), "u1"), "class_dict": {"a": [2]}}, "class 'a' in .* as ind"),
+        (Path("x"), r"expected .*val.pkl"),
+    ],
+)
+def test_pickles_of_other_content_are_refused(made_up: Path, tmp_path: Path, content: object, message: str):
+    folder = pickled(made_up, tmp_path / "set")
+    (folder / "mini-imagenet-cache-val.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(UsageError, match=message):
+        load(folder, tmp_path / "cache")
+    assert entries(tmp_path / "cache") == []
 
 
 def test_uneven_classes_are_noted_and_full_ones_are_not(made_up: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -99,11 +163,13 @@ def test_other_classes_than_the_split_has_are_an_error(made_up: Path, tmp_path: 
     a, b = next((root / "val").iterdir()), next((root / "test").iterdir())
     for source, target in ((a, root / "val" / "n01855672"), (b, root / "test" / "n00000001")):
         source.rename(target)
-    with pytest.raises(UsageError, match=r"Ravi and Larochelle's 16 classes for val in .*, got others \(c.*; fetch"):
+    with pytest.raises(
+        UsageError, match=r"miniImageNet in .*, got other val classes than Ravi and Larochelle's \(c.*; fetch"
+    ):
         load(root, tmp_path / "cache")
     shutil.rmtree(root / "val" / "n01855672")
     for path in (root, zipped(root, tmp_path / "x.zip"), listed(root, tmp_path / "lists")):
-        with pytest.raises(UsageError, match=r"miniImageNet's numbers of classes .*'val': 16.* got .*'val': 15"):
+        with pytest.raises(UsageError, match=r"got other numbers of classes \(.*'val': 15.*\) than .*'val': 16"):
             load(path, tmp_path / "cache")
     assert entries(tmp_path / "cache") == []
 
@@ -112,7 +178,7 @@ def test_other_classes_than_the_split_has_are_an_error(made_up: Path, tmp_path: 
     ("text", "error", "message"),
     [
         ("filename,label\na.jpg\n", UsageError, r"columns filename,label with values in .*val\.csv, got .*a\.jpg"),
-        ("", UsageError, r"'val': 16.*, got \{'train': 64, 'test': 20\}; fetch"),
+        ("", UsageError, r"got other numbers of classes \(\{'train': 64, 'test': 20\}\) than .*; fetch"),
         ("filename,label\nnone.jpg,n1\n", MissingFileError, r"expected .*none\.jpg, an image of val\.csv, got no such"),
         ("filename,label\n{taken},n1\n", MissingFileError, r"expected .*{taken}, .* or two lines with it"),
         (None, MissingFileError, r"expected the list .*val\.csv, got none; fetch it"),

@@ -100,6 +100,15 @@ def test_every_layout_gives_the_same_pixels_and_classes(tmp_path: Path, kinds: t
             np.testing.assert_allclose(images, expected_pixels(name, size), atol=1.0 if size < 105 else 0)
 
 
+@pytest.mark.parametrize("kind", ["zip", "folder"])
+def test_what_torchvision_fetched_is_found_by_its_name(tmp_path: Path, kind: str):
+    write(tmp_path / "data" / "omniglot-py", "images_background", "folder")
+    write(tmp_path / "data" / "omniglot-py", "images_evaluation", kind)
+    expected = by_class(load(written(tmp_path / "other")))
+    for root in (tmp_path / "data", tmp_path / "data" / "omniglot-py"):
+        np.testing.assert_equal(by_class(load(root)), expected)
+
+
 def test_rotations_of_the_classes_at_28_pixels_are_the_default(tmp_path: Path):
     base = load(written(tmp_path / "data"), image_size=28)
     splits = load_omniglot(tmp_path / "data", cache_dir=tmp_path / "cache")

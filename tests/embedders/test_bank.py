@@ -1,70 +1,265 @@
-"""EmbeddingBank against numpy; save_bank and load_bank: banks come back as they were, files of other tools are read."""
+"""EmbeddingBank against numpy, and features in all their forms against the same bank built by hand."""
 
 import hashlib
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file as save_numpy
 from torch import Tensor
 
-from pml_fewshot.checks import MissingFileError, UsageError, UsageTypeError
-from pml_fewshot.embedders.bank import FORMATS, EmbeddingBank, load_bank, save_bank
+from pml_fewshot.checks import UsageError, UsageTypeError
+from pml_fewshot.embedders.bank import EmbeddingBank
 
 LABELS = np.array([3, -1, 3, -1, 2**53 + 1, 7], dtype=np.int64)  # one that no float64 holds
 EMBEDDINGS = np.random.default_rng(0).normal(3, size=(6, 4)).astype(np.float32)
 ROWS, NUMBERS = torch.from_numpy(EMBEDDINGS), torch.from_numpy(LABELS)
 SOURCE = "0123456789abcdef"
+TEXTS = ["cat", "ant", "cat", "dog", "bee", "ant"]
+NAMES, NUMBERED = ("ant", "bee", "cat", "dog"), [2, 0, 2, 3, 1, 0]
 
 
 def bank(dtype: torch.dtype = torch.float32, source: str = "") -> EmbeddingBank:
-    return EmbeddingBank(ROWS.to(dtype), NUMBERS, source)
+    return EmbeddingBank(ROWS.to(dtype), NUMBERS, source, note="of a test")
 
 
-def check(loaded: EmbeddingBank, embeddings: Tensor = ROWS, labels: Any = LABELS) -> None:
-    """That the loaded bank is as it was, to the last bit."""
-    assert (loaded.embeddings.dtype, loaded.labels.dtype) == (embeddings.dtype, torch.int64)
-    assert torch.equal(loaded.embeddings, embeddings)
-    assert loaded.labels.tolist() == list(labels)
-
-
-def write(folder: Path, suffix: str, embeddings: np.ndarray = EMBEDDINGS, labels: np.ndarray = LABELS) -> Path:
-    path = folder / f"bank{suffix}"
-    if suffix == ".npy":
-        np.save(path, embeddings)
-        np.save(folder / "bank_labels.npy", labels)
-    elif suffix == ".npz":
-        np.savez(path, e=embeddings, l=labels)
-    elif suffix == ".safetensors":
-        save_numpy({"e": embeddings, "l": labels}, path)
-    else:
-        torch.save((torch.from_numpy(embeddings), torch.from_numpy(labels)), path)
-    return path
-
-
-def pt(folder: Path, what: Any, name: str = "bank.pt") -> Path:
-    torch.save(what, folder / name)
-    return folder / name
+def check(made: EmbeddingBank, embeddings: Tensor = ROWS, labels: Any = LABELS, names: Any = ()) -> None:
+    """That the bank is the expected one, to the last bit."""
+    assert (made.embeddings.dtype, made.labels.dtype) == (embeddings.dtype, torch.int64)
+    assert torch.equal(made.embeddings, embeddings)
+    assert made.labels.tolist() == list(labels)
+    assert made.class_names == tuple(names)
 
 
 @pytest.mark.parametrize(
     ("embeddings", "labels", "error", "message"),
     [
-        (ROWS[0], NUMBERS, UsageError, r"embeddings of shape \(M, D\), got shape \(4,\); flatten each item to one row"),
-        (ROWS[..., None], NUMBERS, UsageError, r"got shape \(6, 4, 1\)"),
+        (
+            ROWS[0],
+            NUMBERS,
+            UsageError,
+            r"embeddings of shape \(M, D\), got shape \(4,\); flatten each item to one row$",
+        ),
+        (ROWS[..., None], NUMBERS, UsageError, r"got shape \(6, 4, 1\); .* use EmbeddingBank.from_features"),
         (ROWS.long(), NUMBERS, UsageTypeError, r"float embeddings, got torch.int64; convert them with .float\(\)"),
-        (ROWS, NUMBERS.int(), UsageTypeError, "the bank's labels as an int64 tensor"),
-        (ROWS, LABELS, UsageTypeError, "the bank's labels as an int64 tensor"),
+        ([[1, 2], [3, 4]], [0, 1], UsageTypeError, r"float embeddings, got torch.int64; .* or write 1.0 for 1"),
+        (EMBEDDINGS > 0, NUMBERS, UsageTypeError, "float embeddings, got torch.bool"),
+        ("rows", NUMBERS, UsageTypeError, "embeddings as a tensor, numpy array, DataFrame or list of rows.*, got str;"),
+        (None, NUMBERS, UsageTypeError, "got NoneType"),
+        ([[1.0, 2.0], [3.0]], NUMBERS, UsageTypeError, "all numbers and of one length, got list of 2"),
+        ([ROWS[0], ROWS[0, :2]], NUMBERS, UsageTypeError, "all numbers and of one length, got list of 2"),
+        (EMBEDDINGS.astype(object), NUMBERS, UsageTypeError, r"got object \(6, 4\)"),
+        (ROWS, NUMBERS.float(), UsageTypeError, "the bank's labels as integers or texts"),
+        (ROWS, LABELS.astype(bool), UsageTypeError, "the bank's labels as integers or texts, got ndarray of bool"),
         (ROWS, NUMBERS[:, None], UsageError, r"the bank's labels of shape \(6,\)"),
+        (ROWS, TEXTS[:5], UsageError, r"the bank's labels of shape \(6,\)"),
+        (ROWS, np.full(6, 2**63, dtype=np.uint64), UsageError, r"labels below 2\*\*63, got 9223372036854775808"),
+        (ROWS, torch.full((6,), 2**63, dtype=torch.uint64), UsageError, r"labels below 2\*\*63"),
         (ROWS / 0, NUMBERS, UsageError, "finite embeddings, got NaN or infinity in 6 of 6 rows"),
     ],
 )
-def test_what_is_no_bank_is_refused(embeddings: Tensor, labels: Any, error: type[Exception], message: str):
+def test_what_is_no_bank_is_refused(embeddings: Any, labels: Any, error: type[Exception], message: str):
     with pytest.raises(error, match=f"^expected .*{message}"):
         EmbeddingBank(embeddings, labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "message"),
+    [
+        (
+            NUMBERED,
+            ("ant", "bee"),
+            "labels that are indices into the 2 class names, got labels from 0 to 3; number the classes from 0",
+        ),
+        (TEXTS, ("ant", "bee"), r"labels among the class names, got 'cat'; add it to class_names"),
+        (NUMBERED, ("ant", "bee", "ant", "dog"), r"different class names, got \['ant'\] more than once"),
+    ],
+)
+def test_names_that_do_not_fit_the_labels_are_refused(labels: Any, names: tuple[str, ...], message: str):
+    with pytest.raises(UsageError, match=f"^expected {message}"):
+        EmbeddingBank(ROWS, labels, class_names=names)
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "dtype"),
+    [
+        (EMBEDDINGS, torch.float32),
+        (EMBEDDINGS.astype(np.float16), torch.float16),
+        (EMBEDDINGS.astype(">f8"), torch.float64),
+        (np.asfortranarray(EMBEDDINGS), torch.float32),
+        (EMBEDDINGS[::-1].copy()[::-1], torch.float32),
+        (EMBEDDINGS.astype(np.float64).tolist(), torch.float32),
+        (list(EMBEDDINGS), torch.float32),
+        (list(EMBEDDINGS.astype(np.float64)), torch.float64),
+        (tuple(ROWS.bfloat16()), torch.bfloat16),
+        ([list(row) for row in EMBEDDINGS], torch.float32),
+    ],
+    ids=["float32", "float16", "swapped", "fortran", "reversed", "lists", "arrays", "float64s", "tensors", "scalars"],
+)
+def test_embeddings_as_arrays_and_lists_keep_their_type_and_pythons_become_float32(embeddings: Any, dtype: torch.dtype):
+    check(EmbeddingBank(embeddings, LABELS), ROWS.to(dtype))
+
+
+def test_tensors_and_arrays_are_not_copied():
+    for given in (ROWS, EMBEDDINGS, ROWS.requires_grad_(False)):
+        assert EmbeddingBank(given, NUMBERS).embeddings.data_ptr() == ROWS.data_ptr()
+    assert EmbeddingBank(ROWS, NUMBERS).labels is NUMBERS
+
+
+@pytest.mark.parametrize(
+    "change", [list, tuple, np.array, lambda given: np.array(given, "S"), lambda given: np.array(given, object)]
+)
+def test_labels_as_texts_are_numbered_in_alphabetical_order_or_as_the_class_names_are(change: Any):
+    check(EmbeddingBank(ROWS, change(TEXTS)), labels=NUMBERED, names=NAMES)
+    check(
+        EmbeddingBank(ROWS, change(TEXTS), class_names=NAMES[::-1]), labels=[3 - n for n in NUMBERED], names=NAMES[::-1]
+    )
+
+
+@pytest.mark.parametrize("change", [list, np.int32, np.uint8, np.uint64, lambda given: torch.tensor(given).short()])
+def test_labels_as_integers_of_any_kind(change: Any):
+    check(EmbeddingBank(ROWS, change(NUMBERED)), labels=NUMBERED)
+
+
+BY_CLASS = {"cat": ROWS[[0, 2]], "ant": ROWS[[1, 5]], "dog": ROWS[[3]], "bee": ROWS[[4]]}  # of other sizes
+ORDER = [0, 2, 1, 5, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "change", [Tensor.clone, Tensor.numpy, Tensor.tolist, list], ids=["tensors", "numpy", "lists", "rows"]
+)
+def test_rows_by_class_are_named_by_their_keys(change: Any):
+    made = EmbeddingBank.from_features({name: change(rows) for name, rows in BY_CLASS.items()})
+    check(made, ROWS[ORDER], [2, 2, 0, 0, 3, 1], NAMES)
+    numbered = EmbeddingBank.from_features({7: change(ROWS[:2]), np.int64(-3): change(ROWS[2:])}, note="n")
+    check(numbered, labels=[7, 7, -3, -3, -3, -3])
+    assert numbered.note == "n"
+
+
+def test_a_tensor_of_three_axes_is_of_classes_in_order():
+    for given in (
+        ROWS.view(2, 3, 4),
+        EMBEDDINGS.reshape(2, 3, 4),
+        ROWS.view(2, 3, 4).tolist(),
+        list(ROWS.view(2, 3, 4)),
+    ):
+        check(EmbeddingBank.from_features(given), labels=[0, 0, 0, 1, 1, 1])
+    check(EmbeddingBank.from_features(ROWS.view(2, 3, 4), class_names=["a", "b"]), labels=[0] * 3 + [1] * 3, names="ab")
+
+
+def test_pairs_and_labels_beside_the_rows():
+    check(EmbeddingBank.from_features(EMBEDDINGS, TEXTS), labels=NUMBERED, names=NAMES)
+    check(EmbeddingBank.from_features((EMBEDDINGS, LABELS)))
+    check(EmbeddingBank.from_features(list(zip(ROWS, TEXTS, strict=True))), labels=NUMBERED, names=NAMES)
+    check(EmbeddingBank.from_features(tuple(zip(EMBEDDINGS, NUMBERS, strict=True))))
+    check(EmbeddingBank.from_features([(row, int(n)) for row, n in zip(EMBEDDINGS.tolist(), LABELS, strict=True)]))
+    two = EmbeddingBank.from_features([(ROWS[0], 5), (ROWS[1], 4)])  # no pair of embeddings and labels
+    check(two, ROWS[:2], [5, 4])
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (EMBEDDINGS, r"labels beside the features, got float32 \(6, 4\) alone; give labels, a dict of rows by class"),
+        (EMBEDDINGS.tolist(), "labels beside the features, got list of 6 alone"),
+        ([], "labels beside the features, got list of 0 alone"),
+        ({}, "rows by class, all named by texts or all by integers, got none"),
+        ({"cat": ROWS, 3: ROWS}, "all named by texts or all by integers, got 'cat', 3; rename them"),
+        ({(0, 1): ROWS}, r"all named by texts or all by integers, got \(0, 1\)"),
+        ({"cat": ROWS, "dog": ROWS[:, :2]}, r"shape \(n, 4\), n > 0, .*, got torch.float32 \(6, 2\) for class 'dog'"),
+        ({"cat": ROWS, "dog": ROWS[:0]}, r"got torch.float32 \(0, 4\) for class 'dog'; convert or leave it out"),
+        ({"cat": ROWS, "dog": ROWS[0]}, r"got torch.float32 \(4,\) for class 'dog'"),
+        (
+            {"embeddings": ROWS, "labels": NUMBERS},
+            "got torch.int64 .* 'labels'; .* give embeddings and labels as a pair",
+        ),
+        ({"cat": "rows"}, "embeddings as a tensor, .* got str"),
+        ("features.pt", "embeddings as a tensor, .* got str"),
+    ],
+)
+def test_other_features_are_refused_with_what_was_given(features: Any, message: str):
+    with pytest.raises(UsageError, match=f"^expected .*{message}"):
+        EmbeddingBank.from_features(features)
+
+
+def table(**more: Any) -> Any:
+    pandas = pytest.importorskip("pandas")
+    return pandas.DataFrame({**dict(zip("abcd", EMBEDDINGS.T, strict=True)), **more})
+
+
+@pytest.mark.parametrize("name", ["label", "class", "class_name", "Target", "species"])
+def test_a_table_of_floats_and_a_column_of_labels(name: str):
+    check(EmbeddingBank.from_features(table(**{name: TEXTS})), labels=NUMBERED, names=NAMES)
+    as_category = table(**{name: TEXTS}).astype({name: "category", "a": "Float64"})
+    check(EmbeddingBank.from_features(as_category), ROWS.double(), labels=NUMBERED, names=NAMES)
+    numbers = table(**{name: LABELS, "path": TEXTS, "unused": TEXTS})
+    if name != "species":  # an integer of another name may be a feature
+        check(EmbeddingBank.from_features(numbers))
+
+
+@pytest.mark.parametrize("name", ["embedding", "embeddings", "features", "clip"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_a_table_with_a_column_of_lists(name: str, dtype: Any):
+    rows = EMBEDDINGS.astype(dtype)
+    made = EmbeddingBank.from_features(table(**{name: list(rows)}, label=LABELS, id=range(6), path=TEXTS))
+    check(made, torch.from_numpy(rows))
+    check(
+        EmbeddingBank.from_features(table(**{name: EMBEDDINGS.tolist(), "class": TEXTS})), labels=NUMBERED, names=NAMES
+    )
+
+
+def test_row_names_are_no_features_and_no_labels():
+    pandas = pytest.importorskip("pandas")
+    for names in (range(6), TEXTS):
+        given = pandas.concat([pandas.DataFrame({"Unnamed: 0": names}), table(species=TEXTS)], axis=1)
+        check(EmbeddingBank.from_features(given), labels=NUMBERED, names=NAMES)
+    floats = pandas.concat([pandas.DataFrame({"Unnamed: 0": EMBEDDINGS[:, 0]}), table(species=TEXTS)], axis=1)
+    assert EmbeddingBank.from_features(floats).embeddings.shape == (6, 5)
+
+
+def test_columns_of_a_table_as_embeddings_and_as_labels():
+    whole = table(e=list(EMBEDDINGS), label=TEXTS)
+    check(EmbeddingBank(whole[list("abcd")], whole.label), labels=NUMBERED, names=NAMES)
+    check(EmbeddingBank(whole.e, whole.label), labels=NUMBERED, names=NAMES)
+    check(EmbeddingBank.from_features((whole[list("abcd")], LABELS)))
+    pandas = pytest.importorskip("pandas")
+    twice = pandas.concat([whole[list("abcd")], whole], axis=1).drop(columns="e")  # the same names twice
+    check(EmbeddingBank.from_features(twice), ROWS.repeat(1, 2), NUMBERED, NAMES)
+    with pytest.raises(UsageTypeError, match=r"got DataFrame"):
+        EmbeddingBank(whole[[]], whole.label)
+    mixed = whole[list("abcd")].astype({"b": "float64"})
+    check(EmbeddingBank(mixed, LABELS), ROWS.double())
+    with pytest.raises(
+        UsageTypeError, match=r"expected columns of floats, got object in 'e', .* in 'label'; leave them"
+    ):
+        EmbeddingBank(whole, whole.label)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            {"label": TEXTS, "count": range(6)},
+            "floats in the columns of the table .*, got int64 in 'count'; name that of",
+        ),
+        ({"label": TEXTS, "ok": [True] * 6}, "got bool in 'ok'"),
+        (
+            {},
+            r"a column of labels \(.* or the only one of texts\) in the table, got columns a .*; name it 'label'",
+        ),
+        ({"one": TEXTS, "other": TEXTS}, "a column of labels .*, got columns .*, one .*, other "),
+        ({"label": [*TEXTS[:5], None]}, r"a label in every row of the table, got none in 1 of 6 rows, first in row 5"),
+        ({"clip": list(EMBEDDINGS), "dino": list(EMBEDDINGS), "label": TEXTS}, "one column of lists in the table, got"),
+        ({"label": EMBEDDINGS[:, 0]}, "the bank's labels as integers or texts"),
+    ],
+)
+def test_tables_in_which_it_is_not_clear_what_is_meant_are_refused(more: dict[str, Any], message: str):
+    with pytest.raises(UsageError, match=f"^expected .*{message}"):
+        EmbeddingBank.from_features(table(**more))
+    with pytest.raises(
+        UsageError, match=r"columns of floats, or one of lists, in the table, got columns label .*; add"
+    ):
+        EmbeddingBank.from_features(table(label=TEXTS)[["label"]])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -97,153 +292,47 @@ def test_the_fingerprint_is_of_the_labels_in_their_order_or_of_the_source_where_
     known = bank(source=SOURCE)
     for derived in (known, known.normalized(), known.centered(torch.zeros(4)), known.to("cpu")):
         assert derived.fingerprint() == derived.source == SOURCE
+        assert derived.note == "of a test"
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_a_bank_comes_back_to_the_last_bit(dtype: torch.dtype, tmp_path: Path):
-    original = bank(dtype, SOURCE if dtype == torch.float32 else "")
-    save_bank(tmp_path / "bank.safetensors", EmbeddingBank(torch.ones(2, 3), torch.arange(2)))  # replaced
-    save_bank(tmp_path / "bank.safetensors", original)
-    loaded = load_bank(tmp_path / "bank.safetensors")
-    check(loaded, original.embeddings)
-    assert loaded.source == original.source
-    assert [path.name for path in tmp_path.iterdir()] == ["bank.safetensors"]
+@pytest.mark.parametrize("names", [(), tuple(f"c{number}" for number in range(9))])
+def test_small_classes_are_left_out_and_the_note_says_so(names: tuple[str, ...]):
+    labels = [5, 0, 5, 3, 0, 5, 8, 3]  # three of 5, two of 0 and 3, one of 8
+    rows = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    whole = EmbeddingBank(rows, labels, SOURCE, names, "of a test")
+    assert whole.without_small_classes(1) is whole  # (classes without items are none)
+    for least in (2, 3):
+        kept = [i for i, label in enumerate(labels) if labels.count(label) >= least]
+        left = whole.without_small_classes(least)
+        values = sorted({labels[i] for i in kept})
+        expected = [values.index(labels[i]) if names else labels[i] for i in kept]
+        check(left, rows[kept], expected, [names[v] for v in values] if names else ())
+        out = f"{4 - len(values)} of 4 classes with fewer than {least} items left out ({8 - len(kept)} items)"
+        assert left.note == f"of a test; {out}"
+    with pytest.raises(UsageError, match="expected a class of at least 4 items, got at most 3; lower it"):
+        whole.without_small_classes(4)
 
 
-def test_other_endings_are_neither_saved_to_nor_read(tmp_path: Path):
-    with pytest.raises(UsageError, match=r"expected a path that ends with \.safetensors, got .*; rename it"):
-        save_bank(tmp_path / "bank.npz", bank())
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "bank.csv").write_bytes(b"x")
-    for arguments in ((tmp_path / "bank.csv",), (write(tmp_path, ".npy"), tmp_path / "bank.csv")):
-        with pytest.raises(UsageError, match=r"expected the file's ending as one of '\.npy', '\.npz'"):
-            load_bank(*arguments)
+def test_a_bank_without_small_classes_is_another_set_and_the_same_one_however_it_was_asked_for():
+    labels, rows = [0] * 6 + [1] * 4 + [2] * 2, torch.zeros(12, 3)
+    for source in ("", SOURCE):
+        banks = [EmbeddingBank(rows, labels, source, names) for names in ("abc", "abd", "xyc")]
+        prints = [each.fingerprint() for each in banks[:1]] + [
+            each.without_small_classes(3).fingerprint() for each in banks
+        ]
+        assert len(set(prints)) == 3
+        assert prints[1] == prints[2]  # "abc" and "abd" without their last class
+        assert banks[0].without_small_classes(4).fingerprint() == prints[1]
+    known, other = (EmbeddingBank(rows, labels, source).without_small_classes(3) for source in (SOURCE, "another"))
+    assert len({known.fingerprint(), other.fingerprint(), SOURCE}) == 3
 
 
-def test_npy_is_memory_mapped_and_takes_labels_from_another_file(tmp_path: Path):
-    path = write(tmp_path, ".npy")
-    with mock.patch.object(np, "load", wraps=np.load) as load:
-        loaded = load_bank(str(path))
-    check(loaded)
-    assert load.call_args_list[0].kwargs["mmap_mode"] == "r"  # Linux refuses a writable map that is larger than memory
-    np.load(path, mmap_mode="r+")[0, 0] = 7
-    assert loaded.embeddings[0, 0] == 7
-    np.save(tmp_path / "others.npy", LABELS[::-1])
-    assert load_bank(path, str(tmp_path / "others.npy")).labels.tolist() == LABELS[::-1].tolist()
-    (tmp_path / "bank_labels.npy").unlink()
-    with pytest.raises(MissingFileError, match=r"expected a file of .*labels at .*bank_labels\.npy"):
-        load_bank(path)
-    lone = pt(tmp_path, ROWS)
-    check(load_bank(lone, pt(tmp_path, NUMBERS, "labels.pt")))
-    with pytest.raises(UsageError, match=r"expected one array of labels.*; .*give a file of labels"):
-        load_bank(lone)
-
-
-@pytest.mark.parametrize("suffix", [".npy", ".npz"])
-@pytest.mark.parametrize("change", [np.asfortranarray, lambda array: array.astype(">f4")], ids=["fortran", "swapped"])
-def test_the_other_orders_of_axes_and_bytes_are_read(change: Any, suffix: str, tmp_path: Path):
-    check(load_bank(write(tmp_path, suffix, change(EMBEDDINGS), LABELS.astype(">i8"))))
-
-
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-@pytest.mark.parametrize(
-    ("arrays", "keys"),
-    [
-        ({"logits": EMBEDDINGS + 1, "ids": np.arange(6), "labels": LABELS, "embeddings": EMBEDDINGS}, {}),
-        ({"y": LABELS, "feats": EMBEDDINGS, "scores": np.ones(6), "pixels": np.ones((6, 2), dtype=np.uint8)}, {}),
-        (
-            {"embeddings": EMBEDDINGS + 1, "feats": EMBEDDINGS, "labels": LABELS + 1, "y": LABELS},
-            {"embeddings_key": "feats", "labels_key": "y"},
-        ),
-    ],
-    ids=["standard names", "the only ones that fit", "names given"],
-)
-def test_npz_by_names_or_by_what_fits(arrays: dict[str, np.ndarray], keys: dict[str, str], save: Any, tmp_path: Path):
-    save(tmp_path / "bank.npz", **arrays)
-    check(load_bank(tmp_path / "bank.npz", **keys))
-
-
-@pytest.mark.parametrize(
-    ("arrays", "keys", "message"),
-    [
-        (
-            {"a": EMBEDDINGS, "b": EMBEDDINGS, "labels": LABELS},
-            {},
-            r"one array of embeddings, floats of two axes, in .*bank.npz, got a \S*float32 \(6, 4\), b \S*float32 "
-            r"\(6, 4\), labels \S*int64 \(6,\); say which by embeddings_key",
-        ),
-        ({"embeddings": EMBEDDINGS, "y": LABELS, "ids": LABELS}, {}, "one array of labels, .*say which by labels_key"),
-        ({}, {}, "one array of embeddings, .* got nothing"),
-        ({"feats": EMBEDDINGS, "y": LABELS}, {"embeddings_key": "feat"}, "embeddings named 'feat' in .*, got feats .*"),
-        ({"feats": EMBEDDINGS, "y": LABELS}, {"labels_key": "x"}, r"labels named 'x' in .*, y \S*int64 \(6,\); give"),
-    ],
-)
-def test_where_it_is_not_clear_what_is_meant_the_names_are_listed(
-    arrays: dict[str, np.ndarray], keys: dict[str, str], message: str, tmp_path: Path
-):
-    np.savez(tmp_path / "bank.npz", **arrays)
-    with pytest.raises(UsageError, match=r"^expected " + message):
-        load_bank(tmp_path / "bank.npz", **keys)
-
-
-PARTS = {
-    "dict": {"embeddings": ROWS, "labels": NUMBERS, "epoch": 3},
-    "other names": {"features": torch.nn.Parameter(ROWS.clone()), "targets": LABELS.tolist(), "groups": [{}], "no": []},
-    "pair": (ROWS, NUMBERS),
-    "pair with a list": [ROWS, LABELS.tolist()],
-}
-
-
-@pytest.mark.parametrize("parts", PARTS)
-def test_pt_of_a_dict_or_a_pair(parts: str, tmp_path: Path):
-    check(load_bank(pt(tmp_path, PARTS[parts])))
-
-
-@pytest.mark.parametrize("what", [3, (torch.ones(1),), None, {"embeddings": 3}, {"embeddings": np.ones((2, 2))}])
-def test_pt_of_something_else_is_refused(what: Any, tmp_path: Path):
-    with pytest.raises(UsageError, match=r"^expected "):
-        load_bank(pt(tmp_path, what))
-
-
-@pytest.mark.parametrize("dtype", ["U", "S", "int8", "uint8", "uint16", "int32", "uint64"])
-def test_labels_of_any_integers_and_texts_numbered_in_alphabetical_order(dtype: str, tmp_path: Path):
-    names, numbers = ["cat", "ant", "cat", "dog", "bee", "ant"], [2, 0, 2, 3, 1, 0]
-    labels = np.array(names if dtype in "US" else numbers).astype(dtype)
-    check(load_bank(write(tmp_path, ".npz", labels=labels)), labels=numbers)
-    check(load_bank(pt(tmp_path, {"embeddings": ROWS, "labels": labels.astype("U").tolist()})), labels=numbers)
-
-
-@pytest.mark.parametrize("dtype", ["float64", "bool", "complex64"])
-def test_labels_that_are_no_numbers_of_classes_are_refused(dtype: str, tmp_path: Path):
-    path = write(tmp_path, ".npy", labels=LABELS.astype(dtype))
-    with pytest.raises(UsageTypeError, match=f"labels as integers or texts in .*bank_labels.npy, got .*{dtype}; conv"):
-        load_bank(path, labels_key="bank_labels")
-    with pytest.raises(UsageError, match="integers or texts"):
-        load_bank(path)
-
-
-@pytest.mark.parametrize("suffix", [".npy", ".npz"])
-@pytest.mark.parametrize("dtype", ["i8", "c8", "U", "O", "M8[s]"])
-def test_embeddings_that_are_no_floats_are_refused(dtype: str, suffix: str, tmp_path: Path):
-    with pytest.raises(UsageError, match=r"^expected "):
-        load_bank(write(tmp_path, suffix, EMBEDDINGS.astype(dtype)))
-
-
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_nan_other_labels_broken_files_and_missing_ones_are_refused_in_every_format(suffix: str, tmp_path: Path):
-    broken = EMBEDDINGS.copy()
-    broken[2, 1] = np.nan
-    with pytest.raises(UsageError, match=r"NaN or infinity in 1 of 6 rows, first in row 2"):
-        load_bank(write(tmp_path, suffix, broken))
-    with pytest.raises(UsageError, match=r"expected the bank's labels of shape \(6,\)"):
-        load_bank(write(tmp_path, suffix, labels=LABELS[:5]))
-    path = write(tmp_path, suffix)
-    check(load_bank(path))
-    for content in (b"", b"\0" * 64, b"embeddings,labels\n0.5,1\n", b"{}", path.read_bytes()[:-9]):
-        (tmp_path / f"other{suffix}").write_bytes(content)
-        with pytest.raises(UsageError, match=r"^expected .*other"):
-            load_bank(tmp_path / f"other{suffix}")
-    (tmp_path / f"folder{suffix}").mkdir()
-    for name in ("nowhere", "folder"):
-        with pytest.raises(MissingFileError, match=f"expected a file of embeddings or labels at .*{name}"):
-            load_bank(tmp_path / f"{name}{suffix}")
+def test_as_a_data_set_it_has_the_embeddings_as_items_and_the_classes_that_have_some():
+    dataset = EmbeddingBank(ROWS, NUMBERS, note="of a test").as_dataset()
+    assert torch.equal(dataset.floats(torch.arange(6)), ROWS)
+    assert [dataset.class_names[label] for label in dataset.labels.tolist()] == list(map(str, LABELS))
+    assert dataset.class_names == tuple(map(str, sorted(set(LABELS.tolist()))))
+    assert dataset.note == "of a test"
+    named = EmbeddingBank(ROWS, [2, 0, 2, 4, 0, 4], class_names="abcde").as_dataset()
+    assert named.class_names == ("a", "c", "e")
+    assert named.labels.tolist() == [1, 0, 1, 2, 0, 2]

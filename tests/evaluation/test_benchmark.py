@@ -100,7 +100,7 @@ def test_every_kind_of_method_has_the_figures_of_evaluator_and_tester():
         assert row.classifier == ("Adapting" if row.method == "adapting" else by if row.ways else "")
         assert len(row.values) == row.count
         assert row.values.mean().item() == pytest.approx(row.value)
-        assert row.note == ("" if row.method == "bank" else "made up")
+        assert row.note == "made up"
     assert {row.protocol for row in table.rows if row.method == "adapting"} == {"transductive"}
     assert "| adapting (transductive) |" in table.markdown()
 

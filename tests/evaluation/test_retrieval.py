@@ -1,13 +1,17 @@
 """RetrievalTester against the metrics' definitions in explicit loops, and its clusterings against PML."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from sklearn.metrics import ndcg_score
 from torch import nn
 
 from pml_fewshot.checks import UsageError, UsageTypeError
@@ -25,7 +29,11 @@ RANKINGS = ["none", "cosine", "normalized", "dot", "p=1"]
 
 
 def by_definition(
-    query: EmbeddingBank, gallery: EmbeddingBank | None, ranking: str = "none", cut: int = 10**9
+    query: EmbeddingBank,
+    gallery: EmbeddingBank | None,
+    ranking: str = "none",
+    cut: int = 10**9,
+    left_out: Callable[[int, int], bool] = lambda i, j: False,
 ) -> tuple[list[dict[str, float]], int]:
     """(figures of each query that counts, queries excluded), one query at a time; `cut` ends whole rankings."""
     references = query if gallery is None else gallery
@@ -33,7 +41,8 @@ def by_definition(
     distances = all_distances(query.embeddings, references.embeddings, ranking)
     for i, label in enumerate(query.labels.tolist()):
         order = distances[i].argsort(kind="stable").tolist()
-        right = [references.labels[j].item() == label for j in order if gallery is not None or j != i]
+        order = [j for j in order if (gallery is not None or j != i) and not left_out(i, j)]
+        right = [references.labels[j].item() == label for j in order]
         precision = [sum(right[:rank]) / rank for rank in range(1, len(right) + 1)]
         hits, total = [rank for rank, hit in enumerate(right) if hit], sum(right)
         if total == 0:
@@ -47,7 +56,14 @@ def by_definition(
             "mean_average_precision": sum(precision[rank] for rank in before) / total,
             "mean_reciprocal_rank": 1 / (before[0] + 1) if before else 0.0,
         }
-        figures.append(values | {f"recall_at_{k}": float(any(right[:k])) for k in (1, 3, 8)})
+        gain = {k: sum(1 / math.log2(2 + rank) for rank in hits if rank < k) for k in (3, 8, cut)}
+        best = {k: sum(1 / math.log2(2 + rank) for rank in range(min(total, k))) for k in gain}
+        values["ndcg"] = gain[cut] / best[cut]
+        for k in (1, 3, 8):
+            values[f"recall_at_{k}"] = values[f"cmc_at_{k}"] = float(any(right[:k]))
+            values[f"precision_at_{k}"] = sum(right[:k]) / k
+        values |= {f"ndcg_at_{k}": gain[k] / best[k] for k in (3, 8)}
+        figures.append(values)
     return figures, excluded
 
 
@@ -62,7 +78,17 @@ def bank(sizes: dict[int, int], seed: int = 0, spread: float = 1.0, dims: int = 
 
 
 UNEVEN = {3: 2, 8: 9, 0: 5, 51: 1, 20: 4, 77: 1}  # two of them alone in their class
-ALL = (*METRICS, "recall_at_1", "recall_at_3", "recall_at_8")
+OF_K = (
+    "recall_at_1",
+    "recall_at_3",
+    "recall_at_8",
+    "cmc_at_3",
+    "precision_at_3",
+    "precision_at_8",
+    "ndcg_at_3",
+    "ndcg_at_8",
+)
+ALL = (*METRICS, *OF_K)
 EVERY = (*ALL, *WHOLE_RANKING)
 
 
@@ -193,6 +219,8 @@ def test_the_recall_of_an_index_is_its_overlap_with_the_true_ones(with_gallery: 
 def test_the_recall_counts_places_left_empty_as_misses():
     recall = IndexRecall.of(torch.tensor([[3, 1, -1], [-1, -1, -1]]), torch.tensor([[3, 2, 1], [0, 1, 2]]))
     assert recall == IndexRecall(0.5, pytest.approx(2 / 6), 3, 2)
+    fewer = IndexRecall.of(torch.tensor([[3, -1], [0, 5], [-1, -1]]), torch.tensor([[3, -1], [2, 5], [-1, -1]]))
+    assert fewer == IndexRecall(0.5, pytest.approx(2 / 3), 2, 3)  # where fewer are left, none of them is missed
 
 
 @pytest.mark.parametrize(("index", "ranking"), [("flat", "none"), ("Flat", "normalized"), ("flat", "dot")])
@@ -209,6 +237,15 @@ def test_flat_is_exact_by_either_name_in_tester_and_gallery(index: str, ranking:
         assert result.ranking.startswith("Flat, ")
         assert (result.index_recall, result.protocol, result.num_excluded) == (None, "gallery", 3)
         assert_defined(result, query, reference, ranking)
+
+
+def test_a_flat_gallery_ranks_by_any_distance():
+    query, reference = bank({3: 6, 8: 2, 0: 5}), bank({c: 3 + c % 5 for c in range(20)}, seed=5)
+    gallery = Gallery(reference, "flat", distance=RawLp(p=1))
+    for own in (None, RawLp(p=1)):
+        assert_defined(RetrievalTester(EVERY, distance=own).test(query, gallery), query, reference, "p=1")
+    with pytest.raises(UsageError, match=r"^expected a gallery ranked by LpDistance\(p=3, .*, got LpDistance\(p=1, "):
+        RetrievalTester(distance=RawLp(p=3)).test(query, gallery)
 
 
 def test_a_gallery_of_another_ranking_is_refused():
@@ -242,6 +279,8 @@ def test_k_is_the_largest_class_unless_a_recall_needs_more():
     query = bank(UNEVEN)
     assert RetrievalTester(("precision_at_1",)).test(query).k == 8
     assert RetrievalTester(("recall_at_15",)).test(query).k == 15
+    for metric in ("precision_at_15", "cmc_at_15", "ndcg_at_15"):
+        assert RetrievalTester(metric).test(query).k == 15
     assert RetrievalTester(("precision_at_1", "recall_at_4"), k=4).test(query).k == 4
     assert RetrievalTester(k=20).test(query)["r_precision"] == RetrievalTester().test(query)["r_precision"]
     assert RetrievalTester(("recall_at_21",)).test(query)["recall_at_21"] == 1
@@ -254,6 +293,8 @@ def test_k_is_the_largest_class_unless_a_recall_needs_more():
         ({"metrics": "r_precison"}, "metric as one of .*, got 'r_precison'; did you mean 'r_precision'"),
         ({"metrics": "recall_at_0"}, "metric as one of .*, got 'recall_at_0'; did you mean 'recall_at_1'"),
         ({"metrics": ("recall_at_1\n",)}, "metric as one of "),
+        ({"metrics": "precison_at_5"}, "metric as one of .*, got 'precison_at_5'; did you mean 'precision_at_"),
+        ({"metrics": "ndgc_at_10"}, "metric as one of .*, got 'ndgc_at_10'; did you mean 'ndcg_at_1"),
         ({"metrics": "recall_at_22"}, "k of at most 21, as many as there are to find, got 22 for recall_at_22"),
         ({"k": 22}, "k of at most 21, as many as there are to find, got 22 for precision_at_1"),
         ({"k": 7}, "k of at least 8 for .*, got 7; use 'max_bin_count'"),
@@ -267,6 +308,141 @@ def test_k_is_the_largest_class_unless_a_recall_needs_more():
 def test_wrong_arguments_of_the_tester_are_refused(arguments: dict[str, Any], says: str):
     with pytest.raises(UsageError, match=f"^expected {says}"):
         RetrievalTester(**arguments).test(bank(UNEVEN))  # 22 items, 21 others
+
+
+def test_ndcg_equals_scikit_learn():
+    query, gallery = bank(UNEVEN), bank({3: 2, 8: 9, 0: 5, 20: 4, 4: 12, 51: 1, 77: 1}, seed=5)
+    result = RetrievalTester(("ndcg", "ndcg_at_5", "ndcg_at_20")).test(query, gallery)
+    right = (query.labels[:, None] == gallery.labels).numpy()
+    nearness = -all_distances(query.embeddings, gallery.embeddings)
+    for metric, k in (("ndcg", None), ("ndcg_at_5", 5), ("ndcg_at_20", 20)):
+        expected = [ndcg_score([row], [near], k=k) for row, near in zip(right, nearness, strict=True)]
+        assert result.per_query[metric].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def marks(count: int, kinds: int, seed: int) -> torch.Tensor:
+    return torch.randint(kinds, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@given(
+    ids=st.sampled_from([0, 1, 4, 40]),  # how many different ones; 0: none are given
+    groups=st.sampled_from([0, 2, 5]),
+    within=st.booleans(),
+    references=st.sampled_from(["bank", "gallery", "ivf"]),
+    cut=st.booleans(),
+    num_queries=st.sampled_from([None, 13]),
+    room=st.sampled_from([80, 10**6]),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None, max_examples=30, derandomize=True)
+def test_figures_without_own_ids_and_groups_equal_a_loop(
+    ids: int, groups: int, within: bool, references: str, cut: bool, num_queries: int | None, room: int, seed: int
+):
+    query = bank({3: 2, 8: 9, 0: 5, 51: 1, 20: 4}, seed)
+    gallery = None if within else bank({8: 6, 0: 9, 20: 3, 3: 5, 4: 12}, seed + 1)
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for name, kinds in (("ids", ids), ("groups", groups)):
+        if kinds:
+            own = marks(len(query), kinds, seed)
+            pairs[name] = (own, own if gallery is None else marks(len(gallery), kinds, seed + 1))
+    sides = ("query",) if within else ("query", "reference")
+    given_marks = {f"{side}_{name}": pairs[name][at] for name in pairs for at, side in enumerate(sides)}
+
+    def left_out(i: int, j: int) -> bool:
+        return any(own[i] == other[j] for own, other in pairs.values())
+
+    everything = gallery or query
+    count = torch.tensor(
+        [[not left_out(i, j) and not (within and i == j) for j in range(len(everything))] for i in range(len(query))]
+    )
+    right = count & (query.labels[:, None] == everything.labels)
+    findable, k = int(count.sum(dim=1).max()), max(8, int(right.sum(dim=1).max()))
+    # of so few items ivf has one list
+    index = "ivf" if references == "ivf" else "flat"
+    tester = RetrievalTester(EVERY, k if cut else "max_bin_count", index, num_queries=num_queries)
+    target = Gallery(gallery, "flat") if gallery is not None and references == "gallery" else gallery
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "MAX_NEIGHBORS", room)
+        if not right.any() or k > findable:
+            says = f"k of at most {findable}, " if right.any() else "a query whose class is among the references"
+            with pytest.raises(UsageError, match=f"^expected {says}"):
+                tester.test(query, target, **given_marks)
+            return
+        result = tester.test(query, target, **given_marks)
+    chosen = torch.arange(len(query))
+    if num_queries:
+        chosen = torch.randperm(len(query), generator=torch.Generator().manual_seed(0))[:num_queries].sort().values
+    part = EmbeddingBank(query.embeddings[chosen], query.labels[chosen])
+    rules = "none", k if cut else 10**9, lambda i, j: not count[chosen[i], j]
+    figures, excluded = by_definition(part, everything, *rules)
+    assert (result.num_queries, result.num_excluded, result.k) == (len(figures), excluded, k if cut else findable)
+    for metric in EVERY:
+        assert result.per_query[metric].tolist() == pytest.approx([each[metric] for each in figures], abs=1e-12)
+    assert (" left out" in result.ranking) == bool(pairs)
+
+
+@pytest.mark.parametrize("a_gallery", [False, True])
+def test_ids_and_groups_may_be_texts_of_any_container(a_gallery: bool):
+    query, reference = bank(UNEVEN), bank({3: 4, 8: 6, 0: 5, 20: 4}, seed=3)
+    own, other = marks(len(query), 6, 0), marks(len(reference), 6, 1) + 2
+    searched = Gallery(reference, "flat") if a_gallery else reference
+    tester = RetrievalTester(("mean_average_precision", "cmc_at_3"))
+    expected = tester.test(query, searched, query_ids=own, reference_ids=other)
+    assert expected.ranking.endswith("euclidean, own ids left out")
+    assert expected["mean_average_precision"] != tester.test(query, searched)["mean_average_precision"]
+    for convert in (
+        lambda values: values.tolist(),
+        lambda values: values.numpy().astype(np.uint8),
+        lambda values: [f"photo {value}" for value in values.tolist()],
+        lambda values: np.array([str(value) for value in values.tolist()], dtype=object),
+    ):
+        result = tester.test(query, searched, query_ids=convert(own), reference_ids=convert(other))
+        assert (dict(result), result.num_excluded) == (dict(expected), expected.num_excluded)
+    assert dict(tester.test(query, searched, query_groups=own, reference_groups=other)) == dict(expected)
+
+
+def test_results_without_other_items_are_of_other_queries():
+    query, tester = bank(UNEVEN), RetrievalTester("r_precision")
+    own, other = marks(len(query), 6, 0), marks(len(query), 6, 1)
+    given_marks = ({}, {"query_ids": own}, {"query_groups": other}, {"query_ids": own, "query_groups": other})
+    results = [tester.test(query, **each) for each in given_marks]
+    assert len({result.queries_hash for result in results}) == 4
+    again = tester.test(query, query_ids=own.tolist())
+    assert again.queries_hash == results[1].queries_hash
+    for result, what in zip(results[1:], ("ids", "groups", "ids and groups"), strict=True):
+        assert result.ranking == f"exact, euclidean, own {what} left out"
+
+
+def test_leaving_out_every_item_by_itself_is_leave_one_out():
+    query = bank(UNEVEN)
+    plain, by_id = (RetrievalTester(EVERY).test(query, **each) for each in ({}, {"query_ids": range(len(query))}))
+    assert (dict(plain), plain.k, plain.num_excluded) == (dict(by_id), by_id.k, by_id.num_excluded)
+    against = RetrievalTester(EVERY).test(query, query, query_ids=range(22), reference_ids=range(22))
+    assert (dict(plain), plain.k) == (dict(against), against.k)
+
+
+def test_ids_and_groups_that_fit_no_side_are_refused():
+    query, reference = bank(UNEVEN), bank({3: 4, 8: 6})
+    for banks, given_marks, says in (
+        ((query, reference), {"query_ids": range(22)}, "query_ids and reference_ids, got query_ids alone; give both"),
+        ((query, reference), {"reference_groups": range(10)}, "query_groups and .*, got reference_groups alone"),
+        ((query,), {"query_ids": range(22), "reference_ids": range(22)}, "query_ids alone, got reference_ids, but the"),
+        ((query,), {"query_groups": range(21)}, r"query_groups labels of shape \(22,\), got shape \(21,\)"),
+        ((query, reference), {"query_ids": range(22), "reference_ids": range(9)}, r"reference_ids .* got shape \(9,\)"),
+        ((query,), {"query_ids": [0.5] * 22}, "query_ids labels as integers or texts, got list of float64"),
+        (
+            (query, reference),
+            {"query_ids": ["a"] * 22, "reference_ids": range(10)},
+            "query_ids and reference_ids both as integers or both as texts, got texts as query_ids alone",
+        ),
+        (
+            (query,),
+            {"query_ids": [1] * 22},
+            "a query whose class is among the references, got none; check the labels, ",
+        ),
+    ):
+        with pytest.raises(UsageError, match=f"^expected {says}"):
+            RetrievalTester().test(*banks, **given_marks)
 
 
 @pytest.mark.parametrize("gallery", [False, True])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pml_fewshot.checks import UsageError
 from pml_fewshot.evaluation import search as module
-from pml_fewshot.evaluation.search import Ranking, exact_search, product
+from pml_fewshot.evaluation.search import Ranking, exact_neighbors, exact_search, product
 from tests.evaluation.formulas import DISTANCES, RawDot, RawLp, all_distances
 
 
@@ -100,6 +100,18 @@ def test_small_integers_are_ranked_as_by_a_stable_sort_in_tiles_and_blocks_of_an
         found = search(query, reference if queries else None, k, name)
     expected = all_distances(query, reference, name).argsort(axis=1, kind="stable")[:, :k]
     np.testing.assert_array_equal(found.numpy(), expected)
+
+
+@pytest.mark.parametrize("name", ["none", "dot", "cosine"])
+@pytest.mark.parametrize("room", [1, 100, 10**6])
+def test_neighbors_come_with_the_values_of_their_pairs(name: str, room: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "PAIR_NUMBERS", room)
+    query, reference, ranking = rows(40, 5, 0), rows(90, 5, 1), Ranking.of(DISTANCES[name][0])
+    index, values = exact_neighbors(ranking.prepare(query), ranking.prepare(reference), 7, ranking)
+    assert torch.equal(index, search(query, reference, 7, name))
+    sign = 1 if name == "none" else -1
+    expected = sign * np.sort(all_distances(query, reference, name), axis=1)[:, :7]
+    np.testing.assert_allclose(values.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("among", ["itself", "a copy", "few queries"])

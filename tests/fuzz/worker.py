@@ -21,7 +21,7 @@ from torch import nn
 
 from pml_fewshot import EmbeddingBank, Gallery, ResultTable, UsageError, load_bank, load_image_folder, save_bank
 from pml_fewshot.data import omniglot
-from pml_fewshot.data.cache import Source, cached_sets
+from pml_fewshot.data.cache import Source, cached_images
 from pml_fewshot.data.dataset import FewShotDataset, Splits
 from pml_fewshot.evaluation.table_formats import ResultRow
 from pml_fewshot.experiment.run_folder import RunFolder, read_config
@@ -79,14 +79,11 @@ def read_gallery(folder: Path) -> Any:
 
 
 def cached(folder: Path, read: Callable[[], Source]) -> Any:
-    sets, notes = cached_sets("set", ("key",), [Path(__file__)], read, folder)
-    return [(name, each.images, each.labels, each.class_names) for name, each in sets.items()], notes
+    return tuple(cached_images("set", ("key",), [Path(__file__)], read, folder))
 
 
 def make_cache(folder: Path) -> None:
-    items = zip(IMAGES, [0, 0, 1, 1, 2, 3, 3, 3], strict=True)
-    sets = {"train": ["ä", "b"], "test": ["c", "d"]}
-    cached(folder, lambda: Source(items, 8, (3, 6, 5), sets, {"broken": ["x.png"]}))
+    cached(folder, lambda: Source(iter(IMAGES), 8, (3, 6, 5), {"broken": ["x.png"]}))
 
 
 def picture(number: int, suffix: str) -> bytes:

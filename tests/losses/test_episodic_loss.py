@@ -127,9 +127,9 @@ def test_a_support_without_the_queries_classes_and_a_scale_of_zero_or_below_rais
             call(normal(2, 5), torch.tensor([7, 0]), label=missing)
     with pytest.raises(UsageError, match=r"^expected at least one support item, got none; draw"):
         call(normal(0, 5), torch.zeros(0).long())
-    with pytest.raises(TypeError, match="support labels as an int64 tensor, got a NoneType"):
+    with pytest.raises(TypeError, match="support labels as integers or texts, got NoneType"):
         call(normal(2, 5))
-    with pytest.raises(TypeError, match=r"support labels as an int64 tensor, got a tensor of torch\.float32"):
+    with pytest.raises(TypeError, match=r"support labels as integers or texts, got a tensor of torch\.float32"):
         call(normal(2, 5), torch.tensor([7.0, 0.0]))
     for scale in (0, -1.0, float("nan")):
         with pytest.raises(UsageError, match=f"^expected scale above 0, got {scale}; "):

@@ -1,7 +1,8 @@
 """BatchStream: what a batch holds, that a run resumes with the very next batch, and PML's samplers in place of ours."""
 
+import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from pml_fewshot.data.augmentation import RandomAffine
 from pml_fewshot.data.dataset import FewShotDataset
+from pml_fewshot.data.photo_augmentation import ColorJitter, RandomHorizontalFlip, RandomResizedCrop
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.sampling.batch_stream import PREFETCH_BATCHES, BatchStream
 from pml_fewshot.sampling.batches import Batch, BatchSpec
@@ -91,6 +93,39 @@ def test_each_view_is_the_same_images_augmented_anew(views: int) -> None:
     assert len({tuple(amounts.flatten().tolist()) for amounts in drawn}) == 5 * views
 
 
+def by_all_generators(image: Tensor) -> Tensor:
+    """A transform of one image, which draws from the global generators, and gives another size."""
+    return (image * random.random() + np.random.rand() * torch.rand(1)).repeat(1, 2, 3)  # noqa: NPY002
+
+
+PHOTOS = [RandomResizedCrop((6, 9)), RandomHorizontalFlip(), ColorJitter(0.4, 0.4)]
+
+
+@pytest.mark.parametrize("augment", [by_all_generators, PHOTOS], ids=["per image", "batched"])
+def test_transforms_of_another_size_resume_exactly_and_leave_the_global_generators(augment: Any) -> None:
+    def source(seed: int) -> BatchStream:
+        return BatchStream(DATA, BatchSpec(3, 2, views=2), seed, augment)
+
+    before = global_states()
+    whole = source(0)
+    first = take(whole, 3)
+    state = whole.state_dict()
+    expected = take(whole, 3)
+    assert same(take(source(0), 6), first + expected)
+    resumed = source(99)
+    resumed.load_state_dict(state)
+    assert same(take(resumed, 3), expected)
+    assert global_states() == before
+    for batch in first:
+        assert batch.images.shape == batch.other_view.shape == (6, 1, 6, 9)
+        assert len({image.numpy().tobytes() for image in torch.cat([batch.images, batch.other_view])}) == 12
+
+
+def test_another_number_of_images_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a tensor of 6 images, as many as were given"):
+        next(BatchStream(DATA, SPEC, 0, lambda images, generator: images[1:]))
+
+
 def model() -> Embedder:
     torch.manual_seed(0)
     # dropout and batch norm: in training mode the same images would give other embeddings
@@ -126,7 +161,7 @@ def sampled(name: str, seed: int = 0, augmented: bool = False) -> BatchStream:
 
 def global_states() -> list[Any]:
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002, PML draws from it
-    return [torch.get_rng_state().tolist(), kind, keys.tolist(), rest, id(c_f.NUMPY_RANDOM)]
+    return [torch.get_rng_state().tolist(), kind, keys.tolist(), rest, id(c_f.NUMPY_RANDOM), random.getstate()]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -151,12 +186,24 @@ def test_global_generators_are_as_before_when_a_sampler_fails() -> None:
     def broken(labels: np.ndarray) -> list[int]:
         c_f.NUMPY_RANDOM.rand(3)
         torch.rand(3)
+        random.random()
         raise RuntimeError("broken")
 
     before = global_states()
     with pytest.raises(RuntimeError, match="broken"):
         next(stream(sampler=broken))
     assert global_states() == before
+
+
+def test_a_sampler_may_draw_from_any_global_generator_and_pml_from_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawing(labels: np.ndarray) -> Iterator[int]:
+        draws = (np.random.permutation(39)[:12], random.sample(range(39), 12), torch.randperm(39)[:12])  # noqa: NPY002
+        yield from (int(item) for draw in (*draws, c_f.NUMPY_RANDOM.permutation(39)[:12]) for item in draw)
+
+    first = items(take(stream(sampler=drawing), 16))
+    monkeypatch.setattr(c_f, "NUMPY_RANDOM", np.random.RandomState(7))  # as PML's documents allow
+    assert items(take(stream(sampler=drawing), 16)) == first
+    assert first[:8] != first[8:]
 
 
 def test_triplets_are_the_same_fixed_ones_in_every_pass_and_in_another_order() -> None:

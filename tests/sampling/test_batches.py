@@ -42,7 +42,7 @@ def test_moving_takes_all_of_it_along(device: torch.device | str) -> None:
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (IMAGES[:, 0], LABELS, r"expected images \(B, C, H, W\), got \(4, 3, 3\); stack them"),
+        (IMAGES[:, 0, 0, 0], LABELS, r"expected images \(B, C, H, W\), or items \(B, \*item\), got \(4,\); stack them"),
         (IMAGES, LABELS[:3], r"expected a batch's labels of shape \(4,\)"),
         (IMAGES, LABELS.unsqueeze(1), r"expected a batch's labels of shape \(4,\)"),
     ],

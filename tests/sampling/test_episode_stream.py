@@ -1,11 +1,16 @@
 """EpisodeStream: what an episode holds, and that a run goes on with the very next episode."""
 
+import random
+from collections.abc import Callable
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from pml_fewshot.data.augmentation import RandomAffine
+from pml_fewshot.data.photo_augmentation import ColorJitter, RandomHorizontalFlip, RandomResizedCrop
 from pml_fewshot.sampling.episode_stream import PREFETCH_BATCHES, EpisodeStream
 from pml_fewshot.sampling.episodes import Episode, EpisodeSampler, EpisodeSpec
 from tests.sampling.material import DATA, numbers
@@ -90,6 +95,48 @@ def test_a_saved_state_goes_on_with_the_very_next_episode(position: int, episode
     source.load_state_dict(state)  # which was not used up
     assert same(take(again, 3), expected[:3])
     assert same(take(source, 3), expected[:3])
+
+
+def by_all_generators(image: Tensor) -> Tensor:
+    """A transform of one image, which draws from the global generators, and gives another size."""
+    return (image * random.random() + np.random.rand() * torch.rand(1)).repeat(1, 2, 3)  # noqa: NPY002
+
+
+PHOTOS = [RandomResizedCrop((6, 9)), RandomHorizontalFlip(), ColorJitter(0.4, 0.4)]
+
+
+@pytest.mark.parametrize("augment", [by_all_generators, PHOTOS], ids=["per image", "batched"])
+def test_transforms_of_another_size_resume_exactly_and_leave_the_global_generators(augment: Callable | list):
+    def source(seed: int) -> EpisodeStream:
+        return EpisodeStream(DATA, SPEC, seed, augment, episodes_per_batch=2)
+
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    whole = source(0)
+    first = take(whole, 3)
+    state = whole.state_dict()
+    expected = take(whole, 3)
+    assert same(take(source(0), 6), first + expected)
+    resumed = source(99)
+    resumed.load_state_dict(state)
+    assert same(take(resumed, 3), expected)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert (np.random.get_state()[1] == before[2]).all()  # noqa: NPY002
+    assert expected[0].support.shape == (2, 3, 2, 1, 6, 9)
+    assert expected[0].query.shape == (2, 3, 1, 1, 6, 9)
+    assert not torch.equal(first[0].support, expected[0].support)
+
+
+def test_each_image_keeps_its_place_when_its_size_changes():
+    pairs = zip(take(EpisodeStream(DATA, SPEC, 0, lambda image: image[:, 0:1, :2]), 3), take(stream(), 3), strict=True)
+    for cut, whole in pairs:
+        assert torch.equal(cut.support, whole.support[..., 0:1, :2])
+        assert torch.equal(cut.query, whole.query[..., 0:1, :2])
+
+
+def test_another_number_of_images_is_refused():
+    with pytest.raises(ValueError, match="expected a tensor of 9 images, as many as were given"):
+        next(EpisodeStream(DATA, SPEC, 0, lambda images, generator: images[1:]))
 
 
 def test_a_class_too_small_or_no_tasks_are_refused_at_once():

@@ -133,7 +133,7 @@ def test_too_few_classes_or_items_are_named(labels: torch.Tensor, spec: tuple[in
 
 
 def test_wrong_labels_and_counts_are_refused():
-    with pytest.raises(TypeError, match="expected the sampler's labels as an int64 tensor"):
+    with pytest.raises(TypeError, match="expected the sampler's labels as integers or texts, got a tensor"):
         EpisodeSampler(torch.zeros(4), EpisodeSpec(2, 1, 1), seeded(0))
     with pytest.raises(ValueError, match="expected num_episodes to be an integer of at least 1"):
         EpisodeSampler(torch.tensor([0, 0, 1, 1]), EpisodeSpec(2, 1, 1), seeded(0)).sample(0)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError, check_at_least_one, check_choice
-from pml_fewshot.data.dataset import FewShotDataset, Splits
+from pml_fewshot.data.dataset import FewShotDataset, Splits, as_dataset
 from pml_fewshot.embedders.modes import evaluating
 from pml_fewshot.evaluation.heads import Head, name_of_head
 from pml_fewshot.parts.instantiate import Part, instantiate
@@ -189,7 +189,7 @@ class MAMLTrainer(FewShotTrainer):
 
     def bank(self, dataset: FewShotDataset) -> Tensor:
         """A whole set's images, (M, *item) uint8: each episode adapts to its own."""
-        return dataset.images.to(next(self.parameters()).device)
+        return as_dataset(dataset).images.to(next(self.parameters()).device)
 
     def classify(self, support: Tensor, query: Tensor, inner_steps: int | None = None) -> Tensor:
         """Adapts to support (E, W, K, *item) and scores queries (E, N, *item): logits (E, N, W).

@@ -1,0 +1,88 @@
+"""Which classes go into which split: by lists of names, as published, or by a seeded draw."""
+
+import csv
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from pml_fewshot.checks import MissingFileError, UsageError, UsageTypeError, check_disjoint
+
+ROLES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # as people name splits
+SUFFIXES = (".txt", ".csv", ".json")
+
+# {"train": names or a file of names, ..}, or a folder with train.txt, val.txt and test.txt (or .csv, .json)
+ClassLists = Mapping[str, Sequence[str] | str | Path] | str | Path
+
+
+def read_class_lists(splits: ClassLists, names: Sequence[str]) -> dict[str, list[str]]:
+    """Returns the classes of train, val and test, in the order of `names`, of which they are.
+
+    Args:
+        splits: for each split its class names, or a file of them; or a folder of such files, named train, val (valid,
+            validation) and test. A .txt has a name a line; a .csv a column `label`, else its names in the first column;
+            a .json a list, or one under `class_names` or `label_names`.
+        names: the classes that there are.
+
+    Raises:
+        UsageError: a list that cannot be read, an unknown split or class, a class in two lists, an empty list.
+    """
+    if not isinstance(splits, Mapping):
+        folder = Path(splits)
+        files = {path.stem: path for suffix in SUFFIXES for path in folder.glob(f"*{suffix}") if path.stem in ROLES}
+        if not files:
+            wanted = f"a mapping of splits to names, or a folder with train, val and test as {', '.join(SUFFIXES)}"
+            raise MissingFileError(f"expected {wanted}, got {splits}; list the classes of each split")
+        splits = files
+    lists: dict[str, list[str]] = {}
+    for role, given in splits.items():
+        if ROLES.get(role, "") in ("", *lists):
+            raise UsageError(f"expected splits named train, val and test, each once, got {', '.join(splits)}")
+        listed = _names_in(Path(given)) if isinstance(given, str | Path) else list(map(str, given))
+        if unknown := [name for name in listed if name not in set(names)]:
+            near = difflib.get_close_matches(unknown[0], names, n=1)
+            do = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names[:3])}, .."
+            got = f"{len(unknown)} of {len(listed)} that are not, first {unknown[0]!r}"
+            raise UsageError(f"expected the names of {role} as classes of the data, got {got}; {do}")
+        if not listed:
+            raise UsageError(f"expected at least one class in {role}, got none; name some, or leave {role} out")
+        lists[ROLES[role]] = [name for name in names if name in set(listed)]
+    check_disjoint(list(lists.items()))
+    return {role: lists[role] for role in ("train", "val", "test") if role in lists}
+
+
+def _names_in(path: Path) -> list[str]:
+    if not path.is_file():
+        raise MissingFileError(f"expected a file of class names at {path}, got none; check the path")
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".json":
+        try:
+            found = json.loads(text)
+        except json.JSONDecodeError:
+            found = None
+        if isinstance(found, dict):
+            found = found.get("class_names", found.get("label_names"))
+        if not isinstance(found, list):
+            wanted = "a list of names, or one as class_names or label_names"
+            raise UsageTypeError(f"expected {wanted} in {path}, got {text[:50]!r}; write one")
+        return list(map(str, found))
+    if path.suffix == ".csv":
+        rows = [row for row in csv.reader(text.splitlines()) if row]
+        column = rows[0].index("label") if rows and "label" in rows[0] else None
+        return list(dict.fromkeys(row[column or 0] for row in rows[column is not None :]))
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def draw_classes(names: Sequence[str], val_fraction: float, test_fraction: float, seed: int) -> dict[str, list[str]]:
+    """Returns the classes of train, val and test, drawn by a seed: the same in every version and on every machine."""
+    val, test = (max(1, round(share * len(names))) if share else 0 for share in (val_fraction, test_fraction))
+    if val_fraction < 0 or test_fraction <= 0 or val + test >= len(names):
+        raise UsageError(
+            f"expected val_fraction >= 0 and test_fraction > 0 that leave classes for train, got {val_fraction} and "
+            f"{test_fraction} of {len(names)} classes ({', '.join(names[:5])}); add classes or lower the fractions"
+        )
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    drawn = {"train": order[val + test :], "val": order[:val], "test": order[val : val + test]}
+    return {split: [names[c] for c in sorted(own)] for split, own in drawn.items() if own}

@@ -1,0 +1,131 @@
+"""Data sets of torch and of Hugging Face as one tensor of images with labels (FewShotDataset.from_dataset)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from pml_fewshot.checks import UsageError, UsageTypeError, as_labels, renumbered
+from pml_fewshot.data.images import Form, Resize, Size, fit_image
+
+IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")
+
+
+def collect(
+    source: Any,
+    image_size: Size | None,
+    image: str | None,
+    label: str | None,
+    class_names: Sequence[str] | None,
+    resize: Resize,
+    workers: int,
+) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Images (M, C, H, W) uint8, labels (M,) int64 and class names of a data set, read once, item by item."""
+    columns = getattr(source, "column_names", None)
+    if isinstance(columns, dict):
+        do = f"give one of them, as source[{next(iter(columns))!r}]"
+        raise UsageTypeError(f"expected one data set, got a dictionary of {', '.join(columns)}; {do}")
+    if columns is None and not hasattr(source, "__getitem__") and not hasattr(source, "__iter__"):
+        do = "give a torch or Hugging Face data set of (image, label)"
+        raise UsageTypeError(f"expected a data set, got {type(source).__name__}; {do}")
+    keys: tuple[Any, Any] = (0, 1)
+    if columns is not None:
+        image = _column(image, "image", IMAGE_COLUMNS, source, "Image")
+        label = _column(label, "label", LABEL_COLUMNS, source, "ClassLabel")
+        keys, class_names = (image, label), class_names or getattr(source.features[label], "names", None)
+    total = len(source) if hasattr(source, "__len__") else None
+    items = DataLoader(source, batch_size=None, num_workers=workers, collate_fn=_itself)
+    images = np.empty((0,), np.uint8)
+    labels: list[Any] = []
+    # delay: a set that is read within two seconds needs no bar
+    for place, item in enumerate(tqdm(items, "reading", total, unit="image", delay=2, mininterval=1)):
+        if columns is None and not (isinstance(item, tuple | list) and len(item) == 2):
+            got = f"{type(item).__name__} of {len(item)}" if hasattr(item, "__len__") else type(item).__name__
+            raise UsageTypeError(f"expected pairs (image, label) from {type(source).__name__}, got a {got}; wrap it")
+        pixels = _pixels(item[keys[0]], place, image_size, resize)
+        if place == 0:
+            images = np.empty((total or 1, *pixels.shape), np.uint8)
+        elif place == len(images):  # of a stream without a length
+            images = np.concatenate([images, np.empty_like(images)])
+        if pixels.shape != images.shape[1:]:
+            got = " and ".join("x".join(map(str, shape)) for shape in (images.shape[1:], pixels.shape))
+            raise UsageError(f"expected images alike, got {got} (item {place}); give image_size=84")
+        images[place], value = pixels, item[keys[1]]
+        labels.append(value.item() if isinstance(value, Tensor | np.generic) else value)
+    if not labels:
+        raise UsageError(f"expected items, got none from {type(source).__name__}; give a set with items")
+    numbers, texts = as_labels(labels, len(labels), "the data set's")
+    named = _named(numbers, texts, class_names or _names_of(source))
+    return torch.from_numpy(images[: len(labels)]), *named
+
+
+def _itself(item: Any) -> Any:
+    return item
+
+
+def _column(given: str | None, argument: str, usual: Sequence[str], source: Any, kind: str) -> str:
+    """The column of a Hugging Face data set: the one named, a usual one, or the only one of that kind."""
+    fitting = [name for name, feature in (source.features or {}).items() if type(feature).__name__ == kind]
+    for name in [given] if given is not None else [*usual, *(fitting if len(fitting) == 1 else ())]:
+        if name in source.column_names:
+            return name
+    got = ", ".join(source.column_names)
+    raise UsageError(f"expected a column {given or usual[0]!r}, got {got}; name it as {argument}=...")
+
+
+def _names_of(source: Any) -> Sequence[str] | None:
+    """Class names as torchvision's data sets have them, also of a Subset."""
+    while source is not None:
+        names = getattr(source, "classes", None)
+        if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
+            return names
+        source = getattr(source, "dataset", None)
+    return None
+
+
+def _named(numbers: Tensor, texts: tuple[str, ...], known: Sequence[str] | None) -> tuple[Tensor, tuple[str, ...]]:
+    """Labels and names of the classes that have items, in the order of the known names."""
+    if texts and known:
+        numbers = renumbered(numbers, texts, known)
+    names = known or texts
+    values, labels = torch.unique(numbers, return_inverse=True)
+    if names and (int(values[0]) < 0 or int(values[-1]) >= len(names)):
+        got = f"labels from {int(values[0])} to {int(values[-1])}"
+        raise UsageError(f"expected indices into the {len(names)} class names, got {got}; give class_names")
+    return labels, tuple(names[value] if names else str(value) for value in values.tolist())
+
+
+def _pixels(image: Any, place: int, image_size: Size | None, resize: Resize) -> np.ndarray:
+    """One image as (C, H, W) uint8, scaled where a size is given."""
+    if isinstance(image, Image.Image):
+        channels = 1 if image.mode in ("1", "L", "I;16", "I", "F") else 3
+        size = (image.height, image.width) if image_size is None else image_size
+        return fit_image(image, Form.of(size, channels, resize))
+    array = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
+    if not isinstance(array, np.ndarray) or array.ndim not in (2, 3):
+        got = f"{type(image).__name__}{f' of shape {tuple(array.shape)}' if isinstance(array, np.ndarray) else ''}"
+        do = "leave out transforms that give other things"
+        raise UsageTypeError(f"expected images as PIL images, or tensors (C, H, W), got {got} (item {place}); {do}")
+    if array.ndim == 3 and not isinstance(image, Tensor):
+        array = array.transpose(2, 0, 1)  # numpy images have their channels last
+    array = array[None] if array.ndim == 2 else array
+    if array.dtype == bool:
+        array = array.astype(np.float32)
+    if array.dtype.kind == "f":
+        low, high = float(array.min()), float(array.max())
+        if not (low >= 0 and high <= 1):
+            got = f"values from {low:.3g} to {high:.3g} (item {place})"
+            raise UsageError(f"expected floats in [0, 1], got {got}; leave Normalize out of the set's transform")
+        array = (array * 255).round().astype(np.uint8)
+    if array.dtype != np.uint8 or len(array) not in (1, 3):
+        got = f"{array.dtype} of {len(array)} channels (item {place})"
+        raise UsageTypeError(f"expected images of 8 bits with 1 or 3 channels, got {got}; convert them")
+    if image_size is None:
+        return array
+    picture = Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
+    return fit_image(picture, Form.of(image_size, len(array), resize))
