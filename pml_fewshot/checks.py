@@ -1,7 +1,8 @@
 """Errors for a user's mistake, and the checks that many places need: "expected .., got ..; do .."."""
 
 import difflib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any
 
@@ -87,6 +88,11 @@ def as_labels(labels: Any, length: int, what: str) -> tuple[Tensor, tuple[str, .
             raise UsageError(f"expected one of {what} labels for each item, got {got}; give one each") from error
         if array.dtype == object and all(isinstance(label, str) for label in array.flat):
             array = array.astype(str)
+        elif array.dtype.kind in "US" and not isinstance(labels, np.ndarray):  # numpy makes texts of all beside a text
+            for row, label in enumerate(labels):
+                if not isinstance(label, str | bytes) or isinstance(label, str) != (array.dtype.kind == "U"):
+                    got = f"{label!r} in row {row} beside texts"
+                    raise UsageTypeError(f"expected {what} labels as integers or texts, got {got}; convert them")
         if array.dtype.kind == "S":
             array = np.char.decode(array, "utf-8")
         if array.dtype.kind == "U":
@@ -104,6 +110,27 @@ def as_labels(labels: Any, length: int, what: str) -> tuple[Tensor, tuple[str, .
     if labels.shape != (length,):
         raise UsageError(f"expected {what} labels of shape ({length},), got shape {tuple(labels.shape)}; give one each")
     return labels.long(), names
+
+
+def as_names(class_names: Any) -> tuple[str, ...]:
+    """Class names in order, of a sequence, or of a mapping of names to numbers or the other way round.
+
+    Raises:
+        UsageError: a set, which has no order, a repeated name, or numbers other than from 0 on (UsageTypeError).
+    """
+    if isinstance(class_names, Mapping):
+        number_of = {name: number for name, number in class_names.items() if isinstance(number, Integral)}
+        by_number = {number: name for name, number in number_of.items()} if number_of else dict(class_names)
+        if set(by_number) != set(range(len(class_names))):
+            got = f"got {dict(class_names)!r}"[:100]
+            raise UsageError(f"expected class names with the numbers from 0 on, each once, {got}; give a list of names")
+        class_names = [by_number[number] for number in range(len(by_number))]
+    if isinstance(class_names, Set):
+        raise UsageTypeError(f"expected class names in order, got the set {class_names!r}; give a list"[:200])
+    names = tuple(map(str, class_names))
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise UsageError(f"expected different class names, got {repeated[:3]} more than once; rename them")
+    return names
 
 
 def renumbered(labels: Tensor, texts: Sequence[str], names: Sequence[str]) -> Tensor:

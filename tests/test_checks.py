@@ -7,6 +7,7 @@ import torch
 from pml_fewshot.checks import (
     BLOCK_ROWS,
     as_labels,
+    as_names,
     check_at_least_one,
     check_disjoint,
     check_enough_items,
@@ -90,6 +91,39 @@ def test_labels_of_other_kinds_and_numbers_are_refused():
     for shape in ((2,), (4,), (3, 1), ()):
         with pytest.raises(ValueError, match=r"labels of shape \(3,\), got shape"):
             as_labels(torch.zeros(shape, dtype=torch.int64), 3, "the set's")
+
+
+@pytest.mark.parametrize(
+    ("labels", "odd"),
+    [
+        (["a", float("nan")], "nan in row 1"),
+        ([1, "1"], "1 in row 0"),
+        ([True, "x"], "True"),
+        (["a", b"a"], "b'a' in row 1"),
+    ],
+)
+def test_what_is_no_text_among_texts_is_named(labels: list[object], odd: str):
+    """numpy would make a text of it: a class named "nan"."""
+    with pytest.raises(TypeError, match=f"the set's labels as integers or texts, got {odd}.* beside texts; convert"):
+        as_labels(labels, 2, "the set's")
+    with pytest.raises(ValueError, match="expected one of the set's labels for each item, got a list of lists of diff"):
+        as_labels([[1], [2, 3]], 2, "the set's")
+
+
+def test_class_names_come_in_order_or_with_their_numbers():
+    expected = ("bee", "ant")
+    for names in (["bee", "ant"], np.array(["bee", "ant"]), {"ant": 1, "bee": 0}, {1: "ant", 0: "bee"}):
+        assert as_names(names) == expected
+    for names, message in (
+        ({"bee", "ant"}, "class names in order, got the set"),
+        (
+            {"bee": 0, "ant": 2},
+            "class names with the numbers from 0 on, each once, got {'bee': 0, 'ant': 2}; give a list",
+        ),
+        (["a", "b", "a"], "different class names, got \\['a'\\] more than once"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            as_names(names)
 
 
 def test_the_first_class_with_too_few_items_is_named_by_its_label():

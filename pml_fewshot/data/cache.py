@@ -109,18 +109,20 @@ def cached_images(
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """Where decoded images are kept."""
-    user_cache = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
-    return Path(cache_dir or os.environ.get("PML_FEWSHOT_CACHE") or Path(user_cache, "pml_fewshot"))
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache_dir or os.environ.get("PML_FEWSHOT_CACHE") or Path(user_cache, "pml_fewshot")).expanduser()
 
 
 def _state(files: Iterable[Path]) -> list[object]:
     """What changes with the files' content: beside size and time the inode, which goes with a renamed folder's files,
     and the time of the last change of any kind, which no copying tool sets."""
-    stats = ((file, file.stat()) for file in sorted(files))
-    return [
-        FORMAT_VERSION,
-        *((file, each.st_size, each.st_mtime_ns, each.st_ctime_ns, each.st_ino) for file, each in stats),
-    ]
+    state: list[object] = [FORMAT_VERSION]
+    for file in sorted(files):
+        state.append(file)
+        with suppress(FileNotFoundError):  # of a link that leads nowhere
+            each = file.stat()
+            state += [each.st_size, each.st_mtime_ns, each.st_ctime_ns, each.st_ino]
+    return state
 
 
 def _short_hash(parts: Iterable[object]) -> str:
@@ -191,7 +193,7 @@ def _load(entry: Path, memory_map: bool) -> Stored:
             f"expected a whole cache entry in {entry}, got {got}; delete that folder and run again"
         ) from error
     with suppress(OSError):  # a folder that is read-only is read all the same
-        os.utime(entry / "rest.safetensors")  # when it was last used, for the list
+        os.utime(entry)  # when it was last used, for the list
     return Stored(images, tensors["digests"], about["notes"])
 
 
@@ -211,24 +213,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--empty", nargs="*", metavar="NAME", help="remove the entries of these names, or all")
     given = parser.parse_args(arguments)
     folder = cache_folder(given.cache_dir)
-    entries = sorted(path for path in folder.glob("*-*-*") if path.is_dir() and (path / "images.npy").is_file())
+    entries = sorted(path for path in folder.glob("[!.]*-*-*") if path.is_dir())
     for wanted in given.empty or ():
         if not any(entry.name.startswith(wanted) for entry in entries):
             names = ", ".join(entry.name for entry in entries) or "no entries"
             parser.exit(2, f"expected the beginning of an entry's name, got {wanted!r}; {folder} has {names}\n")
-    total = 0
+    total = shown = 0
     for entry in entries:
         if given.empty and not any(entry.name.startswith(wanted) for wanted in given.empty):
             continue
+        shown += 1
         size = sum(file.stat().st_size for file in entry.iterdir())
-        used = time.strftime("%Y-%m-%d", time.localtime((entry / "rest.safetensors").stat().st_mtime))
-        shown = ", ".join(_about(entry)["source"])
+        used = time.strftime("%Y-%m-%d", time.localtime(entry.stat().st_mtime))
+        source = ", ".join(_about(entry)["source"])
         removed = ""
         if given.empty is not None:
-            removed = "removed  " if _remove(entry) else "in use  "
-        print(f"{removed}{entry.name}  {size / 2**20:,.0f} MiB  used {used}  {shown}")
+            removed = f"{_removed(entry)}  "
+        print(f"{removed}{entry.name}  {size / 2**20:,.0f} MiB  used {used}  {source}")
         total += size
-    print(f"{len(entries)} entries, {total / 2**20:,.0f} MiB, in {folder}")
+    if given.empty == []:
+        for left in folder.glob(".tmp-*"):  # by a process that was killed
+            print(f"{_removed(left)}  {left.name}")
+    print(f"{shown} entries, {total / 2**20:,.0f} MiB, in {folder}")
 
 
 def _about(entry: Path) -> dict[str, Any]:
@@ -238,16 +244,17 @@ def _about(entry: Path) -> dict[str, Any]:
         return {"source": ["damaged"]}
 
 
-def _remove(entry: Path) -> bool:
-    """Removes an entry, unless another process is building its like."""
-    prefix = entry.name.rpartition("-")[0]
-    lock = FileLock(entry.parent / f".{prefix}-lock", mode=0o666)
+def _removed(entry: Path) -> str:
+    """Removes an entry, or what is left of one, and says so; not while a process is building its like."""
+    prefix = entry.name.removeprefix(".tmp-").rpartition("-")[0]
     try:
-        with lock.acquire(timeout=0):
+        with FileLock(entry.parent / f".{prefix}-lock", mode=0o666).acquire(timeout=0):
             shutil.rmtree(entry)
     except Timeout:
-        return False
-    return True
+        return "in use"
+    except PermissionError as error:
+        return f"kept ({error})"
+    return "removed"
 
 
 if __name__ == "__main__":

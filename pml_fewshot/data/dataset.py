@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pml_fewshot.checks import UsageError, UsageTypeError, as_labels, check_disjoint, check_finite, renumbered
+from pml_fewshot.checks import UsageError, UsageTypeError, as_labels, as_names, check_disjoint, check_finite, renumbered
 from pml_fewshot.data.class_lists import ClassLists, draw_classes, read_class_lists
 from pml_fewshot.data.from_dataset import collect
 from pml_fewshot.data.images import Resize, Size
@@ -52,7 +51,7 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         rows: Tensor | None = None,
     ) -> None:
         if isinstance(images, np.ndarray):
-            images = torch.from_numpy(_writable(images))
+            images = torch.from_numpy(_readable(images))
         if not isinstance(images, Tensor):
             got = f"got {type(images).__name__}; use FewShotDataset.from_dataset, or stack them into one"
             raise UsageTypeError(f"expected images as a tensor or a numpy array, {got}")
@@ -63,6 +62,8 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         if (images.ndim != 4 if is_image else images.ndim < 2) or len(images) == 0:
             wanted = "images of shape (M, C, H, W)" if is_image else "features of shape (M, D)"
             raise UsageError(f"expected {wanted}, M > 0, got {got}; add items or the missing axis")
+        if is_image and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
+            raise UsageError(f"expected the channels before height and width, got {got}; permute to (M, C, H, W)")
         if not is_image:
             check_finite(images, "features")
         labels, names = as_labels(labels, len(images) if rows is None else len(rows), "the data set's")
@@ -70,14 +71,12 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
             values, labels = torch.unique(labels, return_inverse=True)
             names = tuple(map(str, values.tolist()))
         if class_names is not None:
-            given = tuple(map(str, class_names))
+            given = as_names(class_names)
             labels, names = renumbered(labels, names, given) if names else labels, given
         low, high, classes = int(labels.min()), int(labels.max()), len(names)
         if low < 0 or high >= classes:
             wanted, do = f"indices into the {classes} class names", "number the classes from 0 and name each"
             raise UsageError(f"expected labels as {wanted}, got labels from {low} to {high}; {do}")
-        if repeated := [name for name, count in Counter(names).items() if count > 1]:
-            raise UsageError(f"expected different class names, got {repeated[:3]} more than once; rename them")
         if empty := (torch.bincount(labels, minlength=classes) == 0).nonzero().flatten().tolist():
             got = f"none in {len(empty)} of {classes}, first {names[empty[0]]!r}"
             raise UsageError(
@@ -98,14 +97,14 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         workers: int = 0,
         note: str = "",
     ) -> "FewShotDataset":
-        """Reads a torch data set of (image, label), as torchvision's are, or a Hugging Face one with such columns.
+        """Reads a data set of pairs (image, label), as torchvision's are, or with such columns, as Hugging Face's.
 
         Args:
-            source: images as PIL images, tensors (C, H, W) or (H, W) of uint8 or of floats in [0, 1], or numpy arrays
-                with the channels last; labels as integers or texts. Its own transforms are applied as they come, once:
-                leave out random ones and Normalize.
+            source: of torch or Hugging Face, or any iterator. Images as PIL images, tensors (C, H, W) or (H, W) of
+                uint8 or of floats in [0, 1], or numpy arrays with the channels last; labels as integers or texts. Its
+                own transforms are applied as they come, once: leave out random ones and Normalize.
             image_size: height and width, or one number for both; as in load_image_folder. When None the images stay as
-                they are, which must be all alike.
+                they are, which must be all of one size. Gray ones among colors get three channels.
             image: the column of the images; when None `image`, `img` or the only one of images.
             label: the column of the labels; when None `label`, `labels`, `fine_label` or the only one of class labels.
             class_names: when None the source's own (`classes`, or the column's), else the labels as text. Those
@@ -200,16 +199,22 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         size = max(1, BLOCK_BYTES // max(1, self._stored[:1].nbytes))
         return (slice(start, start + size) for start in range(0, len(self), size))
 
-    def select_classes(self, classes: Sequence[int]) -> "FewShotDataset":
-        """Returns the items of the numbered classes, relabeled from 0 in the order given."""
+    def select_classes(self, classes: Sequence[int | str]) -> "FewShotDataset":
+        """Returns the items of the classes, by number or name, relabeled from 0 in the order given."""
         if not len(classes):
             raise UsageError("expected at least one class, got none; give the indices of the classes to keep")
+        number = {name: number for number, name in enumerate(self.class_names)}
+        known = {*range(len(number)), *number}
+        if unknown := [c for c in classes if isinstance(c, bool) or c not in known]:
+            there = f"{', '.join(map(repr, self.class_names[:3]))}, .., {len(number)} in all"
+            raise UsageError(f"expected names or numbers of classes of {there}, got {unknown[:3]}; choose among them")
+        numbers = [number[c] if isinstance(c, str) else c for c in classes]
         new_label = torch.full((len(self.class_names),), -1, device=self.device)
-        new_label[torch.as_tensor(classes, device=self.device)] = torch.arange(len(classes), device=self.device)
+        new_label[torch.as_tensor(numbers, device=self.device)] = torch.arange(len(numbers), device=self.device)
         labels = new_label[self.labels]
         keep = (labels >= 0).nonzero().flatten()
         stored, rows = (self._stored[keep], None) if self._rows is None else (self._stored, self._rows[keep])
-        selected = FewShotDataset(stored, labels[keep], [self.class_names[c] for c in classes], self.note, rows)
+        selected = FewShotDataset(stored, labels[keep], [self.class_names[c] for c in numbers], self.note, rows)
         selected.digests = None if self.digests is None else self.digests[keep.cpu()]
         return selected
 
@@ -249,19 +254,22 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         Raises:
             UsageError: it gives other than as many tensors of the same type.
         """
-        first = transform(self._items(slice(1)))
-        if not isinstance(first, Tensor) or first.dtype != self._stored.dtype or first.ndim != self._stored.ndim:
+        one = self._items(slice(1)).clone()
+        first = transform(one)
+        kind = self._stored.dtype, self._stored.ndim, 1
+        if not isinstance(first, Tensor) or (first.dtype, first.ndim, len(first)) != kind:
             got = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
             wanted = f"a transform from {self._stored.dtype} (B, *item) to the same"
             raise UsageError(f"expected {wanted}, got {got} from {transform}; leave out what converts")
         changed = copy.copy(self)
         changed.digests = None
-        if self._rows is None and first.untyped_storage().data_ptr() == self._stored.untyped_storage().data_ptr():
-            changed._stored = transform(self._stored)
+        if self._rows is None and first.untyped_storage().data_ptr() == one.untyped_storage().data_ptr():
+            is_view = torch.equal(one, self._items(slice(1)))  # and no change in place
+            changed._stored = transform(self._stored if is_view else self._stored.clone())
             return changed
         changed._stored, changed._rows = first.new_empty(len(self), *first.shape[1:]), None
         for part in self._blocks():
-            changed._stored[part] = transform(self._items(part))
+            changed._stored[part] = transform(self._items(part).clone())
         return changed
 
     def split(
@@ -346,6 +354,11 @@ class Splits:
     shared_classes: InitVar[bool] = False
 
     def __post_init__(self, shared_classes: bool) -> None:
+        if self.test is None:
+            object.__setattr__(self, "test", self.val)
+        if self.train is None or self.test is None:
+            got = ", ".join(name for name, part in vars(self).items() if part is not None) or "none"
+            raise UsageError(f"expected train and test or val, got {got}; a set alone is evaluated as it is")
         made = {id(part): as_dataset(part, name) for name, part in vars(self).items() if part is not None}
         for name, part in vars(self).copy().items():
             object.__setattr__(self, name, made.get(id(part)))
@@ -372,14 +385,16 @@ class Splits:
         val = None if self.val is None else made[id(self.val)]
         return Splits(made[id(self.train)], val, made[id(self.test)], shared_classes=True)
 
-    @property
-    def seen_in_training(self) -> bool:
-        """Whether a class of test is one of train."""
-        return not set(self.train.class_names).isdisjoint(self.test.class_names)
+    def seen_in_training(self, part: str) -> bool:
+        """Whether a class of val or test is one of train."""
+        return part != "train" and not set(self.train.class_names).isdisjoint(getattr(self, part).class_names)
 
 
-def _writable(images: np.ndarray) -> np.ndarray:
-    """torch wants writable memory: a read-only map is opened again copy-on-write, so its file stays as it is."""
+def _readable(images: np.ndarray) -> np.ndarray:
+    """torch wants writable memory, so a read-only map is opened again copy-on-write and its file stays as it is; and
+    native numbers, none of them backwards."""
+    if any(stride < 0 for stride in images.strides) or not images.dtype.isnative:
+        return np.ascontiguousarray(images, images.dtype.newbyteorder("="))
     if images.flags.writeable:
         return images
     is_slice = isinstance(images.base, np.memmap)  # its place in the file is not known

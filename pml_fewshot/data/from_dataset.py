@@ -1,16 +1,17 @@
 """Data sets of torch and of Hugging Face as one tensor of images with labels (FewShotDataset.from_dataset)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
-from pml_fewshot.checks import UsageError, UsageTypeError, as_labels, renumbered
+from pml_fewshot.checks import UsageError, UsageTypeError, as_labels, as_names, renumbered
 from pml_fewshot.data.images import Form, Resize, Size, fit_image
 
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")
@@ -30,38 +31,65 @@ def collect(
     if isinstance(columns, dict):
         do = f"give one of them, as source[{next(iter(columns))!r}]"
         raise UsageTypeError(f"expected one data set, got a dictionary of {', '.join(columns)}; {do}")
-    if columns is None and not hasattr(source, "__getitem__") and not hasattr(source, "__iter__"):
+    if isinstance(source, Mapping | str | Path) or not (hasattr(source, "__getitem__") or hasattr(source, "__iter__")):
         do = "give a torch or Hugging Face data set of (image, label)"
         raise UsageTypeError(f"expected a data set, got {type(source).__name__}; {do}")
-    keys: tuple[Any, Any] = (0, 1)
+    if workers < 0:
+        raise UsageError(f"expected workers of at least 0, got {workers}; 0 is for none beside this process")
+    is_stream = isinstance(source, IterableDataset) or not hasattr(source, "__getitem__")
+    if workers and is_stream:
+        got = f"workers={workers} for a stream ({type(source).__name__})"
+        raise UsageError(f"expected workers=0, as each of several would read all of it, got {got}; leave it out")
     if columns is not None:
         image = _column(image, "image", IMAGE_COLUMNS, source, "Image")
         label = _column(label, "label", LABEL_COLUMNS, source, "ClassLabel")
-        keys, class_names = (image, label), class_names or getattr(source.features[label], "names", None)
+        class_names = getattr(source.features[label], "names", None) if class_names is None else class_names
     total = len(source) if hasattr(source, "__len__") else None
-    items = DataLoader(source, batch_size=None, num_workers=workers, collate_fn=_itself)
-    images = np.empty((0,), np.uint8)
+    items = source  # an iterator is read as it is
+    if not is_stream:
+        items = DataLoader(source, batch_size=None, num_workers=workers, collate_fn=_itself)
+    images: np.ndarray = np.empty(0, np.uint8)
     labels: list[Any] = []
     # delay: a set that is read within two seconds needs no bar
     for place, item in enumerate(tqdm(items, "reading", total, unit="image", delay=2, mininterval=1)):
-        if columns is None and not (isinstance(item, tuple | list) and len(item) == 2):
-            got = f"{type(item).__name__} of {len(item)}" if hasattr(item, "__len__") else type(item).__name__
-            raise UsageTypeError(f"expected pairs (image, label) from {type(source).__name__}, got a {got}; wrap it")
-        pixels = _pixels(item[keys[0]], place, image_size, resize)
+        picture, value = _pair(item, image, label, source)
+        pixels = _pixels(picture, place, image_size, resize)
         if place == 0:
             images = np.empty((total or 1, *pixels.shape), np.uint8)
         elif place == len(images):  # of a stream without a length
             images = np.concatenate([images, np.empty_like(images)])
-        if pixels.shape != images.shape[1:]:
-            got = " and ".join("x".join(map(str, shape)) for shape in (images.shape[1:], pixels.shape))
-            raise UsageError(f"expected images alike, got {got} (item {place}); give image_size=84")
-        images[place], value = pixels, item[keys[1]]
-        labels.append(value.item() if isinstance(value, Tensor | np.generic) else value)
+        if len(pixels) > images.shape[1]:  # gray ones before the first of colors
+            images = np.repeat(images, len(pixels), axis=1)
+        if pixels.shape[1:] != images.shape[2:]:
+            got = " and ".join("x".join(map(str, shape)) for shape in (images.shape[2:], pixels.shape[1:]))
+            raise UsageError(f"expected images of one size, got {got} (item {place}); give image_size=84")
+        images[place] = pixels
+        if isinstance(value, Tensor | np.ndarray | np.generic):
+            if any(length != 1 for length in value.shape):
+                got = f"shape {tuple(value.shape)} (item {place})"
+                raise UsageTypeError(f"expected one number or text as a label, got {got}; take its argmax")
+            value = value.item()
+        labels.append(value)
     if not labels:
         raise UsageError(f"expected items, got none from {type(source).__name__}; give a set with items")
     numbers, texts = as_labels(labels, len(labels), "the data set's")
-    named = _named(numbers, texts, class_names or _names_of(source))
-    return torch.from_numpy(images[: len(labels)]), *named
+    names = _names_of(source) if class_names is None else as_names(class_names)
+    return torch.from_numpy(images[: len(labels)]), *_named(numbers, texts, names)
+
+
+def _pair(item: Any, image: str | None, label: str | None, source: Any) -> tuple[Any, Any]:
+    """Image and label of an item: a pair, or a dictionary with these columns."""
+    if isinstance(item, Mapping):
+        pairs = ((image, IMAGE_COLUMNS), (label, LABEL_COLUMNS))
+        keys = [next((key for key in ((given,) if given else usual) if key in item), None) for given, usual in pairs]
+        if None in keys:
+            wanted, got = f"{image or IMAGE_COLUMNS[0]!r} and {label or LABEL_COLUMNS[0]!r}", ", ".join(map(str, item))
+            raise UsageError(f"expected items with {wanted}, got {got}; name yours as image=, label=")
+        return item[keys[0]], item[keys[1]]
+    if not (isinstance(item, tuple | list) and len(item) == 2):
+        got = f"{type(item).__name__} of {len(item)}" if hasattr(item, "__len__") else type(item).__name__
+        raise UsageTypeError(f"expected pairs (image, label) from {type(source).__name__}, got a {got}; wrap it")
+    return item[0], item[1]
 
 
 def _itself(item: Any) -> Any:
@@ -79,13 +107,22 @@ def _column(given: str | None, argument: str, usual: Sequence[str], source: Any,
 
 
 def _names_of(source: Any) -> Sequence[str] | None:
-    """Class names as torchvision's data sets have them, also of a Subset."""
-    while source is not None:
-        names = getattr(source, "classes", None)
+    """Class names as torchvision's data sets and ours have them, also of a Subset, or of sets that are joined."""
+    if getattr(source, "target_transform", None) is not None:  # labels are others then
+        return None
+    for attribute in ("classes", "class_names"):
+        names = getattr(source, attribute, None)
         if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
             return names
-        source = getattr(source, "dataset", None)
-    return None
+    parts = getattr(source, "datasets", None)
+    if isinstance(parts, list | tuple):
+        found = [_names_of(part) for part in parts]
+        if any(names is None or list(names) != list(found[0] or ()) for names in found) and any(found):
+            do = "read each by itself, and join them with pml_fewshot.data.dataset.concat, which goes by names"
+            raise UsageError(f"expected data sets of the same classes, got {found[0]} and others; {do}")
+        return found[0]
+    inner = getattr(source, "dataset", None)
+    return None if inner is None else _names_of(inner)
 
 
 def _named(numbers: Tensor, texts: tuple[str, ...], known: Sequence[str] | None) -> tuple[Tensor, tuple[str, ...]]:
@@ -96,17 +133,24 @@ def _named(numbers: Tensor, texts: tuple[str, ...], known: Sequence[str] | None)
     values, labels = torch.unique(numbers, return_inverse=True)
     if names and (int(values[0]) < 0 or int(values[-1]) >= len(names)):
         got = f"labels from {int(values[0])} to {int(values[-1])}"
-        raise UsageError(f"expected indices into the {len(names)} class names, got {got}; give class_names")
+        do = "give class_names, and leave out items without a label"
+        raise UsageError(f"expected indices into the {len(names)} class names, got {got}; {do}")
     return labels, tuple(names[value] if names else str(value) for value in values.tolist())
 
 
 def _pixels(image: Any, place: int, image_size: Size | None, resize: Resize) -> np.ndarray:
     """One image as (C, H, W) uint8, scaled where a size is given."""
     if isinstance(image, Image.Image):
+        image = ImageOps.exif_transpose(image)  # upright, as image files are read
         channels = 1 if image.mode in ("1", "L", "I;16", "I", "F") else 3
         size = (image.height, image.width) if image_size is None else image_size
-        return fit_image(image, Form.of(size, channels, resize))
-    array = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
+        try:
+            return fit_image(image, Form.of(size, channels, resize))
+        except ValueError as error:
+            raise UsageError(f"expected a readable image, got {error} (item {place}); convert it") from error
+    array = image.detach().cpu() if isinstance(image, Tensor) else image
+    if isinstance(array, Tensor):
+        array = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
     if not isinstance(array, np.ndarray) or array.ndim not in (2, 3):
         got = f"{type(image).__name__}{f' of shape {tuple(array.shape)}' if isinstance(array, np.ndarray) else ''}"
         do = "leave out transforms that give other things"

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pml_fewshot.checks import MissingFileError, UsageError, check_disjoint
-from pml_fewshot.data.class_lists import ROLES, ClassLists, draw_classes, read_class_lists
+from pml_fewshot.data.class_lists import ClassLists, draw_classes, read_class_lists, role_of
 from pml_fewshot.data.dataset import FewShotDataset, Splits
 from pml_fewshot.data.images import IMAGE_SUFFIXES, Form, ImageFiles, Resize, Size, open_images
 from pml_fewshot.data.listing import Classes, Listing, by_folder, common_folder, note_twins, what_is_left_out
 
-ROLE_NAMES = sorted(set(ROLES.values()))
+ROLE_NAMES = ["test", "train", "val"]
 
 
 def load_image_folder(
@@ -100,7 +100,11 @@ def load_images(
     with open_images(root) as found:
         top = common_folder(found.names)
         said = what_is_left_out(found, top, top.count("/"))
-        listing = Listing(root, found.names, {"all": _classes(found, top, said)}, found.read, found.files, said)
+        classes = _classes(found, top, said)
+        if len(roles := [name for name in classes if role_of(name)]) > 1:
+            do = f"use load_image_folder, or give {root.name}/{roles[0]} as root"
+            raise UsageError(f"expected class folders in {root}, got those of splits, {', '.join(roles)}; {do}")
+        listing = Listing(root, found.names, {"all": classes}, found.read, found.files, said)
         sets = listing.sets("image_folder", form, skip_broken, memory_map, cache_dir)
     note_twins(sets)
     listing.warn()
@@ -112,7 +116,7 @@ def split_folders(names: Sequence[str], path: Path, depth: int, said: list[str])
     below: dict[str, list[str]] = {}
     for name in names:
         below.setdefault(name.split("/")[depth] if name.count("/") > depth else "", []).append(name)
-    roles = {folder: ROLES[folder] for folder in below if folder in ROLES}
+    roles = {folder: role for folder in below if (role := role_of(folder))}
     if len(roles) < 2:
         if roles:  # a folder `train` among others may well hold pictures of trains
             said.append(f"folder {next(iter(roles))} is taken as a class, among {len(below) - 1} others")
@@ -144,7 +148,8 @@ def divided(
 
 def _classes(found: ImageFiles, top: str, said: list[str]) -> Classes:
     if not found.names:
-        got = f"got none among {len(found.others)} other files"
+        others = sum(not name.endswith("/") for name in found.others)
+        got = f"got none among {others} other files"
         raise UsageError(
             f"expected images in class folders in {found.path}, {got}; add files {', '.join(IMAGE_SUFFIXES)}"
         )

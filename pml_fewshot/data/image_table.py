@@ -2,12 +2,14 @@
 
 import csv
 import hashlib
+import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pml_fewshot.checks import MissingFileError, UsageError, UsageTypeError, check_disjoint
-from pml_fewshot.data.class_lists import ROLES, ClassLists
+from pml_fewshot.data.class_lists import ClassLists, read_text, role_of
 from pml_fewshot.data.dataset import Splits
 from pml_fewshot.data.image_folder import divided
 from pml_fewshot.data.images import Form, Resize, Size
@@ -16,7 +18,7 @@ from pml_fewshot.data.listing import Classes, Listing, note_twins
 # how people call these columns, the first that is there counts
 PATH_COLUMNS = ("path", "filename", "file", "filepath", "file_name", "image", "image_path")
 LABEL_COLUMNS = ("label", "class", "class_name", "category", "target")
-SPLIT_COLUMNS = ("split", "set", "subset", "partition", "fold")
+SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 
 
 def load_image_table(
@@ -45,8 +47,8 @@ def load_image_table(
         root: the folder that the paths are relative to; the file's own when None, the working one for a DataFrame.
         path: the column of the paths; when None the first of path, filename, file, filepath, file_name, image.
         label: that of the classes; when None label, class, class_name, category, target.
-        split: that of the splits, train, val (valid, validation) and test; when None split, set, subset, partition,
-            fold. Where there is no such column, or `splits` are given, the classes are divided as in load_image_folder.
+        split: that of the splits, train, val (valid, validation) and test; when None split, set, subset, partition.
+            Where there is no such column, or `splits` are given, the classes are divided as in load_image_folder.
         image_size, channels, val_fraction, test_fraction, seed, skip_broken, memory_map, cache_dir, splits, resize,
             depth, shared_classes: as in load_image_folder.
 
@@ -71,7 +73,8 @@ def load_image_table(
     twice = 0
     for number, row in enumerate(rows, start=1):
         cells = [_cell(row, column, number, name) for column in (path, label, split) if column is not None]
-        role = ROLES.get(cells[2].lower(), "") if split is not None else ""
+        cells[0] = os.path.normpath(cells[0])
+        role = role_of(cells[2]) if split is not None else ""
         if split is not None and not role:
             got = f"{cells[2]!r} in row {number}"
             raise UsageError(f"expected train, val or test as {split!r} in {name}, got {got}; rename it")
@@ -113,15 +116,13 @@ def _rows(table: Any) -> tuple[Sequence[Mapping[str, Any]], Path]:
     path = Path(table)
     if not path.is_file():
         raise MissingFileError(f"expected a table of images at {path}, got none; check the path")
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         import pandas
 
         return pandas.read_parquet(path).to_dict("records"), path
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        header = file.readline()
-        delimiter = max(",;\t", key=header.count)
-        file.seek(0)
-        return list(csv.DictReader(file, delimiter=delimiter)), path
+    text = read_text(path)
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)), path
 
 
 def _column(given: str | None, usual: Sequence[str], row: Mapping[str, Any], argument: str, table: Path) -> str:

@@ -4,8 +4,9 @@ import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -52,13 +53,13 @@ class Form(NamedTuple):
             raise UsageError(f"expected image_size as one number or (height, width), got {image_size!r}; give two")
         for side in sides:
             check_at_least_one("image_size", side)
-        if channels not in (1, 3):
+        if not isinstance(channels, Integral) or channels not in (1, 3):
             raise UsageError(f"expected channels 3 (RGB) or 1 (gray), got {channels!r}; choose one of them")
         check_choice("resize", resize, ("crop", "pad", "stretch"))
-        if depth not in (8, 16) or (depth == 16 and channels == 3):
+        if not isinstance(depth, Integral) or depth not in (8, 16) or (depth == 16 and channels == 3):
             got = f"{depth!r} with {channels} channels"
             raise UsageError(f"expected depth 8, or 16 of gray images (channels=1), got {got}; choose one of them")
-        return cls(int(sides[0]), int(sides[1]), channels, resize, depth)
+        return cls(int(sides[0]), int(sides[1]), int(channels), resize, int(depth))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -75,8 +76,9 @@ class ImageFiles(NamedTuple):
 
     path: Path
     names: list[str]  # of images, sorted, with "/"
-    others: list[str]  # of files with other endings
+    others: list[str]  # of files with other endings, and of folders, which end with "/"
     read: Read
+    repeated: int = 0  # entries of a zip in whose place a later one of the same name counts
 
     @property
     def files(self) -> list[Path]:
@@ -92,19 +94,37 @@ def open_images(path: Path) -> Iterator[ImageFiles]:
     with it, also when an image is read, is a UsageError.
     """
     if path.is_dir():
-        walk = os.walk(path, followlinks=True)
-        files = (Path(parent, name).relative_to(path).as_posix() for parent, _, names in walk for name in names)
-        yield ImageFiles(path, *_images(files), lambda name: (path / name).read_bytes())
+        yield ImageFiles(path, *_images(_walk(path)), lambda name: (path / name).read_bytes())
         return
+    if path.suffix.lower() != ".zip" and path.is_file() and not zipfile.is_zipfile(path):
+        raise UsageError(f"expected a folder or a zip at {path}, got another file; name the folder of the classes")
     with _named_if_broken(path):
         archive = zipfile.ZipFile(path)
 
     def read(name: str) -> bytes:
         with _named_if_broken(path):
-            return archive.read(name)  # which verifies checksums
+            return archive.read(entry[name])  # which verifies checksums
 
     with archive:
-        yield ImageFiles(path, *_images(name for name in archive.namelist() if not name.endswith("/")), read)
+        # some tools write "./a.png" or backslashes
+        entry = {name.replace("\\", "/").removeprefix("./"): name for name in archive.namelist()}
+        yield ImageFiles(path, *_images(entry), read, len(archive.namelist()) - len(entry))
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """Files and folders below a folder, also behind links, but for those that lead to a folder above themselves."""
+
+    def fail(error: OSError) -> None:  # a folder that cannot be listed is not to vanish
+        raise error
+
+    for parent, folders, files in os.walk(root, followlinks=True, onerror=fail):
+        place = Path(parent)
+        links = [name for name in folders if (place / name).is_symlink()]
+        for name in links:
+            if place.resolve().is_relative_to((place / name).resolve()):
+                folders.remove(name)
+        yield from ((place / name).relative_to(root).as_posix() for name in files)
+        yield from ((place / name).relative_to(root).as_posix() + "/" for name in folders)
 
 
 @contextmanager
@@ -140,13 +160,15 @@ def read_images(
     def decode(name: str) -> np.ndarray | None:
         try:
             return read_image(read(name), form, f"{path}/{name}", resampling)
-        except BrokenImageError:
+        except (BrokenImageError, FileNotFoundError):  # the latter of a link that leads nowhere
             if not skip_broken:
                 raise
             return None
 
-    with ThreadPoolExecutor(THREADS) as pool:
+    in_threads = False
+    with suppress(OSError):  # which decoding will meet again
         in_threads = bool(names) and len(read(names[0])) >= THREADED_BYTES
+    with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(names), CHUNK):
             yield from (pool.map if in_threads else map)(decode, names[start : start + CHUNK])
 

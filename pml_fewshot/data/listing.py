@@ -100,7 +100,7 @@ class Listing:
 
 
 def note_twins(sets: Mapping[str, FewShotDataset]) -> None:
-    """Notes how many images have the pixels of one in another class or split; within a class they do less harm."""
+    """Notes how many images have the pixels of another one, and where these are in other classes or splits."""
     names = [f"{split}/{name}" for split, part in sets.items() for name in part.class_names]
     digests, owners, start = [], [], 0
     for part in sets.values():
@@ -109,12 +109,15 @@ def note_twins(sets: Mapping[str, FewShotDataset]) -> None:
         start += len(part.class_names)
     owner = np.concatenate(owners)
     _, first, group = np.unique(np.concatenate(digests), return_index=True, return_inverse=True)
-    apart = np.flatnonzero(owner[first[group]] != owner)
-    if len(apart):
+    copies = np.flatnonzero(first[group] != np.arange(len(group)))
+    if not len(copies):
+        return
+    text = f"{len(copies)} image{'s' if len(copies) > 1 else ''} there twice"
+    if len(apart := copies[owner[first[group[copies]]] != owner[copies]]):
         pair = f"{names[owner[first[group[apart[0]]]]]} and {names[owner[apart[0]]]}"
-        count = f"{len(apart)} image{'s' if len(apart) > 1 else ''}"
-        for part in sets.values():
-            part.note = joined_notes(part.note, f"{count} twice, in two classes or splits, first in {pair}")
+        text += f", {len(apart)} in two classes or splits, first {pair}"
+    for part in sets.values():
+        part.note = joined_notes(part.note, text)
 
 
 def by_folder(names: Sequence[str], path: Path, said: list[str], depth: int = 0) -> Classes:
@@ -134,14 +137,18 @@ def by_folder(names: Sequence[str], path: Path, said: list[str], depth: int = 0)
 
 def what_is_left_out(found: ImageFiles, top: str, depth: int) -> list[str]:
     """What there is to say of files below `top` that are no images by their endings, in class folders at `depth`."""
-    inside = [name for name in found.others if name.startswith(top) and name.count("/") > depth]
-    if not inside:
-        return []
-    endings = Counter(Path(name).suffix.lower() or "without ending" for name in inside)
-    counts = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(5))
-    said = [f"left out {len(inside)} files that are no images by their ending ({counts}), first {inside[0]}"]
-    if without := sorted({_above(name, depth) for name in inside} - {_above(name, depth) for name in found.names}):
+    others = [name for name in found.others if name.startswith(top)]
+    inside = [name for name in others if name.count("/") > depth and not name.endswith("/")]
+    said = []
+    if inside:
+        endings = Counter(Path(name).suffix.lower() or "without ending" for name in inside)
+        counts = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(5))
+        said.append(f"left out {len(inside)} files that are no images by their ending ({counts}), first {inside[0]}")
+    folders = {_above(name, depth) for name in others if name.count("/") > depth}
+    if without := sorted(folders - {_above(name, depth) for name in found.names}):
         said.append(f"left out {len(without)} folders without an image: {', '.join(without[:5])}")
+    if found.repeated:
+        said.append(f"left out {found.repeated} entries of names that come again in the zip; the last one counts")
     return said
 
 

@@ -102,8 +102,12 @@ def _from_pickles(folder: Path, ending: str, form: Form, memory_map: bool, cache
                     yield fit_image(Image.fromarray(image), form)
 
     key = (folder, *form)
-    source = Source(items(), sum(CLASSES.values()) * IMAGES, form.shape, notes)
-    stored = cached_images("mini_imagenet", key, files.values(), lambda: source, cache_dir, memory_map)
+    total = sum(CLASSES.values()) * IMAGES
+
+    def source() -> Source:
+        return Source(items(), total, form.shape, notes)
+
+    stored = cached_images("mini_imagenet", key, files.values(), source, cache_dir, memory_map)
     note = joined_notes(_other_classes(stored.notes), _images_a_class(stored.notes))
     sets, start = {}, 0
     for split, counts in stored.notes.items():

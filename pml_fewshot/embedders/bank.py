@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pml_fewshot.checks import BLOCK_ROWS, UsageError, UsageTypeError, as_labels, check_finite, renumbered
+from pml_fewshot.checks import BLOCK_ROWS, UsageError, UsageTypeError, as_labels, as_names, check_finite, renumbered
 from pml_fewshot.data.dataset import FewShotDataset, joined_notes
 from pml_fewshot.embedders.feature_files import features_in, labels_in, read_file
 from pml_fewshot.embedders.features import as_rows, labeled_rows
@@ -61,9 +60,7 @@ class EmbeddingBank:
             raise UsageTypeError(f"expected float embeddings, got {rows.dtype}; {do}")
         numbers, found = as_labels(labels, len(rows), "the bank's")
         check_finite(rows, "embeddings")
-        names = tuple(map(str, class_names)) or found
-        if repeated := [name for name, count in Counter(names).items() if count > 1]:
-            raise UsageError(f"expected different class names, got {repeated[:3]} more than once; rename them")
+        names = as_names(class_names) or found
         if found:
             numbers = renumbered(numbers, found, names)
         if names and len(numbers):

@@ -48,13 +48,14 @@ def read_file(path: Path) -> tuple[Any, dict[str, str]]:
         MissingFileError: there is no such file.
         UsageError: another format, a broken file, one with more than data, or no package that reads it.
     """
-    check_choice("the file's ending", path.suffix, FORMATS)
+    ending = path.suffix.lower()
+    check_choice("the file's ending", ending, FORMATS)
     if not path.is_file():
         raise MissingFileError(f"expected a file of embeddings or labels at {path}, got none; check the path")
-    if path.suffix == ".safetensors":
+    if ending == ".safetensors":
         return read_tensors(path)
     try:
-        match path.suffix:
+        match ending:
             case ".npz":
                 with path.open("rb") as file:  # numpy leaves a broken one open
                     return dict(np.load(file, allow_pickle=False)), {}
@@ -69,7 +70,7 @@ def read_file(path: Path) -> tuple[Any, dict[str, str]]:
     except (PermissionError, UsageError):
         raise
     except ImportError as error:
-        needed, do = NEEDS[path.suffix], "or write the features as .npy or .safetensors"
+        needed, do = NEEDS[ending], "or write the features as .npy or .safetensors"
         wanted = " and ".join(needed.split())
         raise UsageError(f"expected {wanted} to read {path}, got none installed; pip install {needed}, {do}") from error
     except Exception as error:  # on broken files readers raise whatever their code happens to meet
@@ -155,9 +156,14 @@ def _read_hdf5(path: Path) -> Any:
 def _read_table(path: Path) -> Any:
     import pandas
 
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return pandas.read_parquet(path)
-    table = pandas.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    table = pandas.read_csv(path, sep=separator)
+    for name in table.columns.intersection(LABELS):
+        texts = pandas.read_csv(path, sep=separator, usecols=[name], dtype=str)[name]
+        if table[name].dtype.kind == "i" and (texts != table[name].astype(str)).any():  # 001 is not 1
+            table[name] = texts
     numbers = [name for name in table.columns if re.fullmatch(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", name.lower())]
     if any(not name.isdigit() for name in numbers) or not isinstance(table.index, pandas.RangeIndex):
         got = f"{', '.join(map(repr, table.columns[:4]))}, .. for {table.shape[1]} columns"

@@ -138,6 +138,8 @@ def label_column(table: Any, key: str | None, place: str, required: bool = True)
         wanted = f"a column of labels ({', '.join(LABELS)}, or the only one of texts)"
         do = "name it 'label', or say which by load_bank's labels_key"
         raise UsageError(f"expected {wanted} in {place}, got {_listed(table)}; {do}")
+    if column is not None and (count := int((table.columns == column).sum())) > 1:
+        raise UsageError(f"expected one column {column!r} in {place}, got {count}; rename the others")
     if column is not None and (missing := table[column].isna()).any():
         got = f"none in {int(missing.sum())} of {len(table)} rows, first in row {int(missing.argmax())}"
         raise UsageError(f"expected a label in every row of {place}, got {got} ({column!r}); fill them in")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from pml_fewshot.checks import UsageError, UsageTypeError
+from pml_fewshot.checks import UsageError, UsageTypeError, check_choice
 from pml_fewshot.data.dataset import FewShotDataset, Splits, joined_notes
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.embedders.modes import evaluating
@@ -63,18 +63,28 @@ def benchmark(
         raise UsageTypeError("expected one method or a mapping of names to methods, got a sequence; name each of them")
     if not isinstance(methods, Mapping):
         methods = {type(methods).__name__: methods}
+    if None in methods.values():
+        raise UsageTypeError("expected methods to evaluate, got None; give an Embedder, a trainer or a bank")
     if not methods:
         raise UsageError("expected at least one method, got none; name what to evaluate")
+    if isinstance(specs, EpisodeSpec):
+        specs = (specs,)
     dataset: Any = data
     name_of_split = ""
     if isinstance(data, Splits):
+        check_choice("split", split or "test", ("train", "val", "test"))
         name_of_split = split or ("val" if data.test_is_val else "test")
         dataset = getattr(data, name_of_split)
-        if name_of_split != "train" and data.seen_in_training:
+        if dataset is None:
+            raise UsageError(f"expected {name_of_split} among the splits, got none; choose another")
+        if data.seen_in_training(name_of_split):
             note = joined_notes(note, "classes seen in training")
     elif split is not None:
         got = "a bank" if data is None else f"a {type(data).__name__}"
         raise UsageTypeError(f"expected Splits to take {split} from, got {got}; give the Splits, or leave split out")
+    if reference is not None and reference is dataset:
+        do = "leave reference out: each query then searches the others"
+        raise UsageError(f"expected other references than the evaluated set, got the same; {do}")
     tester = retrieval() if callable(retrieval) else retrieval
     table = ResultTable()
     for name, method in methods.items():

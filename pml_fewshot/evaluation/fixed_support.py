@@ -2,7 +2,7 @@
 
 import torch
 
-from pml_fewshot.checks import UsageError, check_finite
+from pml_fewshot.checks import UsageError, check_at_least_one, check_finite
 from pml_fewshot.data.dataset import as_floats
 from pml_fewshot.embedders.bank import EmbeddingBank, align
 from pml_fewshot.embedders.modes import evaluating
@@ -35,6 +35,10 @@ def evaluate_fixed(
     Raises:
         UsageError: classes of different sizes without `shots`, too few items, a query's class without support, NaN.
     """
+    if shots is not None:
+        check_at_least_one("shots", shots)
+    if support is query:
+        raise UsageError("expected other items as support than the queries, got the same set; split it by items")
     with evaluating(*modules_of(method)):
         (named, rows), (asked, queries) = (
             embed(method, each) if not isinstance(method, EmbeddingBank) else embed(each, None)

@@ -267,6 +267,7 @@ class Gallery:
     def _queries(self, query: Any, k: int) -> Tensor:
         """Checked queries (N, D), prepared for the ranking, on the CPU."""
         check_at_least_one("k", k)
+        k = int(k)  # numpy's integers are none to faiss
         if not isinstance(query, Tensor):
             try:
                 query = torch.from_numpy(np.array(query, dtype=np.float32))

@@ -126,7 +126,11 @@ def own_parts(config: ExperimentConfig) -> ExperimentConfig:
 def load_data(config: ExperimentConfig) -> Splits:
     """The data of an experiment, from its data root."""
     root = config.data_root or Path(os.environ.get("PML_FEWSHOT_DATA", "data"))
-    return config.data(**_needed(config.data, root=root))
+    splits = config.data(**_needed(config.data, root=root))
+    if not isinstance(splits, Splits):
+        do = "give a loader of Splits, or divide one set by its split()"
+        raise UsageError(f"expected Splits from data, got {type(splits).__name__}; {do}")
+    return splits
 
 
 def for_evaluation(config: ExperimentConfig, splits: Splits) -> Splits:

@@ -36,7 +36,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     try:
         with translate_write_errors(path):
             temporary.unlink(missing_ok=True)  # a link there would lead elsewhere
+            temporary.touch()
+            mode = temporary.stat().st_mode  # the user's own, for some writers make files that nobody else may read
             yield temporary
+            temporary.chmod(mode)
             fsync(temporary)
             temporary.replace(path)
             fsync(path.parent)

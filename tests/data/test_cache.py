@@ -244,3 +244,28 @@ def test_the_command_lists_entries_and_removes_those_named_or_all(tmp_path: Path
     assert f"1 entries, 0 MiB, in {tmp_path}" in shown("--empty")
     assert entries(tmp_path) == []
     assert "0 entries" in shown()
+
+
+def test_what_killed_processes_left_is_removed_and_what_is_being_built_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name in (".tmp-first-0123-", ".tmp-second-0123-"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rest.safetensors").touch()
+    with cache.FileLock(tmp_path / ".second-0123-lock"):
+        cache.main(["--cache-dir", str(tmp_path)])
+        assert capsys.readouterr().out.startswith("0 entries")
+        cache.main(["--cache-dir", str(tmp_path), "--empty"])
+    assert sorted(capsys.readouterr().out.splitlines())[1:] == [
+        "in use  .tmp-second-0123-",
+        "removed  .tmp-first-0123-",
+    ]
+    assert entries(tmp_path) == [".tmp-second-0123-"]
+
+
+def test_entries_are_as_readable_as_the_users_other_files(tmp_path: Path):
+    load(tmp_path, Made())
+    (tmp_path / "other").touch()
+    modes = {path.name: path.stat().st_mode for path in [*tmp_path.glob("set-*/*"), tmp_path / "other"]}
+    assert len(modes) == 3
+    assert len(set(modes.values())) == 1

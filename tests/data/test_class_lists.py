@@ -44,7 +44,7 @@ def test_a_folder_holds_a_file_a_split(tmp_path: Path):
         ),
         ({"train": ["qqqq"]}, "first 'qqqq'; there are ant, bee, cat, .."),
         ({"train": []}, "at least one class in train, got none"),
-        ({"training": ["ant"]}, "splits named train, val and test, each once, got training"),
+        ({"holdout": ["ant"]}, "splits named train, val and test, each once, got holdout"),
         ({"val": ["ant"], "valid": ["bee"]}, "each once, got val, valid"),
         ({"train": ["ant"], "test": ["ant"]}, "got class 'ant' in train and in test"),
         ({"train": "nowhere.txt"}, "a file of class names at nowhere.txt, got none"),

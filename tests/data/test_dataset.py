@@ -229,8 +229,10 @@ def test_a_class_in_two_splits_is_refused_unless_it_is_meant():
     with pytest.raises(UsageError, match=r"class 'a' in train and in test.*shared_classes=True"):
         Splits(made_up("ab"), None, made_up("ca"))
     splits = Splits(made_up("ab"), None, made_up("ca"), shared_classes=True)
-    assert splits.seen_in_training
-    assert not Splits(made_up("ab"), None, made_up("cd")).seen_in_training
+    assert splits.seen_in_training("test")
+    assert not Splits(made_up("ab"), None, made_up("cd")).seen_in_training("test")
+    splits = Splits(made_up("ab"), made_up("ax"), made_up("cd"), shared_classes=True)
+    assert [splits.seen_in_training(part) for part in ("train", "val", "test")] == [False, True, False]
     assert list(vars(splits)) == ["train", "val", "test"]
 
 
@@ -242,6 +244,10 @@ def test_without_a_test_set_val_takes_its_place_through_every_change():
     assert not Splits.of({"train": made_up("ab"), "test": made_up("cd")}).test_is_val
     with pytest.raises(UsageError, match="expected parts train and test or val, got train"):
         Splits.of({"train": made_up("ab")})
+    assert Splits(made_up("ab"), made_up("cd"), None).test_is_val
+    for parts in ((made_up("ab"), None, None), (None, None, made_up("ab"))):
+        with pytest.raises(UsageError, match=r"expected train and test or val, got (train|test); a set alone is"):
+            Splits(*parts)
     bank = EmbeddingBank(torch.rand(4, 3), [0, 0, 1, 1], class_names=("c", "d"))
     other = EmbeddingBank(torch.rand(4, 3), [0, 0, 1, 1], class_names=("a", "b"))
     assert Splits(other, bank, bank).test_is_val

@@ -1,6 +1,7 @@
 """load_image_folder: both layouts, the drawn split, broken images, and the cache behind it."""
 
 import os
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -285,3 +286,68 @@ def test_sizes_depth_and_ways_to_resize_reach_the_images(tmp_path: Path):
     assert len(entries(tmp_path / "cache")) == 1
     load(root, image_size=(2, 6), resize="stretch", depth=16, val_fraction=0)
     assert len(entries(tmp_path / "cache")) == 2
+
+
+def test_empty_folders_and_copies_are_counted(tmp_path: Path):
+    root = class_folders(tmp_path / "set", classes=3, images=2)
+    (root / "empty" / "deep").mkdir(parents=True)
+    write(root / "class0" / "copy.png", 1)
+    write(root / "class2" / "copy.png", 0)
+    with pytest.warns(UserWarning, match="set: left out 1 folders without an image: empty$"):
+        whole = load_images(root, 6, 1, cache_dir=tmp_path / "cache")
+    assert whole.note == "2 images there twice, 1 in two classes or splits, first all/class0 and all/class2"
+
+
+def test_a_zip_with_names_twice_counts_the_last_of_each(tmp_path: Path):
+    root = class_folders(tmp_path / "set", classes=3, images=1)
+    with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of zipfile, about the names
+        for times in range(2):
+            for file in sorted(root.rglob("*.png")):
+                archive.write(file, f"{'./' if times else ''}{file.relative_to(root).as_posix()}")
+            write(root / "class1" / "0.png", 99)
+    with pytest.warns(UserWarning, match=r"left out 3 entries of names that come again in the zip; the last"):
+        whole = load_images(tmp_path / "d.zip", 6, 1, cache_dir=tmp_path / "cache")
+    assert whole.images[:, 0, 0, 0].tolist() == [0, 99, 20]
+
+
+@pytest.mark.parametrize("names", [("Train", "Val", "TEST"), ("training", "dev", "Testing")])
+def test_split_folders_go_by_any_of_their_names(tmp_path: Path, names: tuple[str, str, str]):
+    root = class_folders(tmp_path / "set", 4, 2, (names[0], names[0], names[1], names[2]))
+    splits = load(root)
+    assert [part.class_names for part in parts(splits).values()] == [("class0", "class1"), ("class2",), ("class3",)]
+    with pytest.raises(
+        UsageError, match=r"class folders in .*, got those of splits, .*; use load_image_folder, or give"
+    ):
+        load_images(root, 6, 1)
+
+
+def test_links_to_a_folder_above_are_not_followed_and_dangling_ones_named_or_skipped(tmp_path: Path):
+    root = class_folders(tmp_path / "set", classes=3, images=1)
+    for name in ("class0", "class1"):
+        (root / name / "all").symlink_to(root)
+    assert len(load_images(root, 6, 1, cache_dir=tmp_path / "cache")) == 3
+    (root / "class0" / "gone.png").symlink_to(root / "nowhere.png")
+    with pytest.raises(FileNotFoundError, match=r"gone.png"):
+        load_images(root, 6, 1, cache_dir=tmp_path / "cache")
+    with pytest.warns(UserWarning, match=r"1 broken image skipped: class0/gone.png"):
+        assert len(load_images(root, 6, 1, skip_broken=True, cache_dir=tmp_path / "cache")) == 3
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root, scan = class_folders(tmp_path / "set", classes=3, images=1), os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("class1"):
+            raise PermissionError(13, "not yours", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="not yours"):
+        load_images(root, 6, 1, cache_dir=tmp_path / "cache")
+
+
+def test_a_file_that_is_no_zip_is_not_taken_for_a_broken_one(tmp_path: Path):
+    write(tmp_path / "photo.png", 1)
+    with pytest.raises(UsageError, match=r"a folder or a zip at .*photo.png, got another file; name the folder"):
+        load_images(tmp_path / "photo.png")

@@ -100,7 +100,7 @@ def test_rows_that_are_there_twice_are_counted_aloud(tmp_path: Path):
 def test_images_of_the_same_pixels_in_two_splits_are_noted(tmp_path: Path):
     path = table(tmp_path / "set")
     (path.parent / "d1.png").write_bytes((path.parent / "a0.png").read_bytes())
-    assert load(path).test.note == "1 image twice, in two classes or splits, first in train/a and test/d"
+    assert load(path).test.note == "1 image there twice, 1 in two classes or splits, first train/a and test/d"
 
 
 def test_the_same_classes_in_train_and_test_are_taken_where_they_are_meant(tmp_path: Path):
@@ -117,7 +117,11 @@ def test_the_same_classes_in_train_and_test_are_taken_where_they_are_meant(tmp_p
         ("path,what,split", ROWS, "a column 'label' in .*photos.csv, got path, what, split; name yours as label="),
         ("path,label,split", ["a0.png,,train"], "a value of 'label' in every row of .*, got none in row 1; fill it in"),
         ("path,label,split", ["a0.png,a"], "a value of 'split' in every row of .*, got none in row 1"),
-        ("path,label,split", ["a0.png,a,dev"], "train, val or test as 'split' in .*, got 'dev' in row 1; rename it"),
+        (
+            "path,label,split",
+            ["a0.png,a,holdout"],
+            "train, val or test as 'split' in .*, got 'holdout' in row 1; rename it",
+        ),
         (
             "path,label,split",
             [*ROWS, "a0.png,b,train"],

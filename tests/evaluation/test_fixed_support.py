@@ -91,3 +91,15 @@ def test_supports_that_do_not_fit_are_errors():
     ):
         with pytest.raises(UsageError, match=message):
             evaluate_fixed(support, support, query, shots=shots)
+
+
+def test_a_set_is_not_evaluated_by_itself():
+    data = images("abcd", 6, 0)
+    for given, message in (
+        ({"reference": data}, "other references than"),
+        ({"support": data}, "other items as support"),
+    ):
+        with pytest.raises(UsageError, match=f"{message} .*, got the same"):
+            benchmark(EMBEDDER(), data, (), **given)
+    with pytest.raises(UsageError, match="shots to be an integer of at least 1, got 0"):
+        evaluate_fixed(EMBEDDER(), data, images("abcd", 6, 1), shots=0)
