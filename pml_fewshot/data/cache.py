@@ -31,6 +31,7 @@ from pml_fewshot.data.dataset import digests_of
 from pml_fewshot.io.atomic import CannotWriteError, fsync, translate_write_errors
 from pml_fewshot.io.tensors import checksum, read_tensors, write_tensors
 
+WRITE_BYTES = 2**20  # at a time: for a single image the threads that decode would take turns with the disk
 FORMAT_VERSION = 5  # raise it when what an entry holds changes: older ones are then replaced
 
 
@@ -146,29 +147,35 @@ def _in_memory(source: Source, name: str) -> Stored:
 def _write(source: Source, name: str, shown: list[str], folder: Path, entry: Path) -> None:
     """Writes the files of `entry` to `folder` and renames it. What the source's reading raises passes unchanged."""
     header = {"descr": np.dtype(source.dtype).newbyteorder("<").str, "fortran_order": False}
-    digests: list[Tensor] = []
+    count, waiting = 0, bytearray()
+
+    def write(content: bytearray) -> None:
+        with translate_write_errors(entry):
+            while content:  # a disk that becomes full takes a part, and gives the reason when asked again
+                del content[: file.write(content)]
+
     with translate_write_errors(entry):
         folder.mkdir()
         # no memory map, which on a full disk ends the interpreter; no buffer, which fails once more when it is closed
         file = (folder / "images.npy").open("wb", buffering=0)
         np.lib.format.write_array_header_1_0(file, header | {"shape": (0, *source.item_shape)})
     with file:
-        for image in _progress(source, name):
-            digests.append(digests_of(image[None]))
-            content = image.tobytes()
-            with translate_write_errors(entry):
-                while content:  # a disk that becomes full takes a part, and gives the reason when asked again
-                    content = content[file.write(content) :]
-        shape = (len(digests), *source.item_shape)
+        for count, image in enumerate(_progress(source, name), start=1):  # noqa: B007
+            waiting += image.tobytes()
+            if len(waiting) > WRITE_BYTES:
+                write(waiting)
+        write(waiting)
+        shape = (count, *source.item_shape)
         with translate_write_errors(entry):
             file.seek(0)  # the new header is as long: numpy leaves room in it for any length of the first axis
             np.lib.format.write_array_header_1_0(file, header | {"shape": shape})
     images = _map_images(folder)
+    digests = [digests_of(block.numpy()) for block in images.split(256)]
     about = {"notes": source.notes, "shape": shape, "checksum": _checksum(images), "source": shown}
     with translate_write_errors(entry):
         write_tensors(
             folder / "rest.safetensors",
-            {"digests": torch.cat([torch.empty(0, dtype=torch.int64), *digests])},
+            {"digests": torch.cat(digests) if count else torch.empty(0, dtype=torch.int64)},
             {"about": json.dumps(about)},
         )
         fsync(folder / "images.npy")

@@ -162,8 +162,12 @@ def test_wrong_sizes_and_channels_are_errors_of_the_call_and_not_of_the_file(siz
     assert not isinstance(error.value, BrokenImageError)
 
 
-def test_many_images_keep_their_order_and_are_read_only_a_little_ahead(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(images, "CHUNK", 4)
+@pytest.mark.parametrize("in_threads", [False, True])
+def test_many_images_keep_their_order_and_are_read_only_a_little_ahead(
+    monkeypatch: pytest.MonkeyPatch, in_threads: bool
+):
+    monkeypatch.setattr(images, "AHEAD", 4)
+    monkeypatch.setattr(images, "THREADED_BYTES", 1 if in_threads else 2**20)
     names, asked = [str(i) for i in range(30)], []
 
     def read(name: str) -> bytes:
@@ -174,7 +178,7 @@ def test_many_images_keep_their_order_and_are_read_only_a_little_ahead(monkeypat
 
     found = read_images(names, read, Form.of(2, 1), Path("place"), skip_broken=True)
     assert np.max(next(found)) == 0
-    assert len(asked) <= 4
+    assert len(asked) <= 5
     assert [image if image is None else image.max() for image in found] == [*range(1, 7), None, *range(8, 30)]
     with pytest.raises(BrokenImageError, match="at place/7, got"):
         list(read_images(names, read, Form.of(2, 1), Path("place")))
