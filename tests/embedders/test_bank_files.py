@@ -10,30 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file as save_numpy
-from torch import Tensor
 
 from pml_fewshot.checks import MissingFileError, UsageError, UsageTypeError
 from pml_fewshot.embedders.bank import EmbeddingBank, load_bank, save_bank
 from pml_fewshot.embedders.feature_files import FORMATS, NEEDS, read_file
-
-LABELS = np.array([3, -1, 3, -1, 2**53 + 1, 7], dtype=np.int64)  # one that no float64 holds
-EMBEDDINGS = np.random.default_rng(0).normal(3, size=(6, 4)).astype(np.float32)
-ROWS, NUMBERS = torch.from_numpy(EMBEDDINGS), torch.from_numpy(LABELS)
-SOURCE = "0123456789abcdef"
-TEXTS = ["cat", "ant", "cat", "dog", "bee", "ant"]
-NAMES, NUMBERED = ("ant", "bee", "cat", "dog"), [2, 0, 2, 3, 1, 0]
-
-
-def bank(dtype: torch.dtype = torch.float32, source: str = "") -> EmbeddingBank:
-    return EmbeddingBank(ROWS.to(dtype), NUMBERS, source, note="of a test")
-
-
-def check(loaded: EmbeddingBank, embeddings: Tensor = ROWS, labels: Any = LABELS, names: Any = ()) -> None:
-    """That the loaded bank is as it was, to the last bit."""
-    assert (loaded.embeddings.dtype, loaded.labels.dtype) == (embeddings.dtype, torch.int64)
-    assert torch.equal(loaded.embeddings, embeddings)
-    assert loaded.labels.tolist() == list(labels)
-    assert loaded.class_names == tuple(names)
+from tests.embedders.made_banks import EMBEDDINGS, LABELS, NAMES, NUMBERED, NUMBERS, ROWS, SOURCE, TEXTS, bank, check
 
 
 def save(folder: Path, suffix: str, arrays: dict[str, np.ndarray]) -> Path:
