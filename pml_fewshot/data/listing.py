@@ -112,10 +112,10 @@ def note_twins(sets: Mapping[str, FewShotDataset]) -> None:
     copies = np.flatnonzero(first[group] != np.arange(len(group)))
     if not len(copies):
         return
-    text = f"{len(copies)} image{'s' if len(copies) > 1 else ''} there twice"
+    text = f"copies of other images: {len(copies)}"
     if len(apart := copies[owner[first[group[copies]]] != owner[copies]]):
         pair = f"{names[owner[first[group[apart[0]]]]]} and {names[owner[apart[0]]]}"
-        text += f", {len(apart)} in two classes or splits, first {pair}"
+        text += f", {len(apart)} of them in another class or split, as {pair}"
     for part in sets.values():
         part.note = joined_notes(part.note, text)
 

@@ -295,7 +295,7 @@ def test_empty_folders_and_copies_are_counted(tmp_path: Path):
     write(root / "class2" / "copy.png", 0)
     with pytest.warns(UserWarning, match="set: left out 1 folders without an image: empty$"):
         whole = load_images(root, 6, 1, cache_dir=tmp_path / "cache")
-    assert whole.note == "2 images there twice, 1 in two classes or splits, first all/class0 and all/class2"
+    assert whole.note == "copies of other images: 2, 1 of them in another class or split, as all/class0 and all/class2"
 
 
 def test_a_zip_with_names_twice_counts_the_last_of_each(tmp_path: Path):

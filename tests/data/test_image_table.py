@@ -100,7 +100,8 @@ def test_rows_that_are_there_twice_are_counted_aloud(tmp_path: Path):
 def test_images_of_the_same_pixels_in_two_splits_are_noted(tmp_path: Path):
     path = table(tmp_path / "set")
     (path.parent / "d1.png").write_bytes((path.parent / "a0.png").read_bytes())
-    assert load(path).test.note == "1 image there twice, 1 in two classes or splits, first train/a and test/d"
+    note = "copies of other images: 1, 1 of them in another class or split, as train/a and test/d"
+    assert load(path).test.note == note
 
 
 def test_the_same_classes_in_train_and_test_are_taken_where_they_are_meant(tmp_path: Path):
