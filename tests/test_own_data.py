@@ -13,10 +13,13 @@ from PIL import Image
 from torch import nn
 
 from pml_fewshot import (
+    ColorJitter,
     EmbeddingBank,
     EpisodeSpec,
     FewShotDataset,
     ProtoNetTrainer,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
     Splits,
     benchmark,
     load_bank,
@@ -230,14 +233,16 @@ class Flat(nn.Module):
         return self.linear(images.flatten(1))
 
 
-def test_images_are_cropped_at_random_in_training_and_in_the_middle_for_evaluation(tmp_path: Path):
+@pytest.mark.parametrize("batched", [False, True])
+def test_images_are_cropped_at_random_in_training_and_in_the_middle_for_evaluation(tmp_path: Path, batched: bool):
     from torchvision.transforms import v2
 
+    each = v2.Compose([v2.RandomCrop(8), v2.RandomHorizontalFlip()])
     root = folder(tmp_path / "set")
     config = replace(
         TINY_EXPERIMENTS["protonet"],
         data=partial(load_image_folder, root, 12, val_fraction=0.34, test_fraction=0.34),
-        augment=v2.Compose([v2.RandomCrop(8), v2.RandomHorizontalFlip()]),
+        augment=[RandomResizedCrop(8), RandomHorizontalFlip(), ColorJitter(0.4, 0.4, 0.4, 0.1)] if batched else each,
         eval_transform=v2.CenterCrop(8),
         trainer=partial(ProtoNetTrainer, partial(Embedder, partial(Flat))),
         train_spec=EpisodeSpec(3, 1, 3),
