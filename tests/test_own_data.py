@@ -260,6 +260,16 @@ def test_images_are_cropped_at_random_in_training_and_in_the_middle_for_evaluati
     again = benchmark({config.name: trained}, cropped, SPECS, num_episodes=20, retrieval=None)
     assert again.rows[0].value == whole.rows[0].value
     assert evaluate_again(tmp_path / "whole", config).rows[0].value == whole.rows[0].value
+    expected = benchmark(trained, cropped, SPECS, num_episodes=21, retrieval=None).rows[0].value
+    for photos in (config.data(), cropped):  # in the form of the run, whoever crops them
+        again = evaluate_again(tmp_path / "whole", config, data=photos, num_episodes=21)
+        assert again.rows[0].value == expected
+    for file in root.rglob("*.jpg"):  # what the crop does not show is of the data, too
+        pixels = np.asarray(Image.open(file)).copy()
+        pixels[0] ^= 255
+        Image.fromarray(pixels).save(file, quality=95)
+    with pytest.raises(UsageError, match="got other images, labels or classes in train"):
+        evaluate_again(tmp_path / "whole", config)
 
 
 def test_an_evaluation_transform_alone_must_fit_the_network(tmp_path: Path):

@@ -6,7 +6,7 @@ An augmentation is `augment(images (B, C, H, W), generator) -> images`, floats i
 import inspect
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -40,7 +40,10 @@ def as_augmentation(augment: Augmentation | None) -> BatchAugmentation | None:
     wanted = "augment(images, generator), a transform of one image, or a list of them"
     if isinstance(augment, type) or isinstance(getattr(augment, "func", None), type) or not callable(augment):
         raise UsageTypeError(f"expected {wanted}, got {augment!r}; give an object, like RandomAffine()")
-    if any(kind.__module__.startswith("torchvision.") for kind in type(augment).__mro__):
+    if _is_torchvisions(augment):
+        if any(type(step).__name__ == "Normalize" for step in _steps(augment)):
+            do = "put it into the network, for what is evaluated is not augmented"
+            raise UsageError(f"expected an augmentation without Normalize, got {shown(augment)}; {do}")
         return PerImage(augment)  # whose `forward(*inputs)` does not tell
     try:
         parameters = inspect.signature(augment.forward if isinstance(augment, nn.Module) else augment).parameters
@@ -57,6 +60,17 @@ def as_augmentation(augment: Augmentation | None) -> BatchAugmentation | None:
     return PerImage(augment)
 
 
+def _is_torchvisions(transform: object) -> bool:
+    return any(kind.__module__.startswith("torchvision.") for kind in type(transform).__mro__)
+
+
+def _steps(transform: Any) -> Iterator[Any]:
+    """The transform, and those within it."""
+    yield transform
+    for inner in getattr(transform, "transforms", ()):
+        yield from _steps(inner)
+
+
 def augmented(images: Tensor, augment: BatchAugmentation | None, generator: torch.Generator) -> Tensor:
     """The images, augmented, as many as before; their size may be another.
 
@@ -71,6 +85,12 @@ def augmented(images: Tensor, augment: BatchAugmentation | None, generator: torc
         wanted = f"expected a tensor of {len(images)} images, as many as were given, from {shown(augment)}"
         raise UsageError(f"{wanted}, got {got}; return one image for each, in order")
     return result
+
+
+def check_images(images: Tensor) -> None:
+    if images.ndim != 4 or not images.is_floating_point():
+        got = f"{images.dtype} of shape {tuple(images.shape)}"
+        raise UsageError(f"expected images (B, C, H, W) as floats in [0, 1] to augment, got {got}; leave augment out")
 
 
 def shown(augment: object) -> str:
@@ -102,8 +122,8 @@ class PerImage:
         transform: called with one image (C, H, W) of floats in [0, 1], on the images' device; returns such an image, of
             any size that is the same for all. In a Compose of torchvision's first transforms, ToTensor and PILToTensor
             are left out where an image is a tensor already, as those of `v2` do by themselves. For a function of PIL
-            images, put ToPILImage before it and ToTensor after it. What the transform itself remembers from image to
-            image (a counter, a generator of its own) is not saved when a training is.
+            images, put ToPILImage before it and ToTensor after it, which leaves 8 bits of a pixel. What the transform
+            itself remembers from image to image (a counter, a generator of its own) is not saved when a training is.
 
     Raises:
         UsageError: (in a call) images of different sizes, or no floats.
@@ -121,7 +141,14 @@ class PerImage:
         with restored():
             for image, seed in zip(images.clone(), seeds, strict=True):  # a clone, for some transforms work in place
                 seed_quickly(seed, images.device)
-                results.append(_applied(self.transform, image))
+                try:
+                    results.append(_applied(self.transform, image))
+                except (TypeError, ValueError, RuntimeError) as error:
+                    if not _is_torchvisions(self.transform):
+                        raise
+                    wanted = f"a transform of float tensors {tuple(image.shape)}"
+                    do = "use that of torchvision.transforms.v2, or put ToPILImage before it and ToTensor after it"
+                    raise UsageError(f"expected {wanted}, got {error} from {shown(self.transform)}; {do}") from error
         self._check(results, images)
         return torch.stack(results).to(images)  # what was a PIL image is on the CPU
 
@@ -193,6 +220,7 @@ class RandomAffine:
 
         The numbers are drawn on the generator's own device, so a CPU generator gives the same ones on every device.
         """
+        check_images(images)
         draw = torch.rand(len(images), 8, generator=generator, device=generator.device)
         draw = draw.to(images.device, non_blocking=True)
         plus_minus = 2 * draw - 1
@@ -201,8 +229,9 @@ class RandomAffine:
         scale_x = 1 + plus_minus[:, 2] * self.scale
         scale_y = 1 + plus_minus[:, 3] * self.scale
         cos, sin = angle.cos(), angle.sin()
-        row_x = [cos / scale_x, (shear * cos - sin) / scale_x, plus_minus[:, 4] * 2 * self.translate]
-        row_y = [sin / scale_y, (shear * sin + cos) / scale_y, plus_minus[:, 5] * 2 * self.translate]
+        aspect = images.shape[2] / images.shape[3]  # a grid goes from -1 to 1 along either side
+        row_x = [cos / scale_x, (shear * cos - sin) / scale_x * aspect, plus_minus[:, 4] * 2 * self.translate]
+        row_y = [sin / scale_y / aspect, (shear * sin + cos) / scale_y, plus_minus[:, 5] * 2 * self.translate]
         theta = torch.stack([torch.stack(row_x, dim=1), torch.stack(row_y, dim=1)], dim=1)  # (B, 2, 3)
         distorted = draw[:, 6] < self.probability
         theta = torch.where(distorted.view(-1, 1, 1), theta, torch.eye(2, 3, device=images.device))

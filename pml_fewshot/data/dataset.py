@@ -28,7 +28,7 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         images: (M, C, H, W) uint8, or uint16 (gray of 16 bits), a tensor on any device or a numpy array; or what a
             network takes as it is, as floats of any shape (M, *item): features of a frozen trunk. Of a memory map
             (`numpy.load(..., mmap_mode="c")` or "r") only the items that are asked for are read, but `to`, `images` of
-            a selection, `with_rotations_as_classes` and `concat` copy into memory.
+            a selection, `with_rotations_as_classes`, `concat`, and `transformed` by more than a crop copy into memory.
         labels: (M,) integers, indices into class_names; or texts, of which the class names are made. Lists, numpy and
             other types of integers are converted.
         class_names: one for each class; the labels themselves when None.
@@ -50,8 +50,11 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         note: str = "",
         rows: Tensor | None = None,
     ) -> None:
+        self.mapped = rows is not None  # whether its items are in a file, where selections leave them
         if isinstance(images, np.ndarray):
-            images = torch.from_numpy(_readable(images))
+            images = _readable(images)
+            self.mapped |= isinstance(images, np.memmap)
+            images = torch.from_numpy(images)
         if not isinstance(images, Tensor):
             got = f"got {type(images).__name__}; use FewShotDataset.from_dataset, or stack them into one"
             raise UsageTypeError(f"expected images as a tensor or a numpy array, {got}")
@@ -102,7 +105,8 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         Args:
             source: of torch or Hugging Face, or any iterator. Images as PIL images, tensors (C, H, W) or (H, W) of
                 uint8 or of floats in [0, 1], or numpy arrays with the channels last; labels as integers or texts. Its
-                own transforms are applied as they come, once: leave out random ones and Normalize.
+                own transforms are applied as they come, once: leave out random ones and Normalize. Pictures of 16
+                bits become 8.
             image_size: height and width, or one number for both; as in load_image_folder. When None the images stay as
                 they are, which must be all of one size. Gray ones among colors get three channels.
             image: the column of the images; when None `image`, `img` or the only one of images.
@@ -155,6 +159,7 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
             return self
         moved = copy.copy(self)
         moved._stored, moved._rows, moved.labels = self.images.to(device), None, self.labels.to(device)
+        moved.mapped = False
         return moved
 
     def floats(self, index: Tensor | slice, device: torch.device | str | None = None) -> Tensor:
@@ -213,8 +218,12 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         new_label[torch.as_tensor(numbers, device=self.device)] = torch.arange(len(numbers), device=self.device)
         labels = new_label[self.labels]
         keep = (labels >= 0).nonzero().flatten()
-        stored, rows = (self._stored[keep], None) if self._rows is None else (self._stored, self._rows[keep])
+        if self.mapped:  # stays in its file
+            stored, rows = self._stored, keep if self._rows is None else self._rows[keep]
+        else:
+            stored, rows = self._items(keep), None
         selected = FewShotDataset(stored, labels[keep], [self.class_names[c] for c in numbers], self.note, rows)
+        selected.mapped = self.mapped
         selected.digests = None if self.digests is None else self.digests[keep.cpu()]
         return selected
 
@@ -255,6 +264,7 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
             UsageError: it gives other than as many tensors of the same type.
         """
         one = self._items(slice(1)).clone()
+        version = one._version
         first = transform(one)
         kind = self._stored.dtype, self._stored.ndim, 1
         if not isinstance(first, Tensor) or (first.dtype, first.ndim, len(first)) != kind:
@@ -263,11 +273,12 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
             raise UsageError(f"expected {wanted}, got {got} from {transform}; leave out what converts")
         changed = copy.copy(self)
         changed.digests = None
-        if self._rows is None and first.untyped_storage().data_ptr() == one.untyped_storage().data_ptr():
-            is_view = torch.equal(one, self._items(slice(1)))  # and no change in place
-            changed._stored = transform(self._stored if is_view else self._stored.clone())
+        is_view = first.untyped_storage().data_ptr() == one.untyped_storage().data_ptr() and one._version == version
+        if is_view:
+            changed._stored = transform(self._stored)
             return changed
         changed._stored, changed._rows = first.new_empty(len(self), *first.shape[1:]), None
+        changed.mapped = False
         for part in self._blocks():
             changed._stored[part] = transform(self._items(part).clone())
         return changed

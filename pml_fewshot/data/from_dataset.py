@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 from tqdm import tqdm
 
 from pml_fewshot.checks import UsageError, UsageTypeError, as_labels, as_names, renumbered
@@ -43,7 +43,8 @@ def collect(
     if columns is not None:
         image = _column(image, "image", IMAGE_COLUMNS, source, "Image")
         label = _column(label, "label", LABEL_COLUMNS, source, "ClassLabel")
-        class_names = getattr(source.features[label], "names", None) if class_names is None else class_names
+        if class_names is None:
+            class_names = getattr((source.features or {}).get(label), "names", None)
     total = len(source) if hasattr(source, "__len__") else None
     items = source  # an iterator is read as it is
     if not is_stream:
@@ -99,11 +100,13 @@ def _itself(item: Any) -> Any:
 def _column(given: str | None, argument: str, usual: Sequence[str], source: Any, kind: str) -> str:
     """The column of a Hugging Face data set: the one named, a usual one, or the only one of that kind."""
     fitting = [name for name, feature in (source.features or {}).items() if type(feature).__name__ == kind]
-    for name in [given] if given is not None else [*usual, *(fitting if len(fitting) == 1 else ())]:
+    if given is not None:  # which a transform of the set may have made
+        return given
+    for name in [*usual, *(fitting if len(fitting) == 1 else ())]:
         if name in source.column_names:
             return name
     got = ", ".join(source.column_names)
-    raise UsageError(f"expected a column {given or usual[0]!r}, got {got}; name it as {argument}=...")
+    raise UsageError(f"expected a column {usual[0]!r}, got {got}; name it as {argument}=...")
 
 
 def _names_of(source: Any) -> Sequence[str] | None:
@@ -114,15 +117,13 @@ def _names_of(source: Any) -> Sequence[str] | None:
         names = getattr(source, attribute, None)
         if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
             return names
-    parts = getattr(source, "datasets", None)
-    if isinstance(parts, list | tuple):
-        found = [_names_of(part) for part in parts]
+    if isinstance(source, ConcatDataset):
+        found = [_names_of(part) for part in source.datasets]
         if any(names is None or list(names) != list(found[0] or ()) for names in found) and any(found):
             do = "read each by itself, and join them with pml_fewshot.data.dataset.concat, which goes by names"
             raise UsageError(f"expected data sets of the same classes, got {found[0]} and others; {do}")
         return found[0]
-    inner = getattr(source, "dataset", None)
-    return None if inner is None else _names_of(inner)
+    return _names_of(source.dataset) if isinstance(source, Subset) else None  # other wrappers may change labels
 
 
 def _named(numbers: Tensor, texts: tuple[str, ...], known: Sequence[str] | None) -> tuple[Tensor, tuple[str, ...]]:
@@ -142,6 +143,8 @@ def _pixels(image: Any, place: int, image_size: Size | None, resize: Resize) -> 
     """One image as (C, H, W) uint8, scaled where a size is given."""
     if isinstance(image, Image.Image):
         image = ImageOps.exif_transpose(image)  # upright, as image files are read
+        if image.mode == "I" and image.format is None and 0 <= image.getextrema()[0] <= image.getextrema()[1] < 256:
+            image = image.convert("L")  # made of 32-bit numbers that are 8-bit gray
         channels = 1 if image.mode in ("1", "L", "I;16", "I", "F") else 3
         size = (image.height, image.width) if image_size is None else image_size
         try:

@@ -90,6 +90,7 @@ class Listing:
                 sets[split] = FewShotDataset(stored.images, labels, list(classes), note, index)
             else:
                 sets[split] = FewShotDataset(stored.images[index], labels, list(classes), note)
+            sets[split].mapped = memory_map
             sets[split].digests = stored.digests[index]
         return sets
 

@@ -115,6 +115,7 @@ def _from_pickles(folder: Path, ending: str, form: Form, memory_map: bool, cache
         part = slice(start, start + len(labels))
         images = stored.images[part] if memory_map else stored.images[part].clone()
         sets[split] = FewShotDataset(images, labels, list(counts), note)
+        sets[split].mapped = memory_map
         sets[split].digests = stored.digests[part]
         start = part.stop
     return Splits.of(sets)

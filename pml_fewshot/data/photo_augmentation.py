@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pml_fewshot.checks import UsageError, check_at_least_one
+from pml_fewshot.data.augmentation import check_images
 from pml_fewshot.embedders.modes import no_autocast, widened
 
 TRIES = 10  # of torchvision, to find a crop that fits
@@ -232,9 +233,7 @@ def _blend(images: Tensor, other: Tensor, share: Tensor) -> Tensor:
 
 def _checked(images: Tensor) -> Tensor:
     """The images, in float32 at least."""
-    if images.ndim != 4 or not images.is_floating_point():
-        got = f"{images.dtype} of shape {tuple(images.shape)}"
-        raise UsageError(f"expected images (B, C, H, W) as floats in [0, 1], got {got}; stack and convert them")
+    check_images(images)
     return widened(images)
 
 

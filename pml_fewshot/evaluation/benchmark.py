@@ -73,7 +73,7 @@ def benchmark(
     name_of_split = ""
     if isinstance(data, Splits):
         check_choice("split", split or "test", ("train", "val", "test"))
-        name_of_split = split or ("val" if data.test_is_val else "test")
+        name_of_split = "val" if data.test_is_val and split != "train" else split or "test"
         dataset = getattr(data, name_of_split)
         if dataset is None:
             raise UsageError(f"expected {name_of_split} among the splits, got none; choose another")

@@ -206,12 +206,15 @@ class RetrievalTester:
         counts = relevant > 0
         clustering = tuple(metric for metric in self.metrics if metric in known.CLUSTERING)
         figures: dict[str, list[Tensor]] = {metric: [] for metric in self.metrics if metric not in clustering}
+        chosen = _sample(len(query), self.num_queries)
         if figures and not counts.any():
             wanted = "a query whose class is among the references"
             raise UsageError(f"expected {wanted}, got none; check the labels, and what ids or groups leave out")
+        if not counts[chosen].any() and counts.any():  # of a sample none may count: then of those that do
+            able = counts.nonzero().flatten()
+            chosen = able[_sample(len(able), self.num_queries)]
         k = self._choose_k(tuple(figures), int(relevant.max()), len(labels) - int(away.min()))
         more = int(away.max())
-        chosen = _sample(len(query), self.num_queries)
         # all at once where that fits, for queries among themselves need each pair only once
         for part in chosen.split(max(1, MAX_NEIGHBORS // (k + more))) if figures else ():
             nearest = _search(query, part, searched, k, ranking, left_out, more)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pml_fewshot.checks import UsageError
+from pml_fewshot.data.augmentation import as_augmentation, augmented
 from pml_fewshot.data.dataset import FewShotDataset, Splits, concat
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.environment import keep_freed_memory
@@ -40,7 +41,8 @@ class Prepared:
 
     config: ExperimentConfig
     device: torch.device
-    splits: Splits
+    loaded: Splits  # as the loader gave them
+    splits: Splits  # as they are evaluated
     trainer: FewShotTrainer
     stream: EpisodeStream | BatchStream
     optimizer: Optimizer
@@ -80,7 +82,7 @@ def prepare(config: ExperimentConfig) -> Prepared:
     optimizer, scheduler = make_optimizer(config, trainer)
     tester = instance(config.retrieval)
     validate = None if val is None else partial(evaluator.evaluate, trainer, val)
-    prepared = Prepared(config, device, splits, trainer, stream, optimizer, scheduler, validate, tester)
+    prepared = Prepared(config, device, loaded, splits, trainer, stream, optimizer, scheduler, validate, tester)
     rehearse(prepared)
     return prepared
 
@@ -198,6 +200,8 @@ def rehearse(prepared: Prepared) -> None:
                 Gallery.check(bank, tester.index, tester.parameters, tester.distance or trainer.distance)
                 tester.index = "flat"
         evaluate(config, trainer, prepared.splits, tester, History())
+        augment = as_augmentation(config.augment)
+        augmented(prepared.stream.dataset.floats(slice(4)), augment, torch.Generator().manual_seed(0))
 
 
 def _mixed_bank(bank: Callable[[FewShotDataset], Tensor], dataset: FewShotDataset) -> Tensor:

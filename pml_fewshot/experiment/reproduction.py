@@ -63,7 +63,7 @@ def reproduce(
     check_same(config, stored, folder, may_change=())
     root = Path(data_root) if data_root is not None else config.data_root
     prepared = prepare(replace(config, data_root=root, device=device))
-    check_data(prepared.splits, stored, folder)
+    check_data(prepared.loaded, stored, folder)
     state = load_checkpoint(folder / "last.pt")
     restore_trained(prepared.trainer, state)
     differences = []
@@ -82,7 +82,7 @@ def _differences(then: Sequence[ResultRow], now: Sequence[ResultRow]) -> list[st
     for before, after in zip(then, now, strict=False):
         for field in STORED:
             old, new = getattr(before, field.name), getattr(after, field.name)
-            if old != new:
+            if old != new and not (old != old and new != new):  # of NMI's interval both are NaN
                 found.append(f"{after.method}, {after.figure} {after.ways or ''}: {field.name} {old} stored, {new} now")
     return found
 

@@ -66,7 +66,7 @@ def _run(folder: RunFolder) -> ResultTable:
         parts = {"optimizer": prepared.optimizer, "scheduler": prepared.scheduler}
         made = {name: part for name, part in parts.items() if part is not None}
         check_kinds(load_checkpoint(folder.checkpoint), made, names=parts)
-    folder.begin(prepared.splits, prepared.device)
+    folder.begin(prepared.loaded, prepared.device, len(prepared.stream.dataset.class_names))
     if lost := what_is_lost(folder.config):
         print(f"note: {lost}")
     print(f"{folder.config.name}: {prepared.stream.dataset} on {prepared.device}, run folder {folder.path}")

@@ -52,8 +52,11 @@ class RunFolder:
         """Whether the table in the folder is of the config's steps and evaluation."""
         return self.stored.get("finished") == self._result() and (self.path / "figures.csv").exists()
 
-    def begin(self, splits: Splits, device: torch.device) -> None:
-        """Writes config.json and config.txt, for a resumed run (of the same data) with what has changed since then."""
+    def begin(self, splits: Splits, device: torch.device, num_classes: int) -> None:
+        """Writes config.json and config.txt, for a resumed run (of the same data) with what has changed since then.
+
+        `num_classes` are those that are trained on.
+        """
         config, sessions, changes = describe(self.config), [environment(device)], []
         if stored := self.stored:
             check_data(splits, stored, self.path)
@@ -63,6 +66,7 @@ class RunFolder:
             print(*(f"note: {note}\n" for note in (*notes, *changes)), sep="", end="")
             sessions, changes = stored["sessions"] + (sessions if notes else []), stored["changes"] + changes
         about = {"config": config, "data": _described(splits), "sessions": sessions, "changes": changes}
+        about["num_classes"] = num_classes
         self._write({"module": module_name("__main__"), **stored, **about})
 
     def finish(self, table: ResultTable) -> None:

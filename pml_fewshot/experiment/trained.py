@@ -10,7 +10,7 @@ import tyro
 from filelock import FileLock, Timeout
 
 from pml_fewshot.checks import LockedError, UsageError
-from pml_fewshot.data.dataset import FewShotDataset, Splits
+from pml_fewshot.data.dataset import FewShotDataset, Splits, as_dataset
 from pml_fewshot.data.image_folder import load_images
 from pml_fewshot.evaluation.benchmark import benchmark
 from pml_fewshot.evaluation.retrieval import RetrievalTester
@@ -50,10 +50,9 @@ def _load(folder: Path, config: ExperimentConfig | None, device: Device) -> tupl
     stored = read_config(folder)
     config = own_parts(with_stored_options(config or find_config(folder), stored["config"]))
     check_same(config, stored, folder, [each.name for each in fields(config) if each.name != "trainer"])
-    roles = ("train", "val") if config.train_on_validation else ("train",)
     state = load_checkpoint(folder / "last.pt")
     with torch.random.fork_rng(devices=[]):  # weights that are replaced at once must not move the caller's generator
-        trainer = made_trainer(config, num_classes=sum(stored["data"][role]["classes"] for role in roles))
+        trainer = made_trainer(config, num_classes=stored["num_classes"])
     restore_trained(trainer, state)
     return trainer.to(resolve_device(device)).eval(), config
 
@@ -97,14 +96,23 @@ def evaluate_again(
     evaluated: Splits | FewShotDataset
     if data is None:
         root = Path(data_root) if data_root is not None else config.data_root
-        evaluated = for_evaluation(config, load_data(replace(config, data_root=root)))
-        check_data(evaluated, stored, folder)
+        loaded = load_data(replace(config, data_root=root))
+        check_data(loaded, stored, folder)
+        evaluated = for_evaluation(config, loaded)
     elif isinstance(data, str | Path):
         channels, *size = stored["data"]["test"]["item"]
-        evaluated = load_images(data, size, channels)
+        if len(size) != 2:
+            got = f"a folder of images for a run of features of {channels} numbers"
+            raise UsageError(f"expected a bank as data, got {got}; embed them, and give data=bank.as_dataset()")
+        given = getattr(config.data, "keywords", {})
+        form = {name: given[name] for name in ("resize", "depth") if name in given}
+        evaluated = load_images(data, size, channels, **form)
         notes.append(f"data {Path(data).name}")
     else:
         evaluated = data
+    if data is not None and config.eval_transform is not None:
+        part = evaluated.map if isinstance(evaluated, Splits) else (lambda change: change(as_dataset(evaluated)))
+        evaluated = part(lambda each: each.transformed(config.eval_transform))
     if isinstance(evaluated, Splits) and split == "val" and evaluated.val is None:
         raise UsageError(f"expected val among the splits of {folder}, got none; evaluate test or train")
     if data is not None:

@@ -5,7 +5,7 @@ import sys
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,10 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
         return {"call": describe(value.func, above), "with": describe(arguments_of(value), above)}
     if isinstance(value, type | FunctionType):
         return f"{module_name(value.__module__)}.{value.__qualname__}"
+    if isinstance(value, MethodType):
+        return {"method": value.__name__, "of": describe(value.__self__, above)}
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value) if value.dtype.kind in "biuf" else value.tolist()
     if isinstance(value, torch.Tensor):
         return f"tensor {tuple(value.shape)} {checksum([value.detach().cpu().numpy().tobytes()])}"
     attributes = dict(vars(value)) if hasattr(value, "__dict__") and not isinstance(value, Enum | Path) else {}

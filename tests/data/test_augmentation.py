@@ -230,3 +230,37 @@ def test_a_config_tells_transforms_of_other_amounts_apart() -> None:
     described = describe(PerImage(crop()))
     assert described == describe(copy.deepcopy(PerImage(crop())))
     assert described != describe(PerImage(crop(0.3)))
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
+def test_images_that_are_not_square_are_turned_and_not_squeezed(shape: tuple[int, int]):
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2.functional import affine
+
+    images = noise(4, 2, *shape)
+    out = RandomAffine(degrees=60, scale=0, shear=0, translate=0)(images, seeded(1))
+    angles = 60 * (2 * torch.rand(4, 8, generator=seeded(1)) - 1)[:, ANGLE]
+    for image, turned, angle in zip(images, out, angles.tolist(), strict=True):
+        # torchvision turns the other way round
+        expected = affine(image, -angle, [0, 0], 1.0, [0.0, 0.0], interpolation=InterpolationMode.BILINEAR)
+        torch.testing.assert_close(turned, expected, atol=1e-4, rtol=0)
+
+
+def test_features_are_not_turned():
+    with pytest.raises(
+        UsageError, match=r"images \(B, C, H, W\) as floats .*, got torch.float32 of shape \(4, 7\); leave"
+    ):
+        RandomAffine()(noise(4, 7), seeded(0))
+
+
+def test_normalizing_is_no_augmentation_and_transforms_of_bytes_are_named():
+    from torchvision import transforms as v1
+    from torchvision.transforms import v2
+
+    for wrong in (v2.Normalize([0.5], [0.2]), v2.Compose([v2.RandomCrop(4), v1.Compose([v1.Normalize([0.5], [0.2])])])):
+        with pytest.raises(UsageError, match=r"an augmentation without Normalize, got .*; put it into the network"):
+            as_augmentation(wrong)
+    with pytest.raises(
+        UsageError, match=r"a transform of float tensors \(3, 8, 8\), got Only torch.uint8 .*; use that of"
+    ):
+        as_augmentation(v1.RandAugment())(noise(2, 3, 8, 8), seeded(0))

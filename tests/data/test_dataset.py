@@ -150,7 +150,12 @@ def test_a_selection_from_a_memory_map_reads_and_holds_its_own_items_alone(tmp_p
         np.testing.assert_array_equal(mine.images.numpy(), other.images.numpy())
         np.testing.assert_array_equal(mine.floats(slice(1, 3)).numpy(), other.floats(slice(1, 3)).numpy())
         np.testing.assert_array_equal(mine[1][0].numpy(), other[1][0].numpy())
-    assert dataset.select_classes([1])._stored is dataset._stored  # nothing was copied
+    mapped = FewShotDataset(np.load(tmp_path / "images.npy", mmap_mode="c"), [0, 1, 2] * 3)
+    for each in (dataset, mapped):  # nothing is copied
+        assert each.select_classes([1])._stored is each._stored
+        cropped = each.select_classes([2, 0]).transformed(lambda part: part[:, :, 1:3])
+        assert cropped._stored.untyped_storage().data_ptr() == each._stored.untyped_storage().data_ptr()
+        np.testing.assert_array_equal(cropped.images.numpy(), each.select_classes([2, 0]).images[:, :, 1:3].numpy())
 
 
 def test_small_classes_are_left_out_on_request_and_counted():
@@ -174,6 +179,10 @@ def test_a_transform_is_applied_once_and_a_crop_takes_no_memory():
     assert (cropped.class_names, cropped.note, dataset.item_shape) == (dataset.class_names, "n", (2, 4, 4))
     doubled = dataset.transformed(lambda images: images.repeat_interleave(2, dim=3))
     np.testing.assert_array_equal(doubled.images.numpy(), np.repeat(dataset.images.numpy(), 2, axis=3))
+    in_place = FewShotDataset(np.full((4, 1, 2, 2), 100, np.uint8), [0, 1, 0, 1])
+    in_place.images[0] = 250  # which the change below leaves as it is
+    assert in_place.transformed(lambda images: images.clamp_(min=120)).images[1:].unique().tolist() == [120]
+    assert in_place.images[1:].unique().tolist() == [100]
     for wrong in (lambda images: images.float(), lambda images: images[0], lambda images: "x"):
         with pytest.raises(UsageError, match=r"a transform from torch.uint8 \(B, \*item\) to the same, got"):
             dataset.transformed(wrong)

@@ -145,7 +145,10 @@ def test_hugging_face_data_sets_go_by_their_columns():
     assert FewShotDataset.from_dataset(texts, label="word").class_names == ("a", "b")
     for wrong, message in (
         (lambda: FewShotDataset.from_dataset(texts), "a column 'label', got photo, word; name it as label="),
-        (lambda: FewShotDataset.from_dataset(texts, image="img"), "a column 'img', got photo, word; name it as image="),
+        (
+            lambda: FewShotDataset.from_dataset(texts, image="img", label="word"),
+            "items with 'img' and 'word', got photo",
+        ),
         (
             lambda: FewShotDataset.from_dataset(datasets.DatasetDict(train=source)),
             r"one data set, got a dictionary of train; give one of them, as source\['train'\]",
@@ -227,3 +230,29 @@ def test_one_hot_labels_and_other_workers_are_refused():
         FewShotDataset.from_dataset(Pairs(labels=torch.eye(4)))
     with pytest.raises(UsageError, match="workers of at least 0, got -1"):
         FewShotDataset.from_dataset(Pairs(), workers=-1)
+
+
+def test_a_wrapper_that_may_change_labels_has_no_names():
+    class Coarse(Pairs):
+        def __init__(self) -> None:
+            super().__init__(labels=[label // 2 for label in LABELS])
+            self.dataset = CifarLike()
+
+    assert FewShotDataset.from_dataset(Coarse()).class_names == ("0", "1")
+
+
+def test_gray_of_32_bit_numbers_that_8_bits_hold_stays_what_it_is():
+    gray = PIXELS[..., 0].astype(np.int32)
+    found = FewShotDataset.from_dataset(Pairs(pixels=gray)).images
+    np.testing.assert_array_equal(found.numpy(), gray[:, None])
+
+
+def test_columns_that_a_transform_makes_are_read():
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee", "cat"])})
+    columns = {"img": [Image.fromarray(pixels) for pixels in PIXELS], "label": LABELS}
+    source = datasets.Dataset.from_dict(columns, features=features)
+    source = source.with_transform(lambda batch: {"pixel_values": batch["img"], "label": batch["label"]})
+    dataset = FewShotDataset.from_dataset(source, image="pixel_values")
+    assert dataset.class_names == ("ant", "cat")
+    np.testing.assert_array_equal(dataset.images.numpy(), PIXELS.transpose(0, 3, 1, 2))

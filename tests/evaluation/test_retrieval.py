@@ -488,3 +488,10 @@ def test_sets_that_cannot_be_searched_are_refused():
             RetrievalTester().test(query, reference)
     with pytest.raises(UsageError, match=rf"^expected finite reference embeddings, {says}"):
         RetrievalTester().test(bank(UNEVEN), query)
+
+
+def test_a_sample_of_which_no_query_counts_is_taken_of_those_that_do():
+    bank = EmbeddingBank(torch.rand(202, 4, generator=torch.Generator().manual_seed(0)), [*range(200), 200, 200])
+    result = RetrievalTester("precision_at_1", num_queries=5).test(bank)
+    whole = RetrievalTester("precision_at_1").test(bank)
+    assert (result.num_queries, dict(result)) == (2, dict(whole))

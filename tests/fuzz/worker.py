@@ -118,7 +118,7 @@ def read_images(folder: Path) -> Any:
 def make_run(folder: Path) -> None:
     train, test = (FewShotDataset(IMAGES, torch.arange(8) % 2, names) for names in ("ab", "cd"))
     config = replace(TINY_EXPERIMENTS["protonet"], run_dir=folder)
-    RunFolder(folder, config).begin(Splits(train, None, test), torch.device("cpu"))
+    RunFolder(folder, config).begin(Splits(train, None, test), torch.device("cpu"), 2)
     (folder / "config.txt").unlink()  # which nobody reads
 
 
