@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     ("names", "kills"),
     [
-        (["protonet"], 5),
+        (["protonet"], 3),
         pytest.param(list(TINY_EXPERIMENTS), 10, marks=pytest.mark.slow),
         *(pytest.param([name], 200, marks=pytest.mark.slow) for name in TINY_EXPERIMENTS),
     ],

@@ -273,7 +273,14 @@ def test_figures_are_the_same_whatever_surrounds_them(function: Callable[..., An
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-@pytest.mark.parametrize("wrap", [lambda module: module, nn.DataParallel, partial(torch.compile, backend="eager")])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda module: module,
+        nn.DataParallel,
+        pytest.param(partial(torch.compile, backend="eager"), marks=pytest.mark.slow),  # compiling takes seconds
+    ],
+)
 def test_threads_may_share_a_module_in_any_mode(wrap: Callable[..., nn.Module]) -> None:
     embedder, dataset = conv4(), images()
     embedder.trunk.blocks[1].eval()  # frozen by hand
