@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pytorch_metric_learning.losses import ArcFaceLoss
 from torch import nn
 
 from pml_fewshot import (
@@ -17,9 +18,11 @@ from pml_fewshot import (
     EmbeddingBank,
     EpisodeSpec,
     FewShotDataset,
+    MetricTrainer,
     ProtoNetTrainer,
     RandomHorizontalFlip,
     RandomResizedCrop,
+    RetrievalTester,
     Splits,
     benchmark,
     load_bank,
@@ -35,8 +38,10 @@ from pml_fewshot.checks import UsageError
 from pml_fewshot.data import omniglot
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.evaluation.table import ResultTable
+from pml_fewshot.experiment.reproduction import reproduce
 from pml_fewshot.experiment.trained import evaluate_again
 from pml_fewshot.io.checkpoint import load_checkpoint
+from tests.tiny_experiments import EMBEDDER as SMALL
 from tests.tiny_experiments import TINY_EXPERIMENTS, tiny_set
 
 CLASSES = [f"class{number}" for number in range(9)]
@@ -293,3 +298,36 @@ def test_where_val_takes_the_place_of_test_it_chooses_no_checkpoint(tmp_path: Pa
     assert load_checkpoint(tmp_path / "run" / "last.pt")["history"]["steps"] == 4
     with pytest.raises(UsageError, match="test classes beside val to train on val too, got none; leave that out"):
         run(replace(config, train_on_validation=True, run_dir=tmp_path / "other"))
+
+
+def test_a_run_of_features_names_what_its_evaluation_wants(tmp_path: Path):
+    config = replace(
+        TINY_EXPERIMENTS["protonet"],
+        data=banks,
+        trainer=partial(ProtoNetTrainer, partial(Embedder, partial(nn.Identity), partial(nn.Linear, 12, 2))),
+        eval_specs=(EpisodeSpec(4, 3, 5),),
+        augment=None,
+        steps=2,
+        retrieval=RetrievalTester(("precision_at_1", "NMI")),
+        run_dir=tmp_path / "run",
+    )
+    run(config)
+    assert reproduce(tmp_path / "run", config).differences == []  # though NMI has no interval
+    with pytest.raises(UsageError, match="a bank as data, got a folder of images for a run of features of 12 numbers"):
+        evaluate_again(tmp_path / "run", config, data=folder(tmp_path / "set"))
+
+
+def test_classes_that_train_and_val_share_are_trained_on_once(tmp_path: Path):
+    splits = Splits(tiny_set("a", 8, 0), tiny_set("a", 8, 1), tiny_set("a", 8, 2), shared_classes=True)
+    config = replace(
+        TINY_EXPERIMENTS["metric"],
+        data=lambda: splits,
+        trainer=lambda num_classes: MetricTrainer(SMALL(), ArcFaceLoss(num_classes, 8)),
+        train_on_validation=True,
+        sampler=None,
+        loss_lr=None,
+        steps=2,
+        run_dir=tmp_path / "run",
+    )
+    run(config)
+    assert load_trained(tmp_path / "run", config).loss.W.shape == (8, 8)

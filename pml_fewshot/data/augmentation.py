@@ -115,8 +115,8 @@ class PerImage:
     """Applies a transform of one image to each image of a batch, by draws of its own.
 
     Transforms of torchvision draw from torch's global generator, and give a whole batch the same crop and colors. Here
-    the global generators of torch, numpy and Python are seeded anew for each image, from the generator that is passed
-    in, and are as before in the end: the same seed gives the same images, and a training resumes exactly.
+    the global generators of torch, numpy and Python are reseeded for each image from the given generator, and restored
+    afterwards: the same seed gives the same images, and a training resumes exactly.
 
     Args:
         transform: called with one image (C, H, W) of floats in [0, 1], on the images' device; returns such an image, of

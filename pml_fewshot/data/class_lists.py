@@ -22,6 +22,17 @@ SUFFIXES = (".txt", ".csv", ".json")
 ClassLists = Mapping[str, Sequence[str] | str | Path] | str | Path
 
 
+def divide_classes(
+    names: Sequence[str], splits: ClassLists | None, val_fraction: float, test_fraction: float, seed: int
+) -> tuple[dict[str, list[str]], str]:
+    """Returns the classes of train, val and test, by lists or else a draw, and a note where some are in no list."""
+    if splits is None:
+        return draw_classes(names, val_fraction, test_fraction, seed), ""
+    lists = read_class_lists(splits, names)
+    unlisted = len(names) - sum(map(len, lists.values()))
+    return lists, f"{unlisted} of {len(names)} classes in no list" if unlisted else ""
+
+
 def read_class_lists(splits: ClassLists, names: Sequence[str]) -> dict[str, list[str]]:
     """Returns the classes of train, val and test, in the order of `names`, of which they are.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pml_fewshot.checks import UsageError, UsageTypeError, as_labels, as_names, check_disjoint, check_finite, renumbered
-from pml_fewshot.data.class_lists import ClassLists, draw_classes, read_class_lists
+from pml_fewshot.data.class_lists import ClassLists, divide_classes
 from pml_fewshot.data.from_dataset import collect
 from pml_fewshot.data.images import Resize, Size
 from pml_fewshot.embedders.modes import widened
@@ -291,16 +291,10 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         seed: int = 0,
     ) -> "Splits":
         """Divides the classes into train, val and test: by lists of names, else by a draw; see load_image_folder."""
-        names = list(self.class_names)
-        if splits is None:
-            lists = draw_classes(names, val_fraction, test_fraction, seed)
-        else:
-            lists = read_class_lists(splits, names)
-        number, listed = {name: c for c, name in enumerate(names)}, sum(map(len, lists.values()))
-        parts = {split: self.select_classes([number[name] for name in own]) for split, own in lists.items()}
-        if listed < len(names):
-            for part in parts.values():
-                part.note = joined_notes(part.note, f"{len(names) - listed} of {len(names)} classes in no list")
+        lists, note = divide_classes(self.class_names, splits, val_fraction, test_fraction, seed)
+        parts = {split: self.select_classes(own) for split, own in lists.items()}
+        for part in parts.values():
+            part.note = joined_notes(part.note, note)
         return Splits.of(parts)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pml_fewshot.checks import MissingFileError, UsageError, check_disjoint
-from pml_fewshot.data.class_lists import ClassLists, draw_classes, read_class_lists, role_of
+from pml_fewshot.data.class_lists import ClassLists, divide_classes, role_of
 from pml_fewshot.data.dataset import FewShotDataset, Splits
 from pml_fewshot.data.images import IMAGE_SUFFIXES, Form, ImageFiles, Resize, Size, open_images
 from pml_fewshot.data.listing import Classes, Listing, by_folder, common_folder, note_twins, what_is_left_out
@@ -35,8 +35,8 @@ def load_image_folder(
     where there is none.
 
     A warning counts what is left out, or taken otherwise than it looks: files of other endings in class folders,
-    folders without an image, deeper folders, a folder `train` among others. Images of the same pixels in two classes or
-    splits are counted in the sets' notes, which tables show.
+    folders without an image, deeper folders, a folder `train` among others. Copies of images, and how many of them are
+    in another class or split, are counted in the sets' notes, which tables show.
 
     Args:
         root: the folder, or a zip of one, which is never unpacked. Where all images are below one subfolder (`images`,
@@ -136,13 +136,7 @@ def divided(
     classes: Classes, splits: ClassLists | None, val_fraction: float, test_fraction: float, seed: int
 ) -> tuple[dict[str, Classes], str]:
     """The classes of each split, by lists or a draw, and the note where some are in no list."""
-    names = list(classes)
-    if splits is None:
-        lists = draw_classes(names, val_fraction, test_fraction, seed)
-    else:
-        lists = read_class_lists(splits, names)
-    unlisted = len(names) - sum(map(len, lists.values()))
-    note = f"{unlisted} of {len(names)} classes in no list" if unlisted else ""
+    lists, note = divide_classes(list(classes), splits, val_fraction, test_fraction, seed)
     return {split: {name: classes[name] for name in listed} for split, listed in lists.items()}, note
 
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from pml_fewshot.checks import UsageError
 from pml_fewshot.data.augmentation import as_augmentation, augmented
-from pml_fewshot.data.dataset import FewShotDataset, Splits, concat
+from pml_fewshot.data.dataset import FewShotDataset, Splits, as_dataset, concat
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.environment import keep_freed_memory
 from pml_fewshot.evaluation.episodic import EpisodicEvaluator, EpisodicResult
@@ -135,10 +135,14 @@ def load_data(config: ExperimentConfig) -> Splits:
     return splits
 
 
-def for_evaluation(config: ExperimentConfig, splits: Splits) -> Splits:
-    """The data as they are evaluated: put through the experiment's `eval_transform`."""
+def for_evaluation(config: ExperimentConfig, data: Any) -> Any:
+    """Splits, or a set, as they are evaluated: put through the experiment's `eval_transform`."""
     transform = config.eval_transform
-    return splits if transform is None else splits.map(lambda part: part.transformed(transform))
+    if transform is None:
+        return data
+    if isinstance(data, Splits):
+        return data.map(lambda part: part.transformed(transform))
+    return as_dataset(data).transformed(transform)
 
 
 def resolve_device(wanted: Device) -> torch.device:

@@ -10,7 +10,7 @@ import tyro
 from filelock import FileLock, Timeout
 
 from pml_fewshot.checks import LockedError, UsageError
-from pml_fewshot.data.dataset import FewShotDataset, Splits, as_dataset
+from pml_fewshot.data.dataset import FewShotDataset, Splits
 from pml_fewshot.data.image_folder import load_images
 from pml_fewshot.evaluation.benchmark import benchmark
 from pml_fewshot.evaluation.retrieval import RetrievalTester
@@ -98,7 +98,7 @@ def evaluate_again(
         root = Path(data_root) if data_root is not None else config.data_root
         loaded = load_data(replace(config, data_root=root))
         check_data(loaded, stored, folder)
-        evaluated = for_evaluation(config, loaded)
+        evaluated = loaded
     elif isinstance(data, str | Path):
         channels, *size = stored["data"]["test"]["item"]
         if len(size) != 2:
@@ -110,9 +110,7 @@ def evaluate_again(
         notes.append(f"data {Path(data).name}")
     else:
         evaluated = data
-    if data is not None and config.eval_transform is not None:
-        part = evaluated.map if isinstance(evaluated, Splits) else (lambda change: change(as_dataset(evaluated)))
-        evaluated = part(lambda each: each.transformed(config.eval_transform))
+    evaluated = for_evaluation(config, evaluated)
     if isinstance(evaluated, Splits) and split == "val" and evaluated.val is None:
         raise UsageError(f"expected val among the splits of {folder}, got none; evaluate test or train")
     if data is not None:

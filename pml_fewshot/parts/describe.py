@@ -37,7 +37,7 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
     if isinstance(value, MethodType):
         return {"method": value.__name__, "of": describe(value.__self__, above)}
     if isinstance(value, np.ndarray):
-        value = torch.from_numpy(value) if value.dtype.kind in "biuf" else value.tolist()
+        return describe(torch.from_numpy(value) if value.dtype.kind in "biuf" else value.tolist(), above)
     if isinstance(value, torch.Tensor):
         return f"tensor {tuple(value.shape)} {checksum([value.detach().cpu().numpy().tobytes()])}"
     attributes = dict(vars(value)) if hasattr(value, "__dict__") and not isinstance(value, Enum | Path) else {}
