@@ -1,6 +1,7 @@
 """Errors for a user's mistake, and the checks that many places need: "expected .., got ..; do .."."""
 
 import difflib
+import importlib
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from numbers import Integral
@@ -34,6 +35,26 @@ class ExistingFileError(UsageError, FileExistsError):
 
 class LockedError(UsageError, BlockingIOError):
     """Another process is writing there."""
+
+
+class MissingPackageError(UsageError, ImportError):
+    """A package that an extra of this library installs is not installed."""
+
+
+def import_extra(extra: str, what: str, *packages: str) -> Any:
+    """Imports packages that come with an extra, and returns the first.
+
+    Raises:
+        MissingPackageError: one is not installed; it says what they are for and which extra installs them.
+    """
+    try:
+        first, *_ = [importlib.import_module(name) for name in packages]
+        return first
+    except ModuleNotFoundError as error:
+        needed = " and ".join(packages)
+        raise MissingPackageError(
+            f"expected {needed} {what}, got no {error.name} installed; pip install 'pml_fewshot[{extra}]'"
+        ) from error
 
 
 def check_at_least_one(name: str, value: int) -> None:

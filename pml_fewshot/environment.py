@@ -1,6 +1,6 @@
 """What a process needs before it is fast or imports at all: glibc's malloc, faiss's BLAS, torchvision's operators.
 
-Neither faiss nor torchvision is imported here: hooks wait until somebody imports them, be it PML or a user's own file.
+None of these packages is imported here: hooks wait until somebody imports them, be it PML or a user's own file.
 """
 
 import ctypes
@@ -15,6 +15,11 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import torch
+
+OLDEST_TORCH = (2, 5)
+if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+    needed = ".".join(map(str, OLDEST_TORCH))
+    raise ImportError(f"pml_fewshot needs torch {needed} or newer, got {torch.__version__}; pip install -U torch")
 
 # glibc's malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -100,7 +105,28 @@ def execute_torchvision(exec_module: Callable[[ModuleType], None], module: Modul
         exec_module(module)
 
 
+def execute_pml(exec_module: Callable[[ModuleType], None], module: ModuleType) -> None:
+    """Loads PML's common functions without scipy.stats, which takes half as long as torch and serves a single function.
+
+    That function finds it all the same: scipy imports its subpackages when they are first asked for as attributes.
+    """
+    if "scipy.stats" in sys.modules:
+        return exec_module(module)
+    sys.modules["scipy.stats"] = ModuleType("scipy.stats")
+    try:
+        exec_module(module)
+    finally:
+        del sys.modules["scipy.stats"]
+
+
+HOOKS: dict[str, Execute] = {
+    "faiss": execute_faiss,
+    "torchvision": execute_torchvision,
+    "pytorch_metric_learning.utils.common_functions": execute_pml,
+}
+
+
 def prepare_imports() -> None:
     """Installs the hooks, once a process; a module that is imported already stays as it is."""
     if not any(isinstance(finder, ImportHook) for finder in sys.meta_path):
-        sys.meta_path[:0] = [ImportHook("faiss", execute_faiss), ImportHook("torchvision", execute_torchvision)]
+        sys.meta_path[:0] = [ImportHook(name, execute) for name, execute in HOOKS.items()]

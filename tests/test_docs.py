@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import experiments.quickstart
-from pml_fewshot import Splits, load_glyphs
+from tests.tiny_experiments import few_glyphs
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -39,12 +39,6 @@ def write_data(root: Path) -> None:
     features = np.random.default_rng(0).normal(size=(80, 16)) + np.repeat(np.arange(8), 10)[:, None]
     frame = pandas.DataFrame(features).add_prefix("feature").assign(label=np.repeat(classes, 10))
     frame.to_parquet(root / "features.parquet")
-
-
-def few_glyphs() -> Splits:
-    """As many classes as the quickstart's episodes need: all of them would be embedded again and again."""
-    glyphs, wanted = load_glyphs(), {"train": 60, "val": 20, "test": 24}
-    return Splits(*(getattr(glyphs, part).select_classes(range(count)) for part, count in wanted.items()))
 
 
 def without_figures(text: str) -> str:

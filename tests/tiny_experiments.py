@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 from pml_fewshot import MAMLTrainer, MatchingTrainer, MetricTrainer, ProtoNetTrainer, PrototypicalLoss, SiameseTrainer
 from pml_fewshot.data.augmentation import RandomAffine
 from pml_fewshot.data.dataset import FewShotDataset, Splits
+from pml_fewshot.data.glyphs import load_glyphs
 from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.embedders.full_context import FullContext
 from pml_fewshot.evaluation.table import ResultTable
@@ -45,6 +46,12 @@ def tiny_set(prefix: str, classes: int, seed: int) -> FewShotDataset:
 
 def tiny_splits() -> Splits:
     return Splits(tiny_set("a", 8, 0), tiny_set("b", 5, 1), tiny_set("c", 6, 2))
+
+
+def few_glyphs() -> Splits:
+    """As many classes as the quickstart's episodes need: all of them would be embedded again and again."""
+    glyphs, wanted = load_glyphs(), {"train": 60, "val": 20, "test": 24}
+    return Splits(*(getattr(glyphs, part).select_classes(range(count)) for part, count in wanted.items()))
 
 
 # batch norm keeps running statistics, dropout draws from torch's own generator

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from pml_fewshot.checks import UsageError
 from pml_fewshot.data.dataset import digests_of
@@ -110,8 +110,11 @@ def cached_images(
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """Where decoded images are kept."""
-    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache_dir or os.environ.get("PML_FEWSHOT_CACHE") or Path(user_cache, "pml_fewshot")).expanduser()
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "pml_fewshot")
+    try:
+        return Path(cache_dir or os.environ.get("PML_FEWSHOT_CACHE") or user_cache).expanduser()
+    except RuntimeError:  # a user without a home, as in containers: there is nothing to read or write
+        return Path(os.devnull, "no home directory")
 
 
 def _state(files: Iterable[Path]) -> list[object]:
@@ -215,7 +218,7 @@ def _checksum(images: Tensor) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: lists the entries, or removes them."""
-    parser = argparse.ArgumentParser("python -m pml_fewshot.data.cache", description="Images that were decoded once.")
+    parser = argparse.ArgumentParser(description="Images that were decoded once.")
     parser.add_argument("--cache-dir", type=Path, help="its folder; PML_FEWSHOT_CACHE or ~/.cache/pml_fewshot if left")
     parser.add_argument("--empty", nargs="*", metavar="NAME", help="remove the entries of these names, or all")
     given = parser.parse_args(arguments)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from pml_fewshot.checks import UsageError, UsageTypeError, as_labels, as_names, renumbered
 from pml_fewshot.data.images import Form, Resize, Size, fit_image

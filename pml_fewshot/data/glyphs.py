@@ -4,6 +4,7 @@ A class is a character, its 20 images are drawings of it in different typefaces,
 shifted a little. Training, validation and test classes are different scripts, as Omniglot's are alphabets.
 """
 
+import logging
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -66,9 +67,7 @@ def load_glyphs(seed: int = 0, cache_dir: str | Path | None = None) -> Splits:
     Raises:
         MissingFileError: matplotlib's font folder lacks one of the 21 typefaces.
     """
-    import matplotlib
-
-    faces = _find_faces(Path(matplotlib.get_data_path()) / "fonts" / "ttf")
+    faces = _find_faces(_font_folder())
     key = (seed, RECIPE, PIL.__version__, features.version("freetype2"), *faces.values())
     stored = cached_images("glyphs", key, faces.values(), lambda: _read(faces, seed), cache_dir)
     names, twins = stored.notes["names"], stored.notes["twins"]
@@ -80,6 +79,16 @@ def load_glyphs(seed: int = 0, cache_dir: str | Path | None = None) -> Splits:
     for split, part in parts.items():
         part.note = f"{twins[split]} look like a training class" if twins[split] else ""
     return Splits.of(parts)
+
+
+def _font_folder() -> Path:
+    logger = logging.getLogger("matplotlib")
+    logger.setLevel(logging.ERROR)  # it recommends a folder for its own settings where there is no home, or read-only
+    try:
+        import matplotlib
+    finally:
+        logger.setLevel(logging.NOTSET)
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
 
 def _find_faces(folder: Path) -> dict[str, Path]:

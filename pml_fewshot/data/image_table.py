@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pml_fewshot.checks import MissingFileError, UsageError, UsageTypeError, check_disjoint
+from pml_fewshot.checks import MissingFileError, UsageError, UsageTypeError, check_disjoint, import_extra
 from pml_fewshot.data.class_lists import ClassLists, read_text, role_of
 from pml_fewshot.data.dataset import Splits
 from pml_fewshot.data.image_folder import divided
@@ -117,8 +117,7 @@ def _rows(table: Any) -> tuple[Sequence[Mapping[str, Any]], Path]:
     if not path.is_file():
         raise MissingFileError(f"expected a table of images at {path}, got none; check the path")
     if path.suffix.lower() == ".parquet":
-        import pandas
-
+        pandas = import_extra("tables", f"to read {path}", "pandas", "pyarrow")
         return pandas.read_parquet(path).to_dict("records"), path
     text = read_text(path)
     delimiter = max(",;\t", key=text.partition("\n")[0].count)

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one
 from pml_fewshot.data.dataset import FewShotDataset, as_dataset

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pml_fewshot.checks import MissingFileError, UsageError, check_choice
+from pml_fewshot.checks import MissingFileError, UsageError, check_choice, import_extra
 from pml_fewshot.embedders.features import (
     EMBEDDINGS,
     LABELS,
@@ -28,8 +28,7 @@ from pml_fewshot.embedders.features import (
 )
 from pml_fewshot.io.tensors import read_tensors
 
-NEEDS = {".csv": "pandas", ".tsv": "pandas", ".parquet": "pandas pyarrow", ".h5": "h5py", ".hdf5": "h5py"}
-FORMATS = (".npy", ".npz", ".pt", ".pth", ".safetensors", *NEEDS)
+FORMATS = (".npy", ".npz", ".pt", ".pth", ".safetensors", ".csv", ".tsv", ".parquet", ".h5", ".hdf5")
 
 _lock = threading.Lock()
 
@@ -69,10 +68,6 @@ def read_file(path: Path) -> tuple[Any, dict[str, str]]:
                 return _read_table(path), {}
     except (PermissionError, UsageError):
         raise
-    except ImportError as error:
-        needed, do = NEEDS[ending], "or write the features as .npy or .safetensors"
-        wanted = " and ".join(needed.split())
-        raise UsageError(f"expected {wanted} to read {path}, got none installed; pip install {needed}, {do}") from error
     except Exception as error:  # on broken files readers raise whatever their code happens to meet
         reason = str(error).partition("\n")[0] or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # torch's text recommends to load it all the same
@@ -140,7 +135,7 @@ def _plain(part: Any) -> Any:
 
 
 def _read_hdf5(path: Path) -> Any:
-    import h5py
+    h5py = import_extra("tables", f"to read {path}", "h5py")
 
     def data(node: Any) -> Any:
         if isinstance(node, h5py.Group):
@@ -154,9 +149,9 @@ def _read_hdf5(path: Path) -> Any:
 
 
 def _read_table(path: Path) -> Any:
-    import pandas
-
-    if path.suffix.lower() == ".parquet":
+    parquet = path.suffix.lower() == ".parquet"
+    pandas = import_extra("tables", f"to read {path}", "pandas", *["pyarrow"] * parquet)
+    if parquet:
         return pandas.read_parquet(path)
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
     table = pandas.read_csv(path, sep=separator)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pml_fewshot.checks import MissingFileError, UsageError, check_choice
+from pml_fewshot.checks import MissingFileError, UsageError, check_choice, import_extra
 from pml_fewshot.evaluation.episodic import EpisodicResult
 from pml_fewshot.evaluation.retrieval import RetrievalResult
 from pml_fewshot.evaluation.statistics import average, average_metric
@@ -92,8 +92,7 @@ class ResultTable:
 
     def to_pandas(self) -> "pandas.DataFrame":
         """A DataFrame with a line a figure and a column for each attribute of a ResultRow but `values`."""
-        import pandas
-
+        pandas = import_extra("tables", "for a DataFrame", "pandas")
         return pandas.DataFrame([{each.name: getattr(row, each.name) for each in STORED} for row in self.rows])
 
     def add_episodic(self, context: RowContext, *trainings: EpisodicResult) -> None:

@@ -3,6 +3,7 @@
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -68,11 +69,12 @@ def parse(default: Options, description: str) -> Options:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the program after a user's mistake or an interruption by a line on stderr and an exit code.
+    """Ends the program after a user's mistake or an interruption by a line on stderr and an exit code; warns by a line.
 
     All other errors keep their traceback. SIGTERM is taken as Ctrl-C: while training after the current step, else at
     once.
     """
+    warnings.formatwarning, as_before = _one_line, warnings.formatwarning
     in_main_thread = threading.current_thread() is threading.main_thread()  # Python handles no signals elsewhere
     before = signal.signal(signal.SIGTERM, _interrupt) if in_main_thread else None
     try:
@@ -86,8 +88,13 @@ def one_line_errors() -> Iterator[None]:
         print("interrupted before there was anything to resume", file=sys.stderr)
         sys.exit(INTERRUPTED)
     finally:
+        warnings.formatwarning = as_before
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def _one_line(message: Warning | str, category: type[Warning], *place: object) -> str:
+    return f"{'warning' if category is UserWarning else category.__name__}: {message}\n"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pml_fewshot.checks import UsageError
+from pml_fewshot.checks import UsageError, import_extra
 from pml_fewshot.io.atomic import write_text
 
 RUN_FILE = "mlflow_run_id.txt"
@@ -27,7 +27,8 @@ class MLflowRecorder:
         tracking_uri: a server or database; MLflow's own setting (MLFLOW_TRACKING_URI) when None.
 
     Raises:
-        UsageError: mlflow is not installed, or the folder's run is not there.
+        MissingPackageError: (an ImportError) mlflow is not installed.
+        UsageError: the folder's run is not there.
     """
 
     def __init__(
@@ -37,11 +38,7 @@ class MLflowRecorder:
         name: str = "",
         tracking_uri: str | None = None,
     ) -> None:
-        try:
-            mlflow: Any = importlib.import_module("mlflow")
-        except ModuleNotFoundError as error:
-            got = "got none installed; pip install 'pml_fewshot[mlflow]'"
-            raise UsageError(f"expected the package mlflow for MLflowRecorder, {got}") from error
+        mlflow = import_extra("mlflow", "for MLflowRecorder", "mlflow")
         self._metric: Any = importlib.import_module("mlflow.entities").Metric
         self._client = mlflow.MlflowClient(tracking_uri=tracking_uri)
         self._metrics: list[Any] = []

@@ -40,7 +40,7 @@ def find_config(folder: str | Path, module: str = "") -> ExperimentConfig:
     """
     stored = read_config(Path(folder))
     name, wanted = module or str(stored["module"]), stored["config"].get("name")
-    if not module and not re.fullmatch(r"experiments(\.[a-z_]\w*)+", name, re.ASCII):
+    if not module and not re.fullmatch(r"(pml_fewshot\.)?experiments(\.[a-z_]\w*)+", name, re.ASCII):
         raise UsageError(f"expected a run of a module of experiments, got one of {name!r}; name the module to use")
     for end in [match.start() for match in re.finditer(r"\.|$", name)]:  # a package is imported to look below it
         _check_outside(name[:end], Path(folder))

@@ -1,12 +1,11 @@
 """WandbRecorder: what happens in a run, sent to Weights & Biases."""
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from pml_fewshot.checks import UsageError
+from pml_fewshot.checks import import_extra
 from pml_fewshot.io.atomic import write_text
 
 RUN_FILE = "wandb_run_id.txt"
@@ -30,15 +29,11 @@ class WandbRecorder:
         options: more arguments of `wandb.init`: entity, tags, notes and so on.
 
     Raises:
-        UsageError: wandb is not installed.
+        MissingPackageError: (an ImportError) wandb is not installed.
     """
 
     def __init__(self, folder: str | Path, project: str = "pml_fewshot", name: str = "", **options: Any) -> None:
-        try:
-            wandb: Any = importlib.import_module("wandb")
-        except ModuleNotFoundError as error:
-            got = "got none installed; pip install 'pml_fewshot[wandb]'"
-            raise UsageError(f"expected the package wandb for WandbRecorder, {got}") from error
+        wandb = import_extra("wandb", "for WandbRecorder", "wandb")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._file = folder / RUN_FILE

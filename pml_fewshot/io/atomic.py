@@ -78,6 +78,6 @@ def translate_write_errors(path: str | Path) -> Iterator[None]:
         if isinstance(error, sqlite3.OperationalError) and (error.sqlite_errorcode & 0xFF) not in SQLITE_CODES:
             raise
         raise CannotWriteError(
-            f"expected to write {path}, got {error}; free space, make the folder writable or close what holds the "
-            "file, and try again (a run with --resume): what was there before is unharmed"
+            f"expected to write {path}, got {error}; free space, make the folder writable, name another (of a "
+            "run: --run-dir) or close what holds the file, and try again: what was there before is unharmed"
         ) from error

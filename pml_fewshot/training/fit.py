@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from pml_fewshot.checks import ExistingFileError, UsageError, check_at_least_one
 from pml_fewshot.embedders.modes import eval_mode, train_mode

@@ -11,23 +11,21 @@ import pytest
 import torch
 from safetensors.numpy import save_file as save_numpy
 
-from pml_fewshot.checks import MissingFileError, UsageError, UsageTypeError
+from pml_fewshot.checks import MissingFileError, MissingPackageError, UsageError, UsageTypeError
 from pml_fewshot.embedders.bank import EmbeddingBank, load_bank, save_bank
-from pml_fewshot.embedders.feature_files import FORMATS, NEEDS, read_file
+from pml_fewshot.embedders.feature_files import FORMATS, read_file
 from tests.embedders.made_banks import EMBEDDINGS, LABELS, NAMES, NUMBERED, NUMBERS, ROWS, SOURCE, TEXTS, bank, check
 
 
 def save(folder: Path, suffix: str, arrays: dict[str, np.ndarray]) -> Path:
     """A file of arrays by name, a table of them in the formats of tables."""
     path = folder / f"bank{suffix}"
-    if suffix in NEEDS:
-        needed, *_ = [pytest.importorskip(name) for name in NEEDS[suffix].split()]
     if suffix == ".npz":
         np.savez(path, **arrays)
     elif suffix == ".safetensors":
         save_numpy(arrays, path)
     elif suffix in (".h5", ".hdf5"):
-        with needed.File(path, "w") as file:
+        with pytest.importorskip("h5py").File(path, "w") as file:
             for name, array in arrays.items():
                 file[name] = array.tolist() if array.dtype.kind == "U" else array
     elif suffix in (".pt", ".pth"):
@@ -36,7 +34,7 @@ def save(folder: Path, suffix: str, arrays: dict[str, np.ndarray]) -> Path:
         columns = {f"{name}{i}": a[:, i] for name, a in arrays.items() if a.ndim == 2 for i in range(a.shape[1])}
         columns |= {name: a for name, a in arrays.items() if a.ndim == 1}
         length = min(map(len, columns.values()))
-        table = needed.DataFrame({name: column[:length] for name, column in columns.items()})
+        table = pytest.importorskip("pandas").DataFrame({name: column[:length] for name, column in columns.items()})
         if suffix == ".parquet":
             table.to_parquet(path)
         else:
@@ -372,13 +370,18 @@ def test_csv_without_a_name_for_every_column_is_refused(text: str, tmp_path: Pat
         load_bank(tmp_path / "bank.csv")
 
 
-@pytest.mark.parametrize("suffix", NEEDS)
-def test_a_package_that_is_not_there_is_named(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("suffix", "needed", "missing"),
+    [(".csv", "pandas", "pandas"), (".parquet", "pandas and pyarrow", "pyarrow"), (".h5", "h5py", "h5py")],
+)
+def test_a_package_that_is_not_there_is_named_with_its_extra(
+    suffix: str, needed: str, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     (tmp_path / f"bank{suffix}").write_bytes(b"x")
-    packages = NEEDS[suffix].split()
-    monkeypatch.setitem(sys.modules, packages[0], None)
-    wanted = f"expected {' and '.join(packages)} to read .*bank{suffix}, got none installed; pip install {packages[0]}"
-    with pytest.raises(UsageError, match=wanted):
+    monkeypatch.setitem(sys.modules, missing, None)
+    pip = r"pip install 'pml_fewshot\[tables\]'"
+    wanted = f"expected {needed} to read .*bank{suffix}, got no {missing} installed; {pip}"
+    with pytest.raises(MissingPackageError, match=wanted):
         load_bank(tmp_path / f"bank{suffix}")
 
 

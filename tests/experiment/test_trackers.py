@@ -305,7 +305,7 @@ def test_a_missing_package_is_one_clear_error(kind: Any, tmp_path: Path, monkeyp
     package = kind.__name__.removesuffix("Recorder").lower()
     monkeypatch.setitem(sys.modules, package, None)
     pip = rf"pip install 'pml_fewshot\[{package}\]'"
-    message = f"expected the package {package} for {kind.__name__}, got none installed; {pip}"
+    message = f"expected {package} for {kind.__name__}, got no {package} installed; {pip}"
     with pytest.raises(UsageError, match=message):
         kind(tmp_path / "run")
     assert not (tmp_path / "run").exists()

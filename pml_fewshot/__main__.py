@@ -1,0 +1,120 @@
+"""pml-fewshot COMMAND ...: the library from the command line; `python -m pml_fewshot COMMAND ...` is the same."""
+
+import argparse
+import importlib
+import importlib.util
+import re
+import runpy
+import sys
+from pathlib import Path
+
+from pml_fewshot.checks import ExistingFileError, MissingFileError, check_choice
+from pml_fewshot.experiment.command_line import one_line_errors
+from pml_fewshot.io.atomic import translate_write_errors, write_text
+
+COMMANDS = {
+    "demo": "train a ProtoNet on built-in letters and evaluate it, in minutes",
+    "benchmark": "FILE: evaluate embeddings that any tool wrote",
+    "evaluate": "RUN: evaluate a run's weights on other episodes, data or metrics",
+    "compare": "RUN RUN ...: finished runs side by side, with paired differences",
+    "reproduce": "RUN: evaluate a finished run again and compare every figure",
+    "cache": "list the decoded images that are kept, or remove them",
+    "experiments": "list the experiment files, or copy them into your own folder",
+}
+MODULES = {
+    "evaluate": "pml_fewshot.experiment.trained",
+    "compare": "pml_fewshot.experiment.comparison",
+    "reproduce": "pml_fewshot.experiment.reproduction",
+    "cache": "pml_fewshot.data.cache",
+}
+
+
+def main() -> None:
+    lines = "\n".join(f"  {name:12} {what}" for name, what in COMMANDS.items())
+    more = f"commands:\n{lines}\n\n`pml-fewshot COMMAND --help` lists the options of one."
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("pml-fewshot", epilog=more, formatter_class=style, description=_about(__package__))
+    parser.add_argument("--version", action="version", version=importlib.import_module("pml_fewshot").__version__)
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
+    name = parser.parse_args(sys.argv[1:2]).command
+    if sys.path[0] != str(Path.cwd()):  # a run's own module is looked for there, as `python -m` does
+        sys.path.insert(0, str(Path.cwd()))
+    sys.argv = [f"pml-fewshot {name}", *sys.argv[2:]]
+    if name == "demo":
+        run_experiment("quickstart")
+    elif name == "benchmark":
+        if sys.argv[1:] and not sys.argv[1].startswith("-"):
+            sys.argv.insert(1, "--bank")
+        run_experiment("benchmark_embeddings")
+    elif name == "experiments":
+        experiments()
+    else:
+        importlib.import_module(MODULES[name]).main()
+
+
+def package() -> str:
+    """The package with the experiments: in the wheel it is one of ours, in a plain checkout it stands beside ours."""
+    inside = importlib.util.find_spec("pml_fewshot.experiments")
+    return "pml_fewshot.experiments" if inside is not None else "experiments"
+
+
+def run_experiment(name: str) -> None:
+    """Runs a shipped experiment as a program, so that a run folder records the module in which others find it."""
+    runpy.run_module(f"{package()}.{name}", run_name="__main__", alter_sys=True)
+
+
+def experiments() -> None:
+    """The command: lists the experiment files with their first lines, or copies some with all that they import."""
+    parser = argparse.ArgumentParser(sys.argv[0], description=COMMANDS["experiments"])
+    parser.add_argument("--copy", nargs="*", metavar="NAME", help="copy these and those that they import; all if none")
+    parser.add_argument("--to", type=Path, default=Path("experiments"), help="folder of the copies (%(default)s)")
+    given = parser.parse_args()
+    files = {path.stem: path for path in sorted(Path(_origin(package())).parent.glob("*.py"))}
+    if given.copy is None:
+        for name in sorted(files.keys() - {"__init__"}):
+            print(f"{name:26} {_about(f'{package()}.{name}')}")
+        return
+    with one_line_errors():
+        for path in copies(files, given.copy or list(files)):
+            copy_new(path, given.to / path.name)
+    print(f"run one with `python -m {given.to.name}.NAME` in {given.to.resolve().parent}")
+
+
+def copies(files: dict[str, Path], wanted: list[str]) -> list[Path]:
+    """The files of these names, and of those that they import."""
+    found = dict.fromkeys(["__init__"])
+    while wanted:
+        name, *wanted = wanted
+        check_choice("an experiment", name, sorted(files.keys() - {"__init__"}))
+        if name not in found:
+            found[name] = None
+            wanted += re.findall(r"^from experiments(?: import |\.)(\w+)", files[name].read_text("utf-8"), re.MULTILINE)
+    return [files[name] for name in found]
+
+
+def copy_new(source: Path, target: Path) -> None:
+    """Copies a file unless another one is there, which may be the user's own by now."""
+    text = source.read_text("utf-8")
+    if target.exists() and target.read_text("utf-8") != text:
+        raise ExistingFileError(f"expected no {target}, got one that differs; rename it, or copy with --to elsewhere")
+    with translate_write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text(target, text)
+    print(target)
+
+
+def _origin(module: str) -> str:
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise MissingFileError(f"expected the module {module}, got none; install the wheel, or work in the checkout")
+    return spec.origin
+
+
+def _about(module: str | None) -> str:
+    """The first line of a module's docstring, read without importing it."""
+    text = Path(_origin(module or "pml_fewshot")).read_text("utf-8")
+    return re.sub(r'^"""(.*?)(""")?$', r"\1", text.splitlines()[0])
+
+
+if __name__ == "__main__":
+    main()
