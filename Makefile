@@ -9,13 +9,30 @@ export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 1000000000000
 export MALLOC_TOP_PAD_ = 268435456
 
-.PHONY: demo test lint format benchmark clean
+.PHONY: demo test test-lowest test-newest lint format docs tables pictures notebooks benchmark clean
 
 demo: $(VENV)/installed  ## train and evaluate on the built-in data, in minutes
 	$(BIN)/python -m experiments.quickstart
 
-test: $(VENV)/installed  ## the default ring of tests, under 2 minutes: two at a time, each on one thread
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist worksteal
+# two tests at a time, each on one thread
+RING = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(1)/bin/python -m pytest -n 2 --dist worksteal
+
+test: $(VENV)/installed  ## the default ring of tests, under 2 minutes
+	$(call RING,$(VENV))
+
+# The ring on other versions than the pinned ones, each time in a new environment: `make test-lowest PYTHON=python3.12`.
+# (Downloads 2 to 5 GB the first time: torch comes with CUDA.)
+export UV_HTTP_TIMEOUT ?= 600
+
+test-lowest: $(VENV)/installed  ## the oldest versions that pyproject.toml allows
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .venv-lowest
+	$(BIN)/uv pip install --quiet --python .venv-lowest --resolution lowest-direct -e '.[dev]'
+	$(call RING,.venv-lowest)
+
+test-newest: $(VENV)/installed  ## the newest versions of everything
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .venv-newest
+	$(BIN)/uv pip install --quiet --python .venv-newest -e '.[dev]'
+	$(call RING,.venv-newest)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -25,6 +42,19 @@ lint: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/installed  ## the pages as a site, build/docs/index.html, where a warning is an error; and their code runs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs
+	$(call RING,$(VENV)) -m docs tests/test_docs.py
+
+tables: $(VENV)/installed  ## README's and the pages' tables, from the CSV files of docs
+	$(BIN)/python docs/render.py
+
+notebooks: $(VENV)/installed  ## docs/notebooks, from the pages
+	$(BIN)/python docs/notebooks.py
+
+pictures: $(VENV)/installed  ## docs/pictures, from two trainings (15 minutes, once) and the CSV files of docs
+	$(BIN)/python docs/pictures.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,4 +66,4 @@ benchmark: $(VENV)/installed  ## speed of the main path; Omniglot is expected be
 	$(BIN)/python -m experiments.speed.main_path --data-root $(DATA)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .venv-newest build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

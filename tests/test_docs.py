@@ -1,6 +1,11 @@
-"""The Python blocks of README and docs run, in order, one namespace a page, and their commands name what exists."""
+"""The Python blocks of README and docs run, in order, one namespace a page; commands, options and links exist."""
 
+import functools
 import re
+import runpy
+import shlex
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +15,21 @@ import pytest
 from PIL import Image
 
 import experiments.quickstart
+import pml_fewshot
 from tests.tiny_experiments import few_glyphs
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # (code, what it prints where the page shows that)
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", re.DOTALL | re.MULTILINE)
-BLOCKS = {page: BLOCK.findall(page.read_text()) for page in PAGES}
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+BLOCKS = {page: BLOCK.findall(text) for page, text in TEXTS.items()}
+FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
+FEWER = {"num_episodes=100)": "num_episodes=2)", "steps=200,": "steps=2, num_episodes=20, val_episodes=20,"}
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 def write_data(root: Path) -> None:
@@ -46,7 +59,8 @@ def without_figures(text: str) -> str:
     return " ".join(re.sub(r"-?\d+\.\d+", "#", text).split())
 
 
-@pytest.mark.parametrize("page", [page for page, blocks in BLOCKS.items() if blocks], ids=lambda page: page.name)
+@pytest.mark.docs
+@pytest.mark.parametrize("page", [page for page, blocks in BLOCKS.items() if blocks], ids=name_of)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     for name in ("PYTHONPATH", "PML_FEWSHOT_DATA"):
         monkeypatch.delenv(name, raising=False)
@@ -54,34 +68,110 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     quick = {"steps": 2, "num_episodes": 20, "val_episodes": 20, "data": few_glyphs}
     for name, value in quick.items():
         monkeypatch.setitem(vars(experiments.quickstart.CONFIG), name, value)
+    if page.name == "README.md":  # it trains on all of them
+        monkeypatch.setattr(pml_fewshot, "load_glyphs", few_glyphs)
     write_data(tmp_path)
     namespace: dict[str, Any] = {}
     for code, output in BLOCKS[page]:
         capsys.readouterr()
-        exec(code.replace("num_episodes=100)", "num_episodes=2)"), namespace)  # noqa: S102
+        for full, few in FEWER.items():
+            code = code.replace(full, few)
+        exec(code, namespace)  # noqa: S102
         assert not output or without_figures(capsys.readouterr().out) == without_figures(output)
     for variant in ("cosine", "mined", "on_batches", "variant"):
         if variant in namespace:  # a whole trainer, with the part that the page swaps
             trainer = namespace[variant].trainer()
             assert trainer.loss is not None
-    if page.name == "README.md":
-        assert {row.figure for row in namespace["table"].rows} >= {"accuracy", "precision_at_1"}
 
 
-def test_pages_are_short_and_links_lead_somewhere() -> None:
-    assert len((ROOT / "README.md").read_bytes()) <= 10_000
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
-            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+def headings(text: str) -> set[str]:
+    """The anchors that a forge and MyST give a page's headings."""
+    titles = re.findall(r"^#{1,3} (.*)$", FENCE.sub("", text), re.MULTILINE)
+    plain = [re.sub(r"\[([^]]*)\]\([^)]*\)|[`*]", r"\1", title).lower() for title in titles]
+    return {re.sub(r"[^\w\- ]", "", title).strip().replace(" ", "-") for title in plain}
 
 
-def test_commands_and_tests_that_pages_name_exist() -> None:
-    targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for page in PAGES:
-        text = page.read_text()
-        for module in re.findall(r"python -m ((?:experiments|pml_fewshot)[.\w]+)", text):
-            assert (ROOT / f"{module.rstrip('.').replace('.', '/')}.py").exists() or module.endswith("..."), module
-        for target in re.findall(r"(?:^    |`)make ([\w-]+)", text, re.MULTILINE):
-            assert target in targets, target
-        for path in re.findall(r"`((?:tests|experiments|pml_fewshot)/[\w/.]+)`", text):
-            assert (ROOT / path).exists(), f"{page.name}: {path}"
+def test_readme_is_short_and_shows_its_picture_first() -> None:
+    readme = TEXTS[ROOT / "README.md"]
+    assert len(readme.encode()) <= 10_240
+    assert re.search(r"<img|!\[", readme[:1500])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere_and_pictures_have_alternative_text(page: Path) -> None:
+    text = FENCE.sub("", TEXTS[page])
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|srcset|href)=\"([^\"]+)\"", text)
+    for target in targets:
+        place, _, anchor = target.partition("#")
+        if place.startswith("https://"):
+            continue
+        other = page.parent / place if place else page
+        assert other.exists(), target
+        assert not anchor or anchor in headings(TEXTS[other.resolve()]), target
+    for alternative in re.findall(r"!\[([^]]*)\]", text) + re.findall(r"<img [^>]*alt=\"([^\"]*)\"", text):
+        assert len(alternative.split()) >= 5, alternative
+    assert len(re.findall(r"<img ", text)) == len(re.findall(r"<img [^>]*alt=", text))
+
+
+def shown_commands(text: str) -> list[str]:
+    """Lines of a page's command blocks, without comments; a loop's body, and what is put behind a variable, as well."""
+    blocks = [body for _, language, body in FENCE.findall(text) if language in ("sh", "bash", "console")]
+    blocks += re.findall(r"(?:\A|\n)\n((?:    .*\n)+)", FENCE.sub("", text))
+    lines = [re.sub(r"\s#.*", "", line).strip() for block in blocks for line in block.splitlines()]
+    return [part.strip() for line in lines for part in re.split(r"&&|;|\bdo\b", line) if part.strip()]
+
+
+COMMANDS = sorted({(name_of(page), line) for page, text in TEXTS.items() for line in shown_commands(text)})
+PROGRAM = re.compile(r"(?:[A-Z_]+=\S+ )*(?:\S*/)?(?:python3?(?:\.\d+)?) -m ((?:experiments|pml_fewshot)\S*)(.*)")
+
+
+@functools.cache
+def help_of(module: str, *arguments: str) -> str:
+    """What `python -m module .. --help` prints."""
+    printed: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module, *arguments, "--help"])
+        patch.setattr(sys, "path", list(sys.path))
+        patch.setattr(sys.stdout, "write", printed.append)
+        patch.delitem(sys.modules, module, raising=False)
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert stop.value.code in (0, None), printed
+    return "".join(printed)
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=" ".join)
+def test_a_command_of_a_page_exists_with_its_options(page: str, line: str) -> None:
+    line = re.sub(r"^(?:\S*/)?pml-fewshot\b", "python -m pml_fewshot", line)
+    words = shlex.split(line)
+    if program := PROGRAM.fullmatch(line):
+        module, rest = program[1], shlex.split(program[2])
+        command = [rest.pop(0)] if module == "pml_fewshot" and rest else []
+        if module.endswith("...") or module == "experiments.NAME":
+            return
+        text = help_of("pml_fewshot.__main__" if module == "pml_fewshot" else module, *command)
+        for option in (word.partition("=")[0] for word in rest if word.startswith("--")):
+            assert re.search(rf"(?<!\S){re.escape(option)}(?![\w.-])", text), f"{option} of {line}"
+    elif words[0] == "make":
+        targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        assert {word for word in words[1:] if "=" not in word} <= targets, line
+    elif words[0].endswith("python") and words[1].endswith(".py") and "/" in words[1]:
+        assert (ROOT / words[1]).exists(), line
+    for extras in re.findall(r"(?:pml_fewshot|\.)\[([\w,]+)\]", line):
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert set(extras.split(",")) <= known.keys(), line
+
+
+def test_files_that_pages_name_exist() -> None:
+    for page, text in TEXTS.items():
+        for path in re.findall(r"`((?:tests|experiments|pml_fewshot|docs)/[\w/.-]+)`", text):
+            assert (ROOT / path).exists(), f"{name_of(page)}: {path}"
+        for module in re.findall(r"`(?:python -m )?((?:experiments|pml_fewshot)(?:\.\w+)+)", text):
+            place = ROOT / module.replace(".", "/")  # of a module, of a name in it, or of an attribute of that
+            files = [place, *(each.with_suffix(".py") for each in (place, place.parent, place.parent.parent))]
+            assert any(file.exists() for file in files), f"{name_of(page)}: {module}"
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    listed = re.findall(r"^\.\. auto\w+:: pml_fewshot\.(\w+)$", TEXTS[ROOT / "docs/reference/api.md"], re.MULTILINE)
+    assert sorted(listed) == sorted(pml_fewshot.__all__)

@@ -40,10 +40,29 @@ def test_a_fresh_interpreter_imports_little_and_then_faiss_with_fast_kernels_and
     assert CORE is None or set(done.stdout.split()) <= {CORE}  # none where faiss has another BLAS
 
 
-def test_a_faiss_imported_before_is_left_alone():
-    code = "import os, faiss, pml_fewshot, faiss; assert 'OPENBLAS_CORETYPE' not in os.environ"
+BEFORE = """
+import contextlib, os, faiss
+with contextlib.suppress(RuntimeError):  # beside another build of torch
+    import torchvision
+import pml_fewshot, faiss, torchvision
+from torchvision.models import resnet18
+assert 'OPENBLAS_CORETYPE' not in os.environ
+"""
+
+
+def test_a_faiss_imported_before_is_left_alone_and_a_torchvision_whose_import_failed_is_repaired():
     variables = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}
-    assert subprocess.run([sys.executable, "-c", code], env=variables, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", BEFORE], env=variables, check=False).returncode == 0
+
+
+def test_pml_is_imported_without_scipy_stats_which_its_function_finds_all_the_same():
+    code = """
+import sys, pml_fewshot
+from pytorch_metric_learning.utils import common_functions
+assert "scipy.stats" not in sys.modules
+assert common_functions.make_label_to_rank_dict([30, 10, 20]) == {30: 2, 10: 0, 20: 1}
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(("capability", "core"), [("AVX512", "SkylakeX"), ("AVX2", "Haswell"), ("DEFAULT", None)])

@@ -1,5 +1,6 @@
 """Every class that PML exports trains here, or stands in a list that says why not: no release of PML can slip by."""
 
+import csv
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -126,11 +127,11 @@ NOT_TOGETHER: dict[tuple[type, type], Reason] = {
 }
 
 
-# What of PML is walked over is what the first cells of this table name. Nothing else pins it: what another release adds
-# or drops fails one test until it is named there.
-DOCS = Path(__file__).parents[1] / "docs" / "parts.md"
-TABLE = DOCS.read_text(encoding="utf-8").partition("## Every part of PML")[2]
-DOCUMENTED = {name for cell in re.findall(r"^\| ([^|]*)", TABLE, re.M) for name in re.findall(r"\b[A-Z]\w+", cell)}
+# What of PML is walked over is what this list names, from which the reference's tables are made. Nothing else pins it:
+# what another release adds or drops fails one test until it is named there.
+LIST = Path(__file__).parents[1] / "docs" / "reference" / "parts.csv"
+with LIST.open(encoding="utf-8", newline="") as lines:
+    DOCUMENTED = {row["part"]: row for row in csv.DictReader(lines)}
 MODULES = (losses, miners, distances, reducers, regularizers, samplers)
 
 
@@ -238,10 +239,18 @@ def unless(reason: Reason | None) -> Iterator[None]:
 
 def test_the_docs_name_all_that_pml_exports_and_nothing_else() -> None:
     added = {kind for module in MODULES for kind in public(module).values()} - {k for m in MODULES for k in exported(m)}
-    assert not added, f"a new release of PML: name them in docs/parts.md, and the walks take them along: {added}"
+    assert not added, f"a new release of PML: name them in {LIST.name}, and the walks take them along: {added}"
     there = (name for module in (*MODULES, testers, trainers, inference, pml_fewshot) for name in dir(module))
-    dropped = DOCUMENTED.difference(there)
-    assert not dropped, f"PML has them no more: drop them from docs/parts.md and the lists here: {dropped}"
+    dropped = DOCUMENTED.keys() - set(there)
+    assert not dropped, f"PML has them no more: drop them from {LIST.name} and the lists here: {dropped}"
+
+
+def test_the_docs_say_where_a_loss_works() -> None:
+    for kind in TRAINABLE:
+        row = DOCUMENTED[kind.__name__]
+        on_episodes = "no" if kind in NOT_ON_EPISODES else "with a flaw" if kind in DEPENDS_ON_ORDER else "yes"
+        assert row["episodes"] == on_episodes, row
+        assert row["batches"] == ("two views" if kind in OF_TWO_VIEWS else "yes"), row
 
 
 @walk("kind", LOSSES)

@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shown += 1
         size = sum(file.stat().st_size for file in entry.iterdir())
         used = time.strftime("%Y-%m-%d", time.localtime(entry.stat().st_mtime))
-        source = ", ".join(_about(entry)["source"])
+        source = ", ".join(_about(entry).get("source", ["of another version"]))
         removed = ""
         if given.empty is not None:
             removed = f"{_removed(entry)}  "

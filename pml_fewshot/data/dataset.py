@@ -198,7 +198,7 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         return digest.hexdigest()
 
     def _items(self, index: Tensor | slice) -> Tensor:
-        return self._stored[index if self._rows is None else self._rows[index]]
+        return items_at(self._stored, index if self._rows is None else self._rows[index])
 
     def _blocks(self) -> Iterator[slice]:
         size = max(1, BLOCK_BYTES // max(1, self._stored[:1].nbytes))
@@ -222,7 +222,10 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
             stored, rows = self._stored, keep if self._rows is None else self._rows[keep]
         else:
             stored, rows = self._items(keep), None
-        selected = FewShotDataset(stored, labels[keep], [self.class_names[c] for c in numbers], self.note, rows)
+        note, whole = self.note, f" (of all {len(number)} classes)"  # what it counts is of the set that was loaded
+        if note and len(set(numbers)) < len(number) and not note.endswith("classes)"):
+            note += whole
+        selected = FewShotDataset(stored, labels[keep], [self.class_names[c] for c in numbers], note, rows)
         selected.mapped = self.mapped
         selected.digests = None if self.digests is None else self.digests[keep.cpu()]
         return selected
@@ -306,6 +309,11 @@ def as_dataset(data: Any, name: str = "data") -> FewShotDataset:
         return data.as_dataset()
     do = "use FewShotDataset.from_dataset for data sets of torch and Hugging Face"
     raise UsageTypeError(f"expected {name} as a FewShotDataset or an EmbeddingBank, got {type(data).__name__}; {do}")
+
+
+def items_at(stored: Tensor, index: Tensor | slice) -> Tensor:
+    """`stored[index]`; uint16 is read as int16 on the way, for which torch has the operation in every version."""
+    return stored.view(torch.int16)[index].view(torch.uint16) if stored.dtype == torch.uint16 else stored[index]
 
 
 def as_floats(items: Tensor) -> Tensor:

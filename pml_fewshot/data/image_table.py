@@ -49,8 +49,8 @@ def load_image_table(
         label: that of the classes; when None label, class, class_name, category, target.
         split: that of the splits, train, val (valid, validation) and test; when None split, set, subset, partition.
             Where there is no such column, or `splits` are given, the classes are divided as in load_image_folder.
-        image_size, channels, val_fraction, test_fraction, seed, skip_broken, memory_map, cache_dir, splits, resize,
-            depth, shared_classes: as in load_image_folder.
+        image_size, channels, val_fraction, test_fraction, seed, skip_broken, memory_map: as in load_image_folder.
+        cache_dir, splits, resize, depth, shared_classes: as in load_image_folder.
 
     A warning counts rows that are there twice, which are read once.
 

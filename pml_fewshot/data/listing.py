@@ -12,7 +12,7 @@ import torch
 
 from pml_fewshot.checks import UsageError
 from pml_fewshot.data.cache import Source, cached_images
-from pml_fewshot.data.dataset import FewShotDataset, joined_notes
+from pml_fewshot.data.dataset import FewShotDataset, items_at, joined_notes
 from pml_fewshot.data.images import Form, ImageFiles, Read, read_images
 
 Classes = dict[str, list[str]]  # class name -> names of its images, below one folder or zip, with "/" between folders
@@ -89,7 +89,7 @@ class Listing:
             elif memory_map:
                 sets[split] = FewShotDataset(stored.images, labels, list(classes), note, index)
             else:
-                sets[split] = FewShotDataset(stored.images[index], labels, list(classes), note)
+                sets[split] = FewShotDataset(items_at(stored.images, index), labels, list(classes), note)
             sets[split].mapped = memory_map
             sets[split].digests = stored.digests[index]
         return sets

@@ -106,11 +106,16 @@ class _PickledArray:
         self.value = np.array(value.tolist(), dtype=str) if value.dtype.kind == "U" else value
 
 
+def _called(module: str, name: str, kind: type) -> type:
+    """A class that torch takes for what a pickle calls by this name (pairs of both it knows from 2.6 on)."""
+    return type(name, (kind,), {"__module__": module})
+
+
 NUMPY_IN_PICKLES: list[Any] = [
-    (_PickledDtype, "numpy.dtype"),
-    (_PickledArray, "numpy.ndarray"),
-    (_PickledArray, "numpy._core.multiarray._reconstruct"),
-    (_PickledArray, "numpy.core.multiarray._reconstruct"),  # of numpy 1
+    _called("numpy", "dtype", _PickledDtype),
+    _called("numpy", "ndarray", _PickledArray),
+    _called("numpy._core.multiarray", "_reconstruct", _PickledArray),
+    _called("numpy.core.multiarray", "_reconstruct", _PickledArray),  # of numpy 1
 ]
 
 

@@ -369,10 +369,9 @@ def _remove(index: Any, ids: np.ndarray, left: int) -> None:
     """Removes ids, ascending, from a part of an index, so that `left` stay, numbered from 0."""
     import faiss
 
-    if type(index).__name__ in WRAPPERS:
-        index.ntotal = left
-        return
-    index.remove_ids(ids)
+    if type(index).__name__ not in WRAPPERS:
+        index.remove_ids(ids)
+    index.ntotal = left  # which wrappers are not told, and which faiss 1.10 forgets where codes have 4 bits
     if isinstance(index, faiss.IndexPQFastScan):
         _clear_tail(index, index.codes.get(), left)
     if isinstance(index, faiss.IndexIVF):

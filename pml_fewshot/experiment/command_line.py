@@ -93,7 +93,7 @@ def one_line_errors() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def _one_line(message: Warning | str, category: type[Warning], *place: object) -> str:
+def _one_line(message: object, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
     return f"{'warning' if category is UserWarning else category.__name__}: {message}\n"
 
 

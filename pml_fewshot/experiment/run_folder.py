@@ -62,7 +62,7 @@ class RunFolder:
             check_data(splits, stored, self.path)
             then, notes = stored["config"], environment_changes(stored, device)
             changed = changed_fields(self.config, stored)
-            changes = [f"after step {self.steps}: {name} {config[name]}, {then.get(name)} before" for name in changed]
+            changes = [f"after step {self.steps}: {name} is {config[name]}, was {then.get(name)}" for name in changed]
             print(*(f"note: {note}\n" for note in (*notes, *changes)), sep="", end="")
             sessions, changes = stored["sessions"] + (sessions if notes else []), stored["changes"] + changes
         about = {"config": config, "data": _described(splits), "sessions": sessions, "changes": changes}

@@ -62,8 +62,8 @@ def what_is_lost(config: ExperimentConfig) -> str:
     main, name = sys.modules["__main__"], module_name("__main__")
     if name != "__main__" and config.name in configs_in(main):
         return ""
-    place = f"at the top of {name}" if name != "__main__" else "in a module"
-    return f"{config.name} is no config {place}: keep it, for `reproduce` and `load_trained` must be given it"
+    place = f"is not at the top of {name}" if name != "__main__" else "is not in a module"
+    return f"the config of {config.name} {place}: keep it, because `reproduce` and `load_trained` will ask for it"
 
 
 def _check_outside(module: str, folder: Path) -> None:

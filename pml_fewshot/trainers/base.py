@@ -85,7 +85,8 @@ class FewShotTrainer(nn.Module):
 
     def check_episodes(self, shots: int, queries: int) -> None:
         """Raises a UsageError when the method cannot be trained on episodes, or on ones of this size."""
-        pml_compat.check_supports_ref_emb(self.loss)
+        if self.loss is not None:  # a method may have an episode_loss of its own
+            pml_compat.check_supports_ref_emb(self.loss)
         most = (shots + queries) // shots
         if self.support_rotations > most:
             raise UsageError(
@@ -215,7 +216,9 @@ class FewShotTrainer(nn.Module):
 
     @property
     def classifier(self) -> str:
-        """What `classify` does, for tables: the head and its distance."""
+        """What `classify` does, for tables: the head and its distance, or that it is the trainer's own."""
+        if type(self).classify is not FewShotTrainer.classify:
+            return f"{type(self).__name__}'s own"
         return name_of_head(self.head, self.distance)
 
     @property

@@ -26,7 +26,7 @@ def parts(splits: Splits) -> dict[str, FewShotDataset]:
 def by_class(splits: Splits) -> dict[str, np.ndarray]:
     """Class name -> its images (n, C, H, W), in the order stored."""
     return {
-        name: part.images[part.labels == label].numpy()
+        name: part.images.numpy()[(part.labels == label).numpy()]
         for part in parts(splits).values()
         for label, name in enumerate(part.class_names)
     }

@@ -191,7 +191,9 @@ def test_a_transform_is_applied_once_and_a_crop_takes_no_memory():
 def test_select_classes_keeps_the_items_and_relabels_in_the_order_given():
     dataset = made_up(note="n")
     part = dataset.select_classes([2, 0])
-    assert (part.class_names, part.note) == (("c", "a"), "n")
+    assert (part.class_names, part.note) == (("c", "a"), "n (of all 3 classes)")
+    assert part.select_classes([1]).note == part.note
+    assert dataset.select_classes([2, 0, 1]).note == "n"
     assert named(part) == [item for item in named(dataset) if item[0] != "b"]
     with pytest.raises(UsageError, match="expected different class names"):
         dataset.select_classes([1, 1])

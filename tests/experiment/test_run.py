@@ -290,7 +290,7 @@ def test_a_trained_run_is_evaluated_otherwise_without_training(tmp_path: Path, m
     assert digest(state_of(tmp_path / "run")["trainer"]) == weights
     changed = {line.split()[3]: line for line in read_config(tmp_path / "run")["changes"]}
     assert changed.keys() == {"eval_specs", "num_episodes", "retrieval", "clip_norm"}
-    assert changed["clip_norm"] == "after step 4: clip_norm 1.0, None before"
+    assert changed["clip_norm"] == "after step 4: clip_norm is 1.0, was None"
     assert f"\n{changed['clip_norm']}\n" in (tmp_path / "run" / "config.txt").read_text()
     monkeypatch.setattr(ProtoNetTrainer, "forward", forward)
     with pytest.raises(UsageError, match=r"got another eval_specs\[0\];"):  # which validation uses

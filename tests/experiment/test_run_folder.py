@@ -37,14 +37,14 @@ def rewrite(folder: Path, **changes: object) -> None:
 
 # locks the folder that it is given, says so, and waits to be killed
 HOLDER = """
-import sys, time
+import sys
 from dataclasses import replace
 from pathlib import Path
 from pml_fewshot.experiment.run_folder import open_run
 from tests.tiny_experiments import TINY_EXPERIMENTS
 with open_run(replace(TINY_EXPERIMENTS["protonet"], run_dir=Path(sys.argv[1])), False):
     print("locked", flush=True)
-    time.sleep(600)
+    sys.stdin.read()  # until the test ends
 """
 
 
@@ -59,7 +59,7 @@ def test_two_runs_in_one_process_cannot_write_one_folder(tmp_path: Path) -> None
 def test_two_processes_cannot_write_one_folder_and_a_dead_one_holds_no_lock(tmp_path: Path) -> None:
     config = replace(TINY, run_dir=tmp_path / "run")
     command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "locked\n"
         for resume in (False, True):

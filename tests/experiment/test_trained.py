@@ -286,7 +286,7 @@ def test_a_config_that_no_later_program_will_find_is_told_before_the_training(
 ) -> None:
     program = ModuleType("__main__")
     monkeypatch.setitem(sys.modules, "__main__", program)
-    says = "protonet is no config {}: keep it, for `reproduce` and `load_trained` must be given it"
+    says = "the config of protonet is not {}: keep it, because `reproduce` and `load_trained` will ask for it"
     assert what_is_lost(finished.config) == says.format("in a module")  # a notebook
     program.__spec__ = ModuleSpec("experiments.mine", None)
     assert what_is_lost(finished.config) == says.format("at the top of experiments.mine")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from pml_fewshot.parts.instantiate import instantiate
 from pml_fewshot.sampling.batch_stream import BatchStream
@@ -10,12 +11,13 @@ from pml_fewshot.sampling.episode_stream import EpisodeStream
 from pml_fewshot.training.fit import fit
 from tests.tiny_experiments import TINY_EXPERIMENTS
 
-# of version 0.5, in float32 on one thread: another processor differs in the last digits, and Adam's rate of 0.1 in more
+# of version 0.5's code without dropout, in float32 on one thread: another processor differs in the last digits, and
+# Adam's rate of 0.1 in more
 LOSSES = {
-    "protonet": [3.86924148, 1.85987365, 1.35846531, 3.90962172, 0.791515887, 0.946927845],
-    "matching": [1.84242618, 1.10430169, 1.19573545, 1.23643315, 1.35912907, 1.51212144],
-    "siamese": [1.55541098, 1.18991363, 0.696703672, 0.67225498, 0.713651955, 0.786401451],
-    "metric": [0.888766289, 0.872595131, 1.34718025, 1.14118385, 1.12778652, 1.19984496],
+    "protonet": [2.62264347, 0.736901641, 0.776204228, 1.0985955, 0.554690421, 0.630946457],
+    "matching": [1.82524359, 1.06692886, 1.07011151, 1.32614005, 1.37729967, 1.43925774],
+    "siamese": [1.32820177, 1.05692208, 0.617900789, 0.63658911, 0.682574272, 0.720540226],
+    "metric": [0.749179184, 0.888097346, 1.28856337, 1.09915745, 1.1088829, 0.997208416],
     "maml": [1.64254057, 1.6174562, 1.58827424, 1.59510469, 1.61945415, 1.55224907],
 }
 
@@ -26,6 +28,9 @@ def test_the_first_losses_are_those_of_0_5(name: str) -> None:
     train = config.data().train
     torch.manual_seed(config.seed)
     trainer = instantiate(config.trainer)
+    for module in trainer.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # what it draws differs between versions of torch
     batches: BatchStream | EpisodeStream
     if isinstance(config.train_spec, BatchSpec):
         batches = BatchStream(train, config.train_spec, config.seed, config.augment, config.sampler)
