@@ -42,7 +42,6 @@ from pml_fewshot import (
     EpisodeSpec,
     EpisodicEvaluator,
     FewShotDataset,
-    MAMLTrainer,
     ResultTable,
     adaptation_curve,
     load_glyphs,
@@ -89,7 +88,7 @@ class Runs:
         folder = self.folder / "quickstart"
         return run(replace(quickstart.CONFIG, run_dir=folder), resume=True), load_trained(folder, quickstart.CONFIG)
 
-    def maml(self) -> MAMLTrainer:
+    def maml(self) -> Any:
         torch.set_num_threads(1)
         folder = self.folder / "glyphs_maml"
         config = replace(glyphs_maml.CONFIG, run_dir=folder, num_episodes=200)
@@ -210,7 +209,7 @@ def episode(runs: Runs) -> tuple[Callable[[], Figure], dict[str, Any]]:
         ax.set_anchor("NW")
         plot_episode(images, logits[number : number + 1], queries=QUERIES_DRAWN, ink=True, ax=ax)
         for text in ax.texts:
-            text.set_size(24 if text.get_text() in "\N{CHECK MARK}\N{BALLOT X}" else 18)
+            text.set_fontsize(24 if text.get_text() in "\N{CHECK MARK}\N{BALLOT X}" else 18)
 
         x = 1064
         write_at(figure, x, 24, f"{row.count:,} such episodes", **heading)
@@ -293,7 +292,7 @@ def accuracy_grid(runs: Runs) -> tuple[Callable[[], Figure], dict[str, Any]]:
         )
         ax = plot_accuracy_grid(results, axes_at(figure, 110, 110, 1060, 460))
         for text in ax.texts:
-            text.set_size(17 if text.get_weight() == "bold" else 14)
+            text.set_fontsize(17 if text.get_fontweight() == "bold" else 14)
         return figure
 
     return draw, {"command": COMMAND, "cells": in_words(results)}

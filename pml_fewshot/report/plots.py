@@ -31,6 +31,8 @@ from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.evaluation.episodic import EpisodicResult
 from pml_fewshot.sampling.episodes import Episode
 
+Theme = Literal["light", "dark"]
+
 PLUS_MINUS, CHECK, CROSS = "\N{PLUS-MINUS SIGN}", "\N{CHECK MARK}", "\N{BALLOT X}"
 BAR = 0.86  # width of a probability of 1, where cells are 1 wide
 
@@ -54,7 +56,7 @@ def _settings(page: str, text: str, quiet: str, line: str, *marks: str) -> dict[
 
 # Pages as GitHub's, so that pictures have no frame there. Marks are the hues of Okabe and Ito, which color-blind
 # readers tell apart, on white dark enough for text.
-THEMES: dict[str, Any] = {
+THEMES: dict[Theme, dict[str, Any]] = {
     "light": _settings(
         "#ffffff", "#1f2328", "#59636e", "#d1d9e0", "#0063a0", "#b54708", "#00745a", "#8f4a77", "#7a5c00"
     ),
@@ -64,7 +66,7 @@ THEMES: dict[str, Any] = {
 }
 
 
-def theme(name: Literal["light", "dark"]) -> AbstractContextManager[None]:
+def theme(name: Theme) -> AbstractContextManager[None]:
     """A context in which pictures suit white pages, or GitHub's dark ones; text has a contrast of 4.5 or more."""
     check_choice("theme", name, list(THEMES))
     return rc_context(THEMES[name])
