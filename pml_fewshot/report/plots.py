@@ -56,7 +56,7 @@ def _settings(page: str, text: str, quiet: str, line: str, *marks: str) -> dict[
 
 # Pages as GitHub's, so that pictures have no frame there. Marks are the hues of Okabe and Ito, which color-blind
 # readers tell apart, on white dark enough for text.
-THEMES: dict[Theme, dict[str, Any]] = {
+THEMES: dict[Theme, Any] = {
     "light": _settings(
         "#ffffff", "#1f2328", "#59636e", "#d1d9e0", "#0063a0", "#b54708", "#00745a", "#8f4a77", "#7a5c00"
     ),
