@@ -22,6 +22,7 @@ napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_rtype = False
 
 html_theme = "furo"
+html_theme_options = {"dark_css_variables": {"color-background-primary": "#0d1117"}}  # as the pictures
 html_title = f"pml_fewshot {release}"
 html_show_sphinx = html_show_copyright = False
 

@@ -17,7 +17,8 @@ from PIL import Image, ImageOps, features
 from pml_fewshot.checks import UsageError, check_at_least_one, check_choice
 
 # Of Pillow's formats the usual ones: its EPS starts a program
-FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", *(["AVIF"] if features.check("avif") else []))
+HAS_AVIF = "avif" in features.modules and bool(features.check("avif"))  # Pillow 11.3, if built with it
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", *(["AVIF"] if HAS_AVIF else []))
 IMAGE_SUFFIXES = (
     *(".avif", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"),
     *(".pbm", ".pgm", ".pnm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
