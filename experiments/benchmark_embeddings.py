@@ -28,7 +28,7 @@ from pml_fewshot import (
 )
 from pml_fewshot.checks import MissingFileError
 from pml_fewshot.evaluation.heads import Head, k_nearest_neighbours, soft_nearest_neighbour
-from pml_fewshot.experiment.command_line import one_line_errors
+from pml_fewshot.experiment.command_line import one_line_errors, program
 
 
 def heads(distance: BaseDistance, fewest: int = 3) -> dict[str, Head]:
@@ -42,9 +42,9 @@ def heads(distance: BaseDistance, fewest: int = 3) -> dict[str, Head]:
     k = min(3, fewest)
     return {
         "nearest prototype": partial(nearest_prototype, distance=distance),
-        "soft nearest neighbour": partial(soft_nearest_neighbour, distance=distance, temperature=temperature),
-        "nearest neighbour": partial(nearest_neighbour, distance=distance),
-        f"{k} nearest neighbours": partial(k_nearest_neighbours, distance=distance, k=k),
+        "soft nearest neighbor": partial(soft_nearest_neighbour, distance=distance, temperature=temperature),
+        "nearest neighbor": partial(nearest_neighbour, distance=distance),
+        f"{k} nearest neighbors": partial(k_nearest_neighbours, distance=distance, k=k),
         "cosine classifier": cosine_classifier,
         "ridge regression": ridge_regression,
         "logistic regression": logistic_regression,
@@ -111,4 +111,4 @@ def main(
 
 if __name__ == "__main__":
     with one_line_errors():
-        tyro.cli(main)
+        tyro.cli(main, prog=program())

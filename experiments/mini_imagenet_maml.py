@@ -17,8 +17,9 @@ from torch import nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from experiments.omniglot_maml import evaluate_inductive
 from pml_fewshot import Conv4, EpisodeSpec, ExperimentConfig, MAMLTrainer, RandomAffine, load_mini_imagenet, main
+
+from .omniglot_maml import evaluate_inductive
 
 CONFIG = ExperimentConfig(
     name="mini_imagenet_maml",

@@ -15,8 +15,9 @@ from functools import partial
 
 from torch import nn
 
-from experiments import omniglot_maml
 from pml_fewshot import Conv4, EpisodeSpec, MAMLTrainer, main
+
+from . import omniglot_maml
 
 CONFIG = replace(
     omniglot_maml.CONFIG,

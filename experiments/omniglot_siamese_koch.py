@@ -14,8 +14,6 @@ from functools import partial
 
 from torch.optim import Adam
 
-from experiments import omniglot_siamese_official
-from experiments.omniglot_siamese_official import evaluate_characters
 from pml_fewshot import (
     Embedder,
     EpisodeSpec,
@@ -27,6 +25,9 @@ from pml_fewshot import (
     main,
 )
 from pml_fewshot.embedders.koch import KochConv
+
+from . import omniglot_siamese_official
+from .omniglot_siamese_official import evaluate_characters
 
 CONFIG = replace(
     omniglot_siamese_official.CONFIG,

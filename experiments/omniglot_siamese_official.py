@@ -24,7 +24,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from experiments import omniglot_siamese
 from pml_fewshot import (
     Conv4,
     Embedder,
@@ -40,6 +39,8 @@ from pml_fewshot import (
     main,
 )
 from pml_fewshot.evaluation.heads import soft_nearest_neighbour
+
+from . import omniglot_siamese
 
 
 def load_rotated_for_training(root: Path) -> Splits:

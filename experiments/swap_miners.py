@@ -17,9 +17,10 @@ from pytorch_metric_learning import miners as pml
 from pytorch_metric_learning.losses import TripletMarginLoss
 from pytorch_metric_learning.samplers import FixedSetOfTriplets
 
-from experiments import swap_losses
 from pml_fewshot import BatchSpec, swap
 from pml_fewshot.experiment.sweep import sweep_main
+
+from . import swap_losses
 
 MINERS: dict[str, partial[pml.BaseMiner] | None] = {
     "no miner": None,

@@ -32,18 +32,20 @@ MODULES = {
 def main() -> None:
     lines = "\n".join(f"  {name:12} {what}" for name, what in COMMANDS.items())
     more = f"commands:\n{lines}\n\n`pml-fewshot COMMAND --help` lists the options of one."
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("pml-fewshot", epilog=more, formatter_class=style, description=_about(__package__))
+    style, about = argparse.RawDescriptionHelpFormatter, _about("pml_fewshot")
+    parser = argparse.ArgumentParser("pml-fewshot", description=about, epilog=more, formatter_class=style)
     parser.add_argument("--version", action="version", version=importlib.import_module("pml_fewshot").__version__)
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
     name = parser.parse_args(sys.argv[1:2]).command
-    if sys.path[0] != str(Path.cwd()):  # a run's own module is looked for there, as `python -m` does
-        sys.path.insert(0, str(Path.cwd()))
+    if not sys.flags.safe_path:  # last: a run's own module is looked for there, and nothing that is installed
+        sys.path.append(str(Path.cwd()))
     sys.argv = [f"pml-fewshot {name}", *sys.argv[2:]]
     if name == "demo":
         run_experiment("quickstart")
     elif name == "benchmark":
-        if sys.argv[1:] and not sys.argv[1].startswith("-"):
+        if not sys.argv[1:]:
+            sys.exit("error: expected a file of embeddings, got none; pml-fewshot benchmark FILE")
+        if not sys.argv[1].startswith("-"):
             sys.argv.insert(1, "--bank")
         run_experiment("benchmark_embeddings")
     elif name == "experiments":
@@ -77,7 +79,8 @@ def experiments() -> None:
     with one_line_errors():
         for path in copies(files, given.copy or list(files)):
             copy_new(path, given.to / path.name)
-    print(f"run one with `python -m {given.to.name}.NAME` in {given.to.resolve().parent}")
+    folder = given.to.resolve()
+    print(f"run one with `python -m {folder.name}.NAME` in {folder.parent}")
 
 
 def copies(files: dict[str, Path], wanted: list[str]) -> list[Path]:
@@ -88,18 +91,20 @@ def copies(files: dict[str, Path], wanted: list[str]) -> list[Path]:
         check_choice("an experiment", name, sorted(files.keys() - {"__init__"}))
         if name not in found:
             found[name] = None
-            wanted += re.findall(r"^from experiments(?: import |\.)(\w+)", files[name].read_text("utf-8"), re.MULTILINE)
+            wanted += re.findall(r"^from \.(?: import )?(\w+)", files[name].read_text("utf-8"), re.MULTILINE)
     return [files[name] for name in found]
 
 
 def copy_new(source: Path, target: Path) -> None:
     """Copies a file unless another one is there, which may be the user's own by now."""
     text = source.read_text("utf-8")
-    if target.exists() and target.read_text("utf-8") != text:
-        raise ExistingFileError(f"expected no {target}, got one that differs; rename it, or copy with --to elsewhere")
     with translate_write_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_text(target, text)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_text(target, text)
+        elif target.name != "__init__.py" and target.read_bytes() != text.encode():
+            do = "rename it, or copy with --to elsewhere"
+            raise ExistingFileError(f"expected no {target}, got one that differs; {do}")
     print(target)
 
 
@@ -110,9 +115,9 @@ def _origin(module: str) -> str:
     return spec.origin
 
 
-def _about(module: str | None) -> str:
+def _about(module: str) -> str:
     """The first line of a module's docstring, read without importing it."""
-    text = Path(_origin(module or "pml_fewshot")).read_text("utf-8")
+    text = Path(_origin(module)).read_text("utf-8")
     return re.sub(r'^"""(.*?)(""")?$', r"\1", text.splitlines()[0])
 
 

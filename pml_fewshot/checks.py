@@ -50,11 +50,10 @@ def import_extra(extra: str, what: str, *packages: str) -> Any:
     try:
         first, *_ = [importlib.import_module(name) for name in packages]
         return first
-    except ModuleNotFoundError as error:
+    except ImportError as error:
+        got = f"no {error.name} installed" if isinstance(error, ModuleNotFoundError) else f"an error ({error})"
         needed = " and ".join(packages)
-        raise MissingPackageError(
-            f"expected {needed} {what}, got no {error.name} installed; pip install 'pml_fewshot[{extra}]'"
-        ) from error
+        raise MissingPackageError(f"expected {needed} {what}, got {got}; pip install 'pml_fewshot[{extra}]'") from error
 
 
 def check_at_least_one(name: str, value: int) -> None:

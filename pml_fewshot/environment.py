@@ -4,6 +4,7 @@ None of these packages is imported here: hooks wait until somebody imports them,
 """
 
 import ctypes
+import importlib
 import importlib.util
 import os
 import platform
@@ -13,6 +14,7 @@ from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -109,14 +111,25 @@ def execute_pml(exec_module: Callable[[ModuleType], None], module: ModuleType) -
     """Loads PML's common functions without scipy.stats, which takes half as long as torch and serves a single function.
 
     That function finds it all the same: scipy imports its subpackages when they are first asked for as attributes.
+    Whoever else asks for it meanwhile, in another thread, gets the real one.
     """
     if "scipy.stats" in sys.modules:
         return exec_module(module)
-    sys.modules["scipy.stats"] = ModuleType("scipy.stats")
+    waiting = sys.modules["scipy.stats"] = ModuleType("scipy.stats")
+
+    def away() -> None:
+        if sys.modules.get("scipy.stats") is waiting:
+            del sys.modules["scipy.stats"]
+
+    def real(name: str) -> Any:
+        away()
+        return getattr(importlib.import_module("scipy.stats"), name)
+
+    vars(waiting)["__getattr__"] = real
     try:
         exec_module(module)
     finally:
-        del sys.modules["scipy.stats"]
+        away()
 
 
 HOOKS: dict[str, Execute] = {

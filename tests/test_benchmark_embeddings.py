@@ -14,7 +14,7 @@ from pml_fewshot import EmbeddingBank, EpisodeSpec, EpisodicEvaluator, ResultTab
 from pml_fewshot.evaluation.linear_heads import cosine_classifier, ridge_regression
 
 ROOT = Path(__file__).parent.parent
-BY_DISTANCE = ["nearest prototype", "soft nearest neighbour", "nearest neighbour", "3 nearest neighbours"]
+BY_DISTANCE = ["nearest prototype", "soft nearest neighbor", "nearest neighbor", "3 nearest neighbors"]
 NAMES = [*BY_DISTANCE, "cosine classifier", "ridge regression", "logistic regression"]
 
 
@@ -91,7 +91,7 @@ def test_sizes_metrics_index_and_seed_are_those_asked_for(tmp_path: Path) -> Non
     assert sizes[:4] == [(2, 1, 4, 5, 40), (2, 3, 4, 5, 40), (7, 1, 4, 5, 40), (7, 3, 4, 5, 40)]
     assert list(retrieved(table)) == ["recall_at_2"]
     assert all(row.ranking.startswith("HNSW32") for row in table.rows if not row.ways)
-    assert "2 nearest neighbours" in {row.method for row in table.rows}  # an episode may have no more support items
+    assert "2 nearest neighbors" in {row.method for row in table.rows}  # an episode may have no more support items
 
 
 @pytest.mark.parametrize(

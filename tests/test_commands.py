@@ -16,6 +16,7 @@ import pytest
 
 import pml_fewshot
 from pml_fewshot import __main__ as commands
+from pml_fewshot.checks import UsageError
 from pml_fewshot.data import cache
 from tests.tiny_experiments import few_glyphs
 
@@ -95,6 +96,8 @@ def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> 
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "expanduser", fail)
+    with pytest.raises(UsageError, match=r"expected a folder for the cache, got ~nobody/x .*; name a full path"):
+        cache.cache_folder("~nobody/x")
     for name in ("PML_FEWSHOT_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     assert not cache.cache_folder().parent.is_dir()
@@ -119,8 +122,27 @@ def test_a_file_that_the_user_has_edited_is_not_overwritten(command: Any) -> Non
     code, _ = command("experiments", "--copy", "quickstart", "--to", "mine")
     assert code == "error: expected no mine/quickstart.py, got one that differs; rename it, or copy with --to elsewhere"
     assert Path("mine/quickstart.py").read_text() == "edited"
+    Path("mine/__init__.py").write_text("")  # every package has one
+    assert command("experiments", "--copy", "swap_miners", "--to", "mine")[1].endswith(
+        f"python -m mine.NAME` in {Path.cwd()}\n"
+    )
+    assert Path("mine/__init__.py").read_text() == ""
+    Path("mine/head_penalties.py").mkdir()
+    code, _ = command("experiments", "--copy", "head_penalties", "--to", "mine")
+    assert str(code).startswith("error: expected to write mine/head_penalties.py")
     code, _ = command("experiments", "--copy", "quikstart")
     assert re.fullmatch("error: expected an experiment as one of .*, got 'quikstart'; did you mean 'quickstart'.", code)
+
+
+def test_the_working_folder_is_searched_last(command: Any) -> None:
+    before = list(sys.path)
+    command("cache", "--help")
+    assert sys.path == [*before, str(Path.cwd())]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_a_copied_experiment_needs_nothing_of_the_checkout(path: Path) -> None:
+    assert not re.search(r"^(?:from|import) experiments\b", path.read_text(), re.MULTILINE)
 
 
 def test_the_wheel_has_every_package() -> None:

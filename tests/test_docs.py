@@ -1,6 +1,8 @@
 """The Python blocks of README and docs run, in order, one namespace a page; commands, options and links exist."""
 
+import csv
 import functools
+import json
 import re
 import runpy
 import shlex
@@ -117,6 +119,7 @@ def shown_commands(text: str) -> list[str]:
     """Lines of a page's command blocks, without comments; a loop's body, and what is put behind a variable, as well."""
     blocks = [body for _, language, body in FENCE.findall(text) if language in ("sh", "bash", "console")]
     blocks += re.findall(r"(?:\A|\n)\n((?:    .*\n)+)", FENCE.sub("", text))
+    blocks += re.findall(r"`((?:pml-fewshot|make) [a-z][^`\n]*)`", FENCE.sub("", text))
     lines = [re.sub(r"\s#.*", "", line).strip() for block in blocks for line in block.splitlines()]
     return [part.strip() for line in lines for part in re.split(r"&&|;|\bdo\b", line) if part.strip()]
 
@@ -140,7 +143,7 @@ def help_of(module: str, *arguments: str) -> str:
     return "".join(printed)
 
 
-@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=" ".join)
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=str)
 def test_a_command_of_a_page_exists_with_its_options(page: str, line: str) -> None:
     line = re.sub(r"^(?:\S*/)?pml-fewshot\b", "python -m pml_fewshot", line)
     words = shlex.split(line)
@@ -170,6 +173,25 @@ def test_files_that_pages_name_exist() -> None:
             place = ROOT / module.replace(".", "/")  # of a module, of a name in it, or of an attribute of that
             files = [place, *(each.with_suffix(".py") for each in (place, place.parent, place.parent.parent))]
             assert any(file.exists() for file in files), f"{name_of(page)}: {module}"
+
+
+def test_pictures_have_both_themes_and_the_numbers_of_the_results() -> None:
+    made = json.loads((ROOT / "docs/pictures/figures.json").read_text())
+    for name in set(re.findall(r"pictures/([\w-]+)-(?:light|dark)\.png", "".join(TEXTS.values()))):
+        assert name in made
+        assert all((ROOT / f"docs/pictures/{name}-{theme}.png").exists() for theme in ("light", "dark"))
+    with (ROOT / "docs/results/evaluation_speed.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(any(bar.items() <= row.items() for row in rows) for bar in made["speed"]["bars"])
+    with (ROOT / "docs/results/glyphs.csv").open(newline="") as file:
+        accuracy = f"{100 * made['episode']['accuracy']:.2f} +- {100 * made['episode']['ci95']:.2f}"
+        assert accuracy in next(csv.DictReader(file)).values()
+
+
+def test_versions_agree() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == pml_fewshot.__version__
+    assert f"\nversion: {pml_fewshot.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_the_api_page_has_every_public_name() -> None:

@@ -60,6 +60,12 @@ def test_pml_is_imported_without_scipy_stats_which_its_function_finds_all_the_sa
 import sys, pml_fewshot
 from pytorch_metric_learning.utils import common_functions
 assert "scipy.stats" not in sys.modules
+asked = []
+def of_pml(module):
+    from scipy.stats import rankdata
+    asked.append(rankdata)
+pml_fewshot.environment.execute_pml(of_pml, None)
+assert len(asked) == 1  # by another thread meanwhile
 assert common_functions.make_label_to_rank_dict([30, 10, 20]) == {30: 2, 10: 0, 20: 1}
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -110,11 +110,13 @@ def cached_images(
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """Where decoded images are kept."""
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "pml_fewshot")
+    given = cache_dir or os.environ.get("PML_FEWSHOT_CACHE")
     try:
-        return Path(cache_dir or os.environ.get("PML_FEWSHOT_CACHE") or user_cache).expanduser()
-    except RuntimeError:  # a user without a home, as in containers: there is nothing to read or write
-        return Path(os.devnull, "no home directory")
+        return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "pml_fewshot")).expanduser()
+    except RuntimeError as error:
+        if given:
+            raise UsageError(f"expected a folder for the cache, got {given} ({error}); name a full path") from error
+        return Path(os.devnull, "no home directory")  # as in containers: there is nothing to read or write
 
 
 def _state(files: Iterable[Path]) -> list[object]:
@@ -226,8 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     entries = sorted(path for path in folder.glob("[!.]*-*-*") if path.is_dir())
     for wanted in given.empty or ():
         if not any(entry.name.startswith(wanted) for entry in entries):
-            names = ", ".join(entry.name for entry in entries) or "no entries"
-            parser.exit(2, f"expected the beginning of an entry's name, got {wanted!r}; {folder} has {names}\n")
+            do = f"{folder} has {len(entries)} entries, which this command lists without --empty"
+            parser.exit(2, f"error: expected the beginning of an entry's name, got {wanted!r}; {do}\n")
     total = shown = 0
     for entry in entries:
         if given.empty and not any(entry.name.startswith(wanted) for wanted in given.empty):

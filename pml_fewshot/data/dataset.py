@@ -222,9 +222,9 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
             stored, rows = self._stored, keep if self._rows is None else self._rows[keep]
         else:
             stored, rows = self._items(keep), None
-        note, whole = self.note, f" (of all {len(number)} classes)"  # what it counts is of the set that was loaded
-        if note and len(set(numbers)) < len(number) and not note.endswith("classes)"):
-            note += whole
+        note = self.note
+        if note and len(set(numbers)) < len(number) and " (of all " not in note:
+            note += f" (of all {len(number)} classes)"  # what it counts is of the set that was loaded
         selected = FewShotDataset(stored, labels[keep], [self.class_names[c] for c in numbers], note, rows)
         selected.mapped = self.mapped
         selected.digests = None if self.digests is None else self.digests[keep.cpu()]
@@ -251,7 +251,8 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         if len(self.item_shape) != 3 or self.item_shape[1] != self.item_shape[2]:
             do = "load them with one number as image_size"
             raise UsageError(f"expected square images to rotate, got {self}; {do}")
-        images = torch.cat([torch.rot90(self.images, r, dims=(2, 3)) for r in range(4)])
+        stored = self.images.view(torch.int16) if self.images.dtype == torch.uint16 else self.images  # as in items_at
+        images = torch.cat([torch.rot90(stored, r, dims=(2, 3)) for r in range(4)]).view(self.images.dtype)
         labels = torch.cat([self.labels * 4 + r for r in range(4)])
         names = [f"{name}/rot{90 * r:03d}" for name in self.class_names for r in range(4)]
         return FewShotDataset(images, labels, names, self.note)

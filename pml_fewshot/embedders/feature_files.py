@@ -48,9 +48,10 @@ def read_file(path: Path) -> tuple[Any, dict[str, str]]:
         UsageError: another format, a broken file, one with more than data, or no package that reads it.
     """
     ending = path.suffix.lower()
-    check_choice("the file's ending", ending, FORMATS)
     if not path.is_file():
-        raise MissingFileError(f"expected a file of embeddings or labels at {path}, got none; check the path")
+        got = "a folder" if path.is_dir() else "none"
+        raise MissingFileError(f"expected a file of embeddings or labels at {path}, got {got}; check the path")
+    check_choice("the file's ending", ending, FORMATS)
     if ending == ".safetensors":
         return read_tensors(path)
     try:
@@ -66,10 +67,12 @@ def read_file(path: Path) -> tuple[Any, dict[str, str]]:
                 return _read_hdf5(path), {}
             case _:
                 return _read_table(path), {}
-    except (PermissionError, UsageError):
+    except (PermissionError, UsageError, ImportError):
         raise
     except Exception as error:  # on broken files readers raise whatever their code happens to meet
         reason = str(error).partition("\n")[0] or type(error).__name__
+        if ending in (".npz", ".npy") and "allow_pickle" in reason:  # numpy's text recommends to load it all the same
+            reason = "no arrays of numbers"
         if isinstance(error, pickle.UnpicklingError):  # torch's text recommends to load it all the same
             called = re.search(r"GLOBAL (\S+)", str(error))
             reason = called[1] if called else "no pickle of data"

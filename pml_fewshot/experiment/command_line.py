@@ -16,6 +16,7 @@ from pml_fewshot.checks import UsageError
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment.config import ExperimentConfig
 from pml_fewshot.experiment.run import run
+from pml_fewshot.parts.describe import module_name
 from pml_fewshot.sampling.episodes import EpisodeSpec
 from pml_fewshot.training.interruption import TrainingDiverged, TrainingInterrupted
 
@@ -64,7 +65,13 @@ def main(config: ExperimentConfig) -> ResultTable:
 def parse(default: Options, description: str) -> Options:
     """The dataclass with what the command line changes of it; fields that are `Fixed` are no options."""
     flags = (tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed)  # (train_spec is of the experiment's own class)
-    return tyro.cli(type(default), default=default, description=description, config=flags)
+    return tyro.cli(type(default), prog=program(), default=default, description=description, config=flags)
+
+
+def program() -> str:
+    """How the running program is called, for its help: a module's file is nothing to call."""
+    name = module_name("__main__")
+    return f"python -m {name}" if name != "__main__" else sys.argv[0]
 
 
 @contextmanager
@@ -74,10 +81,11 @@ def one_line_errors() -> Iterator[None]:
     All other errors keep their traceback. SIGTERM is taken as Ctrl-C: while training after the current step, else at
     once.
     """
-    warnings.formatwarning, as_before = _one_line, warnings.formatwarning
+    as_before = warnings.formatwarning
     in_main_thread = threading.current_thread() is threading.main_thread()  # Python handles no signals elsewhere
     before = signal.signal(signal.SIGTERM, _interrupt) if in_main_thread else None
     try:
+        warnings.formatwarning = _one_line
         yield
     except (UsageError, TrainingDiverged) as error:
         sys.exit(f"error: {error}")

@@ -124,7 +124,7 @@ def _differences(rows: dict[str, list[ResultRow]]) -> list[str]:
         for row in figures.values():
             if row is not best and row.values is not None and best.values is not None:
                 found = Comparison(*average([row.values - best.values]), len(row.values), row.ways is None)
-                lines.append(f"{title}: {row.method} less {best.method}: {found}")
+                lines.append(f"{title}: {row.method} minus {best.method}: {found}")
     return lines
 
 

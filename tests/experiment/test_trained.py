@@ -169,7 +169,7 @@ def test_runs_are_compared_on_the_same_episodes_the_best_first(tmp_path: Path) -
         results[label] = EpisodicResult(row.value, row.ci95, row.values, spec, 0, row.episodes_hash)
     best = max(results, key=lambda label: results[label].mean)
     for label in results.keys() - {best}:
-        assert f"5-way 1-shot: {label} less {best}: {compare(results[label], results[best])}" in found.differences
+        assert f"5-way 1-shot: {label} minus {best}: {compare(results[label], results[best])}" in found.differences
     assert sum(line.startswith("P@1: ") and "60 queries" in line for line in found.differences) == 3
     assert all(line in str(found) for line in (*found.changes, *found.differences))
 
