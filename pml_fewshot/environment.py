@@ -18,10 +18,8 @@ from typing import Any
 
 import torch
 
-OLDEST_TORCH = (2, 5)
-if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
-    needed = ".".join(map(str, OLDEST_TORCH))
-    raise ImportError(f"pml_fewshot needs torch {needed} or newer, got {torch.__version__}; pip install -U torch")
+if not hasattr(torch.serialization, "safe_globals"):  # by which files are read that hold more than tensors
+    raise ImportError(f"pml_fewshot needs torch 2.5 or newer, got {torch.__version__}; pip install -U torch")
 
 # glibc's malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4

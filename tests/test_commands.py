@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import pml_fewshot
 from pml_fewshot import __main__ as commands
@@ -159,16 +160,15 @@ def test_the_package_is_a_program() -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "got", "message"),
+    ("place", "message"),
     [
-        ("__init__", ("sys.version_info", (3, 10)), "pml_fewshot needs Python 3.11 or newer, got .*; use a newer one"),
-        ("environment", ("torch.__version__", "2.4.1+cpu"), "pml_fewshot needs torch 2.5 or newer, got 2.4.1.cpu; pip"),
+        ("__init__", "pml_fewshot needs Python 3.11 or newer, got .*; use a newer one"),
+        ("environment", "pml_fewshot needs torch 2.5 or newer, got .*; pip install -U torch"),
     ],
 )
-def test_an_old_python_or_torch_says_so_in_one_line(
-    place: str, got: tuple[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(*got)
+def test_an_old_python_or_torch_says_so_in_one_line(place: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 10))
+    monkeypatch.delattr(torch.serialization, "safe_globals")
     with pytest.raises(ImportError, match=message) as caught:
         runpy.run_path(os.fspath(ROOT / "pml_fewshot" / f"{place}.py"))
     assert "\n" not in str(caught.value)
