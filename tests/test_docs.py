@@ -18,6 +18,7 @@ from PIL import Image
 
 import experiments.quickstart
 import pml_fewshot
+from pml_fewshot import __main__ as commands
 from tests.tiny_experiments import few_glyphs
 
 ROOT = Path(__file__).parent.parent
