@@ -72,12 +72,13 @@ def experiments() -> None:
     parser.add_argument("--to", type=Path, default=Path("experiments"), help="folder of the copies (%(default)s)")
     given = parser.parse_args()
     files = {path.stem: path for path in sorted(Path(_origin(package())).parent.glob("*.py"))}
+    names = sorted(files.keys() - {"__init__"})
     if given.copy is None:
-        for name in sorted(files.keys() - {"__init__"}):
+        for name in names:
             print(f"{name:26} {_about(f'{package()}.{name}')}")
         return
     with one_line_errors():
-        for path in copies(files, given.copy or list(files)):
+        for path in copies(files, given.copy or names):
             copy_new(path, given.to / path.name)
     folder = given.to.resolve()
     print(f"run one with `python -m {folder.name}.NAME` in {folder.parent}")

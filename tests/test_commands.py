@@ -117,6 +117,14 @@ def test_experiments_are_listed_with_their_first_lines_and_copied_with_what_they
     assert command("experiments", "--copy", "swap_miners")[0] == 0  # once more: they are the same
 
 
+def test_without_names_all_experiments_are_copied(command: Any) -> None:
+    code, text = command("experiments", "--copy")
+    assert code == 0, text
+    assert {path.name for path in Path("experiments").iterdir()} == {
+        path.name for path in (ROOT / "experiments").glob("*.py")
+    }
+
+
 def test_a_file_that_the_user_has_edited_is_not_overwritten(command: Any) -> None:
     Path("mine").mkdir()
     Path("mine/quickstart.py").write_text("edited")
