@@ -5,7 +5,6 @@ import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -158,13 +157,6 @@ def test_the_wheel_has_every_package() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "pml_fewshot").rglob("__init__.py")}
     assert set(listed) == found | {"pml_fewshot.experiments"}
-
-
-def test_the_package_is_a_program() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pml_fewshot", "--version"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout) == (0, f"{pml_fewshot.__version__}\n"), done.stderr
 
 
 @pytest.mark.parametrize(

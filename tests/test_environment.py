@@ -28,12 +28,22 @@ assert "OPENBLAS_CORETYPE" not in os.environ
 import torch, torchvision
 assert torchvision.transforms.Resize(8)(torch.rand(3, 16, 16)).shape == (3, 8, 8)
 assert type(torchvision.models.resnet18(weights=None)).__name__ == "ResNet"
+# PML comes without scipy.stats, which its only function that needs it finds all the same, as does another thread meanwhile
+from pytorch_metric_learning.utils import common_functions
+assert "scipy.stats" not in sys.modules
+asked = []
+def of_pml(module):
+    from scipy.stats import rankdata
+    asked.append(rankdata)
+pml_fewshot.environment.execute_pml(of_pml, None)
+assert len(asked) == 1
+assert common_functions.make_label_to_rank_dict([30, 10, 20]) == {30: 2, 10: 0, 20: 1}
 from threadpoolctl import threadpool_info
 print(*(each.get("architecture", "") for each in threadpool_info() if "faiss" in each["filepath"]))
 """
 
 
-def test_a_fresh_interpreter_imports_little_and_then_faiss_with_fast_kernels_and_torchvision():
+def test_a_fresh_interpreter_imports_little_and_then_fast_kernels_torchvision_and_a_lighter_pml():
     variables = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}
     done = subprocess.run([sys.executable, "-c", FRESH], env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -53,22 +63,6 @@ assert 'OPENBLAS_CORETYPE' not in os.environ
 def test_a_faiss_imported_before_is_left_alone_and_a_torchvision_whose_import_failed_is_repaired():
     variables = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}
     assert subprocess.run([sys.executable, "-c", BEFORE], env=variables, check=False).returncode == 0
-
-
-def test_pml_is_imported_without_scipy_stats_which_its_function_finds_all_the_same():
-    code = """
-import sys, pml_fewshot
-from pytorch_metric_learning.utils import common_functions
-assert "scipy.stats" not in sys.modules
-asked = []
-def of_pml(module):
-    from scipy.stats import rankdata
-    asked.append(rankdata)
-pml_fewshot.environment.execute_pml(of_pml, None)
-assert len(asked) == 1  # by another thread meanwhile
-assert common_functions.make_label_to_rank_dict([30, 10, 20]) == {30: 2, 10: 0, 20: 1}
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(("capability", "core"), [("AVX512", "SkylakeX"), ("AVX2", "Haswell"), ("DEFAULT", None)])
