@@ -28,7 +28,7 @@ assert "OPENBLAS_CORETYPE" not in os.environ
 import torch, torchvision
 assert torchvision.transforms.Resize(8)(torch.rand(3, 16, 16)).shape == (3, 8, 8)
 assert type(torchvision.models.resnet18(weights=None)).__name__ == "ResNet"
-# PML comes without scipy.stats, which its only function that needs it finds all the same, as does another thread meanwhile
+# PML comes without scipy.stats, which its only function that needs it finds, as does another thread meanwhile
 from pytorch_metric_learning.utils import common_functions
 assert "scipy.stats" not in sys.modules
 asked = []
