@@ -5,7 +5,7 @@ and 48.70 % second order, with all 600 images of each class (transductive batch 
 
 Measured on a copy with 150 of the 600 images of each class, 20 unseen classes, 1,000 episodes of 15 queries a class, 10
 inner steps, seed 0, 95 % intervals: 32.94 +- 0.55 transductive, 31.77 +- 0.52 inductive; 2,000 steps of 4 episodes in
-64.2 minutes on one CPU core, with other work beside it. That is only the beginning of a training: the validation
+64.2 minutes on one busy CPU core. That is only the beginning of a training: the validation
 accuracy was 33.0, 34.8, 36.7 and 37.1 after 500, 1,000, 1,500 and 2,000 steps, and the paper had 60,000 steps.
 
 Second order takes 3.5 times as long on a CPU, for a difference of half a point in the paper.

@@ -1,9 +1,11 @@
-"""ProtoNet on miniImageNet, Ravi-Larochelle split. Snell et al. 2017, table 2: 49.42 % at 5-way 1-shot (30-way
-training) and 68.20 % at 5-way 5-shot (20-way training), with all 600 images of each class.
+"""ProtoNet on miniImageNet, Ravi-Larochelle split, compared with Snell et al. 2017.
+
+Their table 2: 49.42 % at 5-way 1-shot (30-way training) and 68.20 % at 5-way 5-shot (20-way training), with all 600
+images of each class.
 
 Measured with 150 of the 600 images of each class, on the 20 test classes, 10,000 episodes of 15 queries a class, seed
 0, 95 % intervals: 41.61 +- 0.18 at 5-way 1-shot and 60.50 +- 0.17 at 5-way 5-shot; 1,800 steps in 18.2 minutes on 2
-CPU cores that ran tests beside it.
+busy CPU cores.
 
     python -m experiments.mini_imagenet_protonet --data-root ../shared/data
 

@@ -3,8 +3,7 @@
     python -m experiments.omniglot_maml --data-root ../shared/data
 
 Measured on 1,692 unseen classes, 10,000 episodes of 15 queries a class, 3 inner steps, seed 0, 95 % intervals: 98.41 +-
-0.05 transductive, 97.64 +- 0.07 inductive; 18,000 steps in 50.1 minutes on one CPU core, with other trainings and tests
-running beside it.
+0.05 transductive, 97.64 +- 0.07 inductive; 18,000 steps in 50.1 minutes on one busy CPU core.
 
 Unlike the paper, the inner learning rates of the layers are trained too (MAML++); a batch is 4 episodes in place of 32,
 with 5 queries a class, for more steps in the same time; half of the images are distorted; and the learning rate falls

@@ -4,7 +4,7 @@
     python -m experiments.omniglot_siamese --steps 200 --seed 3
 
 Measured on the 1,692 test classes, 10,000 episodes of 15 queries a class each, seed 0, 95 % intervals; 8,000 steps in
-39.8 minutes on 2 CPU cores with other work beside. The re-run that Finn et al. 2017 report (table 1) in brackets:
+39.8 minutes on 2 busy CPU cores. The re-run that Finn et al. 2017 report (table 1) in brackets:
 
     5-way 1-shot   98.62 +- 0.06  (97.3)        P@1          75.07 +- 0.46
     5-way 5-shot   99.55 +- 0.02  (98.4)        R-precision  51.13 +- 0.24

@@ -2,7 +2,7 @@
 
     python -m experiments.omniglot_siamese_official --data-root ../shared/data
 
-Measured, seed 0, 95 % intervals, 6,000 steps in 39.8 minutes on one CPU core, with other trainings and tests beside it:
+Measured, seed 0, 95 % intervals, 6,000 steps in 39.8 minutes on one busy CPU core:
 
     all 659 characters at once, 5 shots  83.18 +- 0.17  (20 episodes of 9,885 queries; a published walk-through: 15)
     the first ten characters, 5 shots    86.69 +- 0.04  (10,000 episodes; that walk-through: 70)
