@@ -1,48 +1,132 @@
-"""Heads: stateless classifiers of episodes by similarity to their support, batched over episodes.
+"""Heads: classifiers of episodes by similarity to their support, batched over episodes.
 
-Each maps support (E, W, K, D) and query (E, N, D) to logits (E, N, W), by any PML distance, in float32 at least. Those
-that fit a linear classifier to each episode's support are in linear_heads.py.
+Each maps support (E, W, K, D) and query (E, N, D) to logits (E, N, W), by any PML distance, in float32 at least, and
+keeps nothing. What is fitted to the support alone is a function of its own (`fit`), whose result scores queries again
+and again, and which takes classes of different sizes: that is how FewShotClassifier uses a head. Those that fit a
+linear classifier are in linear_heads.py.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from pytorch_metric_learning.distances import BaseDistance, LpDistance
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pml_fewshot.checks import UsageError, check_at_least_one
 from pml_fewshot.embedders.modes import in_float32
 from pml_fewshot.evaluation.search import Ranking
+from pml_fewshot.evaluation.support import Support
 
 Head = Callable[[Tensor, Tensor, BaseDistance | None], Tensor]
+Scores = Callable[[Tensor], Tensor]  # queries (E, N, D) to logits (E, N, W)
+F = TypeVar("F", bound=Callable[..., Any])
 
 
+def fitted_by(fit: Callable[..., Scores]) -> Callable[[F], F]:
+    """Marks a head with what fits it: `fit(support: Support, distance=None, its own options) -> Scores`."""
+
+    def mark(head: F) -> F:
+        vars(head)["fit"] = fit
+        return head
+
+    return mark
+
+
+class Similarities(nn.Module):
+    """Similarity of queries (E, N, D) to each reference (E, R, D) of their episode, (E, N, R), larger is nearer.
+
+    The negative of a PML distance, or a PML similarity itself; squared Euclidean when `distance` is None.
+    """
+
+    center: Tensor | None
+    reference: Tensor
+    squares: Tensor
+
+    @in_float32
+    def __init__(self, reference: Tensor, distance: BaseDistance | None = None) -> None:
+        super().__init__()
+        self.distance = distance
+        # Lp distances of embeddings as they are do not depend on the origin
+        plain_lp = distance is None or (type(distance) is LpDistance and not distance.normalize_embeddings)
+        self.is_squared = distance is None or (plain_lp and distance.p == 2 and distance.power == 2)
+        # near each other and far from the origin squares cancel badly, and so do sums of powers
+        self.register_buffer("center", reference.mean(dim=1, keepdim=True) if plain_lp else None)
+        self.register_buffer("reference", reference if self.center is None else reference - self.center)
+        if self.is_squared:
+            self.register_buffer("squares", self.reference.square().sum(2).unsqueeze(1))
+
+    @in_float32
+    def forward(self, query: Tensor) -> Tensor:
+        reference, distance = self.reference, self.distance
+        query = query if self.center is None else query - self.center
+        if distance is None or self.is_squared:
+            # -|q - r|^2 = 2 qr - |q|^2 - |r|^2 in one batched product. vector_norm reads the queries once;
+            # square().sum() would write.
+            squares = torch.linalg.vector_norm(query, dim=2, keepdim=True).square() + self.squares
+            return torch.baddbmm(squares, query, reference.transpose(1, 2), beta=-1, alpha=2)
+        if any(map(is_lazy, distance.parameters())):
+            # vmap cannot make the weights, and those made in inference mode could never be trained
+            with torch.inference_mode(False), torch.no_grad():
+                distance(query[0, :1].clone(), reference[0, :1].clone())
+        if distance.collect_stats:  # PML then calls .item(), which vmap cannot
+            values = torch.stack([distance(q, r) for q, r in zip(query, reference, strict=True)])
+        else:
+            values = torch.vmap(distance)(query, reference)
+        return values if distance.is_inverted else -values
+
+
+def fit_prototypes(support: Support, distance: BaseDistance | None = None) -> Scores:
+    return Similarities(support.means(support.items), distance)
+
+
+@fitted_by(fit_prototypes)
 @in_float32
 def nearest_prototype(support: Tensor, query: Tensor, distance: BaseDistance | None = None) -> Tensor:
     """Scores each query by its similarity to the mean of each class's support (Snell et al. 2017).
 
     Support (E, W, K, D) and query (E, N, D) give logits (E, N, W); squared Euclidean when `distance` is None.
     """
-    return similarities(query, support.mean(dim=2), distance)
+    return fit_prototypes(Support.of(support), distance)(query)
 
 
+def fit_nearest(support: Support, distance: BaseDistance | None = None) -> Scores:
+    to_each = Similarities(support.items, distance)
+    return lambda query: support.by_class(to_each(query), "amax")
+
+
+@fitted_by(fit_nearest)
 @in_float32
 def nearest_neighbour(support: Tensor, query: Tensor, distance: BaseDistance | None = None) -> Tensor:
     """Scores each query by its similarity to the nearest support item of each class."""
-    return similarities_to_each(support, query, distance).amax(dim=3)
+    return fit_nearest(Support.of(support), distance)(query)
 
 
+def fit_mean_similarity(support: Support, distance: BaseDistance | None = None) -> Scores:
+    to_each = Similarities(support.items, distance)
+    return lambda query: support.by_class(to_each(query), "mean")
+
+
+@fitted_by(fit_mean_similarity)
 @in_float32
 def mean_similarity(support: Tensor, query: Tensor, distance: BaseDistance | None = None) -> Tensor:
     """Scores each query by the mean of its similarities to a class's support items.
 
     With logits as similarities (SiameseTrainer) it is the mean evidence that query and class belong together.
     """
-    return similarities_to_each(support, query, distance).mean(dim=3)
+    return fit_mean_similarity(Support.of(support), distance)(query)
 
 
+def fit_soft_neighbors(support: Support, distance: BaseDistance | None = None, temperature: float = 1.0) -> Scores:
+    if not temperature > 0:
+        raise UsageError(f"expected a temperature above 0, got {temperature}; raise it")
+    to_each = Similarities(support.items, distance)
+    return lambda query: support.by_class(to_each(query) / temperature, "logsumexp")
+
+
+@fitted_by(fit_soft_neighbors)
 @in_float32
 def soft_nearest_neighbour(
     support: Tensor, query: Tensor, distance: BaseDistance | None = None, temperature: float = 1.0
@@ -52,11 +136,35 @@ def soft_nearest_neighbour(
     The logits are logarithms of sums over the class of exp(similarity / temperature), so that their softmax is the
     share. A bounded similarity such as cosine wants a temperature of about 0.1, or every item counts nearly the same.
     """
-    if not temperature > 0:
-        raise UsageError(f"expected a temperature above 0, got {temperature}; raise it")
-    return (similarities_to_each(support, query, distance) / temperature).logsumexp(dim=3)
+    return fit_soft_neighbors(Support.of(support), distance, temperature)(query)
 
 
+def count_votes(labels: Tensor, ways: int) -> Tensor:
+    """Logits (E, N, W) of the classes (E, N, k) of a query's neighbors, nearest first, -1 where there is none.
+
+    How many are of a class, plus a fraction that falls with the rank of the first: k / (k + 1) for the nearest.
+    """
+    found, k = (labels >= 0).float(), labels.shape[2]
+    closeness = found * torch.arange(k, 0, -1, device=labels.device) / (k + 1)
+    labels, none = labels.clamp(min=0), found.new_zeros(*labels.shape[:2], ways)
+    return none.scatter_add(2, labels, found) + none.scatter_reduce(2, labels, closeness, "amax")
+
+
+def fit_votes(support: Support, distance: BaseDistance | None = None, k: int = 3) -> Scores:
+    """Of fewer than k items, as where examples of a classifier are left out, all vote."""
+    check_at_least_one("k", k)
+    to_each, labels = Similarities(support.items, distance), support.labels
+
+    def votes(query: Tensor) -> Tensor:
+        each = to_each(query)
+        nearest = labels[each.topk(min(k, len(labels)), dim=2).indices]
+        finite = each.isfinite().all(dim=2, keepdim=True)  # topk would rank NaN first
+        return count_votes(nearest, len(support.sizes)).masked_fill(~finite, torch.nan)
+
+    return votes
+
+
+@fitted_by(fit_votes)
 @in_float32
 def k_nearest_neighbours(support: Tensor, query: Tensor, distance: BaseDistance | None = None, k: int = 3) -> Tensor:
     """Scores each class by how many of the query's k nearest support items are of it.
@@ -67,43 +175,14 @@ def k_nearest_neighbours(support: Tensor, query: Tensor, distance: BaseDistance 
     Raises:
         UsageError: k below 1 or above the W * K support items.
     """
-    check_at_least_one("k", k)
-    ways, shots = support.shape[1:3]
-    if k > ways * shots:
-        raise UsageError(f"expected k of at most {ways * shots}, the support items, got {k}; lower k")
-    each = similarities_to_each(support, query, distance).flatten(2)
-    nearest_class = each.topk(k, dim=2).indices // shots  # (E, N, k), nearest first
-    is_class = nearest_class.unsqueeze(3) == torch.arange(ways, device=each.device)  # (E, N, k, W)
-    closeness = torch.arange(k, 0, -1, device=each.device).unsqueeze(1) / (k + 1)  # k / (k + 1) for the nearest
-    votes = is_class.sum(dim=2) + (is_class * closeness).amax(dim=2)
-    return votes.masked_fill(~each.isfinite().all(dim=2, keepdim=True), torch.nan)  # topk would rank NaN first
+    if k > (most := support.shape[1] * support.shape[2]):
+        raise UsageError(f"expected k of at most {most}, the support items, got {k}; lower k")
+    return fit_votes(Support.of(support), distance, k)(query)
 
 
-@in_float32
 def similarities(query: Tensor, reference: Tensor, distance: BaseDistance | None = None) -> Tensor:
-    """Similarity of each query (E, N, D) to each reference (E, R, D) of its episode, (E, N, R), larger is nearer.
-
-    The negative of a PML distance, or a PML similarity itself.
-    """
-    # Lp distances of embeddings as they are do not depend on the origin
-    plain_lp = distance is None or (type(distance) is LpDistance and not distance.normalize_embeddings)
-    if plain_lp:
-        center = reference.mean(dim=1, keepdim=True)
-        query, reference = query - center, reference - center
-    if distance is None or (plain_lp and distance.p == 2 and distance.power == 2):
-        # -|q - r|^2 = 2 qr - |q|^2 - |r|^2 in one batched product. It cancels badly where embeddings lie far from the
-        # origin and near each other, hence the center. vector_norm reads the queries once; square().sum() would write.
-        squares = torch.linalg.vector_norm(query, dim=2, keepdim=True).square() + reference.square().sum(2).unsqueeze(1)
-        return torch.baddbmm(squares, query, reference.transpose(1, 2), beta=-1, alpha=2)
-    if any(map(is_lazy, distance.parameters())):
-        # vmap cannot make the weights, and those made in inference mode could never be trained
-        with torch.inference_mode(False), torch.no_grad():
-            distance(query[0, :1].clone(), reference[0, :1].clone())
-    if distance.collect_stats:  # PML then calls .item(), which vmap cannot
-        values = torch.stack([distance(q, r) for q, r in zip(query, reference, strict=True)])
-    else:
-        values = torch.vmap(distance)(query, reference)
-    return values if distance.is_inverted else -values
+    """Similarity of each query (E, N, D) to each reference (E, R, D) of its episode, (E, N, R), as `Similarities`."""
+    return Similarities(reference, distance)(query)
 
 
 def name_of_head(head: object, distance: BaseDistance | None = None) -> str:
@@ -118,9 +197,3 @@ def name_of_head(head: object, distance: BaseDistance | None = None) -> str:
 
 def _shown(argument: object) -> str:
     return str(Ranking.of(argument)) if isinstance(argument, BaseDistance) else repr(argument)
-
-
-def similarities_to_each(support: Tensor, query: Tensor, distance: BaseDistance | None) -> Tensor:
-    """(E, N, W, K) similarity of each query to each support item."""
-    ways, shots = support.shape[1:3]
-    return similarities(query, support.flatten(1, 2), distance).unflatten(2, (ways, shots))

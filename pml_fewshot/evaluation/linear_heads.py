@@ -1,7 +1,7 @@
 """Heads that fit a linear classifier to each episode's support, for all episodes of a chunk at once.
 
 Support (E, W, K, D) and query (E, N, D) give logits (E, N, W); `distance` is not used, but there for every head's form.
-The fits are in float64 and in the space of the S = W * K support items, with S unknowns a class where D are more.
+The fits are in float64 and in the space of the S support items, with S unknowns a class where D are more.
 
 A penalty is on the squared norm of the weights, so what a number does depends on how long the embeddings are: 1.0 is
 strong on embeddings of length 1 (at 40 ways and 5 shots 8 points below prototypes, on letters by a trained network) and
@@ -12,10 +12,12 @@ items about their mean: multiplying all embeddings by a number changes nothing.
 import torch
 import torch.nn.functional as F
 from pytorch_metric_learning.distances import BaseDistance
-from torch import Tensor
+from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError, check_at_least_one
 from pml_fewshot.embedders.modes import in_float32
+from pml_fewshot.evaluation.heads import fitted_by
+from pml_fewshot.evaluation.support import Support
 
 # Times the mean squared length of the centered support; chosen on 15 banks, made and real, raw and of length 1, at 2 to
 # 40 ways and 1 to 10 shots (`python -m experiments.head_penalties` measures yours). Against the better of prototypes
@@ -29,6 +31,44 @@ LEAST_PENALTY = 1e-8  # keeps the normal equations solvable
 SHORTENINGS = 8  # of a Newton step that raises the loss, to 0.3 of its length each
 
 
+class CosineScores(nn.Module):
+    """Logits (E, N, W) of queries (E, N, D): the cosine to each class's weight (E, W, D), times `scale`."""
+
+    weights: Tensor
+
+    def __init__(self, weights: Tensor, scale: float) -> None:
+        super().__init__()
+        self.register_buffer("weights", weights)
+        self.scale = scale
+
+    @in_float32
+    def forward(self, query: Tensor) -> Tensor:
+        return self.scale * F.normalize(query, dim=2) @ self.weights.transpose(1, 2)
+
+
+class LinearScores(nn.Module):
+    """Logits (E, N, W) of queries (E, N, D): (query - center (E, 1, D)) @ weights (E, D, W) + bias (W,)."""
+
+    center: Tensor
+    weights: Tensor
+    bias: Tensor
+
+    def __init__(self, center: Tensor, weights: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("center", center)
+        self.register_buffer("weights", weights.to(center))
+        self.register_buffer("bias", bias.to(center))
+
+    @in_float32
+    def forward(self, query: Tensor) -> Tensor:
+        return (query - self.center) @ self.weights + self.bias
+
+
+def fit_cosine(support: Support, distance: BaseDistance | None = None, scale: float = 10.0) -> CosineScores:
+    return CosineScores(F.normalize(support.means(F.normalize(support.items, dim=2)), dim=2), scale)
+
+
+@fitted_by(fit_cosine)
 @in_float32
 def cosine_classifier(
     support: Tensor, query: Tensor, distance: BaseDistance | None = None, scale: float = 10.0
@@ -37,10 +77,22 @@ def cosine_classifier(
 
     The accuracy does not depend on the logits' `scale`.
     """
-    weights = F.normalize(F.normalize(support, dim=3).mean(dim=2), dim=2)
-    return scale * F.normalize(query, dim=2) @ weights.transpose(1, 2)
+    return fit_cosine(Support.of(support), distance, scale)(query)
 
 
+def fit_ridge(support: Support, distance: BaseDistance | None = None, penalty: float | None = None) -> LinearScores:
+    _check_penalty(penalty)
+    items, center, is_class = _centered(support)
+    gram = items @ items.transpose(1, 2)
+    targets = 2 * is_class - 1
+    middle = targets.mean(dim=0)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal += RIDGE_PENALTY * _mean_or_one(diagonal) if penalty is None else penalty
+    dual = torch.cholesky_solve((targets - middle).expand(len(gram), -1, -1), torch.linalg.cholesky(gram))
+    return LinearScores(center, items.transpose(1, 2) @ dual, middle)
+
+
+@fitted_by(fit_ridge)
 @in_float32
 def ridge_regression(
     support: Tensor, query: Tensor, distance: BaseDistance | None = None, penalty: float | None = None
@@ -55,42 +107,15 @@ def ridge_regression(
     Raises:
         UsageError: a penalty below 1e-8.
     """
-    _check_penalty(penalty)
-    items, query, is_class = _centered(support, query)
-    gram = items @ items.transpose(1, 2)
-    targets = 2 * is_class - 1
-    middle = targets.mean(dim=0)
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    diagonal += RIDGE_PENALTY * _mean_or_one(diagonal) if penalty is None else penalty
-    dual = torch.cholesky_solve((targets - middle).expand(len(gram), -1, -1), torch.linalg.cholesky(gram))
-    return query @ (items.transpose(1, 2) @ dual).to(query) + middle.to(query)
+    return fit_ridge(Support.of(support), distance, penalty)(query)
 
 
-@in_float32
-def logistic_regression(
-    support: Tensor,
-    query: Tensor,
-    distance: BaseDistance | None = None,
-    penalty: float | None = None,
-    steps: int = 20,
-) -> Tensor:
-    """Multinomial logistic regression by Newton's method on embeddings centered on the support, without an intercept.
-
-    Minimizes the summed cross-entropy plus penalty / 2 times the squared norm of the weights, the same as
-    scikit-learn's LogisticRegression(C=1 / penalty, fit_intercept=False) on centered embeddings (for two classes, where
-    that has one weight vector instead of two, C=2 / penalty).
-
-    Args:
-        penalty: when None 0.1 times the mean squared length of the centered support items (LOGISTIC_PENALTY).
-        steps: at most, each shortened where a full one would raise the loss. An episode stops when it reaches float32's
-            precision, by default after 6 steps at 5 ways and 8 to 10 at 40.
-
-    Raises:
-        UsageError: a penalty below 1e-8 or steps below 1.
-    """
+def fit_logistic(
+    support: Support, distance: BaseDistance | None = None, penalty: float | None = None, steps: int = 20
+) -> LinearScores:
     _check_penalty(penalty)
     check_at_least_one("steps", steps)
-    items, query, is_class = _centered(support, query)
+    items, center, is_class = _centered(support)
     # rows of root (E, S, R) are the support; the weights (E, R, W) live in the same R coordinates
     in_span = items.shape[1] <= items.shape[2]
     if in_span:  # fewer coordinates than D, those of the support's own span: items items^T = root root^T
@@ -108,7 +133,7 @@ def logistic_regression(
         log_shares = (root @ weights).log_softmax(dim=2)
         return factor[:, 0, 0] / 2 * weights.square().sum(dim=(1, 2)) - (log_shares * is_class).sum(dim=(1, 2))
 
-    tolerance = torch.finfo(query.dtype).eps ** 0.7  # of the gradient's length, to that of the first
+    tolerance = torch.finfo(center.dtype).eps ** 0.7  # of the gradient's length, to that of the first
     value, first = loss(weights), None
     for _ in range(steps):
         shares = (root @ weights).softmax(dim=2)
@@ -133,7 +158,33 @@ def logistic_regression(
         weights, value = weights - step, torch.where(moved > value, value, moved)
     if in_span:  # back to a combination of support items: weights = root^T dual
         weights = items.transpose(1, 2) @ torch.linalg.solve_triangular(root.transpose(1, 2), weights, upper=True)
-    return query @ weights.to(query)
+    return LinearScores(center, weights, weights.new_zeros(is_class.shape[1]))
+
+
+@fitted_by(fit_logistic)
+@in_float32
+def logistic_regression(
+    support: Tensor,
+    query: Tensor,
+    distance: BaseDistance | None = None,
+    penalty: float | None = None,
+    steps: int = 20,
+) -> Tensor:
+    """Multinomial logistic regression by Newton's method on embeddings centered on the support, without an intercept.
+
+    Minimizes the summed cross-entropy plus penalty / 2 times the squared norm of the weights, the same as
+    scikit-learn's LogisticRegression(C=1 / penalty, fit_intercept=False) on centered embeddings (for two classes, where
+    that has one weight vector instead of two, C=2 / penalty).
+
+    Args:
+        penalty: when None 0.1 times the mean squared length of the centered support items (LOGISTIC_PENALTY).
+        steps: at most, each shortened where a full one would raise the loss. An episode stops when it reaches float32's
+            precision, by default after 6 steps at 5 ways and 8 to 10 at 40.
+
+    Raises:
+        UsageError: a penalty below 1e-8 or steps below 1.
+    """
+    return fit_logistic(Support.of(support), distance, penalty, steps)(query)
 
 
 def _check_penalty(penalty: float | None) -> None:
@@ -164,16 +215,15 @@ def _newton_step(root: Tensor, shares: Tensor, gradient: Tensor, penalty: Tensor
     return step
 
 
-def _centered(support: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Support items (E, S, D) in float64 and queries (E, N, D) minus the items' mean, and each item's class (S, W)."""
-    ways, shots = support.shape[1:3]
+def _centered(support: Support) -> tuple[Tensor, Tensor, Tensor]:
+    """Items (E, S, D) minus their mean in float64, that mean (E, 1, D) as they are, and each one's class (S, W)."""
     # the mean of differences to the first item: of equal items it is zero exactly, where their own is off by rounding
-    first = support[:, 0, :1]
-    items = (support.flatten(1, 2) - first).double()
+    first = support.items[:, :1]
+    items = (support.items - first).double()
     offset = items.mean(dim=1, keepdim=True)
-    is_class = torch.eye(ways, device=items.device, dtype=items.dtype).repeat_interleave(shots, dim=0)
     items -= offset
-    return items, query - (first + offset.to(first)), is_class
+    is_class = F.one_hot(support.labels, len(support.sizes)).to(items)
+    return items, first + offset.to(first), is_class
 
 
 def _mean_or_one(squares: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError
 from pml_fewshot.embedders.full_context import FullContext
-from pml_fewshot.evaluation.heads import similarities_to_each
+from pml_fewshot.evaluation.heads import similarities
 from pml_fewshot.evaluation.search import Ranking
+from pml_fewshot.evaluation.support import Support
 from pml_fewshot.losses.matching import MatchingLoss
 from pml_fewshot.parts.instantiate import Part, instantiate
 from pml_fewshot.trainers.base import FewShotTrainer
@@ -57,4 +58,5 @@ class MatchingTrainer(FewShotTrainer):
         """Logarithms (E, N, W) of the classes' shares, up to a constant, of each query's attention to the support."""
         if self.context is not None:
             support, query = self.context(support, query)
-        return (self.loss.scale * similarities_to_each(support, query, self.distance)).logsumexp(dim=3)
+        each = similarities(query, support.flatten(1, 2), self.distance)
+        return Support.of(support).by_class(self.loss.scale * each, "logsumexp")

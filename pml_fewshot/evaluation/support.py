@@ -1,0 +1,65 @@
+"""Support: the labeled items that a head is fitted to, of classes of one size or of any sizes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pml_fewshot.embedders.modes import widened
+
+
+@dataclass(frozen=True)
+class Support:
+    """Labeled items of E problems at once, whose classes have the same sizes in all of them.
+
+    Args:
+        items: (E, S, D) floats, those of the first class first.
+        sizes: number of items of each of the W classes, S in all.
+    """
+
+    items: Tensor
+    sizes: Sequence[int]
+
+    @staticmethod
+    def of(episodes: Tensor) -> "Support":
+        """The support (E, W, K, D) of episodes, in float32 at least."""
+        return Support(widened(episodes).flatten(1, 2), (episodes.shape[2],) * episodes.shape[1])
+
+    @property
+    def shots(self) -> int | None:
+        """K where all classes have K items; else None."""
+        return self.sizes[0] if len(set(self.sizes)) == 1 else None
+
+    @property
+    def labels(self) -> Tensor:
+        """(S,) class of each item, from 0 to W - 1."""
+        classes = torch.arange(len(self.sizes), device=self.items.device)
+        repeats = self.shots or torch.tensor(self.sizes, device=self.items.device)
+        return classes.repeat_interleave(repeats)
+
+    def means(self, values: Tensor) -> Tensor:
+        """(E, W, D) mean over each class of a row for each item (E, S, D)."""
+        if self.shots:
+            return values.unflatten(1, (-1, self.shots)).mean(dim=2)
+        sums = values.new_zeros(len(values), len(self.sizes), values.shape[2]).index_add_(1, self.labels, values)
+        return sums / values.new_tensor(self.sizes)[:, None]
+
+    def by_class(self, values: Tensor, how: Literal["amax", "mean", "logsumexp"]) -> Tensor:
+        """(E, N, W) of a value for each query and item (E, N, S): reduced over the items of each class."""
+        if self.shots:
+            return getattr(values.unflatten(2, (-1, self.shots)), how)(dim=3)
+        classes = self.labels.expand_as(values)
+        empty = values.new_full((*values.shape[:2], len(self.sizes)), -torch.inf)
+        if how != "logsumexp":
+            return empty.scatter_reduce(2, classes, values, how, include_self=False)
+        largest = empty.scatter_reduce(2, classes, values, "amax").detach()
+        shares = torch.zeros_like(empty).scatter_add(2, classes, (values - largest.gather(2, classes)).exp())
+        return shares.log() + largest
+
+    def without(self, left_out: Tensor) -> "Support":
+        """What stays when the items marked in (S,) are left out; of every class at least one must."""
+        gone = torch.bincount(self.labels[left_out], minlength=len(self.sizes)).tolist()
+        sizes = [size - count for size, count in zip(self.sizes, gone, strict=True)]
+        return Support(self.items[:, ~left_out], sizes)
