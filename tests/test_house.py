@@ -21,7 +21,7 @@ FLOORS = [
     {"parts"},
     {"data", "sampling", "embedders", "losses", "distances"},
     {"evaluation", "trainers", "training"},
-    {"experiment", "report"},
+    {"experiment", "report", "classify"},
     {"reproduce", "compare", "evaluate", "__main__", "__init__"},
 ]
 FORBIDDEN = {"evaluation": {"trainers", "training"}, "training": {"trainers"}, "trainers": {"training"}}

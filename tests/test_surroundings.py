@@ -75,6 +75,13 @@ def of_head(head: Any) -> Callable[..., Any]:
     return logits
 
 
+def of_classifier(given: Given, folder: Path) -> Any:
+    classifier = p.FewShotClassifier().fit(given(rows()).float(), LABELS)
+    asked, left_out = given(rows(5)).float(), p.leave_one_out(classifier, draws=5)
+    answers = classifier.decision_function(asked), classifier.predict_proba(asked), classifier.similarity(asked)
+    return [*map(torch.from_numpy, answers), left_out.similarity, left_out.certainty, left_out.others]
+
+
 def of_loss(make: Callable[[], Any]) -> Callable[..., Any]:
     def value(given: Given, folder: Path) -> Any:
         return built(make)(given(rows()[:12]), LABELS[::5], ref_emb=given(rows(5)[:12]), ref_labels=LABELS[::5])
@@ -201,6 +208,9 @@ def of_photo_augmentation(given: Given, folder: Path) -> Any:
 
 FIGURES: dict[str, Callable[[Given, Path], Any]] = {
     **{head.__name__: of_head(head) for head in (p.nearest_prototype, p.nearest_neighbour, p.cosine_classifier)},
+    "gallery_votes": of_head(partial(p.gallery_votes, k=2, index="flat")),
+    "FewShotClassifier": of_classifier,
+    "leave_one_out": of_classifier,
     **{head.__name__: of_head(head) for head in (p.ridge_regression, p.logistic_regression)},
     **{loss.__name__: of_loss(loss) for loss in (p.PrototypicalLoss, p.DenseNTXentLoss, p.DenseTripletMarginLoss)},
     "MatchingLoss": of_loss(partial(p.MatchingLoss, scale=10)),
@@ -226,6 +236,8 @@ FIGURES: dict[str, Callable[[Given, Path], Any]] = {
     **dict.fromkeys(("RandomResizedCrop", "RandomHorizontalFlip", "ColorJitter"), of_photo_augmentation),
 }
 WITHOUT_FIGURES = {
+    *("Preprocessing", "ImageEmbedder", "export_onnx", "update_onnx", "export_program"),  # of photos, to files
+    *("TimmTrunk", "TransformersTrunk"),  # of extras
     *("UsageError", "FewShotDataset", "Splits", "Batch", "BatchSpec", "Episode", "EpisodeSpec", "ResultTable"),
     *("load_omniglot", "load_mini_imagenet", "load_image_folder", "load_glyphs"),  # of bytes
     *("load_images", "load_image_table"),

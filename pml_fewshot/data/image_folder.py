@@ -63,7 +63,7 @@ def load_image_folder(
         UsageError: no folder (MissingFileError), no images, images outside of class folders, too few classes for the
             splits, a class in two splits, or a broken image (with skip_broken: a class of broken images only).
     """
-    form, root = Form.of(image_size, channels, resize, depth), _existing(root)
+    form, root = Form.of(image_size, channels, resize, depth), existing(root)
     with open_images(root) as found:
         top = common_folder(found.names)
         depth_of_classes = top.count("/")
@@ -75,7 +75,7 @@ def load_image_folder(
             note = "" if "test" in own else "no test classes: val's in their place"
         else:
             said += what_is_left_out(found, top, depth_of_classes)
-            own, note = divided(_classes(found, top, said), splits, val_fraction, test_fraction, seed)
+            own, note = divided(classes_in(found, top, said), splits, val_fraction, test_fraction, seed)
         if not shared_classes:
             check_disjoint([(split, tuple(classes)) for split, classes in own.items()])
         listing = Listing(root, found.names, own, found.read, found.files, said)
@@ -96,11 +96,11 @@ def load_images(
     depth: int = 8,
 ) -> FewShotDataset:
     """Reads a folder of images, or a zip of one, a subfolder a class, as one set; arguments as in load_image_folder."""
-    form, root = Form.of(image_size, channels, resize, depth), _existing(root)
+    form, root = Form.of(image_size, channels, resize, depth), existing(root)
     with open_images(root) as found:
         top = common_folder(found.names)
         said = what_is_left_out(found, top, top.count("/"))
-        classes = _classes(found, top, said)
+        classes = classes_in(found, top, said)
         if len(roles := [name for name in classes if role_of(name)]) > 1:
             do = f"use load_image_folder, or give {root.name}/{roles[0]} as root"
             raise UsageError(f"expected class folders in {root}, got those of splits, {', '.join(roles)}; {do}")
@@ -140,7 +140,7 @@ def divided(
     return {split: {name: classes[name] for name in listed} for split, listed in lists.items()}, note
 
 
-def _classes(found: ImageFiles, top: str, said: list[str]) -> Classes:
+def classes_in(found: ImageFiles, top: str, said: list[str]) -> Classes:
     if not found.names:
         others = sum(not name.endswith("/") for name in found.others)
         got = f"got none among {others} other files"
@@ -150,7 +150,7 @@ def _classes(found: ImageFiles, top: str, said: list[str]) -> Classes:
     return by_folder(found.names, found.path, said, top.count("/"))
 
 
-def _existing(root: str | Path) -> Path:
+def existing(root: str | Path) -> Path:
     path = Path(root).resolve()
     if not path.exists():
         raise MissingFileError(f"expected a folder of images at {path}, got none there; name another root")

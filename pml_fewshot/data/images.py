@@ -200,10 +200,24 @@ def read_image(content: bytes, form: Form, name: str, resampling: Resampling = R
         BrokenImageError: the content is broken, cut off, no image, has gray values of no known range, or too many
             pixels for Pillow (179 million, twice its `Image.MAX_IMAGE_PIXELS`).
     """
+    with opened_image(content, name) as image:
+        return fit_image(image, form, resampling)
+
+
+@contextmanager
+def opened_image(content: bytes, name: str, at_least: int | None = None) -> Iterator[Image.Image]:
+    """Yields the image of a file's content, upright; all that fails within is a BrokenImageError, as of `read_image`.
+
+    Args:
+        at_least: pixels that both sides need; a JPEG of twice as many or more is decoded at 1/2, 1/4 or 1/8 of its
+            size, which is faster. (The frequencies of each block that the smaller image cannot hold are left out.)
+    """
     try:
         with Image.open(BytesIO(content), formats=FORMATS) as image:
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))  # does nothing to other formats
             ImageOps.exif_transpose(image, in_place=True)
-            return fit_image(image, form, resampling)
+            yield image
     except MemoryError:
         raise
     except Exception as error:  # on broken content Pillow's readers raise whatever their code happens to meet
@@ -230,7 +244,7 @@ def fit_image(image: Image.Image, form: Form, resampling: Resampling = Resamplin
         size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     gray = _gray_16(image) if form.depth == 16 else None
     if gray is None:
-        image = _to_8_bits(image, "L" if form.channels == 1 else "RGB").resize(size, resampling)
+        image = to_8_bits(image, "L" if form.channels == 1 else "RGB").resize(size, resampling)
         pixels = np.asarray(image)
     else:  # Pillow scales 32-bit floats, which hold 16 bits exactly
         scaled = np.asarray(Image.fromarray(gray.astype(np.float32)).resize(size, resampling))
@@ -247,7 +261,7 @@ def fit_image(image: Image.Image, form: Form, resampling: Resampling = Resamplin
 def _gray_16(image: Image.Image) -> np.ndarray:
     """(H, W) gray values up to 65,535; 8 bits are spread over them."""
     if image.mode[0] not in "IF":
-        return np.asarray(_to_8_bits(image, "L")).astype(np.uint16) * 257
+        return np.asarray(to_8_bits(image, "L")).astype(np.uint16) * 257
     # 16-bit gray is "I;16" or, from PGM and some TIFF, "I", which like "F" has 32 bits
     gray = np.asarray(image)
     if image.mode == "F" or gray.min() < 0 or gray.max() > 65535:
@@ -255,7 +269,8 @@ def _gray_16(image: Image.Image) -> np.ndarray:
     return gray
 
 
-def _to_8_bits(image: Image.Image, mode: str) -> Image.Image:
+def to_8_bits(image: Image.Image, mode: str) -> Image.Image:
+    """An image of any mode as "RGB" or "L", in the way that `read_image` says."""
     if image.mode[0] in "IF":
         return Image.fromarray(((_gray_16(image).astype(np.uint32) + 128) // 257).astype(np.uint8)).convert(mode)
     if image.has_transparency_data:

@@ -79,7 +79,7 @@ class Similarities(nn.Module):
 
 
 def fit_prototypes(support: Support, distance: BaseDistance | None = None) -> Scores:
-    return Similarities(support.means(support.items), distance)
+    return Similarities(support.prototypes, distance)
 
 
 @fitted_by(fit_prototypes)
@@ -183,6 +183,14 @@ def k_nearest_neighbours(support: Tensor, query: Tensor, distance: BaseDistance 
 def similarities(query: Tensor, reference: Tensor, distance: BaseDistance | None = None) -> Tensor:
     """Similarity of each query (E, N, D) to each reference (E, R, D) of its episode, (E, N, R), as `Similarities`."""
     return Similarities(reference, distance)(query)
+
+
+def unwrapped(head: Any) -> tuple[Any, dict[str, Any]]:
+    """A head's function, and the options that partials around it hold."""
+    options: dict[str, Any] = {}
+    while isinstance(head, partial):
+        head, options = head.func, {**head.keywords, **options}
+    return head, options
 
 
 def name_of_head(head: object, distance: BaseDistance | None = None) -> str:

@@ -1,7 +1,6 @@
 """Support: the labeled items that a head is fitted to, of classes of one size or of any sizes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -10,22 +9,34 @@ from torch import Tensor
 from pml_fewshot.embedders.modes import widened
 
 
-@dataclass(frozen=True)
 class Support:
     """Labeled items of E problems at once, whose classes have the same sizes in all of them.
 
     Args:
-        items: (E, S, D) floats, those of the first class first.
+        items: (E, S, D) floats, those of the first class first; or a function that gives them when a head asks.
         sizes: number of items of each of the W classes, S in all.
+        prototypes: (E, W, D) the means of the classes, where they are known already.
     """
 
-    items: Tensor
-    sizes: Sequence[int]
+    def __init__(
+        self, items: Tensor | Callable[[], Tensor], sizes: Sequence[int], prototypes: Tensor | None = None
+    ) -> None:
+        self._items, self.sizes, self._prototypes = items, sizes, prototypes
 
     @staticmethod
     def of(episodes: Tensor) -> "Support":
         """The support (E, W, K, D) of episodes, in float32 at least."""
         return Support(widened(episodes).flatten(1, 2), (episodes.shape[2],) * episodes.shape[1])
+
+    @property
+    def items(self) -> Tensor:
+        """(E, S, D)"""
+        return self._items if isinstance(self._items, Tensor) else self._items()
+
+    @property
+    def prototypes(self) -> Tensor:
+        """(E, W, D) mean of each class."""
+        return self.means(self.items) if self._prototypes is None else self._prototypes
 
     @property
     def shots(self) -> int | None:
@@ -35,9 +46,9 @@ class Support:
     @property
     def labels(self) -> Tensor:
         """(S,) class of each item, from 0 to W - 1."""
-        classes = torch.arange(len(self.sizes), device=self.items.device)
-        repeats = self.shots or torch.tensor(self.sizes, device=self.items.device)
-        return classes.repeat_interleave(repeats)
+        known = self._items if isinstance(self._items, Tensor) else self.prototypes
+        repeats = self.shots or torch.tensor(self.sizes, device=known.device)
+        return torch.arange(len(self.sizes), device=known.device).repeat_interleave(repeats)
 
     def means(self, values: Tensor) -> Tensor:
         """(E, W, D) mean over each class of a row for each item (E, S, D)."""
@@ -63,3 +74,9 @@ class Support:
         gone = torch.bincount(self.labels[left_out], minlength=len(self.sizes)).tolist()
         sizes = [size - count for size, count in zip(self.sizes, gone, strict=True)]
         return Support(self.items[:, ~left_out], sizes)
+
+    def class_by_class(self) -> Iterator[tuple[Tensor, "Support"]]:
+        """The items (E, K, D) of each class, and the support of the other classes."""
+        for number, own in enumerate(self.items.split(list(self.sizes), dim=1)):
+            sizes = [*self.sizes[:number], *self.sizes[number + 1 :]]
+            yield own, Support(self.items[:, self.labels != number], sizes)

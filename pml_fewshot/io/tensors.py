@@ -25,7 +25,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     """Writes tensors and texts with their checksum, atomically; any tool can read them."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     texts = dict(metadata or {})
-    entry = json.dumps({**texts, CHECKSUM: _checksum(plain, texts)}, sort_keys=True)
+    entry = json.dumps({**texts, CHECKSUM: checksum_of(plain, texts)}, sort_keys=True)
     with atomic_write(path) as temporary:
         save_file(plain, temporary, {ENTRY: entry})
 
@@ -42,7 +42,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if ENTRY not in metadata and not any(CHECKSUM in text for text in metadata.values()):  # of another tool
             return tensors, metadata
         texts = json.loads(metadata[ENTRY])  # a KeyError: the name itself is damaged
-        written, found = texts.pop(CHECKSUM), _checksum(tensors, texts)
+        written, found = texts.pop(CHECKSUM), checksum_of(tensors, texts)
         if written != found:
             raise ValueError(f"checksum {found}, not {written} as written")
     except PermissionError:
@@ -71,9 +71,9 @@ def checksum(parts: Iterable[bytes | memoryview]) -> str:
     return f"crc32:{crc:08x}:{count}"
 
 
-def _checksum(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
+def checksum_of(tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None) -> str:
     """Of names, types, shapes, texts and all values."""
     names = sorted(tensors)
-    about = repr(([(n, str(tensors[n].dtype), tuple(tensors[n].shape)) for n in names], sorted(texts.items())))
+    about = repr(([(n, str(tensors[n].dtype), tuple(tensors[n].shape)) for n in names], sorted((texts or {}).items())))
     values = (tensors[n].reshape(-1).view(torch.uint8).numpy().data for n in names if tensors[n].numel())
     return checksum([about.encode(errors="surrogatepass"), *values])

@@ -1,6 +1,7 @@
 """Embedder: forward, encode, and what encode leaves as it was."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from pml_fewshot.checks import UsageError, UsageTypeError
 from pml_fewshot.data.dataset import FewShotDataset
 from pml_fewshot.embedders.conv4 import Conv4
 from pml_fewshot.embedders.embedder import CPU_BATCH, Embedder
+from pml_fewshot.embedders.modes import train_mode
 from tests.embedders.formulas import noise, weights_of
 
 
@@ -121,3 +123,43 @@ def test_images_without_a_finite_embedding_are_counted_and_a_wrong_batch_size_is
         Embedder(Means(bad)).encode(dataset, batch_size=3)
     with pytest.raises(UsageError, match="batch_size"):
         used().encode(random_dataset(), batch_size=0)
+
+
+def test_frozen_parts_are_not_trained_and_stay_in_eval_mode_whatever_mode_the_rest_is_in():
+    for frozen, parts in ((True, [0, 1, 2, 3]), (["blocks.0", "blocks.2"], [0, 2]), ("blocks.1", [1]), ((), [])):
+        embedder = Embedder(Conv4(channels=4), nn.Linear(4, 2), frozen=frozen)
+        for _ in range(2):
+            for number, block in enumerate(embedder.trunk.blocks):
+                assert block.norm.training is (number not in parts)
+                assert all(weight.requires_grad is (number not in parts) for weight in block.parameters())
+            nn.Sequential(embedder).eval().train()
+        assert embedder.projection.training
+        assert embedder.projection.weight.requires_grad
+        before = weights_of(embedder)
+        with train_mode(embedder):
+            embedder(noise(4, 1, 16, 16, dtype=torch.float32))
+        moved = [
+            not torch.equal(b.norm.running_mean, before[f"trunk.blocks.{n}.norm.running_mean"])
+            for n, b in enumerate(embedder.trunk.blocks)
+        ]
+        assert moved == [number not in parts for number in range(4)]
+    with pytest.raises(UsageError, match=r"a part of the trunk to freeze .*did you mean 'blocks.0'"):
+        Embedder(Conv4(), frozen=["block.0"])
+
+
+def test_freed_memory_is_kept_once_on_a_cpu_unless_switched_off(monkeypatch: pytest.MonkeyPatch, caplog: Any):
+    from pml_fewshot.embedders import embedder as module
+
+    calls: list[bool] = []
+    monkeypatch.setattr(module, "keep_freed_memory", lambda: calls.append(True) or True)
+    module._keep_memory.cache_clear()
+    with caplog.at_level("INFO", logger="pml_fewshot"):
+        module.keep_memory(torch.device("cuda"))
+        monkeypatch.setenv("PML_FEWSHOT_KEEP_MEMORY", "0")
+        Embedder(Means()).encode(random_dataset())
+        assert calls == []
+        monkeypatch.delenv("PML_FEWSHOT_KEEP_MEMORY")
+        for _ in range(2):
+            Embedder(Means()).encode(random_dataset())
+    assert calls == [True]
+    assert caplog.text.count("PML_FEWSHOT_KEEP_MEMORY=0") == 1

@@ -1,0 +1,155 @@
+"""Model: what follows from the examples that a classifier was taught."""
+
+from functools import cached_property, partial
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity
+from torch import Tensor
+
+from pml_fewshot.checks import UsageError, UsageTypeError
+from pml_fewshot.classify.calibration import (
+    Fit,
+    fit_similarity,
+    folds_of_ranks,
+    held_out,
+    spread_of,
+    temperature_of,
+    threshold_of,
+)
+from pml_fewshot.classify.taught import Taught
+from pml_fewshot.embedders.modes import no_autocast
+from pml_fewshot.evaluation.episodic import Classifier
+from pml_fewshot.evaluation.heads import Scores, unwrapped
+from pml_fewshot.evaluation.neighbors import Neighbors
+from pml_fewshot.evaluation.search import Ranking, exact_neighbors
+from pml_fewshot.evaluation.support import Support
+
+UNKNOWN = "unknown"
+CHUNK_FLOATS = 2**24  # of similarities of queries to support items: 64 MiB
+GUESSED_FROM = 1000  # examples, where nothing can be left out
+
+
+class Model:
+    """What follows from what is taught; the parts that not every call needs are made at the first that does.
+
+    Args:
+        taught: the examples.
+        fit: fits the head.
+        reject: the classifier's.
+        false_rejections: the classifier's.
+    """
+
+    def __init__(self, taught: Taught, fit: Fit, reject: float | str | None, false_rejections: float) -> None:
+        self.taught, self.fit, self._options = taught, fit, (reject, false_rejections)
+        self.scores: Scores = fit(taught.support)
+        if not (reject is None or reject == "auto" or (isinstance(reject, Real) and not isinstance(reject, bool))):
+            raise UsageError(f"expected reject as None, 'auto' or a similarity, got {reject!r}; choose one of them")
+        if not 0 < false_rejections < 1:
+            got = f"{false_rejections!r}; 0.05 is one photo in twenty"
+            raise UsageError(f"expected false_rejections between 0 and 1, got {got}")
+        if reject == "auto" and max(taught.sizes) == 1:
+            got = f"one of each of {len(taught.classes)} classes"
+            do = "teach more, or give reject= a similarity"
+            raise UsageError(f"expected two examples of a class for reject='auto', got {got}; {do}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Model, (self.taught, self.fit, *self._options)  # what is fitted may hold functions, which do not pickle
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """(n, W), a block at a time where the head is fitted to the support alone, so that queries are on their own."""
+        size = len(rows) if getattr(self.scores, "whole", False) else max(1, CHUNK_FLOATS // sum(self.taught.sizes))
+        with torch.no_grad(), no_autocast():
+            return torch.cat([self.scores(block[None])[0] for block in rows.split(size)])
+
+    @cached_property
+    def similarities(self) -> Scores:
+        return fit_similarity(self.taught.support)
+
+    def similarity(self, rows: Tensor) -> Tensor:
+        """(n, W) see `fit_similarity`."""
+        with torch.no_grad(), no_autocast():
+            return self.similarities(rows[None])[0]
+
+    def predict(self, rows: Tensor) -> np.ndarray:
+        """(n,) see FewShotClassifier.predict."""
+        labels = self.taught.classes[self.logits(rows).argmax(dim=1).numpy()]
+        if self.threshold is None:
+            return labels
+        unknown = (self.similarity(rows).amax(dim=1) < self.threshold).numpy()
+        return np.where(unknown, UNKNOWN, labels if labels.dtype.kind == "U" else labels.astype(object))
+
+    def probabilities(self, rows: Tensor) -> Tensor:
+        """(n, W) float64."""
+        return (self.logits(rows).double() / self.temperature).softmax(dim=1)
+
+    def nearest(self, rows: Tensor, k: int) -> Neighbors:
+        """The k nearest examples by cosine."""
+        ranking = Ranking.of(CosineSimilarity())
+        index, cosine = exact_neighbors(ranking.prepare(rows), self._directions, k, ranking)
+        return Neighbors(index, cosine, self.taught.labels[index], tuple(map(str, self.taught.classes)))
+
+    @cached_property
+    def _directions(self) -> Tensor:
+        return Ranking.of(CosineSimilarity()).prepare(self.taught.items)
+
+    @cached_property
+    def temperature(self) -> float:
+        """That the logits are divided by before the softmax: calibrated, or a guess."""
+        if len(self.taught.classes) == 1:
+            return 1.0
+        if not self.calibrated:
+            some = torch.arange(0, len(self.taught.items), -(-len(self.taught.items) // GUESSED_FROM))
+            return spread_of(self.logits(self.taught.items[some]), self.taught.labels[some])
+        with torch.no_grad(), no_autocast():
+            # (a mere function wants classes of one size, so one of each is left out)
+            folds = folds_of_ranks(self.taught.support) if getattr(self.scores, "whole", False) else None
+            logits, items = held_out(self.fit, self.taught.support, folds)
+        return temperature_of(logits, self.taught.labels[items])
+
+    @property
+    def calibrated(self) -> bool:
+        return len(self.taught.classes) > 1 and max(self.taught.sizes) > 1
+
+    @cached_property
+    def threshold(self) -> float | None:
+        """The similarity below which something is unknown."""
+        reject, rate = self._options
+        if reject != "auto":
+            return None if reject is None else float(reject)
+        with torch.no_grad(), no_autocast():
+            known, _ = held_out(fit_similarity, self.taught.support)
+        return threshold_of(known.amax(dim=1), rate)
+
+
+def fit_of(head: Any) -> Fit:
+    """What fits a head to a support; of a mere function, what shows it the support with each call's queries."""
+    function, options = unwrapped(head)
+    fit = getattr(function, "fit", None)
+    if fit is not None:
+        return partial(fit, **options)
+    if not callable(head):
+        do = "give nearest_prototype, partial(ridge_regression, penalty=3.0) or the like"
+        raise UsageTypeError(f"expected a head, a function of support and query, got {head!r}; {do}")
+    return partial(WholeScores, head)
+
+
+class WholeScores:
+    """Logits by a head that is a mere function, perhaps a transductive one: it sees all queries of a call at once."""
+
+    whole = True
+
+    def __init__(self, head: Any, support: Support) -> None:
+        if support.shots is None:
+            sizes = f"{min(support.sizes)} to {max(support.sizes)}"
+            do = "even them out, or use a head of this library, which takes any sizes"
+            raise UsageError(
+                f"expected classes of one size, as this head takes a tensor (1, W, K, D), got {sizes}; {do}"
+            )
+        self.classify = Classifier.of(None, head).classify
+        self.support = support.items.unflatten(1, (-1, support.shots))
+
+    def __call__(self, query: Tensor) -> Tensor:
+        return self.classify(self.support, query)
