@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,8 @@ def million() -> None:
     rows = points[labels] + 0.5 * rng.normal(size=(1_000_000, 64)).astype(np.float32)
     truth = rng.integers(0, 10_000, 1000)
     asked = (points[truth] + 0.5 * rng.normal(size=(1000, 64))).astype(np.float32)
-    for name, head in [("prototypes", nearest_prototype), ("gallery ivf", partial(gallery_votes, index="ivf"))]:
+    heads: dict[str, Any] = {"prototypes": nearest_prototype, "gallery ivf": partial(gallery_votes, index="ivf")}
+    for name, head in heads.items():
         classifier = FewShotClassifier(head=head)
         taken = milliseconds(lambda _: classifier.fit(rows, labels), 1)  # noqa: B023
         one = milliseconds(lambda number: classifier.predict(asked[[number]]), 200)  # noqa: B023

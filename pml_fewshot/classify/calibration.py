@@ -25,19 +25,20 @@ MOST_LEFT_OUT = 1000  # that are scored; more say little more about one number
 class Similarity(nn.Module):
     """(E, N, W) how similar queries (E, N, D) are to classes (E, W, D), from -1 to 1, see `fit_similarity`."""
 
-    means: Tensor
     center: Tensor
+    directions: Tensor
+    away: Tensor
 
     def __init__(self, means: Tensor) -> None:
         super().__init__()
-        self.register_buffer("means", means)
         self.register_buffer("center", means.mean(dim=1, keepdim=True))
+        self.register_buffer("directions", F.normalize(means, dim=2))
+        self.register_buffer("away", F.normalize(means - self.center, dim=2))
 
     def forward(self, query: Tensor) -> Tensor:
         query = F.normalize(query, dim=2)
-        plain = query @ F.normalize(self.means, dim=2).transpose(1, 2)
-        away = F.normalize(query - self.center, dim=2) @ F.normalize(self.means - self.center, dim=2).transpose(1, 2)
-        return (plain + away) / 2
+        about_the_middle = F.normalize(query - self.center, dim=2) @ self.away.transpose(1, 2)
+        return (query @ self.directions.transpose(1, 2) + about_the_middle) / 2
 
 
 def fit_similarity(support: Support) -> Similarity:

@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 from torch import Tensor
 
 from pml_fewshot.checks import UsageError
-from pml_fewshot.classify.model import UNKNOWN, Model, fit_of
+from pml_fewshot.classify.model import UNKNOWN, Model, fit_of, threads_for
 from pml_fewshot.classify.photos import labeled_photos, source_of
 from pml_fewshot.classify.saved import load_classifier, save_classifier
 from pml_fewshot.classify.taught import Taught
@@ -232,7 +232,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         rows, y = self._embedded(X, y, reset=first)
         sources = [source_of(each) for each in X] if self.embedder is not None else [""] * len(rows)
         check_classification_targets(y)
-        with _teaching:
+        with _teaching, threads_for(rows):
             known = None if forget or not hasattr(self, "model_") else self.model_.taught  # (another thread may teach)
             taught = Taught.of(rows, y, sources) if known is None else known.plus(rows, y, sources)
             self._set(taught)

@@ -5,6 +5,8 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import nn
+
 from pml_fewshot.checks import MissingFileError, UsageError
 from pml_fewshot.classify.classifier import FewShotClassifier
 from pml_fewshot.classify.leave_one_out import leave_one_out
@@ -12,6 +14,8 @@ from pml_fewshot.classify.model import UNKNOWN
 from pml_fewshot.classify.saved import HEADS
 from pml_fewshot.classify.trunks import DEFAULT_TRUNK, trunk_of
 from pml_fewshot.data.images import open_images
+from pml_fewshot.embedders.embedder import Embedder
+from pml_fewshot.embedders.image_embedder import ImageEmbedder
 from pml_fewshot.experiment.command_line import one_line_errors
 from pml_fewshot.io.atomic import atomic_write
 
@@ -31,8 +35,8 @@ def _classify(given: argparse.Namespace) -> None:
         )
     asked = photos_in([*given.files, *given.query])
     if given.load is None:
-        trunk = trunk_of(given.trunk or DEFAULT_TRUNK, given.checkpoint, given.image_size)
-        classifier = FewShotClassifier(trunk, HEADS[given.head or "nearest_prototype"], given.reject)
+        embedder = embedder_of(given)
+        classifier = FewShotClassifier(embedder, HEADS[given.head or "nearest_prototype"], given.reject)
         classifier.fit_folder(given.support)
     else:
         changed = [name for name in ("head", "reject") if getattr(given, name) is not None]
@@ -40,8 +44,7 @@ def _classify(given: argparse.Namespace) -> None:
             raise UsageError(
                 f"expected the saved classifier as it is, got --{changed[0]}; leave it out, or teach again"
             )
-        other = None if given.trunk is None else trunk_of(given.trunk, given.checkpoint, given.image_size)
-        classifier = FewShotClassifier.load(given.load, other)
+        classifier = FewShotClassifier.load(given.load, None if given.trunk is None else embedder_of(given))
     for name, *photos in given.add_class:
         files = photos_in([Path(each) for each in photos])
         if not files:
@@ -59,6 +62,12 @@ def _classify(given: argparse.Namespace) -> None:
         if given.csv is not None:
             with atomic_write(given.csv) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([COLUMNS, *rows])
+
+
+def embedder_of(given: argparse.Namespace) -> nn.Module | ImageEmbedder:
+    """The trunk, with embeddings of length 1: 11 points better with one photo a class (how-to/choose-a-trunk.md)."""
+    trunk = trunk_of(given.trunk or DEFAULT_TRUNK, given.checkpoint, given.image_size)
+    return trunk if isinstance(trunk, ImageEmbedder) else Embedder(trunk, normalize=True)
 
 
 def answers(classifier: FewShotClassifier, files: Sequence[Path]) -> list[tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """Model: what follows from the examples that a classifier was taught."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from numbers import Real
 from typing import Any
@@ -21,7 +22,7 @@ from pml_fewshot.classify.calibration import (
 )
 from pml_fewshot.classify.taught import Taught
 from pml_fewshot.embedders.modes import no_autocast
-from pml_fewshot.evaluation.episodic import Classifier
+from pml_fewshot.evaluation.episodic import Classifier, one_thread_each
 from pml_fewshot.evaluation.heads import Scores, unwrapped
 from pml_fewshot.evaluation.neighbors import Neighbors
 from pml_fewshot.evaluation.search import Ranking, exact_neighbors
@@ -29,6 +30,7 @@ from pml_fewshot.evaluation.support import Support
 
 UNKNOWN = "unknown"
 CHUNK_FLOATS = 2**24  # of similarities of queries to support items: 64 MiB
+FEW_ROWS = 32
 GUESSED_FROM = 1000  # examples, where nothing can be left out
 
 
@@ -61,7 +63,7 @@ class Model:
     def logits(self, rows: Tensor) -> Tensor:
         """(n, W), a block at a time where the head is fitted to the support alone, so that queries are on their own."""
         size = len(rows) if getattr(self.scores, "whole", False) else max(1, CHUNK_FLOATS // sum(self.taught.sizes))
-        with torch.no_grad(), no_autocast():
+        with torch.no_grad(), no_autocast(), threads_for(rows):
             return torch.cat([self.scores(block[None])[0] for block in rows.split(size)])
 
     @cached_property
@@ -70,8 +72,9 @@ class Model:
 
     def similarity(self, rows: Tensor) -> Tensor:
         """(n, W) see `fit_similarity`."""
-        with torch.no_grad(), no_autocast():
-            return self.similarities(rows[None])[0]
+        similarities = self.similarities
+        with torch.no_grad(), no_autocast(), threads_for(rows):
+            return similarities(rows[None])[0]
 
     def predict(self, rows: Tensor) -> np.ndarray:
         """(n,) see FewShotClassifier.predict."""
@@ -87,8 +90,9 @@ class Model:
 
     def nearest(self, rows: Tensor, k: int) -> Neighbors:
         """The k nearest examples by cosine."""
-        ranking = Ranking.of(CosineSimilarity())
-        index, cosine = exact_neighbors(ranking.prepare(rows), self._directions, k, ranking)
+        ranking, directions = Ranking.of(CosineSimilarity()), self._directions
+        with threads_for(rows):
+            index, cosine = exact_neighbors(ranking.prepare(rows), directions, k, ranking)
         return Neighbors(index, cosine, self.taught.labels[index], tuple(map(str, self.taught.classes)))
 
     @cached_property
@@ -122,6 +126,11 @@ class Model:
         with torch.no_grad(), no_autocast():
             known, _ = held_out(fit_similarity, self.taught.support)
         return threshold_of(known.amax(dim=1), rate)
+
+
+def threads_for(rows: Tensor) -> AbstractContextManager[None]:
+    """One thread for few rows: where other programs use the cores, two that share a millisecond's work take four."""
+    return one_thread_each() if len(rows) <= FEW_ROWS else nullcontext()
 
 
 def fit_of(head: Any) -> Fit:

@@ -211,7 +211,9 @@ def _loaded(image: Image.Image) -> Image.Image:
     """A PIL image that is in memory, upright; one that was opened from a broken file raises a BrokenImageError."""
     try:
         image.load()
-    except OSError as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # on broken content Pillow's readers raise whatever their code happens to meet
         where = getattr(image, "filename", "") or "a PIL image"
         raise BrokenImageError(f"expected a readable image, got {error} in {where}; replace or leave it") from error
     return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
