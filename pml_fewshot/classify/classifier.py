@@ -2,7 +2,7 @@
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -97,6 +97,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
         A warning counts what is left out: other files, folders without an image.
         """
+        if self.embedder is None:
+            do = "give embedder=TimmTrunk(...), or another trunk"
+            raise UsageError(f"expected an embedder for images, got none; {do}")
         with labeled_photos(folder) as (photos, labels):
             return self._teach(photos, labels, forget=True)
 
@@ -161,7 +164,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         y = column_or_1d(y)
         strange = ~np.isin(y, self.classes_)
         if strange.any():
-            if self.reject is None:
+            if self.threshold_ is None:
                 got = f"{y[strange].tolist()[0]!r} ({strange.sum()} of {len(y)})"
                 do = "teach them (partial_fit), or set reject= to have them count as right where predicted unknown"
                 raise UsageError(f"expected labels among {_few(self.classes_)}, got {got}; {do}")
@@ -227,8 +230,17 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return self.model_
 
     def _teach(self, X: Any, y: Any, forget: bool) -> "FewShotClassifier":
-        first = forget or not hasattr(self, "model_")
-        X = _listed(X)
+        first, X = forget or not hasattr(self, "model_"), _listed(X)
+        form = {name: vars(self)[name] for name in ("n_features_in_", "feature_names_in_") if name in vars(self)}
+        try:
+            return self._taught(X, y, first, forget)
+        except BaseException:  # validate_data has set these by then
+            for name in ("n_features_in_", "feature_names_in_"):
+                self.__dict__.pop(name, None)
+            self.__dict__.update(form)
+            raise
+
+    def _taught(self, X: Any, y: Any, first: bool, forget: bool) -> "FewShotClassifier":
         rows, y = self._embedded(X, y, reset=first)
         sources = [source_of(each) for each in X] if self.embedder is not None else [""] * len(rows)
         check_classification_targets(y)
@@ -257,14 +269,18 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if self.embedder is not None:
             embedder = self.embedder if isinstance(self.embedder, ImageEmbedder) else ImageEmbedder(self.embedder)
             X = embedder.transform(X)
+        elif isinstance(X, list | tuple) and X and isinstance(X[0], str | Path | Image.Image):
+            raise UsageError(f"expected embeddings, got {type(X[0]).__name__}; for images give embedder=TimmTrunk(...)")
         checked = validate_data(self, X, y, dtype=(np.float64, np.float32), reset=reset)
         X, y = checked if isinstance(checked, tuple) else (checked, None)
         return torch.from_numpy(X if X.flags.writeable else X.copy()), y  # (torch warns of what is read-only)
 
 
 def _listed(X: Any) -> Any:
-    """X, and one path or image alone as a list of one."""
-    return [X] if isinstance(X, str | Path | Image.Image) else X
+    """X, one path or image alone as a list of one, and what can be gone through once as a list."""
+    if isinstance(X, str | Path | Image.Image):
+        return [X]
+    return list(X) if isinstance(X, Iterator) else X
 
 
 def _warn_of_twins(taught: Taught) -> None:

@@ -34,12 +34,16 @@ def _classify(given: argparse.Namespace) -> None:
             "expected either --support or --load, got both or none; name a folder of photos, or a saved one"
         )
     asked = photos_in([*given.files, *given.query])
+    if given.csv is not None and (not asked or given.csv.is_dir() or not given.csv.absolute().parent.is_dir()):
+        got = f"{given.csv} with {len(asked)} photos"
+        raise UsageError(f"expected photos for --csv, and a file in a folder that is there, got {got}; change it")
     if given.load is None:
         embedder = embedder_of(given)
         classifier = FewShotClassifier(embedder, HEADS[given.head or "nearest_prototype"], given.reject)
         classifier.fit_folder(given.support)
     else:
-        changed = [name for name in ("head", "reject") if getattr(given, name) is not None]
+        fixed = ("head", "reject") if given.trunk else ("head", "reject", "checkpoint", "image_size")
+        changed = [name.replace("_", "-") for name in fixed if getattr(given, name) is not None]
         if changed:
             raise UsageError(
                 f"expected the saved classifier as it is, got --{changed[0]}; leave it out, or teach again"

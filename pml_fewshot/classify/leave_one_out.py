@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from sklearn.metrics import roc_auc_score
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from pml_fewshot.checks import UsageError
@@ -13,6 +14,7 @@ from pml_fewshot.classify.calibration import fit_similarity, folds_of_ranks, fol
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.embedders.modes import no_autocast
 from pml_fewshot.evaluation.episodic import EpisodicEvaluator, EpisodicResult
+from pml_fewshot.evaluation.support import Support
 from pml_fewshot.sampling.episodes import EpisodeSpec
 
 if TYPE_CHECKING:
@@ -86,6 +88,8 @@ class LeaveOneOut:
     @property
     def false_rejections(self) -> float:
         """Share of the left-out examples that a threshold by the other ones rejects."""
+        if len(self.similarity) < 3:
+            return float("nan")  # (a bound needs two others)
         own = torch.arange(len(self.similarity))
         bounds = [threshold_of(self.similarity[own != each], self.rate) for each in own]
         return (self.similarity < torch.tensor(bounds)).double().mean().item()
@@ -147,6 +151,7 @@ def leave_one_out(classifier: "FewShotClassifier", draws: int = EPISODES, seed: 
     Raises:
         UsageError: one class, or no class with two examples.
     """
+    check_is_fitted(classifier)
     model = classifier.model_
     support, names = model.taught.support, tuple(map(str, model.taught.classes))
     if not model.calibrated:
@@ -181,7 +186,12 @@ def leave_one_out(classifier: "FewShotClassifier", draws: int = EPISODES, seed: 
 
 def _by_shots(classifier: "FewShotClassifier", draws: int, seed: int) -> tuple[EpisodicResult, ...]:
     """The accuracy by shots, among all classes that have one example more: at least half of all."""
-    taught = classifier.model_.taught
+    taught, fit = classifier.model_.taught, classifier.model_.fit
+
+    def head(support: Tensor, query: Tensor) -> Tensor:  # as the classifier fits it, with fewer neighbors than k too
+        return fit(Support.of(support))(query)
+
+    whole = getattr(classifier.model_.scores, "whole", False)
     bank = EmbeddingBank(taught.items, taught.labels)
     sizes = torch.tensor(taught.sizes)
     results = []
@@ -190,7 +200,7 @@ def _by_shots(classifier: "FewShotClassifier", draws: int, seed: int) -> tuple[E
             spec = EpisodeSpec(ways, shots, queries=1)
             enough = (sizes > shots)[bank.labels]
             some = EmbeddingBank(bank.embeddings[enough], bank.labels[enough])
-            results.append(EpisodicEvaluator(spec, draws, seed, head=classifier.head).evaluate(some))
+            results.append(EpisodicEvaluator(spec, draws, seed, head=classifier.head if whole else head).evaluate(some))
     return tuple(results)
 
 

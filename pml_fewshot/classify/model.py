@@ -10,7 +10,7 @@ import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from torch import Tensor
 
-from pml_fewshot.checks import UsageError, UsageTypeError
+from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one
 from pml_fewshot.classify.calibration import (
     Fit,
     fit_similarity,
@@ -47,8 +47,10 @@ class Model:
     def __init__(self, taught: Taught, fit: Fit, reject: float | str | None, false_rejections: float) -> None:
         self.taught, self.fit, self._options = taught, fit, (reject, false_rejections)
         self.scores: Scores = fit(taught.support)
-        if not (reject is None or reject == "auto" or (isinstance(reject, Real) and not isinstance(reject, bool))):
-            raise UsageError(f"expected reject as None, 'auto' or a similarity, got {reject!r}; choose one of them")
+        similar = isinstance(reject, Real) and not isinstance(reject, bool) and -1 <= reject <= 1  # which NaN is not
+        if not (reject is None or reject == "auto" or similar):
+            do = "give a value of similarity(X)"
+            raise UsageError(f"expected reject as None, 'auto' or a similarity from -1 to 1, got {reject!r}; {do}")
         if not 0 < false_rejections < 1:
             got = f"{false_rejections!r}; 0.05 is one photo in twenty"
             raise UsageError(f"expected false_rejections between 0 and 1, got {got}")
@@ -90,6 +92,9 @@ class Model:
 
     def nearest(self, rows: Tensor, k: int) -> Neighbors:
         """The k nearest examples by cosine."""
+        check_at_least_one("k", k)
+        if k > (most := sum(self.taught.sizes)):
+            raise UsageError(f"expected k of at most {most}, the examples, got {k}; lower k")
         ranking, directions = Ranking.of(CosineSimilarity()), self._directions
         with threads_for(rows):
             index, cosine = exact_neighbors(ranking.prepare(rows), directions, k, ranking)

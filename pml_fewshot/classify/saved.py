@@ -39,15 +39,15 @@ HEADS = {
 def save_classifier(folder: str | Path, options: dict[str, Any], taught: Taught) -> None:
     """Writes the constructor's options and what was taught. The files that classifier.json names come first, under
     names of their content, so that at any moment it names whole ones; those of an earlier save are removed at last."""
-    folder = Path(folder)
+    folder, reject = Path(folder), options["reject"]
     about = {
         "version": 1,
         "classes": taught.classes.tolist(),
         "dtype": taught.classes.dtype.str,
         "sizes": taught.sizes,
         "sources": taught.sources,
-        "reject": options["reject"],
-        "false_rejections": options["false_rejections"],
+        "reject": reject if reject in (None, "auto") else float(reject),
+        "false_rejections": float(options["false_rejections"]),
         "head": _head_as_data(options["head"]),
         "embedder": None,
     }
@@ -59,14 +59,13 @@ def save_classifier(folder: str | Path, options: dict[str, Any], taught: Taught)
     names = {kind: f"{kind}-{checksum_of(tensors).split(':')[1]}.safetensors" for kind, tensors in files.items()}
     with translate_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        earlier = _files_named_in(folder)
         for kind, tensors in files.items():
-            if not (folder / names[kind]).exists():  # the same weights need not be written again for each new class
-                write_tensors(folder / names[kind], tensors)
+            write_tensors(folder / names[kind], tensors)
         about["files"] = names
         write_text(folder / ABOUT, json.dumps({**about, CHECKSUM: _seal(about)}, indent=1, ensure_ascii=False))
-        for kind in ("examples", "embedder"):
-            for old in set(folder.glob(f"{kind}-*.safetensors")) - {folder / names.get(kind, "")}:
-                old.unlink()
+        for name in earlier - set(names.values()):
+            (folder / name).unlink(missing_ok=True)
 
 
 def load_classifier(folder: str | Path, embedder: Any, head: Any) -> tuple[dict[str, Any], Taught]:
@@ -101,13 +100,20 @@ def load_classifier(folder: str | Path, embedder: Any, head: Any) -> tuple[dict[
 def _embedder(folder: Path, about: dict[str, Any] | None, weights: str | None, given: Any) -> Any:
     """The embedder that was given, where it is the one that was saved; else that one, built again."""
     if about is None:
-        return given
+        if given is not None:
+            got = f"{name_of(given)}; leave it out"
+            raise UsageError(f"expected no embedder for the classifier in {folder}, which has none, got {got}")
+        return None
     if given is not None:
         own = _weights(given)
         if weights is not None and weights != f"embedder-{checksum_of(own).split(':')[1]}.safetensors":
             got = f"{name_of(given)} with other weights" if name_of(given) == about["name"] else name_of(given)
             do = "give the one it was taught with, or teach a new classifier"
             raise UsageError(f"expected {about['name']}, the embedder of the classifier in {folder}, got {got}; {do}")
+        own_form = made_from(given)
+        if own_form and about["made_from"] and json.loads(json.dumps(own_form)) != about["made_from"]:
+            got = "another preprocessing, mean, deviation or normalization"
+            raise UsageError(f"expected {about['name']} as the classifier in {folder} had it, got {got}; give the same")
         return given
     if about["made_from"] is None or weights is None:
         do = f"give it: load({str(folder)!r}, embedder=...)"
@@ -115,6 +121,15 @@ def _embedder(folder: Path, about: dict[str, Any] | None, weights: str | None, g
     embedder, module = rebuilt(about["made_from"])
     load_embedder(folder / weights, module)
     return embedder
+
+
+def _files_named_in(folder: Path) -> set[str]:
+    """What an earlier save wrote, by its classifier.json; nothing where that is not there or damaged."""
+    try:
+        names = json.loads((folder / ABOUT).read_text("utf-8"))["files"].values()
+        return {name for name in names if Path(name).name == name}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
 
 
 def _seal(about: dict[str, Any]) -> str:
@@ -133,6 +148,7 @@ def _weights(embedder: Any) -> dict[str, Any]:
 def _head_as_data(head: Any) -> dict[str, Any]:
     """Name and options of a head of this library; of another, or one with a distance, what it is for the message."""
     function, options = unwrapped(head)
+    options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
     plain = all(isinstance(value, bool | int | float | str | None) for value in options.values())
     known = plain and function in HEADS.values()
     return {"name": function.__name__, "options": options} if known else {"other": name_of_head(head)}

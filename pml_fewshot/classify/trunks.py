@@ -31,6 +31,8 @@ def trunk_of(text: str, checkpoint: Path | None = None, image_size: int | None =
     """
     if (Path(text) / "config.json").is_file():
         return _of_run(text, image_size or 84)
+    if image_size is not None:
+        raise UsageError(f"expected an image size for a run folder alone, got one with {text}; leave it out")
     library, slash, name = text.partition("/")
     if not slash:
         raise UsageError(f"expected a trunk as LIBRARY/NAME or a run folder, got {text!r}; timm/{text}?")

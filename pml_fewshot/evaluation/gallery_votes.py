@@ -6,9 +6,11 @@ from torch import Tensor
 
 from pml_fewshot.checks import check_at_least_one
 from pml_fewshot.embedders.bank import EmbeddingBank
-from pml_fewshot.evaluation.gallery import Gallery
+from pml_fewshot.evaluation.gallery import INDEXES, Gallery
 from pml_fewshot.evaluation.heads import Scores, count_votes, fitted_by
 from pml_fewshot.evaluation.support import Support
+
+SMALL = 10_000  # items that are searched exactly in a millisecond, and too few to train an index on
 
 
 def fit_gallery_votes(
@@ -20,6 +22,8 @@ def fit_gallery_votes(
     seed: int = 0,
 ) -> Scores:
     check_at_least_one("k", k)
+    if sum(support.sizes) < SMALL and index in INDEXES:
+        index = "flat"
     banks = [EmbeddingBank(items, support.labels) for items in support.items]
     galleries = [Gallery(bank, index, parameters, distance, seed) for bank in banks]
 
@@ -49,7 +53,7 @@ def gallery_votes(
     Args:
         support: (E, W, K, D).
         query: (E, N, D), for logits (E, N, W).
-        distance, index, parameters, seed: as of Gallery.
+        distance, index, parameters, seed: as of Gallery; below 10,000 items "ivf", "ivfpq" and "hnsw" are "flat".
         k: neighbors that vote.
     """
     return fit_gallery_votes(Support.of(support), distance, k, index, parameters, seed)(query)

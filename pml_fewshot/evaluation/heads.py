@@ -189,6 +189,8 @@ def unwrapped(head: Any) -> tuple[Any, dict[str, Any]]:
     """A head's function, and the options that partials around it hold."""
     options: dict[str, Any] = {}
     while isinstance(head, partial):
+        if head.args:
+            raise UsageError(f"expected a head's options by name, got {head.args!r}; write partial(head, option=value)")
         head, options = head.func, {**head.keywords, **options}
     return head, options
 

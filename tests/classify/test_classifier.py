@@ -267,8 +267,16 @@ def test_what_cannot_be_is_refused_and_nothing_taught_is_lost():
     with pytest.raises(ValueError, match="NaN"):
         classifier.predict(broken)
     assert (classifier.predict(Q) == before).all()
+    with pytest.raises(ValueError, match="continuous"):
+        classifier.fit(X[:, :8], np.linspace(0, 1, len(X)))
+    with pytest.raises(UsageError, match="k of at most 14, the examples, got 99"):
+        classifier.nearest(Q, k=99)
+    with pytest.raises(UsageError, match=r"embeddings, got str; for images give embedder="):
+        FewShotClassifier().fit(["a.png"], ["ant"])
+    assert (classifier.predict(Q) == before).all()
     for options, message in [
-        ({"reject": "never"}, "reject as None, 'auto' or a similarity, got 'never'"),
+        ({"reject": "never"}, "reject as None, 'auto' or a similarity from -1 to 1, got 'never'"),
+        ({"reject": 30}, "a similarity from -1 to 1, got 30"),
         ({"reject": "auto", "false_rejections": 5}, "between 0 and 1, got 5"),
         ({"head": "ridge"}, "expected a head, a function of support and query, got 'ridge'"),
         ({"head": partial(ridge_regression, penalty=-1)}, "penalty of at least"),

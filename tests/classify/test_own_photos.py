@@ -78,6 +78,7 @@ def test_a_folder_and_its_zip_teach_what_its_files_do(photos: Path):
     for other in others:
         assert np.allclose(other.similarity(new), classifier.similarity(new), atol=1e-6)
     assert others[0].sources_[0].startswith(f"{photos / 'known.zip'}/ant/")
+    assert classifier.predict(path for path in new).tolist() == truth
     black = photo(4, 1)  # one alone, of no class
     assert classifier.predict(black).tolist() == ["unknown"]
     assert classifier.predict(new[0]).tolist() == ["ant"]
@@ -144,11 +145,19 @@ def test_saved_is_loaded_as_it_was(photos: Path, labels: Any):
     assert again.predict(new).tolist() == classifier.predict(new).tolist()
     before = sorted(path.name for path in (photos / "saved").iterdir())
     again.partial_fit([photo(4, 1)], ["elk"] if isinstance(names[0], str) else [9])
+    (photos / "saved" / "embedder-mine.safetensors").write_text("of the user")
     again.save(photos / "saved")  # over the first
+    (photos / "saved" / "embedder-mine.safetensors").unlink()
     after = sorted(path.name for path in (photos / "saved").iterdir())
     assert len(before) == len(after) == 3
     assert len(set(before) & set(after)) == 2  # the embedder's file is the same
     assert len(FewShotClassifier.load(photos / "saved", Colors(2.0)).classes_) == 5
+    damaged = next((photos / "saved").glob("examples-*"))
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    with pytest.raises(UsageError, match="broken"):
+        FewShotClassifier.load(photos / "saved", Colors(2.0))
+    again.set_params(reject=again.similarity(new).min()).fit(new, names).save(photos / "saved")  # which repairs it
+    assert FewShotClassifier.load(photos / "saved", Colors(2.0)).threshold_ == pytest.approx(again.threshold_)
 
 
 def test_what_does_not_belong_to_a_saved_classifier_is_refused(photos: Path):
