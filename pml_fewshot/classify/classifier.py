@@ -179,7 +179,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             CannotWriteError: the disk is full or the folder read-only; what was there before is unharmed.
         """
         check_is_fitted(self)
-        save_classifier(folder, self.get_params(deep=False), self.model_.taught)
+        save_classifier(folder, self._options, self.model_.taught)
 
     @classmethod
     def load(cls, folder: str | Path, embedder: Any = None, head: Any = None) -> "FewShotClassifier":
@@ -220,12 +220,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "model_")
 
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.input_tags.sparse = False
-        return tags
-
-    def _known(self) -> "Model":
+    def _known(self) -> Model:
         check_is_fitted(self)  # (an AttributeError too, as a property must raise)
         return self.model_
 
@@ -258,8 +253,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 f"expected another name than {UNKNOWN!r} for a class, as reject= says it, got it; rename it"
             )
         self.model_ = Model(taught, fit_of(self.head), self.reject, self.false_rejections)
+        self._options = self.get_params(deep=False)  # (those of set_params count from the next teaching on)
 
-    def _asked(self, X: Any) -> tuple["Model", Tensor]:
+    def _asked(self, X: Any) -> tuple[Model, Tensor]:
         """What is known now, and X as embeddings."""
         check_is_fitted(self)
         model = self.model_

@@ -143,6 +143,9 @@ def test_saved_is_loaded_as_it_was(photos: Path, labels: Any):
     assert again.sources_ == classifier.sources_
     assert (again.predict_proba(new) == classifier.predict_proba(new)).all()
     assert again.predict(new).tolist() == classifier.predict(new).tolist()
+    again.set_params(reject=0.9).save(photos / "other")  # which counts from the next teaching on, and is not saved yet
+    assert FewShotClassifier.load(photos / "other", Colors(2.0)).reject == "auto"
+    again.set_params(reject="auto")
     before = sorted(path.name for path in (photos / "saved").iterdir())
     again.partial_fit([photo(4, 1)], ["elk"] if isinstance(names[0], str) else [9])
     (photos / "saved" / "embedder-mine.safetensors").write_text("of the user")
