@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pml_fewshot.checks import UsageError, check_at_least_one
+from pml_fewshot.distances.batched import compare_batch
 from pml_fewshot.embedders.modes import in_float32
 from pml_fewshot.evaluation.search import Ranking
 from pml_fewshot.evaluation.support import Support
@@ -33,6 +34,12 @@ def fitted_by(fit: Callable[..., Scores]) -> Callable[[F], F]:
         return head
 
     return mark
+
+
+def transductive(head: F) -> F:
+    """Marks a head whose queries inform each other: what it gives for one depends on which others are there."""
+    vars(head)["transductive"] = True
+    return head
 
 
 class Similarities(nn.Module):
@@ -71,10 +78,7 @@ class Similarities(nn.Module):
             # vmap cannot make the weights, and those made in inference mode could never be trained
             with torch.inference_mode(False), torch.no_grad():
                 distance(query[0, :1].clone(), reference[0, :1].clone())
-        if distance.collect_stats:  # PML then calls .item(), which vmap cannot
-            values = torch.stack([distance(q, r) for q, r in zip(query, reference, strict=True)])
-        else:
-            values = torch.vmap(distance)(query, reference)
+        values = compare_batch(distance, query, reference)
         return values if distance.is_inverted else -values
 
 

@@ -1,0 +1,47 @@
+"""BatchedDistance: a PML distance that compares the items of many episodes in one call."""
+
+import math
+from abc import abstractmethod
+
+import torch
+from pytorch_metric_learning.distances import BaseDistance
+from torch import Tensor
+
+
+class BatchedDistance(BaseDistance):
+    """A PML distance that gives `compute_batch`, from which the matrix of PML follows.
+
+    Heads ask for it instead of `torch.vmap`, which takes no solver outside torch.
+
+    `span` is how far apart two values can be. `ranks_all` is False where comparing all pairs of a set would take too
+    long: retrieval then only reorders by it what another distance has found.
+    """
+
+    span = math.inf
+    ranks_all = True
+
+    @abstractmethod
+    def compute_batch(self, query: Tensor, reference: Tensor) -> Tensor:
+        """Compares each query (E, N, D) with each reference (E, R, D) of its episode: (E, N, R)."""
+
+    def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        """(B, D) and (R, D) -> (B, R)"""
+        return self.compute_batch(query_emb.unsqueeze(0), ref_emb.unsqueeze(0)).squeeze(0)
+
+    def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        """(B, D) and (B, D) -> (B,): each query with the reference in its place."""
+        return self.compute_batch(query_emb.unsqueeze(1), ref_emb.unsqueeze(1)).flatten()
+
+
+def compare_batch(distance: BaseDistance, query: Tensor, reference: Tensor) -> Tensor:
+    """What any PML distance gives for each query (E, N, D) and reference (E, R, D) of its episode: (E, N, R).
+
+    Without the statistics that PML keeps of the last call: they are of training.
+    """
+    if isinstance(distance, BatchedDistance):
+        return distance.compute_batch(query, reference)
+    if not distance.collect_stats:
+        return torch.vmap(distance)(query, reference)
+    # PML's own call would then take .item(), which vmap cannot: what it does besides
+    query, reference = (distance.maybe_normalize(each, dim=2) for each in (query, reference))
+    return torch.vmap(distance.compute_mat)(query, reference) ** distance.power
