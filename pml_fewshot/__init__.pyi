@@ -19,6 +19,7 @@ from .data.omniglot import load_omniglot as load_omniglot
 from .data.photo_augmentation import ColorJitter as ColorJitter
 from .data.photo_augmentation import RandomHorizontalFlip as RandomHorizontalFlip
 from .data.photo_augmentation import RandomResizedCrop as RandomResizedCrop
+from .distances.earth_movers import EarthMoversDistance as EarthMoversDistance
 from .distances.weighted_l1 import WeightedL1Similarity as WeightedL1Similarity
 from .embedders.bank import EmbeddingBank as EmbeddingBank
 from .embedders.bank import load_bank as load_bank
@@ -48,6 +49,7 @@ from .evaluation.linear_heads import (
 from .evaluation.linear_heads import (
     ridge_regression as ridge_regression,
 )
+from .evaluation.reconstruction import feature_map_reconstruction as feature_map_reconstruction
 from .evaluation.retrieval import RetrievalTester as RetrievalTester
 from .evaluation.statistics import compare as compare
 from .evaluation.table import ResultTable as ResultTable
@@ -64,6 +66,7 @@ from .losses.dense import DenseTripletMarginLoss as DenseTripletMarginLoss
 from .losses.matching import MatchingLoss as MatchingLoss
 from .losses.pair_verification import PairVerificationLoss as PairVerificationLoss
 from .losses.prototypical import PrototypicalLoss as PrototypicalLoss
+from .losses.reconstruction import ReconstructionLoss as ReconstructionLoss
 from .sampling.batch_stream import BatchStream as BatchStream
 from .sampling.batches import Batch as Batch
 from .sampling.batches import BatchSpec as BatchSpec
@@ -71,6 +74,7 @@ from .sampling.episode_stream import EpisodeStream as EpisodeStream
 from .sampling.episodes import Episode as Episode
 from .sampling.episodes import EpisodeSampler as EpisodeSampler
 from .sampling.episodes import EpisodeSpec as EpisodeSpec
+from .trainers.frn import FRNTrainer as FRNTrainer
 from .trainers.maml.trainer import MAMLTrainer as MAMLTrainer
 from .trainers.matching import MatchingTrainer as MatchingTrainer
 from .trainers.metric import MetricTrainer as MetricTrainer

@@ -11,10 +11,9 @@ from torch import Tensor
 class BatchedDistance(BaseDistance):
     """A PML distance that gives `compute_batch`, from which the matrix of PML follows.
 
-    Heads ask for it instead of `torch.vmap`, which takes no solver outside torch.
-
-    `span` is how far apart two values can be. `ranks_all` is False where comparing all pairs of a set would take too
-    long: retrieval then only reorders by it what another distance has found.
+    Heads ask for it instead of `torch.vmap`, which takes no solver outside torch. `span` is how far apart two values
+    can be. `ranks_all` is False where comparing all pairs of a set would take too long: retrieval then only reorders by
+    it what another distance has found. `extra_repr` is how tables show the options.
     """
 
     span = math.inf

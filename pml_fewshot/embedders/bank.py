@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -149,6 +151,62 @@ class EmbeddingBank:
     def normalized(self) -> "EmbeddingBank":
         """Scales every embedding to length 1, in float32 at least; with `centered` before it, SimpleShot's "CL2N"."""
         return replace(self, embeddings=F.normalize(widened(self.embeddings), dim=1))
+
+    def power_transformed(self, power: float = 0.5) -> "EmbeddingBank":
+        """Raises x + 1e-6 to a power, which makes skewed features more like a Gaussian (Hu et al. 2021, PT-MAP).
+
+        For features that are never negative, as behind a ReLU: the paper's are, and its code makes NaN of others. The
+        paper then scales to length 1: `bank.power_transformed().normalized()`.
+
+        Raises:
+            UsageError: a power that is not above 0, or an embedding below 0.
+        """
+        if not 0 < power < math.inf:
+            raise UsageError(f"expected a power above 0, got {power}; 0.5 is the paper's")
+        rows = widened(self.embeddings)
+        if len(rows) and (least := rows.min()) < 0:
+            do = "take a trunk that ends in a ReLU (Conv4 does, ResNet12's is leaky)"
+            raise UsageError(f"expected embeddings of at least 0 to raise to a power, got {least:.4g}; {do}")
+        return replace(self, embeddings=(rows + 1e-6).pow_(power))
+
+    def transformed(self, fitted: Any) -> "EmbeddingBank":
+        """Applies a fitted scikit-learn transformer: PCA, PCA(whiten=True), FastICA, QuantileTransformer, a Pipeline.
+
+        Fit it on the embeddings of training classes: what is fitted on the evaluated ones has seen the queries. Blocks
+        of rows go through it one by one, so a bank over a memory map may be larger than memory; float32 comes out. As
+        after `centered` the note stays, so name rows of tables after what was done.
+
+        Raises:
+            UsageError: it is not fitted, or on embeddings of another width; it gives NaN, infinity or no row for each
+                embedding. What is no transformer is a UsageTypeError.
+        """
+        from sklearn.exceptions import NotFittedError  # seconds to import, for this alone
+        from sklearn.utils.validation import check_is_fitted
+
+        name, wanted = type(fitted).__name__, "a fitted scikit-learn transformer"
+        if isinstance(fitted, type) or not (hasattr(fitted, "fit") and hasattr(fitted, "transform")):
+            raise UsageTypeError(f"expected {wanted}, got {fitted!r}; give one such as PCA(64).fit(bank.embeddings)")
+        try:
+            check_is_fitted(fitted)
+        except NotFittedError as error:
+            do = f"fit it on the training bank's embeddings: {name}(...).fit(train_bank.embeddings)"
+            raise UsageError(f"expected {wanted}, got {name} that is not fitted; {do}") from error
+        dim, known = self.embeddings.shape[1], getattr(fitted, "n_features_in_", None)
+        if known not in (None, dim):
+            do = "fit it on embeddings of the same trunk"
+            raise UsageError(f"expected embeddings of {known} dimensions, as {name} was fitted on, got {dim}; {do}")
+        out = torch.empty(0)  # one tensor: a list of parts would take twice its size when joined
+        for start in range(0, len(self), BLOCK_ROWS):
+            block = widened(self.embeddings[start : start + BLOCK_ROWS]).to("cpu", copy=True)
+            rows = np.asarray(fitted.transform(block.numpy()))  # of a copy, for copy=False would write into the bank
+            if rows.ndim != 2 or len(rows) != len(block):
+                got = f"shape {rows.shape} for {len(block)} embeddings"
+                raise UsageError(f"expected a row of numbers for each embedding from {name}, got {got}; take another")
+            if start == 0:
+                out = torch.empty(len(self), rows.shape[1])
+            out[start : start + len(rows)] = torch.tensor(rows)
+        check_finite(out, f"embeddings from {name}", "look at what it was fitted on, and at its settings")
+        return replace(self, embeddings=out.to(self.embeddings.device))
 
 
 def _hash(content: bytes) -> str:

@@ -45,16 +45,19 @@ class Conv4(nn.Module):
         channels: filters of each block; 64 as in the papers.
         last_relu: end with a ReLU, as in the papers. Without it embeddings may be negative, which a learned similarity
             of |q - r| needs (SiameseTrainer).
+        pool: average each channel over the map. Off, as in the papers: embeddings are the flattened feature map,
+            channels first, which distances of local features split into its nodes.
 
-    Shapes: (B, in_channels, H, W) -> (B, channels * (H // 16) * (W // 16)): 64-d at 28 x 28, 1,600-d at 84 x 84.
+    Shapes: (B, in_channels, H, W) -> (B, channels * nodes) with (H // 16) * (W // 16) nodes: 1 at 28 x 28 (64-d), 9 at
+    56 x 56, 25 at 84 x 84 (1,600-d); with pool -> (B, channels).
     Weights are in channels-last memory, the faster layout for pooling and batch norm on a CPU.
 
     Source: Vinyals et al. 2016, section 4.1; Snell et al. 2017, section 3.1.
     """
 
-    def __init__(self, in_channels: int = 1, channels: int = 64, last_relu: bool = True) -> None:
+    def __init__(self, in_channels: int = 1, channels: int = 64, last_relu: bool = True, pool: bool = False) -> None:
         super().__init__()
-        self.in_channels = in_channels
+        self.in_channels, self.pool = in_channels, pool
         blocks = [ConvBlock(i, o) for i, o in pairwise([in_channels] + 4 * [channels])]
         blocks[-1].relu = last_relu
         self.blocks = nn.Sequential(*blocks)
@@ -66,4 +69,5 @@ class Conv4(nn.Module):
             wanted = f"images of {self.in_channels} channels and at least 16 x 16 pixels"
             got = f"{channels} channels of {height} x {width}"
             raise UsageError(f"expected {wanted}, got {got}; set in_channels, or load larger images")
-        return self.blocks(images.contiguous(memory_format=torch.channels_last)).flatten(1)
+        maps = self.blocks(images.contiguous(memory_format=torch.channels_last))
+        return maps.mean(dim=(2, 3)) if self.pool else maps.flatten(1)

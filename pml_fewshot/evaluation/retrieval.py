@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError, UsageTypeError, as_labels, check_at_least_one, check_choice, check_finite
 from pml_fewshot.data.dataset import FewShotDataset
+from pml_fewshot.distances.batched import BatchedDistance
 from pml_fewshot.embedders.bank import ClassName, EmbeddingBank, align, names_of
 from pml_fewshot.embedders.embedder import encode, is_embedder
 from pml_fewshot.evaluation import retrieval_metrics as known
 from pml_fewshot.evaluation.gallery import EXACT, Gallery, IndexRecall, check_index
+from pml_fewshot.evaluation.heads import similarities
 from pml_fewshot.evaluation.search import Ranking, exact_search
 
 References = EmbeddingBank | Gallery
@@ -25,6 +27,7 @@ Source = FewShotDataset | EmbeddingBank | Gallery
 Marks = Sequence[int] | Sequence[str] | np.ndarray | Tensor  # one of each item
 
 MAX_NEIGHBORS = 2**24  # held at a time where the whole ranking of each query is wanted: 128 MiB of indices
+RERANKED = 2**23  # floats of neighbors gathered at a time to be reordered: 32 MiB
 RECALL_SAMPLE = 1000  # queries that an approximate index is compared with exact search on
 
 
@@ -108,6 +111,8 @@ class RetrievalTester:
         parameters: of an approximate index, as in `Gallery`.
         num_queries: measure a random sample of so many queries, drawn by a seed of 0; all when None. Each searches the
             whole set as ever.
+        rerank: PML distance that reorders the first k neighbors which `distance` found. One that would take too long
+            for all pairs (EarthMoversDistance), given as `distance` or a trainer's own, reorders what Euclid finds.
 
     Raises:
         UsageError: an unknown metric or index, or a k or num_queries below 1.
@@ -119,6 +124,7 @@ class RetrievalTester:
     distance: BaseDistance | None = None
     parameters: str = ""
     num_queries: int | None = None
+    rerank: BaseDistance | None = None
 
     def __post_init__(self) -> None:
         self.metrics = (self.metrics,) if isinstance(self.metrics, str) else tuple(self.metrics)
@@ -192,14 +198,20 @@ class RetrievalTester:
         self, query: EmbeddingBank, references: References, left_out: "_LeftOut", leave_one_out: bool
     ) -> RetrievalResult:
         """Searches the references, by an index of them where one is asked for, whose recall is then measured too."""
-        ranking, searched = Ranking.of(self.distance), references
+        distance, rerank = self.distance, self.rerank
+        if rerank is None and isinstance(distance, BatchedDistance) and not distance.ranks_all:
+            distance, rerank = None, distance
+        ranking, searched = Ranking.of(distance), references
         if isinstance(references, Gallery):
+            if rerank is not None:
+                got = f"a Gallery, which holds no embeddings, and {Ranking.of(rerank)} to reorder by"
+                raise UsageError(f"expected references as a bank, got {got}; give the bank, or another distance")
             own, ranking = ranking, references.ranking
             same = (own.kind, own.normalize) == (ranking.kind, ranking.normalize)
-            if self.distance is not None and not (same and (own.kind != "distance" or str(own) == str(ranking))):
+            if distance is not None and not (same and (own.kind != "distance" or str(own) == str(ranking))):
                 raise UsageError(f"expected a gallery ranked by {own}, got {ranking}; build it with that distance")
         elif self.index not in EXACT:
-            searched = Gallery(references, self.index, self.parameters, self.distance)
+            searched = Gallery(references, self.index, self.parameters, distance)
         labels, query_labels = align(references, query)[0].cpu(), query.labels.cpu()
         away = left_out.count()
         relevant = known.count_equal([(query_labels, labels)]) - left_out.count((query_labels, labels))  # R
@@ -218,6 +230,8 @@ class RetrievalTester:
         # all at once where that fits, for queries among themselves need each pair only once
         for part in chosen.split(max(1, MAX_NEIGHBORS // (k + more))) if figures else ():
             nearest = _search(query, part, searched, k, ranking, left_out, more)
+            if rerank is not None and isinstance(references, EmbeddingBank):
+                nearest = _reordered(query.embeddings[part], references.embeddings, nearest, rerank)
             match = (labels[nearest] == query_labels[part].unsqueeze(1)) & (nearest >= 0)  # -1: fewer were found
             kept = counts[part]
             for metric, values in figures.items():
@@ -228,6 +242,7 @@ class RetrievalTester:
             found, exact = (_search(query, part, each, k, ranking, left_out, more) for each in (searched, references))
             recall = IndexRecall.of(found, exact)
         index = searched if isinstance(searched, Gallery) else "exact"
+        reordered = f"the first {k} reordered by {Ranking.of(rerank)}" if rerank is not None else ""
         about = f"{query.fingerprint()} {self.num_queries}{left_out.digest}"
         return RetrievalResult(
             {metric: torch.cat(values) for metric, values in figures.items()},
@@ -235,7 +250,7 @@ class RetrievalTester:
             int((~counts[chosen]).sum()),
             k,
             "leave-one-out" if leave_one_out else "gallery",
-            ", ".join(str(each) for each in (index, ranking, left_out.text, recall) if each),
+            ", ".join(str(each) for each in (index, ranking, reordered, left_out.text, recall) if each),
             recall,
             known.clustering_scores(query, clustering, ranking) if clustering else {},
             query.class_names,
@@ -346,6 +361,20 @@ def _search(
     padded = F.pad(nearest, (0, k + more - wide), value=-1).numpy()
     count = ~left_out.among(own, padded)
     return torch.from_numpy(padded[count & (count.cumsum(axis=1, dtype=np.int32) <= k)]).reshape(-1, k)
+
+
+@torch.no_grad()
+def _reordered(rows: Tensor, references: Tensor, nearest: Tensor, distance: BaseDistance) -> Tensor:
+    """The same neighbors (n, k) of queries (n, D), ordered by a distance; -1, where there are no more, stays last."""
+    size = max(1, RERANKED // (nearest.shape[1] * rows.shape[1]))
+    ordered = []
+    for query, places in zip(rows.unsqueeze(1).split(size), nearest.split(size), strict=True):
+        found = references[places.clamp(min=0).to(references.device)]  # (n, k, D)
+        values = similarities(query.to(references.device), found, distance).squeeze(1).cpu()
+        check_finite(values, f"similarities by {Ranking.of(distance)}")
+        values = values.masked_fill(places < 0, -torch.inf)
+        ordered.append(places.gather(1, values.argsort(dim=1, descending=True, stable=True)))
+    return torch.cat(ordered)
 
 
 def _as_bank(embedder: Any, source: object) -> EmbeddingBank:

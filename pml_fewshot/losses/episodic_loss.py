@@ -16,6 +16,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from pml_fewshot.checks import UsageError, as_labels
+from pml_fewshot.distances.batched import BatchedDistance
 from pml_fewshot.embedders.modes import in_float32
 
 
@@ -123,6 +124,8 @@ class EpisodicLoss(BaseMetricLossFunction):
 
 def similarity_span(distance: BaseDistance) -> float:
     """How far apart two values of a distance can be; infinity where that is not bounded, or not known."""
+    if isinstance(distance, BatchedDistance):
+        return distance.span
     if isinstance(distance, LpDistance | DotProductSimilarity) and distance.normalize_embeddings and distance.power > 0:
         return 2.0**distance.power if isinstance(distance, LpDistance) else 2.0
     return math.inf

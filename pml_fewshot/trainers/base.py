@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one, check_choice
 from pml_fewshot.data.dataset import FewShotDataset, Splits
 from pml_fewshot.embedders.embedder import check_rows, encode
-from pml_fewshot.embedders.modes import widened
+from pml_fewshot.embedders.modes import eval_mode, widened
 from pml_fewshot.evaluation.heads import Head, name_of_head, nearest_prototype
 from pml_fewshot.parts.instantiate import Part, instantiate
 from pml_fewshot.sampling.batches import Batch, BatchSpec
@@ -38,6 +38,10 @@ class FewShotTrainer(nn.Module):
             less noisy gradient almost for free, as embedding is nearly all of a step's cost: on Omniglot, with 1 shot
             and 5 queries, a ProtoNet with 6 had after 2,000 steps what one with 1 had after 4,000.
         head: classifies at test time by the loss's distance.
+        context: a module that revises the embeddings of episodes before loss and head see them, called
+            `context(support (E, W, K, D), query (E, N, D))` for a pair of the same shapes; K may be another one, as 1
+            where it gives prototypes (`SetToSet(dim)`, `FullContext(dim)`). Evaluation calls it in several threads, so
+            it must keep nothing. Retrieval, and a head that an evaluator was given, see the embeddings without it.
 
     Raises:
         UsageError: support_rotations below 1, a miner beside CrossBatchMemory.
@@ -50,12 +54,14 @@ class FewShotTrainer(nn.Module):
         miner: Part[BaseMiner] | None = None,
         support_rotations: int = 1,
         head: Head = nearest_prototype,
+        context: Part[nn.Module] | None = None,
     ) -> None:
         super().__init__()
         check_at_least_one("support_rotations", support_rotations)
         self.embedder: Any = instantiate(embedder)
         self.loss: Any = instantiate(loss)
         self.miner = instantiate(miner)
+        self.context: Any = instantiate(context)
         self.support_rotations, self.head = support_rotations, head
         self._last_episodes: tuple[Tensor, Tensor] | None = None  # support and query embeddings, for `accuracy`
         if embedder is not None and not isinstance(self.embedder, nn.Module):
@@ -141,10 +147,23 @@ class FewShotTrainer(nn.Module):
 
     def episode_loss(self, support: Tensor, query: Tensor) -> Tensor:
         """Loss of one episode: support (W, K, D), query (W*Q, D), both in the order of the classes."""
+        support, query = (part.squeeze(0) for part in self.in_context(support.unsqueeze(0), query.unsqueeze(0)))
         ways, shots = support.shape[:2]
         classes = torch.arange(ways, device=query.device)
         query_labels = classes.repeat_interleave(len(query) // ways)
         return self.mined_loss(query, query_labels, support.flatten(0, 1), classes.repeat_interleave(shots))
+
+    def in_context(self, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Support (E, W, K, D) and query (E, N, D) as the context revises them; as they are where there is none."""
+        if self.context is None:
+            return support, query
+        revised, revised_query = self.context(support, query)
+        got = tuple(revised.shape), tuple(revised_query.shape)
+        if len(got[0]) != 4 or got[0][:2] != support.shape[:2] or got[1] != (*query.shape[:2], got[0][3]):
+            name, given = type(self.context).__name__, (tuple(support.shape), tuple(query.shape))
+            wanted = f"support (E, W, K, D) and queries (E, N, D) from {name} for shapes {given[0]} and {given[1]}"
+            raise UsageError(f"expected {wanted}, got shapes {got[0]} and {got[1]}; return both, in this order")
+        return revised, revised_query
 
     def mined_loss(self, embeddings: Tensor, labels: Tensor, *support: Tensor) -> Tensor:
         """The loss over what the miner chooses; a zero without a gradient where it finds nothing.
@@ -160,14 +179,16 @@ class FewShotTrainer(nn.Module):
     def accuracy(self, batch: Any) -> Tensor | None:
         """Returns the accuracy on the last rotation of the episodes last given to `forward`; None after a Batch.
 
-        From what that kept: another pass would update batch norm's statistics and draw dropout again.
+        From the embeddings that it kept: another pass would update batch norm's statistics and draw dropout again. A
+        context, or a distance, that has these is used as in evaluation.
         """
         if self._last_episodes is None:
             return None
         support, query = self._last_episodes
         ways = support.shape[1]
         true_way = torch.arange(ways, device=query.device).repeat_interleave(query.shape[1] // ways)
-        return (self.classify(support, query).argmax(dim=2) == true_way).float().mean()
+        with eval_mode(self):
+            return (self.classify(support, query).argmax(dim=2) == true_way).float().mean()
 
     def bank(self, dataset: FewShotDataset) -> Tensor:
         """Returns what episodes of a set are gathered from, (M, *item): its embeddings (M, D), or its images."""
@@ -175,7 +196,7 @@ class FewShotTrainer(nn.Module):
 
     def classify(self, support: Tensor, query: Tensor) -> Tensor:
         """Scores queries (E, N, *item) over the classes of support (E, W, K, *item): logits (E, N, W)."""
-        return self.head(support, query, self.distance)
+        return self.head(*self.in_context(support, query), self.distance)
 
     def exports(self) -> dict[str, nn.Module]:
         """Returns the modules that a run stores in files of their own, by file name."""
@@ -217,9 +238,9 @@ class FewShotTrainer(nn.Module):
     @property
     def classifier(self) -> str:
         """What `classify` does, for tables: the head and its distance, or that it is the trainer's own."""
-        if type(self).classify is not FewShotTrainer.classify:
-            return f"{type(self).__name__}'s own"
-        return name_of_head(self.head, self.distance)
+        own = type(self).classify is not FewShotTrainer.classify
+        name = f"{type(self).__name__}'s own" if own else name_of_head(self.head, self.distance)
+        return name if self.context is None else f"{name} in context of {type(self.context).__name__}"
 
     @property
     def thread_safe(self) -> bool:

@@ -4,12 +4,11 @@ from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError
-from pml_fewshot.embedders.full_context import FullContext
 from pml_fewshot.evaluation.heads import similarities
 from pml_fewshot.evaluation.search import Ranking
 from pml_fewshot.evaluation.support import Support
 from pml_fewshot.losses.matching import MatchingLoss
-from pml_fewshot.parts.instantiate import Part, instantiate
+from pml_fewshot.parts.instantiate import Part
 from pml_fewshot.trainers.base import FewShotTrainer
 
 SCALE = 10.0  # of cosine, to begin with: the softmax over a similarity within +-1 could not get sharp without
@@ -22,7 +21,7 @@ class MatchingTrainer(FewShotTrainer):
         embedder, miner, support_rotations: see FewShotTrainer.
         loss: MatchingLoss; when None with cosine and a learned scale that begins at 10.
         context: `FullContext(dim)` for full-context embeddings, which see each item in the light of the support
-            (appendix A of the paper); none when None. Retrieval ranks the embeddings without context.
+            (appendix A of the paper), or another, see FewShotTrainer; none when None.
 
     Raises:
         UsageError: support_rotations below 1, another loss than MatchingLoss.
@@ -36,27 +35,21 @@ class MatchingTrainer(FewShotTrainer):
         loss: Part[MatchingLoss] | None = None,
         miner: Part[BaseMiner] | None = None,
         support_rotations: int = 1,
-        context: Part[FullContext] | None = None,
+        context: Part[nn.Module] | None = None,
     ) -> None:
         loss = MatchingLoss(scale=SCALE, learn_scale=True) if loss is None else loss
-        super().__init__(embedder, loss, miner, support_rotations)
+        super().__init__(embedder, loss, miner, support_rotations, context=context)
         if not isinstance(self.loss, MatchingLoss):
             name = type(self.loss).__name__
             raise UsageError(f"expected a MatchingLoss, got a {name}; use MetricTrainer for other losses")
-        self.context = instantiate(context)
 
     @property
     def classifier(self) -> str:
-        return ("attention in full context" if self.context else "attention") + f" by {Ranking.of(self.distance)}"
-
-    def episode_loss(self, support: Tensor, query: Tensor) -> Tensor:
-        if self.context is not None:
-            support, query = (part.squeeze(0) for part in self.context(support.unsqueeze(0), query.unsqueeze(0)))
-        return super().episode_loss(support, query)
+        context = "" if self.context is None else f" in context of {type(self.context).__name__}"
+        return f"attention by {Ranking.of(self.distance)}{context}"
 
     def classify(self, support: Tensor, query: Tensor) -> Tensor:
         """Logarithms (E, N, W) of the classes' shares, up to a constant, of each query's attention to the support."""
-        if self.context is not None:
-            support, query = self.context(support, query)
+        support, query = self.in_context(support, query)
         each = similarities(query, support.flatten(1, 2), self.distance)
         return Support.of(support).by_class(self.loss.scale * each, "logsumexp")

@@ -15,7 +15,7 @@ class ProtoNetTrainer(FewShotTrainer):
     """Embeds support and query together, and trains the embedder so that queries lie near their class's prototype.
 
     Args:
-        embedder, miner, support_rotations: see FewShotTrainer.
+        embedder, miner, support_rotations, context: see FewShotTrainer. With `context=SetToSet(dim)` it is FEAT.
         loss: `PrototypicalLoss()` when None; or any PML loss that takes `ref_emb`.
         head: classifies at test time: `nearest_prototype`, or `nearest_neighbour` for the nearest support item.
 
@@ -32,6 +32,8 @@ class ProtoNetTrainer(FewShotTrainer):
         miner: Part[BaseMiner] | None = None,
         support_rotations: int = 1,
         head: Head = nearest_prototype,
+        context: Part[nn.Module] | None = None,
     ) -> None:
-        super().__init__(embedder, PrototypicalLoss() if loss is None else loss, miner, support_rotations, head)
+        loss = PrototypicalLoss() if loss is None else loss
+        super().__init__(embedder, loss, miner, support_rotations, head, context)
         check_supports_ref_emb(self.loss)

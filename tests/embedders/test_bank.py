@@ -1,15 +1,24 @@
 """EmbeddingBank against numpy, and features in all their forms against the same bank built by hand."""
 
 import hashlib
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_array
+from sklearn.base import BaseEstimator, TransformerMixin, clone
+from sklearn.decomposition import PCA, FastICA
+from sklearn.linear_model import LinearRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, QuantileTransformer, StandardScaler
 from torch import Tensor
 
 from pml_fewshot.checks import UsageError, UsageTypeError
-from pml_fewshot.embedders.bank import EmbeddingBank
+from pml_fewshot.embedders import bank as bank_module
+from pml_fewshot.embedders.bank import EmbeddingBank, load_bank
 from tests.embedders.made_banks import EMBEDDINGS, LABELS, NAMES, NUMBERED, NUMBERS, ROWS, SOURCE, TEXTS, bank, check
 
 
@@ -263,6 +272,114 @@ def test_mean_centering_and_normalization_are_numpys_in_float32_at_least(dtype: 
 def test_a_mean_of_another_width_is_refused(shape: tuple[int, ...]):
     with pytest.raises(UsageError, match=r"expected a mean of shape \(4,\), got \(.*\); use bank.mean\(\)"):
         bank().centered(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("power", [0.5, 2])
+def test_the_power_transform_is_numpys_in_float32_at_least(power: float, dtype: torch.dtype):
+    rows = ROWS.abs().to(dtype)
+    rows[0, 1] = 0
+    original = EmbeddingBank(rows, NUMBERS, SOURCE, note="of a test")
+    result = original.power_transformed() if power == 0.5 else original.power_transformed(power)
+    assert result.embeddings.dtype == torch.promote_types(dtype, torch.float32)
+    np.testing.assert_allclose(result.embeddings.double(), (rows.double().numpy() + 1e-6) ** power, rtol=1e-5)
+    assert (result.labels is original.labels, result.source, result.note) == (True, SOURCE, "of a test")
+    check(original, rows)
+
+
+def test_no_power_is_taken_of_negative_features_and_none_of_no_use():
+    with pytest.raises(UsageError, match=r"at least 0 to raise to a power, got -0.5; take a trunk that ends in a ReLU"):
+        EmbeddingBank(ROWS.abs() - torch.eye(6)[:, :4] * (ROWS.abs() + 0.5), NUMBERS).power_transformed()
+    for power in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match=f"expected a power above 0, got {power}; 0.5 is the paper's"):
+            bank().power_transformed(power)
+    assert len(EmbeddingBank(ROWS[:0], NUMBERS[:0]).power_transformed()) == 0
+
+
+TRAIN = np.random.default_rng(1).normal(2, size=(40, 4)).astype(np.float32)
+TRANSFORMERS: dict[str, Any] = {
+    "PCA": PCA(2),
+    "whitening": PCA(3, whiten=True),
+    "ICA": FastICA(2, random_state=0, whiten="unit-variance"),
+    "quantiles": QuantileTransformer(n_quantiles=40, output_distribution="normal"),
+    "in place": StandardScaler(copy=False),
+    "pipeline": make_pipeline(StandardScaler(), PCA(2)),
+    "no fit needed": FunctionTransformer(np.abs),
+}
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_fitted_transformers_are_scikit_learns_block_by_block(
+    name: str, mapped: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(bank_module, "BLOCK_ROWS", 4)
+    fitted, rows = clone(TRANSFORMERS[name]).fit(TRAIN.copy()), EMBEDDINGS
+    expected, seen = fitted.transform(EMBEDDINGS.copy()), []
+    if mapped:  # read-only: a write would end the process
+        np.save(tmp_path / "rows.npy", EMBEDDINGS)
+        np.save(tmp_path / "rows_labels.npy", LABELS)
+        original = load_bank(tmp_path / "rows.npy")
+    else:
+        original = EmbeddingBank(rows, LABELS, SOURCE, note="of a test")
+    own = fitted.transform
+    monkeypatch.setattr(fitted, "transform", lambda block: seen.append(len(block)) or own(block), raising=False)
+    result = original.transformed(fitted)
+    assert seen == [4, 2]
+    assert result.embeddings.dtype == torch.float32
+    np.testing.assert_allclose(result.embeddings, expected, rtol=1e-4, atol=1e-5)
+    assert (result.labels is original.labels, result.source, result.note) == (True, original.source, original.note)
+    check(original)
+    assert EmbeddingBank(ROWS.half(), NUMBERS).transformed(fitted).embeddings.dtype == torch.float32
+
+
+class Odd(TransformerMixin, BaseEstimator):
+    """Fitted to nothing, it gives what `function` makes of embeddings."""
+
+    def __init__(self, function: Any = None):
+        self.function = function
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    def fit(self, rows: Any) -> "Odd":
+        return self
+
+    def transform(self, rows: Any) -> Any:
+        return self.function(rows)
+
+
+@pytest.mark.parametrize(
+    ("fitted", "error", "message"),
+    [
+        (
+            PCA(2),
+            UsageError,
+            "got PCA that is not fitted; fit it on the training bank's embeddings: PCA(...).fit(train",
+        ),
+        (make_pipeline(PCA(2)), UsageError, "got Pipeline that is not fitted"),
+        (PCA(2).fit(TRAIN[:, :3]), UsageError, "embeddings of 3 dimensions, as PCA was fitted on, got 4; fit it on"),
+        (PCA, UsageTypeError, "a fitted scikit-learn transformer, got <class 'sklearn"),
+        (np.abs, UsageTypeError, "a fitted scikit-learn transformer, got <ufunc 'absolute'>; give one such as PCA"),
+        (LinearRegression().fit(TRAIN, TRAIN), UsageTypeError, "got LinearRegression()"),
+        (Odd(lambda rows: rows[1:]), UsageError, "for each embedding from Odd, got shape (5, 4) for 6 embeddings; tak"),
+        (Odd(lambda rows: rows[:, 0]), UsageError, "got shape (6,) for 6 embeddings"),
+        (Odd(csr_array), UsageError, "got shape () for 6 embeddings"),
+        (
+            Odd(lambda rows: np.where(rows > 3, np.nan, rows)),
+            UsageError,
+            "expected finite embeddings from Odd, got NaN",
+        ),
+        (
+            Odd(lambda rows: rows.astype(float) * 1e300),
+            UsageError,
+            "expected finite embeddings from Odd, got NaN or inf",
+        ),
+    ],
+)
+def test_what_cannot_transform_embeddings_is_refused(fitted: Any, error: type[Exception], message: str):
+    with pytest.raises(error, match=re.escape(message)):
+        bank().transformed(fitted)
 
 
 def test_the_fingerprint_is_of_the_labels_in_their_order_or_of_the_source_where_it_is_known():

@@ -44,6 +44,15 @@ def test_folded_batch_norm_gives_the_same_without_gradients(last_relu: bool):
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
+def test_pooled_it_gives_the_mean_over_the_map_and_flattened_the_channels_come_first():
+    network, images = conv4().eval(), noise(3, 2, 37, 52)
+    pooled = used(Conv4(2, 6, pool=True)).eval()
+    maps = network(images).unflatten(1, (6, 2, 3))
+    torch.testing.assert_close(maps.permute(0, 2, 3, 1), network.blocks(images).permute(0, 2, 3, 1))
+    torch.testing.assert_close(pooled(images), maps.sum(dim=(2, 3)) / 6)
+    assert list(pooled.state_dict()) == list(network.state_dict())
+
+
 @pytest.mark.parametrize("norms_only", [False, True])  # the transductive way: all else is in eval mode
 def test_training_without_gradients_uses_the_batch_and_moves_running_statistics_by_a_tenth(norms_only: bool):
     network, images = conv4().train(not norms_only), noise(5, 2, 28, 28)

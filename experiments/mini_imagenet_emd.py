@@ -1,0 +1,26 @@
+"""DeepEMD on miniImageNet: the ProtoNet of mini_imagenet_protonet with the earth mover's distance of feature maps.
+
+    python -m experiments.mini_imagenet_emd --data-root ../shared/data
+
+Zhang et al. 2020 report 65.91 +- 0.82 % at 5-way 1-shot and 82.41 +- 0.56 % at 5 shots, by a ResNet12 that is trained
+as a classifier first, on 84 x 84 crops of larger images: nothing here can reach that.
+
+Images stored at 84 x 84 and Conv4, whose embedding is a map of 5 x 5 nodes of 64 channels. The one line that differs
+from ProtoNet is the loss: the score lies within +-1, so it is scaled by the paper's 12.5. Retrieval finds by Euclid and
+reorders by the earth mover's distance.
+"""
+
+from functools import partial
+
+from pml_fewshot import EarthMoversDistance, PrototypicalLoss, main, swap
+
+from .mini_imagenet_protonet import CONFIG as PROTONET
+
+CONFIG = swap(
+    PROTONET,
+    name="mini_imagenet_emd",
+    loss=partial(PrototypicalLoss, distance=partial(EarthMoversDistance, nodes=25), scale=12.5),
+)
+
+if __name__ == "__main__":
+    main(CONFIG)

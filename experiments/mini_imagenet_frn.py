@@ -1,0 +1,28 @@
+"""FRN on miniImageNet: feature maps of queries rebuilt from those of each class's support (Wertheimer et al. 2021).
+
+    python -m experiments.mini_imagenet_frn --data-root ../shared/data
+
+The paper reports 66.45 +- 0.19 % at 5-way 1-shot and 82.83 +- 0.13 % at 5 shots, by a ResNet12 that is pre-trained on
+84 x 84 images of 600 a class. Here Conv4 is trained from the start by the recipe of mini_imagenet_protonet.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+from pml_fewshot import Conv4, Embedder, FRNTrainer, ReconstructionLoss, main
+
+from .mini_imagenet_protonet import CONFIG as PROTONET
+
+CONFIG = replace(
+    PROTONET,
+    name="mini_imagenet_frn",
+    trainer=partial(
+        FRNTrainer,
+        embedder=partial(Embedder, trunk=partial(Conv4, in_channels=3)),
+        loss=partial(ReconstructionLoss, nodes=25),
+        support_rotations=2,
+    ),
+)
+
+if __name__ == "__main__":
+    main(CONFIG)
