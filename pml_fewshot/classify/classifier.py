@@ -50,7 +50,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             or tensors. When None X are embeddings (n, D).
         head: a head of this library, with options as `partial(ridge_regression, penalty=3.0)`, or any function from
             support (1, W, K, D) and query (1, n, D) to logits (1, n, W), which is shown all of X at once and wants
-            classes of one size.
+            classes of one size. A transductive head too is shown all of X at once, so that the label of one depends on
+            the others; it gives no probabilities.
         reject: "auto" or a similarity: what is less similar than that to every class is predicted as "unknown".
             "auto" chooses it by the examples, each left out in turn; it needs a class with two. `similarity(X)` gives
             the values.
@@ -120,6 +121,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
         The softmax of the head's logits at a temperature that is fitted to the examples, each left out in turn. Warns
         where no class has two examples: then the temperature is a guess, and `calibrated_` is False.
+
+        Raises:
+            UsageError: a transductive head.
         """
         model, rows = self._asked(X)
         _warn_if_not_calibrated(model)
@@ -291,6 +295,7 @@ def _warn_of_twins(taught: Taught) -> None:
 
 
 def _warn_if_not_calibrated(model: Model) -> None:
+    model.check_inductive("probabilities")
     if not model.calibrated and len(model.taught.classes) > 1:
         do = "give a class two examples or more"
         warnings.warn(f"the probabilities are not calibrated, as no example can be left out: {do}", stacklevel=3)

@@ -149,11 +149,12 @@ def leave_one_out(classifier: "FewShotClassifier", draws: int = EPISODES, seed: 
         seed: of these draws.
 
     Raises:
-        UsageError: one class, or no class with two examples.
+        UsageError: one class, no class with two examples, or a transductive head.
     """
     check_is_fitted(classifier)
     model = classifier.model_
     support, names = model.taught.support, tuple(map(str, model.taught.classes))
+    model.check_inductive("leaving one out")
     if not model.calibrated:
         got = f"{len(names)} classes of at most {max(support.sizes)} examples"
         raise UsageError(

@@ -107,6 +107,7 @@ class Model:
     @cached_property
     def temperature(self) -> float:
         """That the logits are divided by before the softmax: calibrated, or a guess."""
+        self.check_inductive("probabilities")
         if len(self.taught.classes) == 1:
             return 1.0
         if not self.calibrated:
@@ -120,7 +121,14 @@ class Model:
 
     @property
     def calibrated(self) -> bool:
-        return len(self.taught.classes) > 1 and max(self.taught.sizes) > 1
+        together = isinstance(self.scores, Together)
+        return len(self.taught.classes) > 1 and max(self.taught.sizes) > 1 and not together
+
+    def check_inductive(self, what: str) -> None:
+        """Raises a UsageError where the head is transductive: left-out examples say little about other queries."""
+        if isinstance(self.scores, Together):
+            got = f"{self.scores.name}, whose answer about one depends on what else is asked"
+            raise UsageError(f"expected an inductive head for {what}, got {got}; use predict, or another head")
 
     @cached_property
     def threshold(self) -> float | None:
@@ -143,11 +151,24 @@ def fit_of(head: Any) -> Fit:
     function, options = unwrapped(head)
     fit = getattr(function, "fit", None)
     if fit is not None:
-        return partial(fit, **options)
+        fitted = partial(fit, **options)
+        return partial(Together, function.__name__, fitted) if getattr(function, "transductive", False) else fitted
     if not callable(head):
         do = "give nearest_prototype, partial(ridge_regression, penalty=3.0) or the like"
         raise UsageTypeError(f"expected a head, a function of support and query, got {head!r}; {do}")
     return partial(WholeScores, head)
+
+
+class Together:
+    """Logits by a transductive head, which sees all queries of a call at once."""
+
+    whole = True
+
+    def __init__(self, name: str, fit: Fit, support: Support) -> None:
+        self.name, self.scores = name, fit(support)
+
+    def __call__(self, query: Tensor) -> Tensor:
+        return self.scores(query)
 
 
 class WholeScores:

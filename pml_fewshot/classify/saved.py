@@ -22,6 +22,8 @@ from pml_fewshot.evaluation.heads import (
     unwrapped,
 )
 from pml_fewshot.evaluation.linear_heads import cosine_classifier, logistic_regression, ridge_regression
+from pml_fewshot.evaluation.transductive_heads import alpha_tim, bd_cspn, laplacian_shot, pt_map
+from pml_fewshot.evaluation.tuned_heads import fine_tuning, transductive_fine_tuning
 from pml_fewshot.io.atomic import translate_write_errors, write_text
 from pml_fewshot.io.checkpoint import check_exportable, load_embedder, plain_names
 from pml_fewshot.io.tensors import CHECKSUM, checksum, checksum_of, read_tensors, write_tensors
@@ -31,7 +33,8 @@ HEADS = {
     head.__name__: head
     for head in (
         *(nearest_prototype, nearest_neighbour, mean_similarity, soft_nearest_neighbour, k_nearest_neighbours),
-        *(cosine_classifier, ridge_regression, logistic_regression, gallery_votes),
+        *(cosine_classifier, ridge_regression, logistic_regression, fine_tuning, gallery_votes),
+        *(bd_cspn, laplacian_shot, alpha_tim, pt_map, transductive_fine_tuning),
     )
 }
 

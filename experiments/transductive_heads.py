@@ -1,0 +1,139 @@
+"""Do queries that inform each other pay, and what is left of it where classes have unequal numbers of queries?
+
+    python -m experiments.transductive_heads                                  # built-in letters, untrained network
+    python -m experiments.transductive_heads --embedder runs/quickstart/embedder.safetensors
+    python -m experiments.transductive_heads --data-root ../shared/data --embedder RUN/embedder.safetensors
+    python -m experiments.transductive_heads --bank FILE --train-bank FILE --shots 5
+
+Every head on the same episodes of one bank, with its difference to the nearest prototype. Unbalanced episodes have as
+many queries, shared out among the classes at random (Dirichlet; Veilleux et al. 2021). A run of mini_imagenet_protonet
+or the like (a Conv4 of color images) is evaluated on miniImageNet's test classes. FILE is as for
+experiments.benchmark_embeddings.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+
+from pml_fewshot import (
+    Conv4,
+    Embedder,
+    EmbeddingBank,
+    EpisodeSpec,
+    EpisodicEvaluator,
+    compare,
+    cosine_classifier,
+    load_bank,
+    load_embedder,
+    load_glyphs,
+    load_mini_imagenet,
+    logistic_regression,
+    nearest_prototype,
+    ridge_regression,
+)
+from pml_fewshot.environment import keep_freed_memory
+from pml_fewshot.evaluation.episodic import EpisodicResult
+from pml_fewshot.evaluation.heads import name_of_head
+from pml_fewshot.evaluation.transductive_heads import alpha_tim, bd_cspn, laplacian_shot, pt_map
+from pml_fewshot.evaluation.tuned_heads import fine_tuning, transductive_fine_tuning
+from pml_fewshot.experiment.command_line import one_line_errors
+
+AnyHead = Callable[..., Tensor]
+INDUCTIVE: tuple[AnyHead, ...] = (
+    nearest_prototype,
+    cosine_classifier,
+    ridge_regression,
+    logistic_regression,
+    fine_tuning,
+)
+TRANSDUCTIVE: tuple[AnyHead, ...] = (bd_cspn, laplacian_shot, transductive_fine_tuning, alpha_tim, pt_map)
+RAW = (pt_map,)  # transforms for itself
+
+
+def banks(
+    bank: Path | None, train_bank: Path | None, embedder: Path | None, data_root: Path | None
+) -> tuple[EmbeddingBank, EmbeddingBank | None]:
+    """The bank to evaluate, and that of the training classes where there is one."""
+    if bank is not None:
+        return load_bank(bank), None if train_bank is None else load_bank(train_bank)
+    torch.manual_seed(0)
+    splits = load_glyphs() if data_root is None else load_mini_imagenet(data_root)
+    network = Embedder(Conv4(in_channels=splits.test.images.shape[1]))
+    if embedder is not None:
+        load_embedder(embedder, network)
+    return network.encode(splits.test), network.encode(splits.train)
+
+
+def timed(
+    head: Callable[..., Tensor], spec: EpisodeSpec, bank: EmbeddingBank, count: int, seed: int
+) -> tuple[EpisodicResult, float]:
+    """A result, and how many episodes a second."""
+    start = time.perf_counter()
+    result = EpisodicEvaluator(spec, count, seed, head=head).evaluate(bank)
+    return result, count / (time.perf_counter() - start)
+
+
+def figures(result: EpisodicResult, base: EpisodicResult) -> str:
+    """Accuracy and difference to the base, of two columns."""
+    against = compare(result, base)
+    difference = "" if result is base else f"{100 * against.difference:+.2f} +- {100 * against.ci95:.2f}"
+    return f"{100 * result.mean:.2f} +- {100 * result.ci95:.2f} | {difference}"
+
+
+def main(
+    bank: Path | None = None,
+    train_bank: Path | None = None,
+    embedder: Path | None = None,
+    data_root: Path | None = None,
+    ways: int = 5,
+    shots: tuple[int, ...] = (1, 5),
+    queries: int = 15,
+    alpha: float = 2.0,
+    num_episodes: int = 1000,
+    seed: int = 0,
+) -> None:
+    """Prints the table.
+
+    Args:
+        bank: embeddings and labels; the built-in letters when not given.
+        train_bank: embeddings of other classes, whose mean is taken away.
+        embedder: weights of the Conv4 that embeds; an untrained one when not given.
+        data_root: where miniImageNet is; the built-in letters when not given.
+        ways: classes in an episode.
+        shots: support items of each class.
+        queries: query items of each class, on average where they are unbalanced.
+        alpha: of the Dirichlet distribution; 2 in the paper, and the larger the nearer to balance.
+        num_episodes: of each size.
+        seed: of the episodes.
+    """
+    keep_freed_memory()
+    raw, training = banks(bank, train_bank, embedder, data_root)
+    ready = (raw if training is None else raw.centered(training.mean())).normalized()
+    print("| shots | head | protocol | balanced | minus prototype | unbalanced | minus prototype | episodes/s |")
+    print("| --- " * 8 + "|")
+    for count in shots:
+        even = EpisodeSpec(ways, count, queries)
+        specs = (even, EpisodeSpec(ways, count, queries, query_balance=alpha))
+        bases = [timed(nearest_prototype, spec, ready, num_episodes, seed) for spec in specs]
+        for head in (*INDUCTIVE, *TRANSDUCTIVE):
+            own = raw if head in RAW else ready
+            results = bases
+            if head is not nearest_prototype:
+                results = [timed(head, spec, own, num_episodes, seed) for spec in specs]
+            cells = [figures(result, base) for (result, _), (base, _) in zip(results, bases, strict=True)]
+            protocol = "transductive" if getattr(head, "transductive", False) else "inductive"
+            protocol = f"{protocol}, {queries} queries a class or Dirichlet({alpha:g})"
+            speed = 2 / sum(1 / each for _, each in results)
+            print(f"| {count} | {name_of_head(head)} | {protocol} | {' | '.join(cells)} | {speed:,.0f} |", flush=True)
+    rows = "length 1" if training is None else "minus the mean of the training classes, length 1"
+    print(f"\n{ways}-way, {num_episodes:,} episodes, seed {seed}; %, 95 % intervals; paired differences")
+    print(f"embeddings: {rows}; of pt_map as they are, which transforms them itself")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        tyro.cli(main)

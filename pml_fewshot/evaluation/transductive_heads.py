@@ -1,0 +1,394 @@
+"""Transductive heads: the queries of an episode inform each other, for all episodes of a chunk at once.
+
+Each maps support (E, W, K, D) and query (E, N, D) to logits (E, N, W), with all N queries of an episode seen together.
+PT-MAP takes for granted that every class has equally many queries, and TIM favors it; they lose where it is not so.
+
+Inside, what is of each class and item is (E, W, N): a softmax over the axis before the last is 18 times as fast as
+over the last.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pml_fewshot.checks import UsageError, check_at_least_one, check_choice
+from pml_fewshot.embedders.modes import in_float32
+from pml_fewshot.evaluation.heads import Scores, fitted_by, transductive
+from pml_fewshot.evaluation.support import Support
+from pml_fewshot.evaluation.tuned_heads import (
+    LOGITS,
+    Similarity,
+    check_above_zero,
+    check_tuning,
+    information_slope,
+    tuned_with_queries,
+)
+
+LEAST = 1e-12  # of a length that is divided by
+
+
+def fit_bd_cspn(support: Support, *, scale: float = 10.0, top: int | None = None) -> Scores:
+    _check_rectifying(scale, top)
+
+    def scores(query: Tensor) -> Tensor:
+        lengths = torch.linalg.vector_norm(query, dim=2)
+        classes = F.normalize(_rectified(support, query, lengths, scale, top), dim=2)
+        return (classes @ query.mT / lengths.clamp(min=LEAST).unsqueeze(1)).mT
+
+    return scores
+
+
+@transductive
+@fitted_by(fit_bd_cspn)
+@in_float32
+def bd_cspn(support: Tensor, query: Tensor, *, scale: float = 10.0, top: int | None = None) -> Tensor:
+    """Scores by cosine to prototypes that the queries have rectified (Liu, Song and Qin 2020, BD-CSPN).
+
+    The queries are moved so that their mean is the support's, each is given the class of the nearest prototype by
+    cosine, and a class's new prototype is the mean of its support items and these queries, weighted by the softmax,
+    over them, of `scale` times the cosine to the old one. Then the queries as they came are scored. Wants embeddings
+    centered by the training mean and of length 1.
+
+    Args:
+        support: (E, W, K, D)
+        query: (E, N, D)
+        scale: of the cosine; 10 in the code of Veilleux et al. 2021 and of LaplacianShot. easyfsl's setting: 1.
+        top: only so many queries join each class, those with the highest cosine. The paper chooses so; when None all
+            join, as in the public implementations.
+
+    Raises:
+        UsageError: an option that cannot be.
+    """
+    return fit_bd_cspn(Support.of(support), scale=scale, top=top)(query)
+
+
+def _check_rectifying(scale: float, top: int | None) -> None:
+    check_above_zero(scale=scale)
+    if top is not None:
+        check_at_least_one("top", top)
+
+
+def _rectified(support: Support, query: Tensor, lengths: Tensor, scale: float, top: int | None) -> Tensor:
+    """Prototypes (E, W, D), see `bd_cspn`; `lengths` (E, N) of the queries.
+
+    The moved queries q + shift are never made: what is wanted of them follows from products of the queries with the
+    prototypes and with the shift, and each pass over the queries, of 640 dimensions, costs as much as all the rest.
+    """
+    items, prototypes, ways = support.items, support.prototypes, len(support.sizes)
+    shift = items.mean(dim=1, keepdim=True) - query.mean(dim=1, keepdim=True)
+    directions = F.normalize(prototypes, dim=2)
+    products = torch.cat([directions, shift], dim=1) @ query.mT
+    along, shifted = products[:, :ways], products[:, ways:]
+    squares = lengths.square().unsqueeze(1) + 2 * shifted + shift.square().sum(dim=2, keepdim=True)
+    cosines = (along + directions @ shift.mT) / squares.clamp(min=LEAST**2).sqrt()  # (E, W, N)
+    theirs = cosines == cosines.amax(dim=1, keepdim=True)  # of all classes that tie; argmax takes 10 times as long
+    if top is not None and top < query.shape[1]:
+        sure = cosines.masked_fill(~theirs, -torch.inf)
+        theirs &= sure >= sure.topk(top, dim=2).values[:, :, -1:]
+    own = F.one_hot(support.labels, ways).T.bool()  # (W, S)
+    to_items = F.normalize(items, dim=2) @ directions.mT
+    # a cosine of at most 1 less 1: no overflow whatever the scale, and every class has its support
+    to_items = (scale * (to_items.mT - 1)).masked_fill(~own, -torch.inf)
+    to_queries = (scale * (cosines - 1)).masked_fill(~theirs, -torch.inf)
+    shares = torch.cat([to_items, to_queries], dim=2).softmax(dim=2)
+    of_items, of_queries = shares.split([items.shape[1], query.shape[1]], dim=2)
+    return of_items @ items + of_queries @ query + of_queries.sum(dim=2, keepdim=True) * shift
+
+
+def fit_laplacian_shot(
+    support: Support,
+    *,
+    neighbors: int = 2,
+    smoothness: float = 0.7,
+    steps: int = 20,
+    rectify: bool = True,
+    scale: float = 10.0,
+) -> Scores:
+    check_at_least_one("neighbors", neighbors)
+    check_at_least_one("steps", steps)
+    check_above_zero(smoothness=smoothness)
+    _check_rectifying(scale, None)
+
+    def scores(query: Tensor) -> Tensor:
+        if neighbors >= (count := query.shape[1]):
+            do = "lower neighbors, or ask about more queries at once"
+            raise UsageError(f"expected more than {neighbors} queries, as neighbors says, got {count}; {do}")
+        lengths = torch.linalg.vector_norm(query, dim=2)
+        classes = _rectified(support, query, lengths, scale, None) if rectify else support.prototypes
+        # -|q - w|^2 but for |q|^2, which is the same for all classes
+        own = torch.baddbmm(classes.square().sum(dim=2, keepdim=True), classes, query.mT, beta=-1, alpha=2)
+        near = _nearest(query, lengths, neighbors)
+        logits = own
+        for _ in range(steps):
+            logits = torch.baddbmm(own, logits.softmax(dim=1), near, alpha=smoothness)
+        return logits.mT
+
+    return scores
+
+
+def _nearest(query: Tensor, lengths: Tensor, count: int) -> Tensor:
+    """(E, N, N) whether the row is among the `count` nearest other queries of the column; all that tie at the end."""
+    # 2 qr - |r|^2, which orders the rows r of a column q as their distances do
+    close = torch.baddbmm(lengths.square().unsqueeze(2), query, query.mT, beta=-1, alpha=2)
+    close.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    left = close
+    for _ in range(count - 1):  # topk takes 20 times as long for the two nearest of 75
+        left = left.masked_fill(left == left.amax(dim=1, keepdim=True), -torch.inf)
+    return (close >= left.amax(dim=1, keepdim=True)).to(query)
+
+
+@transductive
+@fitted_by(fit_laplacian_shot)
+@in_float32
+def laplacian_shot(
+    support: Tensor,
+    query: Tensor,
+    *,
+    neighbors: int = 2,
+    smoothness: float = 0.7,
+    steps: int = 20,
+    rectify: bool = True,
+    scale: float = 10.0,
+) -> Tensor:
+    """Scores by squared distance to prototypes and by what near queries are (Ziko et al. 2020, LaplacianShot).
+
+    Minimizes, over the queries' assignments to classes, their cost (the squared distance) minus `smoothness` times the
+    agreement with the nearest other queries, by the bound updates of the paper (equation 12): logits are minus the cost
+    plus `smoothness` times the sum of the neighbors' last shares, and the next shares are their softmax. Wants
+    embeddings centered by the training mean and of length 1.
+
+    Args:
+        support: (E, W, K, D)
+        query: (E, N, D)
+        neighbors: nearest other queries. The authors' code takes `knn` = 3, and counts the query itself among them, so
+            two others; easyfsl does the same.
+        smoothness: the paper's lambda, which it tunes on validation classes: for a ResNet on balanced miniImageNet
+            Veilleux et al. 2021 give 0.7 for one shot and 0.3 for five. easyfsl's setting is 0.7.
+        steps: updates, all of which are done; the authors' code stops before 20 where the bound stays the same.
+        rectify: start from the prototypes of `bd_cspn`; that paper's `proto_rect`.
+        scale: that of `bd_cspn`, where easyfsl has 1. The authors weight a query by a softmax over the classes instead.
+
+    Raises:
+        UsageError: an option that cannot be; no more queries than neighbors.
+    """
+    fit = fit_laplacian_shot(
+        Support.of(support), neighbors=neighbors, smoothness=smoothness, steps=steps, rectify=rectify, scale=scale
+    )
+    return fit(query)
+
+
+def fit_alpha_tim(
+    support: Support,
+    *,
+    alpha: float | None = None,
+    support_weight: float = 1.0,
+    marginal_weight: float = 1.0,
+    conditional_weight: float = 1.0,
+    similarity: Similarity = "squared",
+    temperature: float = 15.0,
+    steps: int = 1000,
+    learning_rate: float = 1e-4,
+) -> Scores:
+    check_choice("similarity", similarity, tuple(LOGITS))
+    check_tuning(temperature, steps, learning_rate)
+    weights = {"support_weight": support_weight, "marginal_weight": marginal_weight}
+    for name, weight in {**weights, "conditional_weight": conditional_weight}.items():
+        if not 0 <= weight < math.inf:
+            raise UsageError(f"expected {name} of at least 0 and finite, got {weight}; choose another")
+    if alpha is None:
+        shots = sum(support.sizes) / len(support.sizes)
+        alpha = 2.0 if shots == 1 else 7.0 if shots >= 5 else 5.0
+    check_above_zero(alpha=alpha)
+    ways = len(support.sizes)
+    slope = information_slope(support.labels, ways, support_weight, marginal_weight, conditional_weight, alpha)
+    return tuned_with_queries(support, slope, similarity, temperature, steps, learning_rate)
+
+
+@transductive
+@fitted_by(fit_alpha_tim)
+@in_float32
+def alpha_tim(
+    support: Tensor,
+    query: Tensor,
+    *,
+    alpha: float | None = None,
+    support_weight: float = 1.0,
+    marginal_weight: float = 1.0,
+    conditional_weight: float = 1.0,
+    similarity: Similarity = "squared",
+    temperature: float = 15.0,
+    steps: int = 1000,
+    learning_rate: float = 1e-4,
+) -> Tensor:
+    """Fine-tuning by the mutual information of queries and classes (Veilleux et al. 2021; TIM, Boudiaf et al. 2020).
+
+    Adam minimizes the support's cross-entropy, plus the mean entropy of the queries' predictions, minus the entropy of
+    their mean; each times its weight. The entropies are Tsallis's of order alpha, (1 - sum p^alpha) / (alpha - 1): the
+    larger alpha, the less it costs that classes have unequal numbers of queries. alpha=1 is Shannon's, and so TIM,
+    which favors equal numbers; its authors' setting is alpha=1, support_weight=0.1, conditional_weight=0.1. Wants
+    embeddings of length 1.
+
+    Args:
+        support: (E, W, K, D)
+        query: (E, N, D)
+        alpha: order of both entropies; the cross-entropy is Shannon's. When None that of the authors' code: 2 for one
+            shot, 7 for five or more, 5 between.
+        support_weight: of the cross-entropy.
+        marginal_weight: of the entropy of the mean prediction.
+        conditional_weight: of the mean entropy.
+        similarity: "squared", minus half the squared Euclidean distance as in the papers, "cosine" or "euclidean".
+        temperature: times the similarity; both papers'.
+        steps: of Adam; those of Veilleux et al., for TIM too (its own code sets 150 and its experiments' scripts 1000).
+        learning_rate: of Adam; both papers'. easyfsl's setting of TIM: alpha=1, conditional_weight=0.1,
+            similarity="cosine", temperature=10, steps=50.
+
+    Raises:
+        UsageError: an option that cannot be.
+    """
+    fit = fit_alpha_tim(
+        Support.of(support),
+        alpha=alpha,
+        support_weight=support_weight,
+        marginal_weight=marginal_weight,
+        conditional_weight=conditional_weight,
+        similarity=similarity,
+        temperature=temperature,
+        steps=steps,
+        learning_rate=learning_rate,
+    )
+    return fit(query)
+
+
+def fit_pt_map(
+    support: Support,
+    *,
+    power: float | None = 0.5,
+    center: bool = True,
+    sharpness: float = 10.0,
+    steps: int = 20,
+    learning_rate: float = 0.2,
+    iterations: int = 100,
+) -> Scores:
+    check_at_least_one("steps", steps)
+    check_at_least_one("iterations", iterations)
+    check_above_zero(sharpness=sharpness, learning_rate=learning_rate)
+    if power is not None:
+        check_above_zero(power=power)
+
+    def scores(query: Tensor) -> Tensor:
+        if query.shape[1] == 1:
+            do = "ask about several at once, or use another head"
+            raise UsageError(f"expected several queries, which PT-MAP shares out among the classes, got one; {do}")
+        items, query = _transformed(support.items, power, center), _transformed(query, power, center)
+        ways, one = len(support.sizes), len(items)
+        is_class = F.one_hot(support.labels, ways).T.to(items).expand(one, -1, -1)
+        sizes = is_class.sum(dim=2, keepdim=True) + query.shape[1] / ways  # of a class, its queries included
+        sums = is_class @ items
+        classes, columns = support.means(items), query.mT.contiguous()
+        potential = classes.new_zeros(one, ways, 1)
+        for step in range(steps + 1):
+            # -|q - w|^2 but for |q|^2: what is the same for all classes changes no plan
+            squares = classes.square().sum(dim=2, keepdim=True)
+            gain = torch.baddbmm(squares, classes, columns, beta=-sharpness, alpha=2 * sharpness)
+            log_plan, potential = _shared_out(gain, potential, iterations)
+            if step < steps:
+                classes = classes.lerp((sums + log_plan.exp() @ query) / sizes, learning_rate)
+        return log_plan.mT
+
+    return scores
+
+
+def _transformed(items: Tensor, power: float | None, center: bool) -> Tensor:
+    """Powers, as roots with the sign kept; then length 1, minus the mean of the rows, length 1."""
+    if power is not None:
+        items = items.sign() * (items.abs() + 1e-6).pow(power)
+    if center:
+        items = F.normalize(items, dim=2)
+        items = F.normalize(items - items.mean(dim=1, keepdim=True), dim=2)
+    return items
+
+
+def _shared_out(gain: Tensor, potential: Tensor, iterations: int, tolerance: float = 1e-4) -> tuple[Tensor, Tensor]:
+    """The logarithm of the plan (E, W, N) that gives each query a sum of 1 and each class N / W, near exp(gain).
+
+    That of Sinkhorn's iterations, by the potentials of the classes alone (E, W, 1), in the log domain: so nothing
+    underflows wherever a query lies, and the potentials of a similar problem are a good start. One of Sinkhorn's
+    iterations, then Newton steps on the convex dual, of which 2 to 14 do what Sinkhorn needs 10 to 1,000 for, the more
+    the surer the plan. A step whose largest difference between two classes is t is shortened to log(1 + t) / t of it,
+    and so never raises the dual (as its third derivative is at most t times its second; Sun and Tran-Dinh 2019).
+    """
+    ways, share = gain.shape[1], gain.shape[2] / gain.shape[1]
+    gain = gain - gain.amax(dim=1, keepdim=True)  # what is large for all classes would only be rounded more coarsely
+    potential = potential + math.log(share) - (gain + potential).log_softmax(dim=1).logsumexp(dim=2, keepdim=True)
+    level = gain.new_full((ways, ways), share / ways)  # the dual is flat where all potentials change alike
+    level.diagonal().add_(share * 10 * torch.finfo(gain.dtype).eps)
+    left, own, part = torch.arange(len(gain), device=gain.device), gain, potential.clone()  # what is not done
+    for _ in range(iterations):
+        plan = (own + part).softmax(dim=1)
+        sums = plan.sum(dim=2, keepdim=True)
+        missing = share - sums
+        # an episode that is done stays as it is, so that none depends on which others share its chunk
+        moving = missing.abs().amax(dim=1, keepdim=True) > tolerance * share
+        hessian = torch.diag_embed(sums.squeeze(2)) - plan @ plan.mT + level
+        step = torch.linalg.solve_ex(hessian, missing)[0]
+        spread = (step.amax(dim=1, keepdim=True) - step.amin(dim=1, keepdim=True)).clamp_(min=LEAST)
+        part = part + step * (spread.log1p() / spread) * moving
+        count = int(moving.sum())
+        if count <= len(left) // 2:
+            potential[left] = part
+            if not count:
+                break
+            kept = moving.flatten()
+            left, own, part = left[kept], own[kept], part[kept]
+    potential[left] = part
+    return (gain + potential).log_softmax(dim=1), potential
+
+
+@transductive
+@fitted_by(fit_pt_map)
+@in_float32
+def pt_map(
+    support: Tensor,
+    query: Tensor,
+    *,
+    power: float | None = 0.5,
+    center: bool = True,
+    sharpness: float = 10.0,
+    steps: int = 20,
+    learning_rate: float = 0.2,
+    iterations: int = 100,
+) -> Tensor:
+    """Scores by an optimal transport of the queries to the classes (Hu, Gripon and Pateux 2021, PT-MAP).
+
+    Features are transformed first (power, length 1, minus the mean of the support or of the queries, length 1). Then,
+    again and again, the queries are shared out among the classes at equal numbers, at a cost of squared distances and
+    with an entropy (the plan that Sinkhorn's iterations find), and the classes' centers move towards the means of what
+    is theirs. **It takes for granted that every class has equally many queries**, and loses where that is not so. Wants
+    raw embeddings, best those that end in a ReLU.
+
+    Args:
+        support: (E, W, K, D)
+        query: (E, N, D)
+        power: of (x + 1e-6); for negative x with the sign kept, where the paper has none. None leaves features as they
+            are.
+        center: scale and center, as the authors' code (its QR reduction changes no distance). easyfsl does neither.
+        sharpness: the paper's lambda, times the squared distances.
+        steps: moves of the centers; easyfsl has 10.
+        learning_rate: the paper's alpha, how far they move towards the means.
+        iterations: for each plan at most; an episode is done where each class is within 1e-4 of its share.
+
+    Raises:
+        UsageError: an option that cannot be; one query, which would be shared out equally.
+    """
+    fit = fit_pt_map(
+        Support.of(support),
+        power=power,
+        center=center,
+        sharpness=sharpness,
+        steps=steps,
+        learning_rate=learning_rate,
+        iterations=iterations,
+    )
+    return fit(query)
