@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sklearn.metrics import roc_auc_score
@@ -110,7 +110,8 @@ class LeaveOneOut:
         if self.shots:
             lines += ["", "with this many examples of each class (all classes, 95 % intervals):"]
             for each in self.shots:
-                spec, chance = each.spec, f"{each.spec.ways}-way, {len(each.per_episode)} draws"
+                spec: Any = each.spec
+                chance = f"{spec.ways}-way, {len(each.per_episode)} draws"
                 lines.append(f"  {spec.shots:3}  {100 * each.mean:5.1f} +- {100 * each.ci95:.1f} %  ({chance})")
         if len(self.others):
             by_similarity, by_softmax = self.rejections

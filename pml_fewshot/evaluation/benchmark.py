@@ -11,13 +11,14 @@ from pml_fewshot.checks import UsageError, UsageTypeError, check_choice
 from pml_fewshot.data.dataset import FewShotDataset, Splits, joined_notes
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.embedders.modes import evaluating
-from pml_fewshot.evaluation.episodic import Classify, EpisodicEvaluator, Method, embed, modules_of
+from pml_fewshot.evaluation.episodic import Classify, EpisodicEvaluator, Method, Spec, embed, modules_of
 from pml_fewshot.evaluation.fixed_support import evaluate_fixed
 from pml_fewshot.evaluation.gallery import Gallery
 from pml_fewshot.evaluation.heads import Head
 from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.evaluation.table import ResultTable, RowContext
 from pml_fewshot.sampling.episodes import EpisodeSpec
+from pml_fewshot.sampling.variable_episodes import VariableEpisodeSpec
 
 SPECS = (EpisodeSpec(ways=5, shots=1, queries=15), EpisodeSpec(ways=5, shots=5, queries=15))  # what papers report
 
@@ -25,7 +26,7 @@ SPECS = (EpisodeSpec(ways=5, shots=1, queries=15), EpisodeSpec(ways=5, shots=5, 
 def benchmark(
     methods: Method | Mapping[str, Method | Sequence[Method]],
     data: Splits | FewShotDataset | None = None,
-    specs: Sequence[EpisodeSpec] = SPECS,
+    specs: Sequence[Spec] = SPECS,
     retrieval: RetrievalTester | type[RetrievalTester] | None = RetrievalTester,
     num_episodes: int = 10_000,
     seed: int = 0,
@@ -67,7 +68,7 @@ def benchmark(
         raise UsageTypeError("expected methods to evaluate, got None; give an Embedder, a trainer or a bank")
     if not methods:
         raise UsageError("expected at least one method, got none; name what to evaluate")
-    if isinstance(specs, EpisodeSpec):
+    if isinstance(specs, EpisodeSpec | VariableEpisodeSpec):
         specs = (specs,)
     dataset: Any = data
     name_of_split = ""

@@ -6,7 +6,7 @@ Letters: E episodes, W ways, K shots, Q queries a class, N = W*Q, M items in the
 import inspect
 import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,10 +20,20 @@ from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one, c
 from pml_fewshot.data.dataset import FewShotDataset, as_floats
 from pml_fewshot.embedders.bank import ClassName, EmbeddingBank, names_of
 from pml_fewshot.embedders.embedder import encode, is_embedder
-from pml_fewshot.embedders.modes import evaluating
-from pml_fewshot.evaluation.heads import Head, name_of_head, nearest_prototype
+from pml_fewshot.embedders.modes import evaluating, widened
+from pml_fewshot.evaluation.heads import (
+    Head,
+    Scores,
+    is_transductive,
+    name_of_head,
+    nearest_prototype,
+    takes_distance,
+    unwrapped,
+)
 from pml_fewshot.evaluation.linear_heads import cosine_classifier, logistic_regression, ridge_regression
+from pml_fewshot.evaluation.support import Support
 from pml_fewshot.sampling.episodes import EpisodeIndex, EpisodeSampler, EpisodeSpec
+from pml_fewshot.sampling.variable_episodes import VariableEpisodes, VariableEpisodeSampler, VariableEpisodeSpec
 
 CPU_CHUNK = 2**20  # floats gathered at a time by default: 4 MiB stay in the cache while they are scored
 IGNORE_DISTANCE = (cosine_classifier, ridge_regression, logistic_regression)  # though they are called with one
@@ -47,6 +57,7 @@ class FewShotMethod(Protocol):
 
 Method = FewShotMethod | EmbeddingBank | nn.Module  # a trainer; embeddings; or an embedder, wrapped or not
 Labeled = FewShotDataset | EmbeddingBank
+Spec = EpisodeSpec | VariableEpisodeSpec
 Classify = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -57,18 +68,20 @@ class EpisodicResult:
     `ci95` is half the width of the mean's 95 % interval, 1.96 standard errors over the episodes; `per_episode` (E,) is
     on the CPU, for paired comparisons; results with equal `episodes_hash` are on the same episodes. Where it was asked
     for, `confusion` (C, C) counts how many queries of each class (row) were taken for each (column) of `classes`, C
-    names (labels where there are no names), over all episodes. `classifier` says what classified: head and distance.
+    names (labels where there are no names), over all episodes. `classifier` says what classified, head and distance;
+    `transductive`, whether the queries of an episode informed each other.
     """
 
     mean: float
     ci95: float
     per_episode: Tensor
-    spec: EpisodeSpec
+    spec: Spec
     seed: int
     episodes_hash: str
     classifier: str = ""
     classes: tuple[ClassName, ...] = ()
     confusion: Tensor | None = None
+    transductive: bool = False
 
     def per_class(self) -> dict[ClassName, float]:
         """The accuracy on each class's queries, by class name (label where there is none); NaN where none came."""
@@ -86,7 +99,7 @@ class EpisodicEvaluator:
     """Evaluates on a fixed list of episodes: the same seed gives the same episodes on every machine and device.
 
     Args:
-        spec: size of the episodes.
+        spec: size of the episodes. Those of a VariableEpisodeSpec are scored one by one, by a head with a `fit`.
         num_episodes: with 600 the interval is wider than the difference of most methods (0.2 points at 98.9 %).
         seed: of the episodes.
         chunk: episodes scored at a time, one chunk after the other. When None, as many as fill a CPU's cache (in each
@@ -97,7 +110,7 @@ class EpisodicEvaluator:
             in several threads at once, so they must not keep anything between calls.
     """
 
-    spec: EpisodeSpec
+    spec: Spec
     num_episodes: int = 10_000
     seed: int = 0
     chunk: int | None = None
@@ -113,7 +126,7 @@ class EpisodicEvaluator:
 
     def check(self, dataset: Labeled) -> None:
         """Raises the UsageError that `evaluate` would, when the set has too few classes or items for the spec."""
-        EpisodeSampler(dataset.labels, self.spec, torch.Generator(), dataset.class_names)
+        self._sampler(dataset.labels, dataset.class_names)
 
     def evaluate(
         self, trainer: Method, dataset: Labeled | None = None, bank: Tensor | None = None, confusion: bool = False
@@ -131,17 +144,25 @@ class EpisodicEvaluator:
             UsageError: the set has too few classes or items for the spec, or the bank or the logits hold NaN.
         """
         with evaluating(*modules_of(trainer)):
+            if confusion and not isinstance(self.spec, EpisodeSpec):
+                got = str(self.spec)
+                raise UsageError(f"expected episodes of one size for a confusion matrix, got {got}; use an EpisodeSpec")
             labeled, bank = embed(trainer, dataset, bank)
             labels = labeled.labels.cpu()
             if len(bank) != len(labels):
                 raise UsageError(f"expected a bank of {len(labels)} items, got {len(bank)}; encode this very data set")
             check_finite(bank, "bank")
             with one_thread_each():
-                generator = torch.Generator().manual_seed(self.seed)
-                sampler = EpisodeSampler(labels, self.spec, generator, labeled.class_names)
-                drawn = sampler.sample(self.num_episodes)
+                drawn = self._sampler(labels, labeled.class_names).sample(self.num_episodes)
             classifier = Classifier.of(trainer, self.head)
-            per_episode, predicted = self._score(classifier, bank, drawn.to(bank.device), confusion)
+            classes: tuple[ClassName, ...] = ()
+            counts = None
+            if isinstance(drawn, EpisodeIndex):
+                per_episode, predicted = self._score(classifier, bank, drawn.to(bank.device), confusion)
+                if confusion:
+                    classes, counts = _confusion(labeled, drawn, predicted)
+            else:
+                per_episode = self._score_variable(trainer, bank, drawn, classifier.divergence_hint)
         return EpisodicResult(
             per_episode.mean().item(),
             (1.96 * per_episode.std() / len(per_episode) ** 0.5).item(),
@@ -150,32 +171,42 @@ class EpisodicEvaluator:
             self.seed,
             drawn.hash(labeled.fingerprint()),
             classifier.name,
-            *(_confusion(labeled, drawn, predicted) if confusion else ()),
+            classes,
+            counts,
+            classifier.transductive,
         )
+
+    def _sampler(self, labels: Tensor, names: Sequence[str]) -> EpisodeSampler | VariableEpisodeSampler:
+        generator = torch.Generator().manual_seed(self.seed)
+        if isinstance(self.spec, EpisodeSpec):
+            return EpisodeSampler(labels, self.spec, generator, names)
+        return VariableEpisodeSampler(labels, self.spec, generator, names)
 
     def _score(
         self, classifier: "Classifier", bank: Tensor, episodes: EpisodeIndex, predictions: bool
     ) -> tuple[Tensor, Tensor]:
         """The accuracies (E,), and where they are wanted the predicted ways (E, N), else (E, 0); on the CPU."""
-        true_way = torch.arange(self.spec.ways, device=bank.device).repeat_interleave(self.spec.queries)
+        ways, queries = episodes.query.shape[1:]
+        true_ways = episodes.true_ways.expand(len(episodes), -1)
         # one tensor, for small ones left between a chunk's large blocks would make the process grow by gigabytes
         accuracies = torch.empty(len(episodes), dtype=torch.float64, device=bank.device)
-        predicted = torch.empty(len(episodes), len(true_way) * predictions, dtype=torch.int64, device=bank.device)
-        chunk = self.chunk or self._default_chunk(bank)
+        predicted = torch.empty(len(episodes), ways * queries * predictions, dtype=torch.int64, device=bank.device)
+        chunk = self.chunk or self._default_chunk(bank, ways * (episodes.support.shape[2] + queries))
 
         @torch.no_grad()  # which, as all modes, belongs to a thread
         def score(start: int) -> None:
             part = episodes[start : start + chunk]
             logits = classifier.classify(_gather(bank, part.support), _gather(bank, part.query).flatten(1, 2))
-            wanted, got = (len(part), len(true_way), self.spec.ways), tuple(logits.shape)
+            wanted, got = (len(part), ways * queries, ways), tuple(logits.shape)
             if got != wanted:
                 raise UsageError(f"expected logits (E, N, W) of shape {wanted}, got {got}; return one a query and way")
-            ways = logits.argmax(dim=2)
+            own = logits.argmax(dim=2)
             # argmax over NaN would be an accuracy of 1 / ways; kept on the device, so that nothing waits for a copy
             finite = torch.isfinite(logits.sum(dim=(1, 2), dtype=torch.float64))
-            accuracies[start : start + chunk] = (ways == true_way).double().mean(dim=1).where(finite, torch.nan)
+            right = (own == true_ways[start : start + chunk]).double().mean(dim=1)
+            accuracies[start : start + chunk] = right.where(finite, torch.nan)
             if predictions:
-                predicted[start : start + chunk] = ways
+                predicted[start : start + chunk] = own
 
         in_threads = classifier.thread_safe and bank.ndim == 2 and bank.device.type == "cpu" and self.chunk is None
         threads = torch.get_num_threads() if in_threads else 1
@@ -187,13 +218,38 @@ class EpisodicEvaluator:
         check_finite(accuracies, "logits of each episode", classifier.divergence_hint)
         return accuracies, predicted.cpu()
 
-    def _default_chunk(self, bank: Tensor) -> int:
+    def _score_variable(self, method: Any, bank: Tensor, episodes: VariableEpisodes, hint: str) -> Tensor:
+        """The accuracies (E,), one episode after the other in each thread."""
+        fit, distance = _fit_of(method, self.head)
+        accuracies = torch.empty(len(episodes), dtype=torch.float64, device=bank.device)
+
+        @torch.no_grad()
+        def score(number: int) -> None:
+            episode = episodes.episodes[number]
+            items, query = (
+                widened(_gather(bank, index.to(bank.device).flatten())).unsqueeze(0)
+                for index in (episode.support, episode.query)
+            )
+            logits = fit(Support(items, episode.sizes), **distance)(query)
+            ways, queries = episode.query.shape
+            true_way = torch.arange(ways, device=bank.device).repeat_interleave(queries)
+            right = (logits[0].argmax(dim=1) == true_way).double().mean()
+            accuracies[number] = right.where(torch.isfinite(logits).all(), torch.nan)
+
+        threads = 1 if bank.is_cuda else torch.get_num_threads()
+        with ThreadPoolExecutor(threads) as pool, one_thread_each():
+            list(pool.map(score, range(len(episodes))))
+        accuracies = accuracies.cpu()
+        check_finite(accuracies, "logits of each episode", hint)
+        return accuracies
+
+    def _default_chunk(self, bank: Tensor, items: int) -> int:
         floats = CPU_CHUNK
         if bank.is_cuda:
             unused = torch.cuda.memory_reserved(bank.device) - torch.cuda.memory_allocated(bank.device)  # held by torch
             free = torch.cuda.mem_get_info(bank.device)[0] + unused
             floats = int(free * SHARE_OF_FREE_MEMORY) // max(4, bank.element_size())
-        return max(1, floats // (self.spec.ways * (self.spec.shots + self.spec.queries) * bank[0].numel()))
+        return max(1, floats // (items * bank[0].numel()))
 
 
 def adaptation_curve(
@@ -261,6 +317,7 @@ class Classifier:
     thread_safe: bool
     name: str
     divergence_hint: str
+    transductive: bool
 
     @classmethod
     def of(cls, method: Any, head: Head | Classify | None) -> "Classifier":
@@ -268,16 +325,34 @@ class Classifier:
         hint = getattr(method, "divergence_hint", "")
         if head is None and not isinstance(method, EmbeddingBank) and not is_embedder(method):
             name = getattr(method, "classifier", type(method).__name__)
-            return cls(method.classify, getattr(method, "thread_safe", False), name, hint)
+            together = getattr(method, "transductive", False)
+            return cls(method.classify, getattr(method, "thread_safe", False), name, hint, together)
         head = nearest_prototype if head is None else head
         function: Any = head
         while isinstance(function, partial):
             function = function.func
-        third = [*inspect.signature(head).parameters.values()][2:3]
-        takes_distance = any(p.kind != p.KEYWORD_ONLY and (p.name == "distance" or p.default is p.empty) for p in third)
-        more = (getattr(method, "distance", None),) if takes_distance else ()
+        more = (getattr(method, "distance", None),) if takes_distance(head) else ()
         name = name_of_head(head, *(more if function not in IGNORE_DISTANCE else ()))
-        return cls(lambda support, query: head(support, query, *more), inspect.isfunction(function), name, hint)
+        safe = inspect.isfunction(function)
+        return cls(lambda support, query: head(support, query, *more), safe, name, hint, is_transductive(head))
+
+
+def _fit_of(method: Any, head: Any) -> tuple[Callable[..., Scores], dict[str, Any]]:
+    """What fits a head to classes of any sizes, with its options, and the distance as it takes it.
+
+    Raises:
+        UsageError: a mere function, or a method's own way, which want as many shots of each class.
+    """
+    if head is None and not isinstance(method, EmbeddingBank) and not is_embedder(method):
+        got = f"{type(method).__name__}'s own way"
+        raise UsageError(f"expected a head for classes of different sizes, got {got}; give head=nearest_prototype")
+    function, options = unwrapped(nearest_prototype if head is None else head)
+    fit = getattr(function, "fit", None)
+    if fit is None:
+        got = f"{name_of_head(function)}, which takes classes of one size"
+        raise UsageError(f"expected a head with a fit, for classes of different sizes, got {got}; see fitted_by")
+    takes = "distance" in inspect.signature(fit).parameters and "distance" not in options
+    return partial(fit, **options), {"distance": getattr(method, "distance", None)} if takes else {}
 
 
 def _gather(bank: Tensor, index: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ and again, and which takes classes of different sizes: that is how FewShotClassi
 linear classifier are in linear_heads.py.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -197,6 +198,17 @@ def unwrapped(head: Any) -> tuple[Any, dict[str, Any]]:
             raise UsageError(f"expected a head's options by name, got {head.args!r}; write partial(head, option=value)")
         head, options = head.func, {**head.keywords, **options}
     return head, options
+
+
+def is_transductive(head: Any) -> bool:
+    """Whether a head is marked so, or is a partial of one that is."""
+    return getattr(unwrapped(head)[0], "transductive", False)
+
+
+def takes_distance(head: Any) -> bool:
+    """Whether a head's third argument is the distance to compare by."""
+    third = [*inspect.signature(head).parameters.values()][2:3]
+    return any(p.kind != p.KEYWORD_ONLY and (p.name == "distance" or p.default is p.empty) for p in third)
 
 
 def name_of_head(head: object, distance: BaseDistance | None = None) -> str:

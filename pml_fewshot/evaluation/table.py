@@ -18,10 +18,12 @@ from pml_fewshot.evaluation.retrieval import RetrievalResult
 from pml_fewshot.evaluation.statistics import average, average_metric
 from pml_fewshot.evaluation.table_formats import ResultRow, arrange, layout
 from pml_fewshot.io.atomic import atomic_write, write_text
+from pml_fewshot.sampling.episodes import EpisodeSpec
 
 if TYPE_CHECKING:
     import pandas
 
+LATER = ("query_balance",)  # columns that figures of older versions do not have
 STORED = [each for each in fields(ResultRow) if each.name != "values"]  # the columns of figures.csv
 
 
@@ -67,12 +69,13 @@ class ResultTable:
         table = cls()
         try:
             reader = csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8"), newline=""), strict=True)
-            if reader.fieldnames != names:
+            if (present := list(reader.fieldnames or ())) not in (names, [name for name in names if name not in LATER]):
                 raise ValueError(f"columns {reader.fieldnames}, not {names}")
             for cells in reader:
                 if None in cells or None in cells.values():
-                    raise ValueError(f"line {reader.line_num} has not {len(names)} cells")
-                table.rows.append(ResultRow(**{each.name: _parsed(cells[each.name], each.type) for each in STORED}))
+                    raise ValueError(f"line {reader.line_num} has not {len(present)} cells")
+                kinds = {each.name: each.type for each in STORED}
+                table.rows.append(ResultRow(**{name: _parsed(cells[name], kinds[name]) for name in present}))
         except (csv.Error, ValueError) as error:
             raise UsageError(f"expected figures in {path}, got a broken table ({error}); evaluate again") from error
         values = _read_values(path.with_name("values.npz"))
@@ -102,15 +105,16 @@ class ResultTable:
         if len(hashes) > 1:
             raise UsageError(f"expected trainings evaluated on the same episodes, got {hashes}; use one spec and seed")
         value, ci95 = average([result.per_episode for result in trainings])
+        size = asdict(first.spec) if isinstance(first.spec, EpisodeSpec) else {}
         row = ResultRow(
             **context.shared,
-            **asdict(first.spec),
-            figure="accuracy",
+            **size,
+            figure="accuracy" if size else "variable_accuracy",
             value=value,
             ci95=ci95,
             count=len(first.per_episode),
             seed=first.seed,
-            protocol="transductive" if context.transductive else "inductive",
+            protocol="transductive" if context.transductive or first.transductive else "inductive",
             episodes_hash=first.episodes_hash,
             classifier="; ".join(dict.fromkeys(result.classifier for result in trainings)),
             note=context.note,

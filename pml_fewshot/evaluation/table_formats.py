@@ -13,6 +13,7 @@ TITLES = {
     "mean_average_precision_at_r": "MAP@R",
     "mean_average_precision": "MAP",
     "mean_reciprocal_rank": "MRR",
+    "variable_accuracy": "variable ways and shots",
 }
 
 
@@ -23,7 +24,7 @@ class ResultRow:
     Args:
         method, figure: what was evaluated, and accuracy, precision_at_1, ...
         value: mean, a fraction of 1; `ci95` is half its 95 % interval.
-        ways, shots, queries, seed: of the episodes.
+        ways, shots, queries, query_balance, seed: of the episodes; those of variable ways and shots have a seed alone.
         count: episodes, or queries for retrieval, that the mean is over.
         split: which of the classes were evaluated on, test, val or train; empty for a set without splits. `classes` is
             how many they are.
@@ -47,6 +48,7 @@ class ResultRow:
     ways: int | None = None
     shots: int | None = None
     queries: int | None = None
+    query_balance: float | None = None
     count: int
     seed: int | None = None
     split: str = ""
@@ -61,16 +63,30 @@ class ResultRow:
     values: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
+    def of_episodes(self) -> bool:
+        return self.seed is not None
+
+    @property
     def column(self) -> str:
-        return self.figure if self.ways is None else f"{self.ways}way_{self.shots}shot_{self.queries}query"
+        if self.ways is None:
+            return self.figure
+        balance = "" if self.query_balance is None else f"_dirichlet{self.query_balance:g}"
+        return f"{self.ways}way_{self.shots}shot_{self.queries}query{balance}"
+
+    @property
+    def balance(self) -> str:
+        """How the queries divide among the classes, where it matters: to transductive methods always."""
+        if self.query_balance is not None:
+            return f"queries unbalanced (Dirichlet {self.query_balance:g})"
+        return "as many queries of each class" if self.protocol == "transductive" else ""
 
     @property
     def conditions(self) -> str:
         """How the figure came about."""
         seed = "" if self.seed is None else f"seed {self.seed}"
-        what = "queries" if self.ways is None else "episodes"
+        what = "episodes" if self.of_episodes else "queries"
         episodes = self.episodes_hash and f"{what} {self.episodes_hash}"
-        return ", ".join(filter(None, (self.protocol, self.classifier or self.ranking, seed, episodes)))
+        return ", ".join(filter(None, (self.protocol, self.balance, self.classifier or self.ranking, seed, episodes)))
 
 
 Lines = dict[str, dict[str, ResultRow]]  # name of a method on one set of classes -> its figures by column
@@ -86,9 +102,10 @@ def arrange(rows: Sequence[ResultRow]) -> tuple[dict[str, str], Lines]:
         title = TITLES.get(row.figure, row.figure.replace("recall_at_", "recall@"))
         if row.ways is not None:
             title = f"{row.ways}-way {row.shots}-shot" + (f" {row.queries}-query" if several_queries else "")
+            title += "" if row.query_balance is None else f", Dirichlet {row.query_balance:g}"
         columns[row.column] = title
         name = line = _one_line(row.method) + (f" ({row.split})" if several_splits and row.split else "")
-        if row.protocol == "transductive" or (row.ways is None and f"{name} (transductive)" in lines):
+        if row.protocol == "transductive" or (not row.of_episodes and f"{name} (transductive)" in lines):
             name = line = f"{name} (transductive)"
         number = 1
         while row.column in lines.get(line, {}):  # the same figure by another protocol, seed or set: a line of its own
@@ -121,10 +138,12 @@ def _conditions(lines: Lines) -> list[str]:
         classes = f"{rows[0].classes:,} classes"
         own = [f"{rows[0].split}, {classes}" if rows[0].split else classes, *(row.note for row in rows)]
         for row in rows:
-            if row.ways is None:
+            if not row.of_episodes:
                 own.append(f"{row.count:,} queries, {row.protocol}, {row.ranking}")
             else:
-                own.append(f"{row.count:,} episodes of {row.queries} queries a class, seed {row.seed}, {row.protocol}")
+                size = f"of {row.queries} queries a class" if row.ways else "of variable ways and shots"
+                parts = (f"{row.count:,} episodes {size}", f"seed {row.seed}", row.protocol, row.balance)
+                own.append(", ".join(filter(None, parts)))
                 own.append(row.classifier)
         own += [f"means of {rows[0].trained} trainings"] if rows[0].trained > 1 else []
         texts[name] = list(dict.fromkeys(_one_line(text) for text in own if text))

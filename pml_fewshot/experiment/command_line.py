@@ -36,6 +36,8 @@ class EvalSpec:
     """support items of each class"""
     queries: int | None = None
     """query items of each class"""
+    query_balance: float | None = None
+    """alpha of a Dirichlet distribution that divides the queries among the classes; as many of each when None"""
 
     def of(self, specs: tuple[EpisodeSpec, ...]) -> tuple[EpisodeSpec, ...]:
         """The experiment's specs, or the one that was asked for."""

@@ -19,7 +19,7 @@ from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.parts.arguments import check_arguments
 from pml_fewshot.sampling.batch_stream import SamplerFactory
 from pml_fewshot.sampling.batches import BatchSpec
-from pml_fewshot.sampling.episodes import EpisodeSpec
+from pml_fewshot.sampling.episodes import EpisodeSpec, check_balanced
 from pml_fewshot.trainers.base import FewShotTrainer
 from pml_fewshot.training.state import Recorder
 from pml_fewshot.training.step import check_optimizer
@@ -153,6 +153,7 @@ class ExperimentConfig:
         specs = self.eval_specs
         if not isinstance(specs, tuple | list) or not specs or not all(isinstance(s, EpisodeSpec) for s in specs):
             raise UsageError(f"expected eval_specs as a tuple of EpisodeSpec, got {specs!r}; write (EpisodeSpec(...),)")
+        check_balanced(self.train_spec)
         if isinstance(self.train_spec, BatchSpec) and self.episodes_per_batch > 1:
             raise UsageError(f"expected episodes_per_batch=1 for batches, got {self.episodes_per_batch}; leave it out")
         if isinstance(self.train_spec, EpisodeSpec) and self.sampler is not None:

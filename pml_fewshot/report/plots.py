@@ -29,7 +29,7 @@ from pml_fewshot.checks import UsageError, check_choice
 from pml_fewshot.data.dataset import as_floats
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.evaluation.episodic import EpisodicResult
-from pml_fewshot.sampling.episodes import Episode
+from pml_fewshot.sampling.episodes import Episode, EpisodeSpec
 
 Theme = Literal["light", "dark"]
 
@@ -193,8 +193,9 @@ def plot_accuracy_grid(results: Sequence[EpisodicResult], ax: Axes | None = None
         results: of EpisodicEvaluator, one for each pair of ways and shots; a pair may be missing.
         ax: where; new when None. The centers of cells are whole numbers, of columns and of rows.
     """
-    ways, shots = (sorted({getattr(each.spec, name) for each in results}) for name in ("ways", "shots"))
-    cells = {(ways.index(each.spec.ways), shots.index(each.spec.shots)): each for each in results}
+    sized = {each.spec: each for each in results if isinstance(each.spec, EpisodeSpec)}
+    ways, shots = (sorted({getattr(spec, name) for spec in sized}) for name in ("ways", "shots"))
+    cells = {(ways.index(spec.ways), shots.index(spec.shots)): each for spec, each in sized.items()}
     if not results or len(cells) < len(results):
         raise UsageError(f"expected one result for each pair of ways and shots, got {len(results)}; draw them apart")
     grid = np.full((len(ways), len(shots)), np.nan)

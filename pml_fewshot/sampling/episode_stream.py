@@ -9,7 +9,7 @@ import torch
 from pml_fewshot.checks import check_at_least_one
 from pml_fewshot.data.augmentation import Augmentation, as_augmentation, augmented
 from pml_fewshot.data.dataset import FewShotDataset, as_dataset
-from pml_fewshot.sampling.episodes import Episode, EpisodeIndex, EpisodeSampler, EpisodeSpec
+from pml_fewshot.sampling.episodes import Episode, EpisodeIndex, EpisodeSampler, EpisodeSpec, check_balanced
 
 PREFETCH_BATCHES = 64  # drawing 64 60-way episodes costs 25 ms, about what drawing one would
 
@@ -38,6 +38,7 @@ class EpisodeStream:
 
     def __post_init__(self, seed: int) -> None:
         check_at_least_one("episodes_per_batch", self.episodes_per_batch)
+        check_balanced(self.spec)
         self.dataset = as_dataset(self.dataset)
         seeds = torch.randint(2**62, (2,), generator=torch.Generator().manual_seed(int(seed))).tolist()
         generator, self.augmentation_generator = (torch.Generator().manual_seed(each) for each in seeds)

@@ -1,14 +1,17 @@
-"""Episodes: what one is (EpisodeSpec, Episode) and how thousands are drawn at once (EpisodeSampler).
+"""Episodes of one size: what one is (EpisodeSpec, Episode) and how thousands are drawn at once (EpisodeSampler).
 
 Letters in shapes, here and everywhere: E episodes, W ways, K shots, Q queries per class, N = W*Q, M items.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.special import gammaincinv
 from torch import Tensor
 
 from pml_fewshot.checks import UsageError, check_at_least_one
@@ -19,21 +22,41 @@ from pml_fewshot.sampling.class_sampler import ClassSampler
 class EpisodeSpec:
     """The size of an episode: `ways` classes with `shots` support items and `queries` query items each.
 
+    Args:
+        query_balance: None for as many queries of each class. A number alpha draws how the `ways * queries` queries of
+            an episode divide among its classes from a Dirichlet distribution whose parameters are all alpha: 2 as in
+            Veilleux et al. 2021, "Realistic Evaluation of Transductive Few-Shot Learning"; the smaller, the less
+            balanced. `queries` is then the mean of a class. For evaluation alone.
+
     Raises:
-        UsageError: (a ValueError) one of the three is not an integer of at least 1.
+        UsageError: (a ValueError) one of the three is not an integer of at least 1, or alpha no number above 0.
     """
 
     ways: int
     shots: int
     queries: int
+    query_balance: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            check_at_least_one(name, value)
-            object.__setattr__(self, name, int(value))  # numpy's integers are none to JSON
+        for name in ("ways", "shots", "queries"):
+            check_at_least_one(name, getattr(self, name))
+            object.__setattr__(self, name, int(getattr(self, name)))  # numpy's integers are none to JSON
+        alpha: Any = self.query_balance
+        if alpha is not None:
+            number = isinstance(alpha, int | float | np.number) and not isinstance(alpha, bool)
+            if not (number and 0 < alpha < math.inf):
+                raise UsageError(f"expected query_balance as a number above 0, or None, got {alpha!r}; 2.0 is usual")
+            object.__setattr__(self, "query_balance", float(alpha))
 
     def __str__(self) -> str:
-        return f"{self.ways}-way {self.shots}-shot {self.queries}-query"
+        size = f"{self.ways}-way {self.shots}-shot {self.queries}-query"
+        return size if self.query_balance is None else f"{size} unbalanced (Dirichlet {self.query_balance:g})"
+
+
+def check_balanced(spec: object) -> None:
+    """Raises a UsageError unless a spec of training has as many queries of each class, as labels are implied by it."""
+    if isinstance(spec, EpisodeSpec) and spec.query_balance is not None:
+        raise UsageError(f"expected balanced episodes to train on, got {spec}; leave query_balance to eval_specs")
 
 
 @dataclass(frozen=True)
@@ -65,24 +88,42 @@ class Episode:
 
 @dataclass(frozen=True)
 class EpisodeIndex:
-    """Episodes as indices into a data set: support (E, W, K) and query (E, W, Q), int64."""
+    """Episodes as indices into a data set: support (E, W, K) and query (E, W, Q), int64.
+
+    Of unbalanced episodes the W * Q queries stand in the order of their classes too, and `query_ways` (E, W, Q) is the
+    class of each, from 0 to W - 1; None where each has its Q.
+    """
 
     support: Tensor
     query: Tensor
+    query_ways: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.support)
 
+    @property
+    def parts(self) -> list[Tensor]:
+        every = (self.support, self.query, self.query_ways)
+        return [part for part in every if part is not None]
+
     def __getitem__(self, episodes: slice) -> "EpisodeIndex":
-        return EpisodeIndex(self.support[episodes], self.query[episodes])
+        return EpisodeIndex(*(part[episodes] for part in self.parts))
+
+    @property
+    def true_ways(self) -> Tensor:
+        """The class of each query, from 0 to W - 1: (E, N), or (1, N) where it is the same in all episodes."""
+        if self.query_ways is not None:
+            return self.query_ways.flatten(1)
+        _, ways, queries = self.query.shape
+        return torch.arange(ways, device=self.query.device).repeat_interleave(queries).unsqueeze(0)
 
     def to(self, device: torch.device | str) -> "EpisodeIndex":
-        return EpisodeIndex(self.support.to(device, non_blocking=True), self.query.to(device, non_blocking=True))
+        return EpisodeIndex(*(part.to(device, non_blocking=True) for part in self.parts))
 
     def hash(self, fingerprint: str = "") -> str:
         """16 hex digits of the episodes and their data set's fingerprint: equal for the same items in equal roles."""
         digest = hashlib.blake2b(fingerprint.encode(), digest_size=8)
-        for part in (self.support, self.query):
+        for part in self.parts:
             digest.update(str(tuple(part.shape)).encode())
             digest.update(part.cpu().contiguous().numpy().astype("<i8", copy=False).data)
         return digest.hexdigest()
@@ -102,17 +143,42 @@ class EpisodeSampler:
 
     Raises:
         UsageError: labels that are neither integers nor texts, fewer classes than ways, or a class (named by its label)
-            with fewer items than shots + queries.
+            with fewer items than shots + queries; where the queries are unbalanced, than shots + ways * queries.
     """
 
     def __init__(
         self, labels: Any, spec: EpisodeSpec, generator: torch.Generator, class_names: Sequence[str] = ()
     ) -> None:
         self.spec, self.generator = spec, generator
-        self.classes = ClassSampler(labels, spec.ways, spec.shots + spec.queries, str(spec), class_names)
+        most = spec.queries if spec.query_balance is None else spec.ways * spec.queries  # all of one class
+        self.classes = ClassSampler(labels, spec.ways, spec.shots + most, str(spec), class_names)
 
     def sample(self, num_episodes: int) -> EpisodeIndex:
         """Draws `num_episodes` episodes, each of distinct classes with disjoint support and query."""
         check_at_least_one("num_episodes", num_episodes)
-        index = self.classes.draw(num_episodes, self.generator)
-        return EpisodeIndex(index[..., : self.spec.shots], index[..., self.spec.shots :])
+        spec, generator = self.spec, self.generator
+        index = self.classes.draw(num_episodes, generator)
+        support, query = index[..., : spec.shots], index[..., spec.shots :]
+        if spec.query_balance is None:
+            return EpisodeIndex(support, query)
+        # of each class its first ones, which are those of balanced episodes
+        counts = draw_counts(num_episodes, spec.ways, spec.queries, spec.query_balance, generator).to(index.device)
+        taken = torch.arange(query.shape[2], device=index.device) < counts.unsqueeze(2)  # (E, W, W * Q)
+        ways = torch.arange(spec.ways, device=index.device).unsqueeze(1).expand_as(taken)
+        shape = (num_episodes, spec.ways, spec.queries)
+        return EpisodeIndex(support, query[taken].view(shape), ways[taken].view(shape))
+
+
+def draw_counts(num_episodes: int, ways: int, queries: int, alpha: float, generator: torch.Generator) -> Tensor:
+    """How many of an episode's ways * queries queries are of each class, (E, W), in proportions of a Dirichlet(alpha).
+
+    Numbers are rounded down, and those with the largest remainders up, so that the sum is right.
+    """
+    uniform = torch.rand(num_episodes, ways, generator=generator, device=generator.device, dtype=torch.float64)
+    # Dirichlet variables are the shares of gamma variables, here by the inverse of their distribution
+    gammas = torch.from_numpy(gammaincinv(alpha, uniform.cpu().numpy())).clamp(min=1e-300)
+    exact = ways * queries * gammas / gammas.sum(dim=1, keepdim=True)
+    counts = exact.floor()
+    missing = ways * queries - counts.sum(dim=1, keepdim=True)
+    rank = (exact - counts).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return (counts + (rank < missing)).long()

@@ -13,7 +13,7 @@ from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one, c
 from pml_fewshot.data.dataset import FewShotDataset, Splits
 from pml_fewshot.embedders.embedder import check_rows, encode
 from pml_fewshot.embedders.modes import eval_mode, widened
-from pml_fewshot.evaluation.heads import Head, name_of_head, nearest_prototype
+from pml_fewshot.evaluation.heads import Head, is_transductive, name_of_head, nearest_prototype, takes_distance
 from pml_fewshot.parts.instantiate import Part, instantiate
 from pml_fewshot.sampling.batches import Batch, BatchSpec
 from pml_fewshot.sampling.episodes import EpisodeSpec
@@ -196,7 +196,8 @@ class FewShotTrainer(nn.Module):
 
     def classify(self, support: Tensor, query: Tensor) -> Tensor:
         """Scores queries (E, N, *item) over the classes of support (E, W, K, *item): logits (E, N, W)."""
-        return self.head(*self.in_context(support, query), self.distance)
+        distance = [self.distance] if takes_distance(self.head) else []
+        return self.head(*self.in_context(support, query), *distance)
 
     def exports(self) -> dict[str, nn.Module]:
         """Returns the modules that a run stores in files of their own, by file name."""
@@ -239,7 +240,8 @@ class FewShotTrainer(nn.Module):
     def classifier(self) -> str:
         """What `classify` does, for tables: the head and its distance, or that it is the trainer's own."""
         own = type(self).classify is not FewShotTrainer.classify
-        name = f"{type(self).__name__}'s own" if own else name_of_head(self.head, self.distance)
+        distance = self.distance if takes_distance(self.head) else None
+        name = f"{type(self).__name__}'s own" if own else name_of_head(self.head, distance)
         return name if self.context is None else f"{name} in context of {type(self.context).__name__}"
 
     @property
@@ -255,7 +257,7 @@ class FewShotTrainer(nn.Module):
     @property
     def transductive(self) -> bool:
         """Whether the queries of an episode inform each other, as result tables say."""
-        return False
+        return is_transductive(self.head)
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles hold: all but the last batch's embeddings."""

@@ -269,7 +269,7 @@ def test_what_is_no_table_of_figures_raises(tmp_path: Path):
         (whole.replace(b"method,", b"name,", 1), r"columns \['name', .*, not \['method'"),
         (whole.replace(b"inductive", b"inductiv"), "did you mean 'inductive'"),
         (whole.replace(b",10000,", b",many,"), "many"),
-        (whole.replace(b",10000,", b","), "line 2 has not 18 cells"),
+        (whole.replace(b",10000,", b","), "line 2 has not 19 cells"),
         (whole + b'"', "unexpected end"),
         (whole + b"\xff", "decode byte 0xff"),
     ):
