@@ -20,6 +20,8 @@ from .data.photo_augmentation import ColorJitter as ColorJitter
 from .data.photo_augmentation import RandomHorizontalFlip as RandomHorizontalFlip
 from .data.photo_augmentation import RandomResizedCrop as RandomResizedCrop
 from .distances.earth_movers import EarthMoversDistance as EarthMoversDistance
+from .distances.local_neighbors import LocalNeighborSimilarity as LocalNeighborSimilarity
+from .distances.relation import RelationSimilarity as RelationSimilarity
 from .distances.weighted_l1 import WeightedL1Similarity as WeightedL1Similarity
 from .embedders.bank import EmbeddingBank as EmbeddingBank
 from .embedders.bank import load_bank as load_bank
@@ -29,6 +31,7 @@ from .embedders.embedder import Embedder as Embedder
 from .embedders.image_embedder import ImageEmbedder as ImageEmbedder
 from .embedders.preprocessing import Preprocessing as Preprocessing
 from .embedders.resnet12 import ResNet12 as ResNet12
+from .embedders.set_to_set import SetToSet as SetToSet
 from .embedders.timm_trunk import TimmTrunk as TimmTrunk
 from .embedders.torchvision_trunk import TorchvisionTrunk as TorchvisionTrunk
 from .embedders.transformers_trunk import TransformersTrunk as TransformersTrunk
@@ -52,7 +55,14 @@ from .evaluation.linear_heads import (
 from .evaluation.reconstruction import feature_map_reconstruction as feature_map_reconstruction
 from .evaluation.retrieval import RetrievalTester as RetrievalTester
 from .evaluation.statistics import compare as compare
+from .evaluation.structured import structured_classifier as structured_classifier
 from .evaluation.table import ResultTable as ResultTable
+from .evaluation.transductive_heads import alpha_tim as alpha_tim
+from .evaluation.transductive_heads import bd_cspn as bd_cspn
+from .evaluation.transductive_heads import laplacian_shot as laplacian_shot
+from .evaluation.transductive_heads import pt_map as pt_map
+from .evaluation.tuned_heads import fine_tuning as fine_tuning
+from .evaluation.tuned_heads import transductive_fine_tuning as transductive_fine_tuning
 from .experiment.command_line import main as main
 from .experiment.config import ExperimentConfig as ExperimentConfig
 from .experiment.config import swap as swap
@@ -74,6 +84,7 @@ from .sampling.episode_stream import EpisodeStream as EpisodeStream
 from .sampling.episodes import Episode as Episode
 from .sampling.episodes import EpisodeSampler as EpisodeSampler
 from .sampling.episodes import EpisodeSpec as EpisodeSpec
+from .sampling.variable_episodes import VariableEpisodeSpec as VariableEpisodeSpec
 from .trainers.frn import FRNTrainer as FRNTrainer
 from .trainers.maml.trainer import MAMLTrainer as MAMLTrainer
 from .trainers.matching import MatchingTrainer as MatchingTrainer

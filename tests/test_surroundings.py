@@ -94,6 +94,27 @@ def of_distances(given: Given, folder: Path) -> Any:
     return [distance(given(rows()[:5]), given(rows(3)[:4])) for distance in made]
 
 
+def of_maps(given: Given, folder: Path) -> Any:
+    spread = [given((rows(seed)[:5] - 8) * 8) for seed in (0, 3)]
+    made = [p.EarthMoversDistance(2, "sinkhorn"), p.LocalNeighborSimilarity(2, k=1)]
+    return [distance(*spread) for distance in made]
+
+
+def of_relation(given: Given, folder: Path) -> Any:
+    distance = built(lambda: p.RelationSimilarity(16, channels=4, hidden=3, dim=32)).eval()
+    return distance(given(exact(3, 32)), given(exact(2, 32, seed=1)))
+
+
+def of_context(given: Given, folder: Path) -> Any:
+    context = built(lambda: p.SetToSet(DIMS)).eval()
+    return context(given(exact(2, WAYS, 2, DIMS)).float(), given(exact(2, 3, DIMS, seed=1)).float())
+
+
+def of_variable(given: Given, folder: Path) -> Any:
+    near = p.EmbeddingBank(given(exact(60, DIMS)), LABELS)
+    return p.EpisodicEvaluator(p.VariableEpisodeSpec(2, 4), 20).evaluate(near).per_episode
+
+
 def of_trainer(make: Callable[..., Any]) -> Callable[..., Any]:
     def bank_and_logits(given: Given, folder: Path) -> Any:
         trainer = built(lambda: make(EMBEDDER())).train()
@@ -214,6 +235,16 @@ FIGURES: dict[str, Callable[[Given, Path], Any]] = {
     **{head.__name__: of_head(head) for head in (p.ridge_regression, p.logistic_regression)},
     **{loss.__name__: of_loss(loss) for loss in (p.PrototypicalLoss, p.DenseNTXentLoss, p.DenseTripletMarginLoss)},
     "MatchingLoss": of_loss(partial(p.MatchingLoss, scale=10)),
+    "ReconstructionLoss": of_loss(partial(p.ReconstructionLoss, 2)),
+    "feature_map_reconstruction": of_head(partial(p.feature_map_reconstruction, nodes=2)),
+    **{head.__name__: of_head(head) for head in (p.bd_cspn, p.laplacian_shot, p.pt_map, p.fine_tuning)},
+    **{head.__name__: of_head(partial(head, steps=5)) for head in (p.alpha_tim, p.transductive_fine_tuning)},
+    "structured_classifier": of_head(partial(p.structured_classifier, epochs=2, lr=0.1)),
+    **dict.fromkeys(("EarthMoversDistance", "LocalNeighborSimilarity"), of_maps),
+    "RelationSimilarity": of_relation,
+    "SetToSet": of_context,
+    "FRNTrainer": of_trainer(partial(p.FRNTrainer, loss=partial(p.ReconstructionLoss, 2))),
+    "VariableEpisodeSpec": of_variable,
     "PairVerificationLoss": of_loss(partial(p.PairVerificationLoss, balanced=False)),
     "WeightedL1Similarity": of_distances,
     **{make.__name__: of_trainer(make) for make in (p.ProtoNetTrainer, p.MatchingTrainer, p.SiameseTrainer)},

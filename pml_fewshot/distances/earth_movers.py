@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pml_fewshot.distances.batched import BatchedDistance
+from pml_fewshot.distances.episodic_distance import EpisodicDistance
 from pml_fewshot.distances.nodes import as_maps, check_nodes, in_blocks, unit_nodes
 from pml_fewshot.distances.optimal_transport import EPSILON, Solver, check_solver, transport_value
 from pml_fewshot.embedders.modes import in_float32
@@ -11,7 +11,7 @@ from pml_fewshot.embedders.modes import in_float32
 LEAST_WEIGHT = 1e-3  # of a node that has nothing to do with the other image, as in the authors' code
 
 
-class EarthMoversDistance(BatchedDistance):
+class EarthMoversDistance(EpisodicDistance):
     """Scores two feature maps by the cosines of their nodes under the cheapest matching of one to the other.
 
     A node's mass says how much it has to do with the other image: its dot product with the mean node of the other,

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from pml_fewshot.checks import UsageError, check_at_least_one
-from pml_fewshot.distances.batched import BatchedDistance
+from pml_fewshot.distances.episodic_distance import EpisodicDistance
 from pml_fewshot.distances.nodes import as_maps, check_nodes, in_blocks, unit_nodes
 from pml_fewshot.embedders.modes import in_float32
 
 
-class LocalNeighborSimilarity(BatchedDistance):
+class LocalNeighborSimilarity(EpisodicDistance):
     """Compares embeddings that are feature maps: each node of the query seeks its k nearest nodes in the reference.
 
     The similarity is the sum of the k largest cosines, averaged over the query's nodes: from -k to k. It has nothing to

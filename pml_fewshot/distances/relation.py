@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pml_fewshot.checks import UsageError, check_at_least_one
-from pml_fewshot.distances.batched import BatchedDistance
+from pml_fewshot.distances.episodic_distance import EpisodicDistance
 from pml_fewshot.distances.nodes import as_maps, check_nodes, in_blocks
 from pml_fewshot.embedders.modes import in_float32
 
 
-class RelationSimilarity(BatchedDistance):
+class RelationSimilarity(EpisodicDistance):
     """Scores each pair of embeddings that are feature maps by a small network: a logit, large where both are alike.
 
     The maps of reference and query, joined over the channels, go through two blocks of [3x3 convolution, batch norm,

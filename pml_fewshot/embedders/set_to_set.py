@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError, check_at_least_one
+from pml_fewshot.embedders.modes import in_float32
 
 
 class SetToSet(nn.Module):
@@ -46,6 +47,7 @@ class SetToSet(nn.Module):
             nn.init.normal_(each.weight, std=dim**-0.5)
         nn.init.xavier_normal_(self.fc.weight)
 
+    @in_float32
     def forward(self, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
         if support.ndim != 4 or support.shape[3] != self.dim:
             got = f"shape {tuple(support.shape)}"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pml_fewshot.checks import UsageError, check_at_least_one
-from pml_fewshot.distances.batched import compare_batch
+from pml_fewshot.distances.episodic_distance import compare_batch
 from pml_fewshot.embedders.modes import in_float32
 from pml_fewshot.evaluation.search import Ranking
 from pml_fewshot.evaluation.support import Support

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError, UsageTypeError, as_labels, check_at_least_one, check_choice, check_finite
 from pml_fewshot.data.dataset import FewShotDataset
-from pml_fewshot.distances.batched import BatchedDistance
+from pml_fewshot.distances.episodic_distance import EpisodicDistance
 from pml_fewshot.embedders.bank import ClassName, EmbeddingBank, align, names_of
 from pml_fewshot.embedders.embedder import encode, is_embedder
 from pml_fewshot.evaluation import retrieval_metrics as known
@@ -199,7 +199,7 @@ class RetrievalTester:
     ) -> RetrievalResult:
         """Searches the references, by an index of them where one is asked for, whose recall is then measured too."""
         distance, rerank = self.distance, self.rerank
-        if rerank is None and isinstance(distance, BatchedDistance) and not distance.ranks_all:
+        if rerank is None and isinstance(distance, EpisodicDistance) and not distance.ranks_all:
             distance, rerank = None, distance
         ranking, searched = Ranking.of(distance), references
         if isinstance(references, Gallery):

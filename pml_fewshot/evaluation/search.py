@@ -13,7 +13,7 @@ from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, Do
 from torch import Tensor
 
 from pml_fewshot.checks import check_finite
-from pml_fewshot.distances.batched import BatchedDistance
+from pml_fewshot.distances.episodic_distance import EpisodicDistance
 
 CPU_TILE = 2048  # on a side, 16 MiB: large enough for the matrix product, small enough for a third-level cache
 CUDA_TILE = 16384  # 1 GiB
@@ -101,7 +101,7 @@ class Ranking:
     def __str__(self) -> str:
         if self.distance is None:
             return self.kind + (", normalized" if self.normalize else "")
-        if isinstance(self.distance, BatchedDistance):
+        if isinstance(self.distance, EpisodicDistance):
             return f"{type(self.distance).__name__}({self.distance.extra_repr()})"
         normalized = ", normalized" if self.distance.normalize_embeddings else ""
         return f"{type(self.distance).__name__}(p={self.distance.p}, power={self.distance.power}{normalized})"

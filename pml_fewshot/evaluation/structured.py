@@ -6,7 +6,7 @@ from pytorch_metric_learning.distances import BaseDistance
 from torch import Tensor
 
 from pml_fewshot.checks import UsageError, check_at_least_one
-from pml_fewshot.distances.batched import compare_batch
+from pml_fewshot.distances.episodic_distance import compare_batch
 from pml_fewshot.embedders.modes import in_float32, ordinary_modes
 from pml_fewshot.evaluation.heads import Scores, Similarities, fitted_by
 from pml_fewshot.evaluation.support import Support

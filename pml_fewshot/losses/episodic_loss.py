@@ -16,7 +16,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from pml_fewshot.checks import UsageError, as_labels
-from pml_fewshot.distances.batched import BatchedDistance
+from pml_fewshot.distances.episodic_distance import EpisodicDistance
 from pml_fewshot.embedders.modes import in_float32
 
 
@@ -124,7 +124,7 @@ class EpisodicLoss(BaseMetricLossFunction):
 
 def similarity_span(distance: BaseDistance) -> float:
     """How far apart two values of a distance can be; infinity where that is not bounded, or not known."""
-    if isinstance(distance, BatchedDistance):
+    if isinstance(distance, EpisodicDistance):
         return distance.span
     if isinstance(distance, LpDistance | DotProductSimilarity) and distance.normalize_embeddings and distance.power > 0:
         return 2.0**distance.power if isinstance(distance, LpDistance) else 2.0

@@ -4,7 +4,7 @@ import torch
 from pytorch_metric_learning.distances import BaseDistance, LpDistance
 from torch import Tensor
 
-from pml_fewshot.distances.batched import compare_batch
+from pml_fewshot.distances.episodic_distance import compare_batch
 from pml_fewshot.losses.episodic_loss import EpisodicLoss
 
 

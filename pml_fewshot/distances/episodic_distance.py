@@ -1,4 +1,4 @@
-"""BatchedDistance: a PML distance that compares the items of many episodes in one call."""
+"""EpisodicDistance: a PML distance that compares the items of many episodes in one call."""
 
 import math
 from abc import abstractmethod
@@ -8,7 +8,7 @@ from pytorch_metric_learning.distances import BaseDistance
 from torch import Tensor
 
 
-class BatchedDistance(BaseDistance):
+class EpisodicDistance(BaseDistance):
     """A PML distance that gives `compute_batch`, from which the matrix of PML follows.
 
     Heads ask for it instead of `torch.vmap`, which takes no solver outside torch. `span` is how far apart two values
@@ -37,7 +37,7 @@ def compare_batch(distance: BaseDistance, query: Tensor, reference: Tensor) -> T
 
     Without the statistics that PML keeps of the last call: they are of training.
     """
-    if isinstance(distance, BatchedDistance):
+    if isinstance(distance, EpisodicDistance):
         return distance.compute_batch(query, reference)
     if not distance.collect_stats:
         return torch.vmap(distance)(query, reference)
