@@ -3,8 +3,8 @@
     python -m experiments.local_feature_heads --embedder RUN/embedder.safetensors --data-root ../shared/data
     python -m experiments.local_feature_heads --bank FILE --nodes 25
 
-RUN is one of mini_imagenet_protonet, or of another experiment whose embedder is Conv4 on miniImageNet; FILE holds feature
-maps, flattened channels first. FRN's two numbers are chosen on the validation classes (of a bank: given by --penalty).
+RUN is one of mini_imagenet_protonet, or of another experiment whose embedder is Conv4 on miniImageNet; FILE holds
+feature maps, flattened channels first. FRN's penalty is chosen on the validation classes (of a bank: --penalty).
 `--structured N` adds DeepEMD's structured prototypes at 5 shots on N episodes, about 2 s each.
 """
 

@@ -1,10 +1,10 @@
-"""The earth mover's distance: episodes a minute by each solver, beside OpenCV's in a loop; and the largest chunk's memory.
+"""The earth mover's distance: episodes a minute by each solver and by OpenCV in a loop; and a large chunk's memory.
 
-    python -m experiments.speed.emd_speed                # a minute; OpenCV's line wants `pip install opencv-python-headless`
+    python -m experiments.speed.emd_speed                # two minutes; OpenCV: pip install opencv-python-headless
 
-5-way 1-shot episodes of 15 queries a class, 375 comparisons of two maps of 25 nodes each, from a bank of random feature
-maps of 64 channels (Conv4 at 84 x 84); masses and costs come from the maps as in DeepEMD. OpenCV's line is what the
-authors' evaluation does for each pair, with our masses and costs given to it.
+5-way 1-shot episodes of 15 queries a class, each of 375 comparisons of two maps of 25 nodes, from a bank of random maps
+of 64 channels (Conv4 at 84 x 84). Masses and costs come from the maps as in DeepEMD. OpenCV's line is what the authors'
+evaluation does for each pair, given our masses and costs.
 """
 
 import argparse
@@ -15,8 +15,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pml_fewshot import EarthMoversDistance, EmbeddingBank, EpisodeSpec, EpisodicEvaluator, nearest_neighbour
-from pml_fewshot import nearest_prototype
+from pml_fewshot import (
+    EarthMoversDistance,
+    EmbeddingBank,
+    EpisodeSpec,
+    EpisodicEvaluator,
+    nearest_neighbour,
+    nearest_prototype,
+)
 from pml_fewshot.checks import UsageError, import_extra
 from pml_fewshot.distances import earth_movers
 from pml_fewshot.embedders.embedder import keep_memory
@@ -81,7 +87,7 @@ def main() -> None:
     EpisodicEvaluator(spec, 4, head=head).evaluate(wide)
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 - held
     print(
-        f"\n20-way 5-shot, each of 100 support maps of 640 channels compared: {more:,.0f} MiB beside the bank's {held:,.0f}"
+        f"\n20-way 5-shot, 100 support maps of 640 channels compared: {more:,.0f} MiB, besides the bank's {held:,.0f}"
     )
 
 

@@ -21,7 +21,13 @@ from pml_fewshot.parts.describe import describe
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [module.name for module in pkgutil.iter_modules(experiments.__path__) if not module.ispkg]
-WITHOUT_CONFIG = {"benchmark_embeddings", "evaluate_trunks", "head_penalties"}  # which train nothing
+WITHOUT_CONFIG = {
+    "benchmark_embeddings",
+    "evaluate_trunks",
+    "head_penalties",
+    "local_feature_heads",
+    "transductive_heads",
+}  # which train nothing
 MODULES = [name for name in COMMANDS if name not in WITHOUT_CONFIG]
 DATA_ROOT = Path(os.environ.get("PML_FEWSHOT_DATA", ROOT / ".." / "shared" / "data")).resolve()
 
