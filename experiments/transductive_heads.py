@@ -2,7 +2,7 @@
 
     python -m experiments.transductive_heads                                  # built-in letters, untrained network
     python -m experiments.transductive_heads --embedder runs/quickstart/embedder.safetensors
-    python -m experiments.transductive_heads --data-root ../shared/data --embedder RUN/embedder.safetensors
+    python -m experiments.transductive_heads --queries 15 --data-root ../shared/data --embedder RUN/embedder.safetensors
     python -m experiments.transductive_heads --bank FILE --train-bank FILE --shots 5
 
 Every head on the same episodes of one bank, with its difference to the nearest prototype. Unbalanced episodes have as
@@ -25,21 +25,25 @@ from pml_fewshot import (
     EmbeddingBank,
     EpisodeSpec,
     EpisodicEvaluator,
+    alpha_tim,
+    bd_cspn,
     compare,
     cosine_classifier,
+    fine_tuning,
+    laplacian_shot,
     load_bank,
     load_embedder,
     load_glyphs,
     load_mini_imagenet,
     logistic_regression,
     nearest_prototype,
+    pt_map,
     ridge_regression,
+    transductive_fine_tuning,
 )
 from pml_fewshot.environment import keep_freed_memory
 from pml_fewshot.evaluation.episodic import EpisodicResult
 from pml_fewshot.evaluation.heads import name_of_head
-from pml_fewshot.evaluation.transductive_heads import alpha_tim, bd_cspn, laplacian_shot, pt_map
-from pml_fewshot.evaluation.tuned_heads import fine_tuning, transductive_fine_tuning
 from pml_fewshot.experiment.command_line import one_line_errors
 
 AnyHead = Callable[..., Tensor]
@@ -91,7 +95,7 @@ def main(
     data_root: Path | None = None,
     ways: int = 5,
     shots: tuple[int, ...] = (1, 5),
-    queries: int = 15,
+    queries: int = 3,
     alpha: float = 2.0,
     num_episodes: int = 1000,
     seed: int = 0,
@@ -105,7 +109,8 @@ def main(
         data_root: where miniImageNet is; the built-in letters when not given.
         ways: classes in an episode.
         shots: support items of each class.
-        queries: query items of each class, on average where they are unbalanced.
+        queries: query items of each class, on average where they are unbalanced: one class may then have them all, and
+            letters have 20 images; 15 are usual.
         alpha: of the Dirichlet distribution; 2 in the paper, and the larger the nearer to balance.
         num_episodes: of each size.
         seed: of the episodes.

@@ -20,11 +20,10 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
+from pml_fewshot import alpha_tim, bd_cspn, fine_tuning, laplacian_shot, pt_map, transductive_fine_tuning
 from pml_fewshot.checks import import_extra
 from pml_fewshot.environment import keep_freed_memory
 from pml_fewshot.evaluation.episodic import CPU_CHUNK, one_thread_each
-from pml_fewshot.evaluation.transductive_heads import alpha_tim, bd_cspn, laplacian_shot, pt_map
-from pml_fewshot.evaluation.tuned_heads import fine_tuning, transductive_fine_tuning
 from pml_fewshot.experiment.command_line import one_line_errors
 
 TIM = partial(alpha_tim, alpha=1.0, conditional_weight=0.1, similarity="cosine", temperature=10.0, steps=50)
