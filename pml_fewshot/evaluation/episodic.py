@@ -147,6 +147,7 @@ class EpisodicEvaluator:
             if confusion and not isinstance(self.spec, EpisodeSpec):
                 got = str(self.spec)
                 raise UsageError(f"expected episodes of one size for a confusion matrix, got {got}; use an EpisodeSpec")
+            fitted = None if isinstance(self.spec, EpisodeSpec) else _fit_of(trainer, self.head)
             labeled, bank = embed(trainer, dataset, bank)
             labels = labeled.labels.cpu()
             if len(bank) != len(labels):

@@ -175,9 +175,12 @@ def draw_counts(num_episodes: int, ways: int, queries: int, alpha: float, genera
     Numbers are rounded down, and those with the largest remainders up, so that the sum is right.
     """
     uniform = torch.rand(num_episodes, ways, generator=generator, device=generator.device, dtype=torch.float64)
-    # Dirichlet variables are the shares of gamma variables, here by the inverse of their distribution
-    gammas = torch.from_numpy(gammaincinv(alpha, uniform.cpu().numpy())).clamp(min=1e-300)
-    exact = ways * queries * gammas / gammas.sum(dim=1, keepdim=True)
+    uniform = uniform.cpu()
+    # Dirichlet variables are the shares of gamma variables, here by the inverse of their distribution; of an alpha below
+    # 0.01 these are less than the smallest float, and their logarithms follow from the first term of its series
+    gammas = torch.from_numpy(gammaincinv(alpha, uniform.numpy()))
+    tiny = (uniform.log() + torch.lgamma(torch.tensor(alpha + 1, dtype=torch.float64))) / alpha
+    exact = ways * queries * torch.where(gammas > 1e-250, gammas.log(), tiny).softmax(dim=1)
     counts = exact.floor()
     missing = ways * queries - counts.sum(dim=1, keepdim=True)
     rank = (exact - counts).argsort(dim=1, descending=True, stable=True).argsort(dim=1)

@@ -17,8 +17,21 @@ from pml_fewshot.evaluation.retrieval import RetrievalResult
 from pml_fewshot.evaluation.table import ResultRow, ResultTable, RowContext
 from pml_fewshot.sampling.episodes import EpisodeSpec
 
-FIGURE_COLUMNS = ["method", "figure", "value", "ci95", "ways", "shots", "queries", "count", "seed", "split", "classes"]
-FIGURE_COLUMNS += ["protocol", "ranking", "episodes_hash", "note", "trained", "seconds", "classifier"]
+FIGURE_COLUMNS = ["method", "figure", "value", "ci95", "ways", "shots", "queries"]
+FIGURE_COLUMNS += [
+    "query_balance",
+    "count",
+    "seed",
+    "split",
+    "classes",
+    "protocol",
+    "ranking",
+    "episodes_hash",
+    "note",
+    "trained",
+    "seconds",
+    "classifier",
+]
 ABOUT = ["method", "split", "classes", "trained", "seconds", "note"]
 HASH = "0123456789abcdef"
 ONE_SHOT = EpisodeSpec(5, 1, 15)
