@@ -147,7 +147,8 @@ class EpisodicEvaluator:
             if confusion and not isinstance(self.spec, EpisodeSpec):
                 got = str(self.spec)
                 raise UsageError(f"expected episodes of one size for a confusion matrix, got {got}; use an EpisodeSpec")
-            fitted = None if isinstance(self.spec, EpisodeSpec) else _fit_of(trainer, self.head)
+            if isinstance(self.spec, VariableEpisodeSpec):
+                _fit_of(trainer, self.head)  # refuses what cannot be, before images are embedded
             labeled, bank = embed(trainer, dataset, bank)
             labels = labeled.labels.cpu()
             if len(bank) != len(labels):
@@ -239,7 +240,8 @@ class EpisodicEvaluator:
 
         threads = 1 if bank.is_cuda else torch.get_num_threads()
         with ThreadPoolExecutor(threads) as pool, one_thread_each():
-            list(pool.map(score, range(len(episodes))))
+            score(0)  # before the threads start: a lazy distance gets its weights here
+            list(pool.map(score, range(1, len(episodes))))
         accuracies = accuracies.cpu()
         check_finite(accuracies, "logits of each episode", hint)
         return accuracies

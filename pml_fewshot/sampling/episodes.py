@@ -48,6 +48,10 @@ class EpisodeSpec:
                 raise UsageError(f"expected query_balance as a number above 0, or None, got {alpha!r}; 2.0 is usual")
             object.__setattr__(self, "query_balance", float(alpha))
 
+    def __repr__(self) -> str:
+        more = "" if self.query_balance is None else f", query_balance={self.query_balance}"
+        return f"EpisodeSpec(ways={self.ways}, shots={self.shots}, queries={self.queries}{more})"
+
     def __str__(self) -> str:
         size = f"{self.ways}-way {self.shots}-shot {self.queries}-query"
         return size if self.query_balance is None else f"{size} unbalanced (Dirichlet {self.query_balance:g})"
@@ -176,8 +180,8 @@ def draw_counts(num_episodes: int, ways: int, queries: int, alpha: float, genera
     """
     uniform = torch.rand(num_episodes, ways, generator=generator, device=generator.device, dtype=torch.float64)
     uniform = uniform.cpu()
-    # Dirichlet variables are the shares of gamma variables, here by the inverse of their distribution; of an alpha below
-    # 0.01 these are less than the smallest float, and their logarithms follow from the first term of its series
+    # Dirichlet variables are the shares of gamma variables, here by the inverse of their distribution. Those of an alpha
+    # below 0.01 are less than the smallest float, and their logarithms follow from the first term of its series
     gammas = torch.from_numpy(gammaincinv(alpha, uniform.numpy()))
     tiny = (uniform.log() + torch.lgamma(torch.tensor(alpha + 1, dtype=torch.float64))) / alpha
     exact = ways * queries * torch.where(gammas > 1e-250, gammas.log(), tiny).softmax(dim=1)

@@ -187,7 +187,7 @@ class FewShotTrainer(nn.Module):
         support, query = self._last_episodes
         ways = support.shape[1]
         true_way = torch.arange(ways, device=query.device).repeat_interleave(query.shape[1] // ways)
-        with eval_mode(self):
+        with eval_mode(*(part for part in (self.context, self.distance) if part is not None)):
             return (self.classify(support, query).argmax(dim=2) == true_way).float().mean()
 
     def bank(self, dataset: FewShotDataset) -> Tensor:
