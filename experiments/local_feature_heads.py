@@ -35,7 +35,7 @@ from pml_fewshot.evaluation.heads import Head
 from pml_fewshot.evaluation.structured import structured_classifier
 from pml_fewshot.experiment.command_line import one_line_errors
 
-PENALTIES = (-6.0, -4.0, -2.0, 0.0, 2.0)
+PENALTIES = (-2.0, 0.0, 2.0, 3.0, 4.0, 5.0, 6.0)
 
 
 def banks(embedder: Path, data_root: Path) -> tuple[EmbeddingBank, EmbeddingBank]:
@@ -93,7 +93,7 @@ def main(
         heads: dict[str, Head] = {
             "nearest prototype, squared Euclid": nearest_prototype,
             "nearest prototype, earth mover's": partial(nearest_prototype, distance=emd),
-            "nearest map, earth mover's": partial(nearest_neighbour, distance=emd),
+            **({"nearest map, earth mover's": partial(nearest_neighbour, distance=emd)} if spec.shots > 1 else {}),
             "nearest prototype, 3 local neighbors": partial(nearest_prototype, distance=LocalNeighborSimilarity(nodes)),
             f"reconstruction, penalty exp({alpha:g})": partial(
                 feature_map_reconstruction, nodes=nodes, log_penalty=alpha

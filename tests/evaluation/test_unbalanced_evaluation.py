@@ -212,7 +212,7 @@ def test_a_trainer_is_scored_by_its_own_distance_with_a_head():
     own = scored(VARIABLE, partial(nearest_prototype, distance=CosineSimilarity()), bank)
     assert torch.equal(result.per_episode, own.per_episode)
     assert not torch.equal(result.per_episode, scored(VARIABLE, nearest_prototype, bank).per_episode)
-    kept = scored(VARIABLE, partial(nearest_prototype, distance=LpDistance(power=2)), by_cosine, dataset=data)
+    kept = scored(VARIABLE, partial(nearest_prototype, distance=LpDistance(p=1)), by_cosine, dataset=data)
     assert kept.classifier.startswith("nearest_prototype(distance=LpDistance(")
     assert not torch.equal(kept.per_episode, result.per_episode)
 
