@@ -180,8 +180,8 @@ def draw_counts(num_episodes: int, ways: int, queries: int, alpha: float, genera
     """
     uniform = torch.rand(num_episodes, ways, generator=generator, device=generator.device, dtype=torch.float64)
     uniform = uniform.cpu()
-    # Dirichlet variables are the shares of gamma variables, here by the inverse of their distribution. Those of an alpha
-    # below 0.01 are less than the smallest float, and their logarithms follow from the first term of its series
+    # Dirichlet variables are the shares of gamma variables, here by the inverse of their distribution. With an alpha
+    # below 0.01 these are less than the smallest float; their logarithms follow from the first term of its series.
     gammas = torch.from_numpy(gammaincinv(alpha, uniform.numpy()))
     tiny = (uniform.log() + torch.lgamma(torch.tensor(alpha + 1, dtype=torch.float64))) / alpha
     exact = ways * queries * torch.where(gammas > 1e-250, gammas.log(), tiny).softmax(dim=1)
