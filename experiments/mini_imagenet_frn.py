@@ -4,6 +4,10 @@
 
 The paper reports 66.45 +- 0.19 % at 5-way 1-shot and 82.83 +- 0.13 % at 5 shots, by a ResNet12 that is pre-trained on
 84 x 84 images of 600 a class. Here Conv4 is trained from the start by the recipe of mini_imagenet_protonet.
+
+Measured with 150 of the 600 images of each class, 500 of 1,800 steps, on the 20 test classes, 10,000 episodes of 15
+queries a class, seed 0, 95 % intervals: 37.90 +- 0.17 at 5-way 1-shot, 50.74 +- 0.17 at 5-way 5-shot; 24 minutes on one
+busy CPU core. The loss was still falling.
 """
 
 from dataclasses import replace

@@ -21,7 +21,7 @@ class EarthMoversDistance(EpisodicDistance):
 
     A similarity (`is_inverted=True`) for losses, heads and miners of PML. It is bounded, so a softmax over it wants a
     scale: `PrototypicalLoss(distance=EarthMoversDistance(25), scale=12.5)` has the paper's temperature. Comparing all
-    pairs of a set takes 45 us a pair at 25 nodes on two cores, 7 minutes for 3,000 images; `RetrievalTester` reorders
+    pairs of a set takes 75 us a pair at 25 nodes on two cores, 11 minutes for 3,000 images; `RetrievalTester` reorders
     the first k by it instead.
 
     Args:
