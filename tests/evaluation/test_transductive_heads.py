@@ -81,7 +81,7 @@ def tuned(head: partial[Tensor], support: Tensor, query: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("head", TUNED)
-@pytest.mark.parametrize("shots", [1, 3, 5])
+@pytest.mark.parametrize("shots", [1, 5])
 def test_gradient_steps_are_those_of_adam_and_autograd_one_episode_at_a_time(head: partial[Tensor], shots: int):
     support, query = episodes(shots=shots)
     logits = head(support, query)

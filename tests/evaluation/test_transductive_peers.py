@@ -64,7 +64,7 @@ def compared(name: str, ours: Callable[..., Tensor], options: dict[str, float], 
     return (expected.argmax(dim=2) != logits.argmax(dim=2)).double().mean().item()
 
 
-@pytest.mark.parametrize("shots", [1, 5])
+@pytest.mark.parametrize("shots", [1])
 @pytest.mark.parametrize("name", PAIRS)
 def test_predictions_are_easyfsls(name: str, shots: int):
     ours, options, count = PAIRS[name]
