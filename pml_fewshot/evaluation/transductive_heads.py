@@ -165,9 +165,11 @@ def laplacian_shot(
         neighbors: nearest other queries. The authors' code takes `knn` = 3, and counts the query itself among them, so
             two others; easyfsl does the same.
         smoothness: the paper's lambda, which it tunes on validation classes: for a ResNet on balanced miniImageNet
-            Veilleux et al. 2021 give 0.7 for one shot and 0.3 for five. easyfsl's setting is 0.7.
+            Veilleux et al. 2021 give 0.7 for one shot and 0.3 for five, and on unbalanced episodes 0.7 for both.
+            easyfsl's setting is 0.7.
         steps: updates, all of which are done; the authors' code stops before 20 where the bound stays the same.
-        rectify: start from the prototypes of `bd_cspn`; that paper's `proto_rect`.
+        rectify: start from the prototypes of `bd_cspn`; `proto_rect` in the authors' code, whose script sets it.
+            Veilleux et al. set it on balanced episodes only.
         scale: that of `bd_cspn`, where easyfsl has 1. The authors weight a query by a softmax over the classes instead.
 
     Raises:
@@ -227,7 +229,8 @@ def alpha_tim(
     Adam minimizes the support's cross-entropy, plus the mean entropy of the queries' predictions, minus the entropy of
     their mean; each times its weight. The entropies are Tsallis's of order alpha, (1 - sum p^alpha) / (alpha - 1): the
     larger alpha, the less it costs that classes have unequal numbers of queries. alpha=1 is Shannon's, and so TIM,
-    which favors equal numbers; its authors' setting is alpha=1, support_weight=0.1, conditional_weight=0.1. Wants
+    which favors equal numbers; its authors' setting is alpha=1, support_weight=0.1, conditional_weight=0.1. (Veilleux
+    et al. run TIM with these proportions on balanced episodes, and with equal weights on unbalanced ones.) Wants
     embeddings of length 1.
 
     Args:
@@ -377,7 +380,8 @@ def pt_map(
         sharpness: the paper's lambda, times the squared distances.
         steps: moves of the centers; easyfsl has 10.
         learning_rate: the paper's alpha, how far they move towards the means.
-        iterations: for each plan at most; an episode is done where each class is within 1e-4 of its share.
+        iterations: for each plan at most; an episode is done where each class is within 1e-4 of its share. The authors
+            do at most 1,000 of Sinkhorn's, until no query's sum changes by more than 1e-6.
 
     Raises:
         UsageError: an option that cannot be; one query, which would be shared out equally.

@@ -203,8 +203,9 @@ def fine_tuning(
         query: (E, N, D)
         similarity: "squared", minus half the squared Euclidean distance, or "cosine".
         temperature: times the similarity; 15 is that of Veilleux et al. (`Baseline`, `temp`).
-        steps: of Adam; 100 is both papers'.
-        learning_rate: of Adam; 1e-3 is that of Veilleux et al. (Chen et al. take 0.01 with SGD in batches of 4).
+        steps: of Adam; 100 is that of Veilleux et al. (The code of Chen et al. goes through the support 100 times, by
+            SGD with a rate of 0.01 in batches of 4.)
+        learning_rate: of Adam; 1e-3 is that of Veilleux et al.
 
     Raises:
         UsageError: an option that cannot be.
@@ -244,17 +245,18 @@ def transductive_fine_tuning(
     """Fine-tuning that also makes the queries' predictions certain (Dhillon et al. 2020, "A Baseline").
 
     Minimizes the support's cross-entropy plus the mean entropy of the queries' predictions. The paper tunes the whole
-    network; here, as in easyfsl, only the classifier, which starts at the prototypes. The paper's 25 steps of 5e-5
-    then move it by a thousandth of its length, and the result is near that of the prototypes: raise `learning_rate`.
+    network, and its code takes a step for each of the two terms in turn; here, as in easyfsl, only the classifier is
+    tuned, which starts at the prototypes, by steps on the sum. 25 steps of 5e-5 then move it by a thousandth of its
+    length, and the result is near that of the prototypes: raise `learning_rate`.
     Wants embeddings centered by the training mean and of length 1.
 
     Args:
         support: (E, W, K, D)
         query: (E, N, D)
-        similarity: "squared", minus half the squared Euclidean distance (Veilleux et al. 2021), "cosine" as in the
-            paper, or "euclidean", minus the distance itself.
+        similarity: "squared", minus half the squared Euclidean distance (Veilleux et al. 2021), "cosine", from which
+            the paper's linear layer starts, or "euclidean", minus the distance itself.
         temperature: times the similarity; 15 is that of Veilleux et al. (`Entropy-min`, `temp`).
-        steps: of Adam; the paper's.
+        steps: of Adam; 25 as in the code of Veilleux et al., for the paper's 25 epochs of two steps.
         learning_rate: of Adam; the paper's. easyfsl's setting: similarity="euclidean", temperature=1.
 
     Raises:
