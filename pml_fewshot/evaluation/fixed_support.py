@@ -58,7 +58,7 @@ def evaluate_fixed(
             raise UsageError(f"expected support of each query's class, got {got}; add it, or leave the queries out")
         first = torch.stack([(named.labels == label).nonzero().flatten()[:wanted] for label in classes])  # (W, K)
         classifier = Classifier.of(method, head)
-        size = len(queries) if getattr(method, "transductive", False) else QUERIES
+        size = len(queries) if classifier.transductive else QUERIES
         shown = as_floats(rows[first])[None]
         with torch.no_grad():
             parts = [classifier.classify(shown, as_floats(part)[None])[0] for part in queries.split(size)]
@@ -66,6 +66,7 @@ def evaluate_fixed(
     check_finite(logits, "logits of each query", classifier.divergence_hint)
     correct = (logits.argmax(dim=1) == position).double().cpu()
     described = f"{len(classes)} classes of {wanted} support items, {classifier.name}"
+    described += ", transductive" if classifier.transductive else ""
     return RetrievalResult(
         {"accuracy": correct},
         labels.cpu(),

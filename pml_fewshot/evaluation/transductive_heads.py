@@ -117,6 +117,10 @@ def fit_laplacian_shot(
             raise UsageError(f"expected more than {neighbors} queries, as neighbors says, got {count}; {do}")
         lengths = torch.linalg.vector_norm(query, dim=2)
         classes = _rectified(support, query, lengths, scale, None) if rectify else support.prototypes
+        # near each other and far from the origin squares cancel badly
+        center = support.prototypes.mean(dim=1, keepdim=True)
+        classes, query = classes - center, query - center
+        lengths = torch.linalg.vector_norm(query, dim=2)
         # -|q - w|^2 but for |q|^2, which is the same for all classes
         own = torch.baddbmm(classes.square().sum(dim=2, keepdim=True), classes, query.mT, beta=-1, alpha=2)
         near = _nearest(query, lengths, neighbors)
@@ -129,7 +133,7 @@ def fit_laplacian_shot(
 
 
 def _nearest(query: Tensor, lengths: Tensor, count: int) -> Tensor:
-    """(E, N, N) whether the row is among the `count` nearest other queries of the column; all that tie at the end."""
+    """(E, N, N) whether the row is at one of the `count` least distances to the column; all that tie are."""
     # 2 qr - |r|^2, which orders the rows r of a column q as their distances do
     close = torch.baddbmm(lengths.square().unsqueeze(2), query, query.mT, beta=-1, alpha=2)
     close.diagonal(dim1=1, dim2=2).fill_(-torch.inf)

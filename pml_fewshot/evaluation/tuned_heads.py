@@ -22,8 +22,9 @@ from pml_fewshot.evaluation.linear_heads import CosineScores, LinearScores
 from pml_fewshot.evaluation.support import Support
 
 Similarity = Literal["squared", "euclidean", "cosine"]
-MOMENTS = (0.9, 0.999)  # of Adam, and what it adds to a root
-EPSILON = 1e-8
+MOMENTS = (0.9, 0.999)  # of Adam
+EPSILON = 1e-8  # that it adds to a root
+LEAST_LOG = -87.0  # of a share, below which float32 has none
 
 
 class Logits(Protocol):
@@ -136,9 +137,12 @@ def information_slope(
     count = len(labels)
     is_class = F.one_hot(labels, ways).T
 
-    def weighed(shares: Tensor, logs: Tensor, weight: float) -> Tensor:
-        """Derivative of `weight` times the entropy of alpha, by the shares; but for a constant."""
-        return logs * -weight if alpha == 1 else shares.pow(alpha - 1).mul_(weight * alpha / (1 - alpha))
+    def weighed(logs: Tensor, weight: float) -> Tensor:
+        """Derivative of `weight` times the entropy of alpha, by shares of these logarithms; but for a constant."""
+        if alpha == 1:
+            return logs * -weight
+        # shares^(alpha - 1) less 1, a constant that would cancel badly where alpha is near 1
+        return (logs.clamp(min=LEAST_LOG) * (alpha - 1)).expm1_().mul_(weight * alpha / (1 - alpha))
 
     def slope(logits: Tensor) -> Tensor:
         logs = logits.log_softmax(dim=1)
@@ -148,11 +152,11 @@ def information_slope(
         if shares.shape[2] > count:
             query = shares[:, :, count:]
             one = 1 / query.shape[2]
-            pulls = weighed(query, logs[:, :, count:], conditional_weight * one)
+            pulls = weighed(logs[:, :, count:], conditional_weight * one)
             if marginal_weight:
                 # a class that no query is of at all: the logarithm of 0 times 0
                 marginal = query.mean(dim=2, keepdim=True).clamp_(min=torch.finfo(query.dtype).tiny)
-                pulls = pulls - weighed(marginal, marginal.log(), marginal_weight * one)
+                pulls = pulls - weighed(marginal.log(), marginal_weight * one)
             torch.mul(query, pulls - (query * pulls).sum(dim=1, keepdim=True), out=gradient[:, :, count:])
         return gradient
 

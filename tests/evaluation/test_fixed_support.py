@@ -14,6 +14,7 @@ from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.evaluation.benchmark import benchmark
 from pml_fewshot.evaluation.fixed_support import evaluate_fixed
 from pml_fewshot.evaluation.heads import nearest_prototype
+from pml_fewshot.evaluation.transductive_heads import pt_map
 from tests.tiny_experiments import EMBEDDER
 
 
@@ -103,3 +104,16 @@ def test_a_set_is_not_evaluated_by_itself():
             benchmark(EMBEDDER(), data, (), **given)
     with pytest.raises(UsageError, match="shots to be an integer of at least 1, got 0"):
         evaluate_fixed(EMBEDDER(), data, images("abcd", 6, 1), shots=0)
+
+
+def test_a_transductive_head_sees_all_queries_at_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centers, labels = torch.randn(4, 6, generator=generator), torch.arange(600) // 150
+    items = centers[labels] + torch.randn(600, 6, generator=generator)
+    support = EmbeddingBank(centers + 0.5 * torch.randn(4, 6, generator=generator), torch.arange(4))
+    order = torch.randperm(600, generator=generator)
+    results = [
+        evaluate_fixed(support, support, EmbeddingBank(items[o], labels[o]), head=pt_map) for o in (order, range(600))
+    ]
+    assert results[0]["accuracy"] == pytest.approx(results[1]["accuracy"], abs=0.01)
+    assert results[0].ranking.endswith("pt_map, transductive")
