@@ -81,6 +81,18 @@ def test_nodes_that_are_all_equal_give_the_cosine() -> None:
     assert torch.allclose(EarthMoversDistance(NODES)(*repeated), CosineSimilarity()(*centered), atol=1e-6)
 
 
+@pytest.mark.parametrize("length", [1.0, 1e4])
+@pytest.mark.parametrize("epsilon", [0.003, 0.02])
+def test_sinkhorn_is_finite_in_float32_where_masses_are_very_uneven(length: float, epsilon: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    signed = [length * torch.randn(8, 1600, generator=generator) for _ in range(2)]  # many masses of 0.001 beside large
+    query = signed[0].clone().requires_grad_()
+    scores = EarthMoversDistance(25, "sinkhorn", epsilon)(query, signed[1])
+    assert torch.allclose(scores, EarthMoversDistance(25, "exact")(*signed), atol=0.003 if epsilon < 0.01 else 0.03)
+    scores.sum().backward()
+    assert query.grad.isfinite().all()
+
+
 def test_gradients_are_those_of_central_differences() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = tuple(
