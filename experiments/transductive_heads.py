@@ -13,6 +13,8 @@ experiments.benchmark_embeddings.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,7 +45,7 @@ from pml_fewshot import (
 )
 from pml_fewshot.environment import keep_freed_memory
 from pml_fewshot.evaluation.episodic import EpisodicResult
-from pml_fewshot.evaluation.heads import name_of_head
+from pml_fewshot.evaluation.heads import is_transductive, name_of_head
 from pml_fewshot.experiment.command_line import one_line_errors
 
 AnyHead = Callable[..., Tensor]
@@ -54,7 +56,8 @@ INDUCTIVE: tuple[AnyHead, ...] = (
     logistic_regression,
     fine_tuning,
 )
-TRANSDUCTIVE: tuple[AnyHead, ...] = (bd_cspn, laplacian_shot, transductive_fine_tuning, alpha_tim, pt_map)
+TIM = partial(alpha_tim, alpha=1.0, support_weight=0.1, conditional_weight=0.1)  # its authors' setting
+TRANSDUCTIVE: tuple[AnyHead, ...] = (bd_cspn, laplacian_shot, transductive_fine_tuning, alpha_tim, TIM, pt_map)
 RAW = (pt_map,)  # transforms for itself
 
 
@@ -115,14 +118,16 @@ def main(
         num_episodes: of each size.
         seed: of the episodes.
     """
+    sizes = {}
+    for count in shots:
+        even = EpisodeSpec(ways, count, queries)
+        sizes[count] = (even, replace(even, query_balance=alpha))
     keep_freed_memory()
     raw, training = banks(bank, train_bank, embedder, data_root)
     ready = (raw if training is None else raw.centered(training.mean())).normalized()
     print("| shots | head | protocol | balanced | minus prototype | unbalanced | minus prototype | episodes/s |")
     print("| --- " * 8 + "|")
-    for count in shots:
-        even = EpisodeSpec(ways, count, queries)
-        specs = (even, EpisodeSpec(ways, count, queries, query_balance=alpha))
+    for count, specs in sizes.items():
         bases = [timed(nearest_prototype, spec, ready, num_episodes, seed) for spec in specs]
         for head in (*INDUCTIVE, *TRANSDUCTIVE):
             own = raw if head in RAW else ready
@@ -130,7 +135,7 @@ def main(
             if head is not nearest_prototype:
                 results = [timed(head, spec, own, num_episodes, seed) for spec in specs]
             cells = [figures(result, base) for (result, _), (base, _) in zip(results, bases, strict=True)]
-            protocol = "transductive" if getattr(head, "transductive", False) else "inductive"
+            protocol = "transductive" if is_transductive(head) else "inductive"
             protocol = f"{protocol}, {queries} queries a class or Dirichlet({alpha:g})"
             speed = 2 / sum(1 / each for _, each in results)
             print(f"| {count} | {name_of_head(head)} | {protocol} | {' | '.join(cells)} | {speed:,.0f} |", flush=True)

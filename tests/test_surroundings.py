@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pytorch_metric_learning.distances import LpDistance
 from torch import Tensor, nn
 
 import pml_fewshot as p
@@ -66,6 +67,9 @@ def conv4() -> p.Embedder:
 def images() -> p.FewShotDataset:
     pixels = torch.randint(256, (60, 1, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     return p.FewShotDataset(pixels, LABELS, list("abcdef"))
+
+
+SQUARED = LpDistance(normalize_embeddings=False, power=2)
 
 
 def of_head(head: Any) -> Callable[..., Any]:
@@ -239,7 +243,7 @@ FIGURES: dict[str, Callable[[Given, Path], Any]] = {
     "feature_map_reconstruction": of_head(partial(p.feature_map_reconstruction, nodes=2)),
     **{head.__name__: of_head(head) for head in (p.bd_cspn, p.laplacian_shot, p.pt_map, p.fine_tuning)},
     **{head.__name__: of_head(partial(head, steps=5)) for head in (p.alpha_tim, p.transductive_fine_tuning)},
-    "structured_classifier": of_head(partial(p.structured_classifier, epochs=2, lr=0.1)),
+    "structured_classifier": of_head(partial(p.structured_classifier, epochs=2, lr=0.1, distance=SQUARED)),
     **dict.fromkeys(("EarthMoversDistance", "LocalNeighborSimilarity"), of_maps),
     "RelationSimilarity": of_relation,
     "SetToSet": of_context,

@@ -23,7 +23,6 @@ from pml_fewshot.evaluation.heads import (
 )
 from pml_fewshot.evaluation.linear_heads import cosine_classifier, logistic_regression, ridge_regression
 from pml_fewshot.evaluation.reconstruction import feature_map_reconstruction
-from pml_fewshot.evaluation.structured import structured_classifier
 from pml_fewshot.evaluation.transductive_heads import alpha_tim, bd_cspn, laplacian_shot, pt_map
 from pml_fewshot.evaluation.tuned_heads import fine_tuning, transductive_fine_tuning
 from pml_fewshot.io.atomic import translate_write_errors, write_text
@@ -37,7 +36,7 @@ HEADS = {
         *(nearest_prototype, nearest_neighbour, mean_similarity, soft_nearest_neighbour, k_nearest_neighbours),
         *(cosine_classifier, ridge_regression, logistic_regression, fine_tuning, gallery_votes),
         *(bd_cspn, laplacian_shot, alpha_tim, pt_map, transductive_fine_tuning),
-        *(feature_map_reconstruction, structured_classifier),
+        feature_map_reconstruction,
     )
 }
 

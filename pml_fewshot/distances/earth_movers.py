@@ -28,13 +28,15 @@ class EarthMoversDistance(EpisodicDistance):
         nodes: positions of the feature map: 25 for Conv4 and for ResNet12(pool=False) at 84 x 84.
         solver: "exact", by POT (the extra `emd`), on the CPU; "sinkhorn", entropic, on the embeddings' device; "auto",
             exact on a CPU and sinkhorn on a GPU. See `transport_value`.
-        epsilon: of sinkhorn. The default is within 1 % of the exact distance, 0.001 within about 0.1 %.
+        epsilon: of sinkhorn. The default is within 1 % of the exact distance, but for maps of which only 1 to 2 % are
+            active (5 % seen); 0.0005 within 0.01 % for most maps.
         collect_stats: keep PML's statistics for a record-keeper; PML's own default when None.
 
     Shapes: (B, D) and (R, D) -> (B, R), where D is channels * nodes, channels first.
 
-    The gradient is exact, through the masses too: the matching for the costs, the dual potentials for the masses
-    (the paper's code differentiates the optimality conditions of a regularized problem, or leaves out the masses).
+    The exact solver's gradient is exact, through the masses too: the matching for the costs, the dual potentials for
+    the masses (the paper's code differentiates the optimality conditions of a regularized problem, or leaves out the
+    masses). Sinkhorn's is that of its entropic problem.
 
     Raises:
         UsageError: fewer than 2 nodes; nodes that do not divide D; an epsilon too small for the embeddings' type.

@@ -7,6 +7,8 @@ import torch
 from pytorch_metric_learning.distances import BaseDistance
 from torch import Tensor
 
+from pml_fewshot.checks import UsageError
+
 
 class EpisodicDistance(BaseDistance):
     """A PML distance that gives `compute_batch`, from which the matrix of PML follows.
@@ -25,6 +27,9 @@ class EpisodicDistance(BaseDistance):
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         """(B, D) and (R, D) -> (B, R)"""
+        if query_emb.shape[1] != ref_emb.shape[1]:
+            got = f"{query_emb.shape[1]} and {ref_emb.shape[1]} dimensions"
+            raise UsageError(f"expected queries and references of one width, got {got}; embed both alike")
         return self.compute_batch(query_emb.unsqueeze(0), ref_emb.unsqueeze(0)).squeeze(0)
 
     def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
@@ -32,15 +37,16 @@ class EpisodicDistance(BaseDistance):
         return self.compute_batch(query_emb.unsqueeze(1), ref_emb.unsqueeze(1)).flatten()
 
 
-def compare_batch(distance: BaseDistance, query: Tensor, reference: Tensor) -> Tensor:
-    """What any PML distance gives for each query (E, N, D) and reference (E, R, D) of its episode: (E, N, R).
+def similarity_batch(distance: BaseDistance, query: Tensor, reference: Tensor) -> Tensor:
+    """Similarity by any PML distance of each query (E, N, D) and reference (E, R, D) of its episode: (E, N, R).
 
-    Without the statistics that PML keeps of the last call: they are of training.
+    A similarity's values, a distance's negated; without the statistics that PML keeps of a call: they are of training.
     """
     if isinstance(distance, EpisodicDistance):
-        return distance.compute_batch(query, reference)
-    if not distance.collect_stats:
-        return torch.vmap(distance)(query, reference)
-    # PML's own call would then take .item(), which vmap cannot: what it does besides
-    query, reference = (distance.maybe_normalize(each, dim=2) for each in (query, reference))
-    return torch.vmap(distance.compute_mat)(query, reference) ** distance.power
+        values = distance.compute_batch(query, reference)
+    elif not distance.collect_stats:
+        values = torch.vmap(distance)(query, reference)
+    else:  # PML's own call would then take .item(), which vmap cannot: what it does besides
+        query, reference = (distance.maybe_normalize(each, dim=2) for each in (query, reference))
+        values = torch.vmap(distance.compute_mat)(query, reference) ** distance.power
+    return values if distance.is_inverted else -values

@@ -3,7 +3,8 @@
     min of sum(P * costs) over plans P >= 0 of n x m, whose rows sum to the masses a and whose columns sum to b
 
 By the envelope theorem its gradient is the plan for the costs, and for the masses the dual potentials, up to a constant
-that changes nothing where the masses are scaled to a sum of 1.
+that changes nothing where the masses are scaled to a sum of 1. Sinkhorn's are those of its entropic problem: with the
+default epsilon a plan's entries are off by 6e-4 on average, by 0.03 at most.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from pml_fewshot.checks import UsageError, check_choice, import_extra
 Solver = Literal["auto", "exact", "sinkhorn"]
 Solution = tuple[Tensor, Tensor, Tensor, Tensor]  # value (P,), plan (P, n, m), potentials f (P, n) and g (P, m)
 
-EPSILON = 0.003  # Sinkhorn's value is then within 1 % of the exact one for costs from 0 to 2
+EPSILON = 0.003  # Sinkhorn's value is then within 1 % of the exact one, but for maps of which 1 to 2 % are active
 MOST_PIVOTS = 10**6  # of the network simplex, which takes about 100 for 25 x 25 masses
 OPTIMAL = 1  # what it says of a solution
 FEW = 64  # problems that no second thread pays for
@@ -33,8 +34,8 @@ LEAST_EXPONENT = -80.0  # exp of less is denormal in float32, which takes ten ti
 def check_solver(solver: str, epsilon: float) -> None:
     """Raises before any work what `transport_value` would raise at its first problem."""
     check_choice("solver", solver, ("auto", "exact", "sinkhorn"))
-    if not 0 < epsilon < float("inf"):
-        raise UsageError(f"expected an epsilon above 0, got {epsilon}; {EPSILON} is the default")
+    if not (isinstance(epsilon, int | float) and 0 < epsilon < float("inf")):
+        raise UsageError(f"expected an epsilon above 0, got {epsilon!r}; {EPSILON} is the default")
     if solver == "exact" or (solver == "auto" and not torch.cuda.is_available()):
         _network_simplex()
 
@@ -66,7 +67,8 @@ def transport_value(costs: Tensor, a: Tensor, b: Tensor, solver: Solver = "auto"
     if epsilon < least:
         do = "raise it, give float64, or take the exact solver"
         raise UsageError(f"expected an epsilon of at least {least:.1e} with {costs.dtype}, got {epsilon}; {do}")
-    return _Value.apply(costs, a, b, partial(_sinkhorn, epsilon=epsilon))[0]
+    value = _Value.apply(costs, a, b, partial(_sinkhorn, epsilon=epsilon))[0]
+    return value.masked_fill(~costs.isfinite().all(dim=2).all(dim=1), torch.nan)
 
 
 class _Value(torch.autograd.Function):
@@ -104,7 +106,7 @@ def _exact(costs: Tensor, a: Tensor, b: Tensor) -> Solution:
         for i in problems:
             plan[i], _, f[i], g[i], status = solve_one(from_[i], to[i], unit[i], MOST_PIVOTS, 1)
             if status != OPTIMAL:
-                raise RuntimeError(f"the network simplex ended with status {status} after up to {MOST_PIVOTS} pivots")
+                raise RuntimeError(f"the network simplex found no optimum in {MOST_PIVOTS} pivots (status {status})")
 
     problems = np.flatnonzero(finite)
     threads = torch.get_num_threads() if len(problems) > FEW else 1
@@ -115,7 +117,7 @@ def _exact(costs: Tensor, a: Tensor, b: Tensor) -> Solution:
         f_of_grain = np.where(no_to[:, None, :], np.inf, unit - g[:, None, :]).min(axis=2)
         g_of_grain = np.where(no_from[:, :, None], np.inf, unit - f[:, :, None]).min(axis=1)
         f, g = np.where(no_from, f_of_grain, f), np.where(no_to, g_of_grain, g)
-    value = np.where(finite, (plan * unit).sum(axis=(1, 2)), np.nan)
+    value = np.where(finite, (plan * np.where(plan > 0, unit, 0)).sum(axis=(1, 2)), np.nan)
     return tuple(torch.from_numpy(each).to(costs) for each in (value, plan, f, g))  # type: ignore[return-value]
 
 

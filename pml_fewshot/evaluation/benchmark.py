@@ -95,7 +95,7 @@ def benchmark(
             raise UsageError(f"expected at least one training of {name!r}, got none; leave it out")
         episodic, retrieved, fixed = [], [], []
         for training in trainings:
-            with evaluating(*modules_of(training)):
+            with evaluating(*modules_of(training, head)):
                 alone = isinstance(training, EmbeddingBank)
                 labeled, bank = embed(training, None if alone else dataset)
                 given = () if alone else (labeled, bank)
@@ -112,10 +112,9 @@ def benchmark(
                 if support is not None:
                     fixed.append(evaluate_fixed(training, support, labeled, head))
         notes = joined_notes(labeled.note, note)
-        transductive = getattr(trainings[0], "transductive", False)
         seconds = (time.perf_counter() - start) / len(trainings) if timed else None
         own_split = "" if alone else name_of_split  # (a bank brings its own classes)
-        context = RowContext(name, own_split, len(torch.unique(labeled.labels)), notes, transductive, seconds)
+        context = RowContext(name, own_split, len(torch.unique(labeled.labels)), notes, seconds)
         for results in zip(*episodic, strict=True):
             table.add_episodic(context, *results)
         for trained in filter(None, (retrieved, fixed)):

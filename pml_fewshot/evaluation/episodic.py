@@ -27,6 +27,7 @@ from pml_fewshot.evaluation.heads import (
     is_transductive,
     name_of_head,
     nearest_prototype,
+    parts_of,
     takes_distance,
     unwrapped,
 )
@@ -143,7 +144,7 @@ class EpisodicEvaluator:
         Raises:
             UsageError: the set has too few classes or items for the spec, or the bank or the logits hold NaN.
         """
-        with evaluating(*modules_of(trainer)):
+        with evaluating(*modules_of(trainer, self.head)):
             if confusion and not isinstance(self.spec, EpisodeSpec):
                 got = str(self.spec)
                 raise UsageError(f"expected episodes of one size for a confusion matrix, got {got}; use an EpisodeSpec")
@@ -284,9 +285,9 @@ def embed(method: Any, dataset: Labeled | None, bank: Tensor | None = None) -> t
     return dataset, encode(method, dataset).embeddings if is_embedder(method) else method.bank(dataset)
 
 
-def modules_of(method: object) -> tuple[nn.Module, ...]:
-    """What has modes: a method, where it is a module."""
-    return (method,) if isinstance(method, nn.Module) else ()
+def modules_of(method: object, head: object = None) -> tuple[nn.Module, ...]:
+    """What has modes: a method, where it is a module, and a head's distance."""
+    return tuple(each for each in (method, *parts_of(head)) if isinstance(each, nn.Module))
 
 
 _lock = threading.Lock()

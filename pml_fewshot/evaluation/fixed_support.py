@@ -39,7 +39,7 @@ def evaluate_fixed(
         check_at_least_one("shots", shots)
     if support is query:
         raise UsageError("expected other items as support than the queries, got the same set; split it by items")
-    with evaluating(*modules_of(method)):
+    with evaluating(*modules_of(method, head)):
         (named, rows), (asked, queries) = (
             embed(method, each) if not isinstance(method, EmbeddingBank) else embed(each, None)
             for each in (support, query)

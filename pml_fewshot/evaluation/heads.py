@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pml_fewshot.checks import UsageError, check_at_least_one
-from pml_fewshot.distances.episodic_distance import compare_batch
+from pml_fewshot.distances.episodic_distance import similarity_batch
 from pml_fewshot.embedders.modes import in_float32
 from pml_fewshot.evaluation.search import Ranking
 from pml_fewshot.evaluation.support import Support
@@ -79,8 +79,7 @@ class Similarities(nn.Module):
             # vmap cannot make the weights, and those made in inference mode could never be trained
             with torch.inference_mode(False), torch.no_grad():
                 distance(query[0, :1].clone(), reference[0, :1].clone())
-        values = compare_batch(distance, query, reference)
-        return values if distance.is_inverted else -values
+        return similarity_batch(distance, query, reference)
 
 
 def fit_prototypes(support: Support, distance: BaseDistance | None = None) -> Scores:
@@ -200,9 +199,18 @@ def unwrapped(head: Any) -> tuple[Any, dict[str, Any]]:
     return head, options
 
 
+def parts_of(head: Any) -> list[Any]:
+    """A head's function, and all that partials around it hold."""
+    held: list[Any] = []
+    while isinstance(head, partial):
+        held += [*head.args, *head.keywords.values()]
+        head = head.func
+    return [head, *held]
+
+
 def is_transductive(head: Any) -> bool:
     """Whether a head is marked so, or is a partial of one that is."""
-    return getattr(unwrapped(head)[0], "transductive", False)
+    return getattr(parts_of(head)[0], "transductive", False)
 
 
 def takes_distance(head: Any) -> bool:

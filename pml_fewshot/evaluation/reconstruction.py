@@ -12,18 +12,26 @@ from pml_fewshot.evaluation.heads import Scores, fitted_by
 from pml_fewshot.evaluation.support import Support
 from pml_fewshot.losses.reconstruction import mean_squares, penalty_of, ridge_inverse
 
+PENALTY = 100.0  # times the mean square of the support's channels
+LEAST = 1e-30  # of which, for maps of zeros
+
 
 def fit_reconstruction(
     support: Support,
     distance: BaseDistance | None = None,
     nodes: int = 25,
-    log_penalty: float | Tensor = 0.0,
+    log_penalty: float | Tensor | None = None,
     log_stretch: float | Tensor = 0.0,
     scale: float | Tensor = 1.0,
 ) -> Scores:
     check_nodes(nodes)
     maps = as_maps(support.items, nodes)  # (E, S, n, C)
-    residuals = [_residual_of(own.flatten(1, 2), log_penalty) for own in maps.split(list(support.sizes), dim=1)]
+    relative = PENALTY * maps.square().mean(dim=(1, 2, 3))[:, None, None].clamp(min=LEAST)
+    residuals = []
+    for rows in (own.flatten(1, 2) for own in maps.split(list(support.sizes), dim=1)):
+        size, channels = rows.shape[1:]
+        penalty = relative * size / channels if log_penalty is None else penalty_of(size, channels, log_penalty)
+        residuals.append(_residual_of(rows, penalty))
 
     def scores(query: Tensor) -> Tensor:
         rows = as_maps(query, nodes).flatten(1, 2)  # (E, N * n, C)
@@ -34,10 +42,9 @@ def fit_reconstruction(
     return scores
 
 
-def _residual_of(rows: Tensor, log_penalty: float | Tensor) -> Callable[[Tensor], Tensor]:
+def _residual_of(rows: Tensor, penalty: Tensor) -> Callable[[Tensor], Tensor]:
     """What the best combination of a class's nodes (E, S, C) leaves of each node of queries, (E, M, C) -> (E, M, C)."""
     size, channels = rows.shape[1:]
-    penalty = penalty_of(size, channels, log_penalty)
     if size >= channels:
         inverse = penalty * ridge_inverse(rows.mT @ rows, penalty)
         return lambda query: query @ inverse
@@ -52,7 +59,7 @@ def feature_map_reconstruction(
     query: Tensor,
     *,
     nodes: int = 25,
-    log_penalty: float | Tensor = 0.0,
+    log_penalty: float | Tensor | None = None,
     log_stretch: float | Tensor = 0.0,
     scale: float | Tensor = 1.0,
 ) -> Tensor:
@@ -64,9 +71,10 @@ def feature_map_reconstruction(
     Args:
         support, query: (E, W, K, D) and (E, N, D) of feature maps, D = channels * nodes, channels first.
         nodes: positions of a feature map: 25 for Conv4 and ResNet12(pool=False) at 84 x 84.
-        log_penalty: alpha of the paper: the penalty is exp(alpha) * (nodes of the class) / channels. Its effect depends
-            on the length of the embeddings: at 0, where the paper's training begins, channels should have a mean square
-            of about 1.
+        log_penalty: alpha of the paper: the penalty is exp(alpha) * (nodes of the class) / channels, what a trained FRN
+            has learned; what a number does depends on the length of the embeddings. When None exp(alpha) is 100 times
+            the mean square of the support's channels: multiplying all embeddings by a number changes nothing. (Best on
+            validation classes of miniImageNet by a ProtoNet's maps at 1 and 5 shots are 60 and 150.)
         log_stretch: beta of the paper: what is rebuilt is multiplied by exp(beta).
         scale: gamma of the paper, of the logits; the accuracy does not depend on it.
 

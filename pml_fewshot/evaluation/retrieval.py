@@ -17,6 +17,7 @@ from pml_fewshot.data.dataset import FewShotDataset
 from pml_fewshot.distances.episodic_distance import EpisodicDistance
 from pml_fewshot.embedders.bank import ClassName, EmbeddingBank, align, names_of
 from pml_fewshot.embedders.embedder import encode, is_embedder
+from pml_fewshot.embedders.modes import eval_mode
 from pml_fewshot.evaluation import retrieval_metrics as known
 from pml_fewshot.evaluation.gallery import EXACT, Gallery, IndexRecall, check_index
 from pml_fewshot.evaluation.heads import similarities
@@ -113,6 +114,7 @@ class RetrievalTester:
             whole set as ever.
         rerank: PML distance that reorders the first k neighbors which `distance` found. One that would take too long
             for all pairs (EarthMoversDistance), given as `distance` or a trainer's own, reorders what Euclid finds.
+            Metrics of the whole ranking have it compare all pairs nevertheless.
 
     Raises:
         UsageError: an unknown metric or index, or a k or num_queries below 1.
@@ -134,6 +136,9 @@ class RetrievalTester:
             if not known.AT_K.fullmatch(metric):
                 check_choice("metric", metric, known.NAMES)
         check_index(self.index)
+        for name, given in (("distance", self.distance), ("rerank", self.rerank)):
+            if not isinstance(given, BaseDistance | None):
+                raise UsageTypeError(f"expected {name} as a PML distance or None, got {given!r}; make one")
         check_at_least_one("num_queries", 1 if self.num_queries is None else self.num_queries)
         if isinstance(self.k, str):
             check_choice("k", self.k, ("max_bin_count",))
@@ -192,15 +197,16 @@ class RetrievalTester:
             raise UsageError("expected at least one reference, got none; give a bank with items")
         sizes = len(query), None if reference is None else len(references)
         marks = {"ids": (query_ids, reference_ids), "groups": (query_groups, reference_groups)}
-        return self._measure(query, references, _LeftOut.of(marks, *sizes), reference is None)
+        with eval_mode(*(part for part in (self.distance, self.rerank) if part is not None)):
+            return self._measure(query, references, _LeftOut.of(marks, *sizes), reference is None)
 
     def _measure(
         self, query: EmbeddingBank, references: References, left_out: "_LeftOut", leave_one_out: bool
     ) -> RetrievalResult:
         """Searches the references, by an index of them where one is asked for, whose recall is then measured too."""
         distance, rerank = self.distance, self.rerank
-        if rerank is None and isinstance(distance, EpisodicDistance) and not distance.ranks_all:
-            distance, rerank = None, distance
+        if isinstance(distance, EpisodicDistance) and not distance.ranks_all:
+            distance, rerank = None, distance if rerank is None else rerank
         ranking, searched = Ranking.of(distance), references
         if isinstance(references, Gallery):
             if rerank is not None:
@@ -242,7 +248,7 @@ class RetrievalTester:
             found, exact = (_search(query, part, each, k, ranking, left_out, more) for each in (searched, references))
             recall = IndexRecall.of(found, exact)
         index = searched if isinstance(searched, Gallery) else "exact"
-        reordered = f"the first {k} reordered by {Ranking.of(rerank)}" if rerank is not None else ""
+        reordered = f"the first {k} reordered by {Ranking.of(rerank)}" if rerank is not None and figures else ""
         about = f"{query.fingerprint()} {self.num_queries}{left_out.digest}"
         return RetrievalResult(
             {metric: torch.cat(values) for metric, values in figures.items()},

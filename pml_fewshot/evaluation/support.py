@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pml_fewshot.checks import UsageError
 from pml_fewshot.embedders.modes import widened
 
 
@@ -26,6 +27,9 @@ class Support:
     @staticmethod
     def of(episodes: Tensor) -> "Support":
         """The support (E, W, K, D) of episodes, in float32 at least."""
+        if episodes.ndim != 4 or min(episodes.shape[1:3]) < 1:
+            wanted, got = "a support (E, W, K, D) of at least one class and shot", tuple(episodes.shape)
+            raise UsageError(f"expected {wanted}, got shape {got}; give each class its items")
         return Support(widened(episodes).flatten(1, 2), (episodes.shape[2],) * episodes.shape[1])
 
     @property

@@ -35,7 +35,6 @@ class RowContext:
     split: str
     classes: int
     note: str = ""
-    transductive: bool = False
     seconds: float | None = None
 
     @property
@@ -114,7 +113,7 @@ class ResultTable:
             ci95=ci95,
             count=len(first.per_episode),
             seed=first.seed,
-            protocol="transductive" if context.transductive or first.transductive else "inductive",
+            protocol="transductive" if first.transductive else "inductive",
             episodes_hash=first.episodes_hash,
             classifier="; ".join(dict.fromkeys(result.classifier for result in trainings)),
             note=context.note,

@@ -70,7 +70,7 @@ class ResultRow:
     def column(self) -> str:
         if self.ways is None:
             return self.figure
-        balance = "" if self.query_balance is None else f"_dirichlet{self.query_balance:g}"
+        balance = "" if self.query_balance is None else f"_dirichlet{self.query_balance}".removesuffix(".0")
         return f"{self.ways}way_{self.shots}shot_{self.queries}query{balance}"
 
     @property
@@ -142,6 +142,7 @@ def _conditions(lines: Lines) -> list[str]:
                 own.append(f"{row.count:,} queries, {row.protocol}, {row.ranking}")
             else:
                 size = f"of {row.queries} queries a class" if row.ways else "of variable ways and shots"
+                size += " on average" if row.query_balance is not None else ""
                 parts = (f"{row.count:,} episodes {size}", f"seed {row.seed}", row.protocol, row.balance)
                 own.append(", ".join(filter(None, parts)))
                 own.append(row.classifier)

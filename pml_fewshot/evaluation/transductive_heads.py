@@ -3,8 +3,8 @@
 Each maps support (E, W, K, D) and query (E, N, D) to logits (E, N, W), with all N queries of an episode seen together.
 PT-MAP takes for granted that every class has equally many queries, and TIM favors it; they lose where it is not so.
 
-Inside, what is of each class and item is (E, W, N): a softmax over the axis before the last is 18 times as fast as
-over the last.
+Inside, what is of each class and item is (E, W, N): a softmax over the axis before the last is several times as fast
+as over the last.
 """
 
 import math
@@ -26,7 +26,7 @@ from pml_fewshot.evaluation.tuned_heads import (
     tuned_with_queries,
 )
 
-LEAST = 1e-12  # of a length that is divided by
+LEAST = 1e-12  # the smallest length to divide by
 
 
 def fit_bd_cspn(support: Support, *, scale: float = 10.0, top: int | None = None) -> Scores:
@@ -289,6 +289,8 @@ def fit_pt_map(
             do = "ask about several at once, or use another head"
             raise UsageError(f"expected several queries, which PT-MAP shares out among the classes, got one; {do}")
         items, query = _transformed(support.items, power, center), _transformed(query, power, center)
+        middle = items.mean(dim=1, keepdim=True)  # far from the origin squares would cancel badly
+        items, query = items - middle, query - middle
         ways, one = len(support.sizes), len(items)
         is_class = F.one_hot(support.labels, ways).T.to(items).expand(one, -1, -1)
         sizes = is_class.sum(dim=2, keepdim=True) + query.shape[1] / ways  # of a class, its queries included

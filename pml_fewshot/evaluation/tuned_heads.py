@@ -5,7 +5,8 @@ Ba 2015). The gradients are written out: with 80 items of 640 dimensions a step 
 one core, nearly all of it in two matrix products. Adam goes coordinate by coordinate: each episode's steps are its own,
 and they leave the span of the items, which has fewer coordinates.
 
-Inside, logits are (E, W, M) of M items: a softmax over the axis before the last is 18 times as fast as over the last.
+Inside, logits are (E, W, M) of M items: a softmax over the axis before the last is several times as fast as over the
+last.
 """
 
 from collections.abc import Callable

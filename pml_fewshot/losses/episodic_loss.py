@@ -95,6 +95,8 @@ class EpisodicLoss(BaseMetricLossFunction):
         ref_labels = as_labels(ref_labels, len(ref_emb), "support")[0]
         if len(ref_emb) == 0:
             raise UsageError("expected at least one support item, got none; draw some of the queries' classes")
+        if len(embeddings) == 0:
+            return self.zero_losses()
         # (W,); on a GPU W is S, with repeats: dropping them would wait for their number
         classes = torch.unique(ref_labels) if ref_labels.is_cpu else ref_labels.sort().values
         repeated = F.pad(classes[1:] == classes[:-1], (1, 0))  # (W,)

@@ -4,7 +4,7 @@ import torch
 from pytorch_metric_learning.distances import BaseDistance, LpDistance
 from torch import Tensor
 
-from pml_fewshot.distances.episodic_distance import compare_batch
+from pml_fewshot.distances.episodic_distance import similarity_batch
 from pml_fewshot.losses.episodic_loss import EpisodicLoss
 
 
@@ -34,7 +34,7 @@ class PrototypicalLoss(EpisodicLoss):
         if own_class is not None:
             left_out = (sums[own_class] - queries) / (counts[own_class] - 1).clamp(min=1).unsqueeze(1)  # (B, D)
             # pairs, B of them: PML's pairwise_distance would neither normalize nor raise to the power
-            own = compare_batch(self.distance, queries.unsqueeze(1), left_out.unsqueeze(1))[:, :, 0]  # (B, 1)
+            own = similarity_batch(self.distance, queries.unsqueeze(1), left_out.unsqueeze(1))[:, :, 0]  # (B, 1)
             is_own = own_class.unsqueeze(1) == torch.arange(len(counts), device=queries.device)
-            scores = torch.where(is_own, own if self.distance.is_inverted else -own, scores)
+            scores = torch.where(is_own, own, scores)
         return self.scale * scores

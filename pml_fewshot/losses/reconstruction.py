@@ -12,7 +12,7 @@ from pml_fewshot.losses.episodic_loss import EpisodicLoss
 
 def penalty_of(rows: float | Tensor, channels: int, log_penalty: float | Tensor) -> Tensor:
     """Ridge penalty of a class with so many nodes: exp(alpha) * rows / channels, so that one alpha fits all shots."""
-    return torch.as_tensor(log_penalty).exp() * rows / channels + 1e-6
+    return torch.as_tensor(log_penalty).exp() * rows / channels + 1e-6  # (which the authors' code adds)
 
 
 def ridge_inverse(gram: Tensor, penalty: Tensor) -> Tensor:

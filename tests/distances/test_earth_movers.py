@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from pml_fewshot.checks import UsageError
 from pml_fewshot.data.dataset import FewShotDataset
 from pml_fewshot.distances.earth_movers import EarthMoversDistance
+from pml_fewshot.distances.local_neighbors import LocalNeighborSimilarity
+from pml_fewshot.distances.relation import RelationSimilarity
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.embedders.conv4 import Conv4
 from pml_fewshot.embedders.embedder import Embedder
@@ -270,3 +272,54 @@ def test_sinkhorn_on_a_gpu_is_near_the_exact_score() -> None:
         found = EarthMoversDistance(NODES, solver)(query.cuda(), reference.cuda())  # type: ignore[arg-type]
         assert found.is_cuda
         assert torch.allclose(found.cpu(), expected, atol=3e-3)
+
+
+def test_a_costly_distance_never_ranks_all_pairs_beside_another() -> None:
+    bank, seen = labeled_bank(), 0
+
+    class Counting(EarthMoversDistance):
+        def compute_batch(self, query: Tensor, reference: Tensor) -> Tensor:
+            nonlocal seen
+            seen += query.shape[0] * query.shape[1] * reference.shape[1]
+            return super().compute_batch(query, reference)
+
+    other = LocalNeighborSimilarity(NODES)
+    result = RetrievalTester(["precision_at_1"], k=5, distance=Counting(NODES), rerank=other).test(bank)
+    assert seen == 0
+    assert "the first 5 reordered by LocalNeighborSimilarity" in result.ranking
+    RetrievalTester(["precision_at_1"], k=5, distance=Counting(NODES)).test(bank)
+    assert seen == 24 * 5
+
+
+def test_what_is_no_distance_is_refused_when_the_tester_is_made() -> None:
+    for wrong in ("emd", EarthMoversDistance):
+        with pytest.raises(UsageError, match="expected rerank as a PML distance or None"):
+            RetrievalTester(rerank=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("evaluate", ["episodes", "retrieval"])
+def test_a_learned_distance_is_evaluated_in_eval_mode_and_keeps_its_statistics(evaluate: str) -> None:
+    distance = RelationSimilarity(16, channels=4, hidden=3, dim=64)
+    rows = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    bank, before = EmbeddingBank(rows, torch.arange(40) % 4), distance.first_norm.running_mean.clone()
+    if evaluate == "episodes":
+        head = partial(nearest_prototype, distance=distance)
+        EpisodicEvaluator(EpisodeSpec(3, 1, 4), 5, head=head).evaluate(bank)
+    else:
+        RetrievalTester(["precision_at_1"], k=5, rerank=distance).test(bank)
+    assert distance.training
+    assert torch.equal(distance.first_norm.running_mean, before)
+
+
+def test_widths_that_differ_and_supports_without_items_are_refused() -> None:
+    for distance in (EarthMoversDistance(NODES), LocalNeighborSimilarity(NODES)):
+        with pytest.raises(UsageError, match="one width, got 48 and 96 dimensions"):
+            distance(maps(2), torch.cat([maps(2), maps(2)], dim=1))
+    with pytest.raises(UsageError, match="at least one class and shot"):
+        nearest_prototype(maps(1, 2, 1)[:, :, :0], maps(1, 3), EarthMoversDistance(NODES))
+    with pytest.raises(UsageError, match="expected a distance to fit prototypes by, got none"):
+        structured_classifier(maps(1, 2, 1), maps(1, 3))
+    empty = PrototypicalLoss(distance=EarthMoversDistance(NODES), scale=12.5)(
+        maps(2)[:0], torch.arange(0), None, maps(2), torch.arange(2)
+    )
+    assert empty == 0

@@ -108,3 +108,10 @@ def test_what_cannot_be_solved_is_refused() -> None:
     with pytest.raises(UsageError, match=r"at least 1.2e-04 with torch.float32, got 1e-05"):
         transport_value(costs, a, b, "sinkhorn", epsilon=1e-5)
     assert transport_value(costs.double(), a.double(), b.double(), "sinkhorn", epsilon=1e-4).isfinite().all()
+
+
+@pytest.mark.parametrize("solver", ["exact", "sinkhorn"])
+def test_an_infinite_cost_is_nan_too(solver: str) -> None:
+    costs, a, b = problems(2, n=3, m=3)
+    costs[0, 1, 1] = torch.inf
+    assert transport_value(costs, a, b, solver).isnan().tolist() == [True, False]

@@ -86,7 +86,7 @@ def read(text: str) -> list[dict[str, str]]:
 
 
 def test_an_episodic_row_holds_all_that_is_needed_to_repeat_it():
-    table = filled((RowContext("MAML", "val", 20, "a note", transductive=True, seconds=1.5), episodic()))
+    table = filled((RowContext("MAML", "val", 20, "a note", seconds=1.5), replace(episodic(), transductive=True)))
     row, share = table.rows[0], 410 / 10_000  # of a value 0.3 lower: mean and variance of two values by hand
     ci95 = 1.96 * (0.09 * share * (1 - share) * 10_000 / 9_999) ** 0.5 / 100
     assert (row.value, row.ci95) == (pytest.approx(1 - 0.3 * share, abs=1e-12), pytest.approx(ci95, abs=1e-12))
@@ -155,22 +155,22 @@ def test_two_methods_have_a_line_each_and_what_holds_for_both_is_said_once():
 
 
 def test_every_figure_has_a_cell_in_a_line_of_its_method_split_and_protocol():
-    for context, names in (
-        (RowContext("ProtoNet", "val", 1692), ["ProtoNet (test)", "ProtoNet (val)"]),
-        (RowContext("ProtoNet", "test", 1692, transductive=True), ["ProtoNet", "ProtoNet (transductive)"]),
-        (RowContext("ProtoNet", "test", 1692), ["ProtoNet", "ProtoNet #2"]),  # the same figure twice: none is lost
-        (RowContext("two\r\nlines", "test", 1692), ["ProtoNet", "two lines"]),
-        (RowContext("a|b", "test", 1692), ["ProtoNet", r"a\|b"]),
+    for context, together, names in (
+        (RowContext("ProtoNet", "val", 1692), False, ["ProtoNet (test)", "ProtoNet (val)"]),
+        (RowContext("ProtoNet", "test", 1692), True, ["ProtoNet", "ProtoNet (transductive)"]),
+        (RowContext("ProtoNet", "test", 1692), False, ["ProtoNet", "ProtoNet #2"]),  # the same figure twice: both stay
+        (RowContext("two\r\nlines", "test", 1692), False, ["ProtoNet", "two lines"]),
+        (RowContext("a|b", "test", 1692), False, ["ProtoNet", r"a\|b"]),
     ):
-        lines = grid(filled((context, episodic(wrong=0))).markdown())
+        lines = grid(filled((context, replace(episodic(wrong=0), transductive=together))).markdown())
         assert [line[0] for line in lines[2:]] == names
         assert [line[1] for line in lines[2:]] == ["98.77 +- 0.12", "100.00 +- 0.00"]
         assert {len(line) for line in lines} == {4}
 
 
 def test_retrieval_of_a_transductive_method_stands_in_its_line():
-    table, context = ResultTable(), RowContext("MAML", "test", 1692, transductive=True)
-    table.add_episodic(context, episodic())
+    table, context = ResultTable(), RowContext("MAML", "test", 1692)
+    table.add_episodic(context, replace(episodic(), transductive=True))
     table.add_retrieval(context, retrieval())
     assert [line[0] for line in grid(table.markdown())[2:]] == ["MAML (transductive)"]
 

@@ -300,7 +300,7 @@ def test_rows_say_how_queries_divide_and_which_heads_are_transductive():
     assert lines[0] == "| " + " | ".join([*titles, "variable ways and shots"]) + " |"
     assert [line.split(" | ")[0] for line in lines[2:4]] == ["| bank", "| bank (transductive)"]
     below = "\n".join(lines[4:])
-    assert "60 episodes of 4 queries a class, seed 0, inductive, queries unbalanced (Dirichlet 0.25)" in below
+    assert "of 4 queries a class on average, seed 0, inductive, queries unbalanced (Dirichlet 0.25)" in below
     assert "60 episodes of variable ways and shots, seed 0, inductive" in below
     assert "60 episodes of 4 queries a class, seed 0, transductive, as many queries of each class" in below
 
@@ -385,3 +385,25 @@ def test_the_command_line_refuses_too_small_classes_and_unbalanced_training(
             main(TINY_EXPERIMENTS["protonet"])
         assert str(stopped.value.code).startswith(message)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_row_is_of_the_head_that_classified_and_not_of_the_one_it_replaced():
+    trainer, bank = ProtoNetTrainer(Embedder(nn.Identity()), head=bd_cspn), random_bank()
+    for head, protocol in ((None, "transductive"), (nearest_prototype, "inductive")):
+        table = benchmark({"x": trainer}, bank.as_dataset(), SMALL, num_episodes=5, retrieval=None, head=head)
+        assert [row.protocol for row in table.rows] == [protocol]
+
+
+def test_balances_that_look_alike_have_columns_of_their_own():
+    spec = replace(SMALL, query_balance=2.0)
+    row = benchmark(random_bank(), specs=spec, num_episodes=5, retrieval=None).rows[0]
+    columns = [replace(row, query_balance=alpha).column for alpha in (2.0, 2.0000001, 1.0)]
+    assert columns[0] == "3way_1shot_4query_dirichlet2"
+    assert len(set(columns)) == 3
+
+
+SMALL = EpisodeSpec(3, 1, 4)
+
+
+def random_bank() -> EmbeddingBank:
+    return EmbeddingBank(torch.randn(80, 4, generator=torch.Generator().manual_seed(0)), torch.arange(80) % 4)

@@ -139,6 +139,17 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_nan_in_a_support_is_nan_in_the_logits() -> None:
     support = maps(1, 2, 1)
     support[0, 1, 0, 3] = torch.nan
-    logits = feature_map_reconstruction(support, maps(1, 3, seed=1), nodes=NODES)
+    logits = feature_map_reconstruction(support, maps(1, 3, seed=1), nodes=NODES, log_penalty=0.0)
     assert logits[..., 0].isfinite().all()
     assert logits[..., 1].isnan().all()
+
+
+@pytest.mark.parametrize("length", [1e-4, 1.0, 1e4])
+def test_the_heads_own_penalty_does_not_depend_on_the_length_of_embeddings(length: float) -> None:
+    support, query = maps(1, 3, 2), maps(1, 4, seed=1)
+    channels = support.square().mean().item()
+    expected = feature_map_reconstruction(support, query, nodes=NODES, log_penalty=math.log(100 * channels))
+    logits = feature_map_reconstruction(length * support, length * query, nodes=NODES) / length**2
+    assert torch.allclose(logits, expected, rtol=1e-6)
+    zeros = feature_map_reconstruction(0 * support, query, nodes=NODES)
+    assert zeros.isfinite().all()
