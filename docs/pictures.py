@@ -46,18 +46,15 @@ from pml_fewshot import (
     adaptation_curve,
     load_glyphs,
     load_trained,
-    run,
-)
-from pml_fewshot.evaluation.episodic import EpisodicResult
-from pml_fewshot.report.plots import (
-    THEMES,
     plot_accuracy_grid,
     plot_adaptation,
     plot_bars,
     plot_embedding_map,
     plot_episode,
-    theme,
+    run,
 )
+from pml_fewshot.evaluation.episodic import EpisodicResult
+from pml_fewshot.report.theme import THEMES, theme
 
 DOCS = Path(__file__).parent
 SPEED = DOCS / "results" / "evaluation_speed.csv"
@@ -407,7 +404,7 @@ def main() -> None:
                 plt.close(figure)
     listed = options.out / "figures.json"
     figures = (json.loads(listed.read_text()) if listed.exists() else {}) | figures
-    listed.write_text(json.dumps({name: figures[name] for name in PICTURES if name in figures}, indent=1) + "\n")
+    listed.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 PICTURES: dict[str, Callable[[Runs], tuple[Callable[[], Figure], dict[str, Any]]]] = {

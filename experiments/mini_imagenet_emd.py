@@ -14,17 +14,20 @@ from ProtoNet is the loss: the score lies within +-1, so it is scaled by the pap
 reorders by the earth mover's distance.
 """
 
+from dataclasses import replace
 from functools import partial
 
 from pml_fewshot import EarthMoversDistance, PrototypicalLoss, main, swap
 
 from .mini_imagenet_protonet import CONFIG as PROTONET
 
-CONFIG = swap(
+EMD = swap(
     PROTONET,
     name="mini_imagenet_emd",
     loss=partial(PrototypicalLoss, distance=partial(EarthMoversDistance, nodes=25), scale=12.5),
 )
+PAPER = {"5-way 1-shot": "65.91 +- 0.82", "5-way 5-shot": "82.41 +- 0.56"}
+CONFIG = replace(EMD, published={"Zhang et al. 2020, ResNet12": PAPER})
 
 if __name__ == "__main__":
     main(CONFIG)

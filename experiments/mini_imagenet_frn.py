@@ -20,6 +20,7 @@ from .mini_imagenet_protonet import CONFIG as PROTONET
 CONFIG = replace(
     PROTONET,
     name="mini_imagenet_frn",
+    published={"Wertheimer et al. 2021, ResNet12": {"5-way 1-shot": "66.45 +- 0.19", "5-way 5-shot": "82.83 +- 0.13"}},
     trainer=partial(
         FRNTrainer,
         embedder=partial(Embedder, trunk=partial(Conv4, in_channels=3)),

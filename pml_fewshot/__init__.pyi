@@ -77,6 +77,17 @@ from .losses.matching import MatchingLoss as MatchingLoss
 from .losses.pair_verification import PairVerificationLoss as PairVerificationLoss
 from .losses.prototypical import PrototypicalLoss as PrototypicalLoss
 from .losses.reconstruction import ReconstructionLoss as ReconstructionLoss
+from .report.image_plots import plot_embedding_map as plot_embedding_map
+from .report.image_plots import plot_episode as plot_episode
+from .report.image_plots import plot_neighbours as plot_neighbours
+from .report.result_plots import plot_accuracy_grid as plot_accuracy_grid
+from .report.result_plots import plot_adaptation as plot_adaptation
+from .report.result_plots import plot_bars as plot_bars
+from .report.result_plots import plot_confusion as plot_confusion
+from .report.result_plots import plot_curves as plot_curves
+from .report.result_plots import plot_intervals as plot_intervals
+from .report.result_plots import plot_reliability as plot_reliability
+from .report.theme import theme as theme
 from .sampling.batch_stream import BatchStream as BatchStream
 from .sampling.batches import Batch as Batch
 from .sampling.batches import BatchSpec as BatchSpec

@@ -77,7 +77,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     for name in ("PYTHONPATH", "PML_FEWSHOT_DATA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
-    quick = {"steps": 2, "num_episodes": 20, "val_episodes": 20, "data": few_glyphs}
+    quick = {"steps": 2, "num_episodes": 20, "val_episodes": 20, "data": few_glyphs, "report": False}
     for name, value in quick.items():
         monkeypatch.setitem(vars(experiments.quickstart.CONFIG), name, value)
     if page.name == "README.md":  # it trains on all of them

@@ -22,6 +22,7 @@ FLOORS = [
     {"data", "sampling", "embedders", "losses", "distances"},
     {"evaluation", "trainers", "training"},
     {"experiment", "report", "classify"},
+    {"app"},
     {"reproduce", "compare", "evaluate", "__main__", "__init__"},
 ]
 FORBIDDEN = {"evaluation": {"trainers", "training"}, "training": {"trainers"}, "trainers": {"training"}}

@@ -277,6 +277,7 @@ WITHOUT_FIGURES = {
     *("load_omniglot", "load_mini_imagenet", "load_image_folder", "load_glyphs"),  # of bytes
     *("load_images", "load_image_table"),
     *("ExperimentConfig", "swap", "main"),  # which are run
+    *(name for name in p.__all__ if name.startswith("plot_") or name == "theme"),  # pictures
 }
 
 

@@ -74,6 +74,7 @@ tiny = partial(
     val_episodes=10,
     device="cpu",
     augment=RandomAffine(),
+    report=False,  # it takes seconds
 )
 BATCHES = BatchSpec(classes=4, per_class=3)
 MEMORY = partial(CrossBatchMemory, MultiSimilarityLoss, embedding_size=8, memory_size=40)
@@ -113,6 +114,9 @@ TINY_EXPERIMENTS = {
         ),
     )
 }
+
+
+LISTED = list(TINY_EXPERIMENTS.values())  # where a run's folder finds its config
 
 
 def rows_of(folder: Path, group: str) -> list[dict[str, Any]]:

@@ -24,14 +24,32 @@ class RunComparison:
     """all figures, the best run first; of runs that differ in their seeds alone their mean too"""
     changes: list[str]
     """a line for each value in which the configs differ"""
-    differences: list[str]
-    """a line for each run and figure: the paired difference to the best run on the same episodes or queries"""
+    paired: list["PairedDifference"]
+    """for each run and figure the difference to the best run on the same episodes or queries"""
+
+    @property
+    def differences(self) -> list[str]:
+        """A line for each of them."""
+        return [str(each) for each in self.paired]
 
     def __str__(self) -> str:
         parts = [str(self.table)]
         for title, lines in (("configs differ in", self.changes), ("paired differences to the best", self.differences)):
             parts.append("\n".join([f"{title}:", *(f"- {line}" for line in lines)]) if lines else f"{title}: none")
         return "\n\n".join(parts)
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """How a run differs from the best one in a figure."""
+
+    title: str
+    method: str
+    best: str
+    found: Comparison
+
+    def __str__(self) -> str:
+        return f"{self.title}: {self.method} minus {self.best}: {self.found}"
 
 
 def compare_runs(folders: Sequence[str | Path]) -> RunComparison:
@@ -48,7 +66,7 @@ def compare_runs(folders: Sequence[str | Path]) -> RunComparison:
     if len({path.resolve() for path in paths}) < max(2, len(paths)):
         got = ", ".join(map(str, paths)) or "none"
         raise UsageError(f"expected two or more different runs, got {got}; name their folders")
-    stored = [_finished(path) for path in paths]
+    stored = [finished_config(path) for path in paths]
     names = [each["config"]["name"] for each in stored]
     labels = _labels(names, paths)
     rows = {label: _rows(path, name, label) for label, path, name in zip(labels, paths, names, strict=True)}
@@ -96,7 +114,7 @@ def _changes(configs: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _finished(path: Path) -> dict[str, Any]:
+def finished_config(path: Path) -> dict[str, Any]:
     """What a run stores, whose figures are of its config: not of fewer steps than it was resumed for."""
     stored = read_config(path)
     differ = [name for name, value in stored.get("finished", {}).items() if stored["config"].get(name) != value]
@@ -111,21 +129,22 @@ def _key(row: ResultRow) -> tuple[str, ...]:
     return row.column, row.protocol, row.episodes_hash
 
 
-def _differences(rows: dict[str, list[ResultRow]]) -> list[str]:
+def _differences(rows: dict[str, list[ResultRow]]) -> list[PairedDifference]:
     together: dict[Any, dict[str, ResultRow]] = {}
     for own in rows.values():
         for row in own:
             if row.values is not None:
                 together.setdefault(_key(row), {}).setdefault(row.method, row)
-    lines = []
+    found = []
     for figures in together.values():
         best = max(figures.values(), key=lambda row: row.value)
         (title,) = arrange([best])[0].values()
         for row in figures.values():
             if row is not best and row.values is not None and best.values is not None:
-                found = Comparison(*average([row.values - best.values]), len(row.values), row.ways is None)
-                lines.append(f"{title}: {row.method} minus {best.method}: {found}")
-    return lines
+                average_difference = average([row.values - best.values])
+                comparison = Comparison(*average_difference, len(row.values), row.ways is None)
+                found.append(PairedDifference(title, row.method, best.method, comparison))
+    return found
 
 
 def _means(rows: dict[str, list[ResultRow]], configs: dict[str, dict[str, Any]]) -> list[ResultRow]:

@@ -110,6 +110,11 @@ class ExperimentConfig:
     before the training with an untrained trainer and 2 as config.num_episodes"""
     recorder: Fixed[Callable[[Path], Recorder] | None] = None
     """called with the run folder, records beside the folder's own files: `partial(WandbRecorder, project="mine")`"""
+    published: Fixed[Mapping[str, Mapping[str, str]] | None] = None
+    """figures of papers by source and column, shown below ours in the report: `{"Snell et al. 2017, table 1":
+    {"5-way 1-shot": "98.8"}}`"""
+    report: bool = True
+    """draw report.html in the run folder when it is finished, which takes up to 20 seconds"""
     device: Device = "auto"
     """auto: CUDA where there is one"""
     data_root: Path | None = None
@@ -168,6 +173,8 @@ OPTIONS = [each.name for each in fields(ExperimentConfig) if not hasattr(each.ty
 def swap(config: ExperimentConfig, name: str | None = None, **parts: Any) -> ExperimentConfig:
     """Returns the experiment with other parts of its trainer: `swap(CONFIG, name="triplet", loss=TripletMarginLoss())`.
 
+    The papers' figures that it names are left out.
+
     Args:
         config: everything else stays as it is here.
         name: of the new experiment; the old one's when None.
@@ -178,4 +185,5 @@ def swap(config: ExperimentConfig, name: str | None = None, **parts: Any) -> Exp
     """
     for own in parts.keys() & {each.name for each in fields(config)}:
         raise UsageError(f"expected parts of the trainer, got {own}, of the experiment; use dataclasses.replace")
-    return replace(config, name=name or config.name, trainer=partial(config.trainer, **parts))
+    trainer = partial(config.trainer, **parts)
+    return replace(config, name=name or config.name, trainer=trainer, published=None)  # figures of other parts

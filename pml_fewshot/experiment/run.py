@@ -12,6 +12,7 @@ from pml_fewshot.experiment.evaluate import evaluate
 from pml_fewshot.experiment.prepare import Prepared, make_optimizer, prepare
 from pml_fewshot.experiment.recorder import Recorder, Recorders
 from pml_fewshot.experiment.run_folder import RunFolder, open_run
+from pml_fewshot.experiment.run_report import draw_report
 from pml_fewshot.experiment.stored_config import what_is_lost
 from pml_fewshot.io.checkpoint import export_embedder, load_checkpoint, save_checkpoint
 from pml_fewshot.sampling.randomness import seeded
@@ -79,6 +80,8 @@ def _run(folder: RunFolder) -> ResultTable:
     table = evaluate(prepared.config, prepared.trainer, prepared.splits, prepared.tester, history)
     folder.finish(table)
     print(f"\n{table}\nwritten to {folder.path / 'results.csv'} and results.md")
+    if prepared.config.report:
+        draw_report(folder.path, prepared.trainer, prepared.splits, prepared.config)
     return table
 
 

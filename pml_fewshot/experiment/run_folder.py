@@ -3,8 +3,10 @@
 import json
 import platform
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
@@ -26,7 +28,8 @@ from pml_fewshot.io.tensors import checksum
 from pml_fewshot.parts.describe import describe, module_name
 from pml_fewshot.training.state import history_of
 
-PLACE = ("run_dir", "data_root", "device")  # where a run happens, not what it does
+# where a run happens, what is drawn of it and what stands beside its figures: not what it does
+PLACE = ("run_dir", "data_root", "device", "report", "published")
 # what a trained run may be evaluated by again, and what may change on resuming; validation uses the first of eval_specs
 EVALUATION = ("num_episodes", "eval_seed", "eval_specs", "retrieval", "extra_evaluations")
 RATES = ("optimizer", "scheduler", "loss_lr", "part_lr", "clip_norm", "retries")  # what a NaN is answered with
@@ -67,6 +70,7 @@ class RunFolder:
             sessions, changes = stored["sessions"] + (sessions if notes else []), stored["changes"] + changes
         about = {"config": config, "data": _described(splits), "sessions": sessions, "changes": changes}
         about["num_classes"] = num_classes
+        about["commands"] = list(dict.fromkeys([*stored.get("commands", ()), command()]))
         self._write({"module": module_name("__main__"), **stored, **about})
 
     def finish(self, table: ResultTable) -> None:
@@ -218,6 +222,13 @@ def environment_changes(stored: Mapping[str, Any], device: torch.device) -> list
     """What is another version, commit, device or number of threads than in a run's last session."""
     then, now = stored["sessions"][-1], environment(device)
     return [f"{name}: {then.get(name)} then, {now[name]} now" for name in now if then.get(name) != now[name]]
+
+
+def command() -> str:
+    """How this process was started."""
+    name = module_name("__main__")
+    started = f"-m {name.removesuffix('.__main__')}" if name != "__main__" else shlex.quote(sys.argv[0] or "-")
+    return f"python {started} {shlex.join(sys.argv[1:])}".strip()
 
 
 def _version(package: str) -> str:

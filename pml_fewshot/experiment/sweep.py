@@ -14,6 +14,7 @@ from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment.command_line import one_line_errors, parse
 from pml_fewshot.experiment.config import OPTIONS, ExperimentConfig
 from pml_fewshot.experiment.run import run
+from pml_fewshot.experiment.runs_report import draw_runs
 from pml_fewshot.training.interruption import TrainingInterrupted
 
 BUDGET = ("steps", "seed", "num_episodes", "device", "data_root")
@@ -62,6 +63,8 @@ def sweep(configs: Sequence[ExperimentConfig], folder: str | Path, only: Sequenc
             table = ResultTable(rows, failures | running).best_first()
             table.write(folder)
     print(f"\n{table}\nwritten to {folder / 'results.md'}")
+    if any(config.report for config in to_run):
+        draw_runs([folder / name for name in names if (folder / name / "config.json").exists()], folder, failures)
     return table
 
 

@@ -42,11 +42,14 @@ def load_trained(folder: str | Path, config: ExperimentConfig | None = None, dev
         MissingFileError: (a FileNotFoundError) the folder lacks config.json or last.pt.
         UsageError: one of them is damaged, or the config has another trainer than the run.
     """
-    trainer, _ = _load(Path(folder), config, device)
+    trainer, _ = trained_with_config(Path(folder), config, device)
     return trainer
 
 
-def _load(folder: Path, config: ExperimentConfig | None, device: Device) -> tuple[FewShotTrainer, ExperimentConfig]:
+def trained_with_config(
+    folder: Path, config: ExperimentConfig | None, device: Device
+) -> tuple[FewShotTrainer, ExperimentConfig]:
+    """The same with the config, which has the numbers that the folder has."""
     stored = read_config(folder)
     config = own_parts(with_stored_options(config or find_config(folder), stored["config"]))
     check_same(config, stored, folder, [each.name for each in fields(config) if each.name != "trainer"])
@@ -55,6 +58,11 @@ def _load(folder: Path, config: ExperimentConfig | None, device: Device) -> tupl
         trainer = made_trainer(config, num_classes=stored["num_classes"])
     restore_trained(trainer, state)
     return trainer.to(resolve_device(device)).eval(), config
+
+
+def with_data_root(config: ExperimentConfig, data_root: str | Path | None) -> ExperimentConfig:
+    """The config with its data elsewhere, where that is said."""
+    return config if data_root is None else replace(config, data_root=Path(data_root))
 
 
 def evaluate_again(
@@ -88,15 +96,14 @@ def evaluate_again(
         LockedError: another process is writing the folder.
     """
     folder = Path(folder)
-    trainer, config = _load(folder, config, device)
+    trainer, config = trained_with_config(folder, config, device)
     stored = read_config(folder)
     history = history_of(load_checkpoint(folder / "last.pt"))
     step = history.best_step or history.steps
     notes = [*notes_on_training(config, history), f"weights of step {step}, evaluated after the run"]
     evaluated: Splits | FewShotDataset
     if data is None:
-        root = Path(data_root) if data_root is not None else config.data_root
-        loaded = load_data(replace(config, data_root=root))
+        loaded = load_data(with_data_root(config, data_root))
         check_data(loaded, stored, folder)
         evaluated = loaded
     elif isinstance(data, str | Path):

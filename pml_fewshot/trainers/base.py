@@ -255,6 +255,11 @@ class FewShotTrainer(nn.Module):
         return ""
 
     @property
+    def adaptation_steps(self) -> int:
+        """How many inner steps an evaluation takes; 0 where nothing adapts to an episode."""
+        return 0
+
+    @property
     def transductive(self) -> bool:
         """Whether the queries of an episode inform each other, as result tables say."""
         return is_transductive(self.head)

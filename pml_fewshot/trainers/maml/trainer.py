@@ -128,6 +128,10 @@ class MAMLTrainer(FewShotTrainer):
         return steps if self.head is None else f"{name_of_head(self.head)} on {steps}"
 
     @property
+    def adaptation_steps(self) -> int:
+        return self.eval_inner_steps
+
+    @property
     def transductive(self) -> bool:
         """Whether the queries of an episode inform each other: through the statistics of batch norm."""
         return self.inner.normalizes and self.batch_norm == "transductive"
