@@ -80,6 +80,7 @@ from .losses.reconstruction import ReconstructionLoss as ReconstructionLoss
 from .report.image_plots import plot_embedding_map as plot_embedding_map
 from .report.image_plots import plot_episode as plot_episode
 from .report.image_plots import plot_neighbours as plot_neighbours
+from .report.image_plots import plot_result as plot_result
 from .report.result_plots import plot_accuracy_grid as plot_accuracy_grid
 from .report.result_plots import plot_adaptation as plot_adaptation
 from .report.result_plots import plot_bars as plot_bars

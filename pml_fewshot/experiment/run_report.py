@@ -4,14 +4,17 @@ import sqlite3
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from pml_fewshot.checks import UsageError
 from pml_fewshot.data.dataset import Splits
 from pml_fewshot.evaluation.table import ResultTable
-from pml_fewshot.evaluation.table_formats import layout
+from pml_fewshot.evaluation.table_formats import ResultRow, layout
 from pml_fewshot.experiment.config import ExperimentConfig
 from pml_fewshot.experiment.run_folder import read_config
 from pml_fewshot.io.checkpoint import load_checkpoint
@@ -67,7 +70,8 @@ def report_run(folder: Path, subject: Subject | str) -> Path:
     if isinstance(subject, str):
         drawn = [Section("Pictures of the trained method", paragraph(f"Not drawn: {subject}", "quiet"))]
     else:
-        drawn = trainer_sections(subject)
+        rows = ResultTable.read(folder).rows if finished else []
+        drawn = trainer_sections(replace(subject, accuracies=accuracies_of(rows, name)))
     commands = "".join(f"<pre>{escaped(line)}</pre>" for line in stored.get("commands", ()))
     sections = [
         Section(
@@ -75,14 +79,23 @@ def report_run(folder: Path, subject: Subject | str) -> Path:
             f"{commands or paragraph('module ' + stored['module'])}{definitions(_facts(folder, stored))}",
         ),
         Section("Results", _results(folder, stored) if finished else paragraph(_progress(folder, stored), "warning")),
-        *drawn[:1],
+        *drawn[:2],
         *training_sections({name: folder}),
-        *drawn[1:],
+        *drawn[2:],
         Section("Versions and config", _versions(stored) + _config(folder)),
     ]
     kind = "Few-shot experiment" if finished else "A run that is not finished"
     about = f"{kind}, pml_fewshot {_last(stored)['pml_fewshot']}"
     return write_report(folder, name, sections, about)
+
+
+def accuracies_of(rows: Sequence[ResultRow], method: str) -> dict[EpisodeSpec, Tensor]:
+    """The accuracies (E,) of a method's episodes of each size, the first where it has several figures of one."""
+    found: dict[EpisodeSpec, Tensor] = {}
+    for row in rows:
+        if row.method == method and row.ways and row.shots and row.queries and row.values is not None:
+            found.setdefault(EpisodeSpec(row.ways, row.shots, row.queries, row.query_balance), row.values)
+    return found
 
 
 def _last(stored: Mapping[str, Any]) -> dict[str, str]:

@@ -22,7 +22,8 @@ from pml_fewshot.data.dataset import as_floats
 from pml_fewshot.embedders.bank import EmbeddingBank, names_of
 from pml_fewshot.evaluation.gallery import Gallery
 from pml_fewshot.evaluation.neighbors import Neighbors
-from pml_fewshot.report.theme import CHECK, CROSS, axes_or_new, cycle_colors, page_color, shortened
+from pml_fewshot.evaluation.statistics import average
+from pml_fewshot.report.theme import CHECK, CROSS, PLUS_MINUS, axes_or_new, cycle_colors, page_color, shortened
 from pml_fewshot.sampling.episodes import Episode
 
 BAR = 0.86  # width of a probability of 1, where cells are 1 wide
@@ -85,6 +86,77 @@ def plot_episode(
         ax.text(column + 0.5, ways + 0.35, CHECK if best == own else CROSS, color=mark, **centered)
     ax.set(xlim=(-shots - 0.2, len(columns)), ylim=(ways + 0.7, -1.2), aspect="equal")
     ax.set_axis_off()
+    return ax
+
+
+def plot_result(
+    accuracies: Tensor,
+    episode: Episode,
+    logits: Tensor,
+    number: int = 0,
+    queries: int = 2,
+    class_names: Sequence[str] = (),
+    ink: bool = False,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws one episode, and beside it the mean accuracy of all with a dot for each, by how many queries were wrong.
+
+    Args:
+        accuracies: (E,) of the episodes, fractions of 1, as an EpisodicResult's `per_episode`; two or more.
+        episode, logits, number, class_names, ink: as for plot_episode.
+        queries: of each class that are drawn.
+        ax: where, about 16 : 7; new when None.
+    """
+    ways, shots, asked = *episode.support.shape[1:3], episode.query.shape[1] * episode.query.shape[2]
+    wrong = ((1 - accuracies.double()) * asked).round()
+    few = max(1, round(asked / 25))
+    groups = [
+        (f"all {asked} queries right", wrong == 0, to_rgb("C0")),
+        (f"1 to {few} wrong" if few > 1 else "1 wrong", (wrong > 0) & (wrong <= few), None),
+        (f"{few + 1} or more wrong", wrong > few, to_rgb("C1")),
+    ]
+    half = 0.5 * np.array(to_rgb("C0")) + 0.5 * np.array(page_color())
+    colors = np.array([half if color is None else color for _, _, color in groups])
+    group = sum(place * which.long() for place, (_, which, _) in enumerate(groups))
+    assert isinstance(group, Tensor)
+
+    ax = axes_or_new(ax)
+    ax.set(xlim=(0, 1600), ylim=(700, 0), aspect="equal")
+    ax.set_axis_off()
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    width = ax.get_window_extent().width / (16 * figure.dpi)  # sizes of texts are for 16 inches
+    quiet = rcParams["axes.labelcolor"]
+
+    def write(x: float, y: float, text: str, size: float, **style: Any) -> None:
+        ax.text(x, y, text, size=size * width, **{"va": "top", **style})
+
+    examples = "1 example" if shots == 1 else f"{shots} examples"
+    write(30, 24, f"1 episode: {ways} new classes, {examples} of each", 23, weight="bold")
+    write(137, 70, f"queries: which of the {ways} is it? Probabilities in %", 17, color=quiet)
+    write(34, 400, f"support set: {examples} of each class", 17, rotation=90, va="center", ha="center", color=quiet)
+    inset = ax.inset_axes((60 / 1600, 10 / 700, 950 / 1600, 590 / 700))
+    plot_episode(episode, logits, number, queries, class_names, ink, ax=inset)
+    inset.set_anchor("NW")
+    for text in inset.texts:
+        text.set_fontsize(width * (24 if text.get_text() in (CHECK, CROSS) else 18 if ways <= 6 else 12))
+
+    mean, ci95 = average([accuracies])
+    write(1064, 24, f"{len(accuracies):,} such episodes", 23, weight="bold")
+    write(1064, 74, f"{100 * mean:.2f} {PLUS_MINUS} {100 * ci95:.2f} %", 42, weight="bold", color="C0")
+    write(1064, 135, "mean accuracy, 95 % interval", 17, color=quiet)
+    across = max(1, round((len(accuracies) * 500 / 320) ** 0.5))  # a dot an episode, in rows
+    grid = np.full(-(-len(accuracies) // across) * across, -1)
+    grid[: len(accuracies)] = group.numpy()
+    picture = np.vstack([colors, [page_color()]])[grid.reshape(-1, across)]
+    dots = ax.inset_axes((1064 / 1600, 202 / 700, 500 / 1600, 320 / 700))
+    dots.imshow(picture, interpolation="nearest", aspect="auto")
+    dots.set_axis_off()
+    for line, ((name, which, _), color) in enumerate(zip(groups, colors, strict=True)):
+        top = 520 + 36 * line
+        ax.add_patch(Rectangle((1064, top), 20, 20, facecolor=color, linewidth=0))
+        share = f"{100 * which.double().mean().item():.1f} %{' of episodes' if line == 0 else ''}"
+        write(1096, top - 4, f"{name}: {share}", 16)
     return ax
 
 

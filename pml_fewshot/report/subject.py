@@ -4,8 +4,8 @@ Letters: E episodes, W ways, N queries of an episode, M items.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from pml_fewshot.sampling.episodes import EpisodeIndex, EpisodeSampler, EpisodeS
 SECONDS = 1.5  # for the episodes behind one picture
 FEWEST, MOST = 20, 1000  # of such episodes
 CHUNK = 20  # of them at a time
+MOST_WAYS = 20  # of an episode that is drawn
 TRIAL = 4  # of them are timed first
 
 
@@ -49,6 +50,7 @@ class Subject:
         specs: of the experiment's episodes; the first is that of the examples.
         seed: of the episodes and of what else is chosen.
         allowed: whether the method can be evaluated on episodes of a spec.
+        accuracies: by spec, (E,) those of the table's episodes.
     """
 
     trainer: Any
@@ -56,11 +58,14 @@ class Subject:
     specs: Sequence[EpisodeSpec]
     seed: int
     allowed: Callable[[EpisodeSpec], bool]
+    accuracies: Mapping[EpisodeSpec, Tensor] = field(default_factory=dict)
 
     @cached_property
     def spec(self) -> EpisodeSpec:
-        """Of the example episodes: the first, with as many queries of each class."""
-        return replace(self.specs[0], query_balance=None)
+        """Of the example episodes: the first that is not too large to be drawn, with as many queries of each class."""
+        small = [spec for spec in self.specs if spec.ways <= MOST_WAYS]
+        spec = small[0] if small else replace(self.specs[0], ways=min(MOST_WAYS, self.specs[0].ways))
+        return replace(spec, query_balance=None)
 
     @cached_property
     def bank(self) -> Tensor:
@@ -118,9 +123,8 @@ class Subject:
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
 
-    def evaluate(self, spec: EpisodeSpec, count: int, confusion: bool = False) -> EpisodicResult:
-        evaluator = EpisodicEvaluator(spec, count, self.seed)
-        return evaluator.evaluate(self.trainer, self.dataset, self.bank, confusion)
+    def evaluate(self, spec: EpisodeSpec, count: int) -> EpisodicResult:
+        return EpisodicEvaluator(spec, count, self.seed).evaluate(self.trainer, self.dataset, self.bank)
 
     def episodes_of(self, spec: EpisodeSpec, seconds: float = SECONDS) -> int:
         """How many episodes of a spec can be evaluated in so many seconds; may be less than one."""

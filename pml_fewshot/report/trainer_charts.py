@@ -20,12 +20,14 @@ from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.embedders.modes import evaluating
 from pml_fewshot.evaluation.episodic import EpisodicEvaluator, adaptation_curve, modules_of, one_thread_each
 from pml_fewshot.evaluation.search import Ranking
+from pml_fewshot.evaluation.statistics import average
 from pml_fewshot.report.image_plots import (
     embedding_points,
     neighbors_in,
     plot_embedding_map,
     plot_episode,
     plot_neighbours,
+    plot_result,
 )
 from pml_fewshot.report.interactive_map import has_bokeh, interactive_map
 from pml_fewshot.report.page import Chart, Section, not_drawn
@@ -44,6 +46,7 @@ from pml_fewshot.sampling.episodes import Episode, EpisodeSpec
 WAYS, SHOTS = (2, 5, 10, 20, 50), (1, 2, 5, 10)
 ALL_AT_ONCE = 400  # classes at most in one episode, where it is seen which are confused
 MAPPED, MAPPED_CLASSES = 1000, 40  # items and classes on a map: two seconds of t-SNE
+DRAWN_QUERIES = 2  # of each class at a glance
 COLUMNS = 12  # queries drawn of an episode
 STRIPS = 6
 TRIED = 200  # items among which those with strips are chosen
@@ -52,6 +55,7 @@ TRIED = 200  # items among which those with strips are chosen
 def trainer_sections(subject: Subject) -> list[Section]:
     """All that can be drawn of a method, a section each; what cannot be says why in its place."""
     wanted: dict[str, Callable[[Subject], list[Chart]]] = {
+        "At a glance": at_a_glance,
         "Example episodes": example_episodes,
         "Accuracy over ways and shots": accuracy_grid,
         "Adaptation": adaptation,
@@ -79,6 +83,33 @@ def _section(title: str, make: Callable[[Subject], list[Chart]], subject: Subjec
 def _embed(subject: Subject) -> list[Chart]:
     check_finite(subject.bank, "bank")
     return []
+
+
+def at_a_glance(subject: Subject) -> list[Chart]:
+    """An episode with one mistake among the queries that are drawn, and how all of the table went."""
+    episodes, logits = subject.scored.episodes, subject.scored.logits
+    accuracies = subject.accuracies.get(subject.spec, subject.scored.right.double().mean(dim=1))
+    queries = min(DRAWN_QUERIES, subject.spec.queries)
+    mistakes = (~subject.scored.right).unflatten(1, (subject.spec.ways, -1))[:, :, :queries].sum(dim=(1, 2))
+    one = (mistakes == 1).nonzero().flatten()
+    number = int(one[0]) if len(one) else int(mistakes.argsort(stable=True)[len(mistakes) // 2])
+    index = episodes[number : number + 1]
+    episode = Episode(as_floats(subject.images[index.support]), as_floats(subject.images[index.query]))
+    mean, half = (100 * value for value in average([accuracies]))
+    drawn, shots = subject.spec.ways * queries, subject.spec.shots
+    return [
+        Chart(
+            "result",
+            f"{subject.spec}",
+            f"One episode: {subject.spec.ways} new classes with {shots} example{'s' * (shots > 1)} of each, and the "
+            f"method's probabilities for {drawn} queries, of which {drawn - int(mistakes[number])} are right. Over "
+            f"{len(accuracies):,} such episodes the accuracy is {mean:.2f} +- {half:.2f} %.",
+            partial(plot_result, accuracies, episode, logits[number : number + 1], 0, queries, (), subject.ink),
+            (11.0, 4.8125),
+            ("accuracy, %", "episodes"),
+            [(100 * value, count) for value, count in sorted(Counter(accuracies.tolist()).items(), reverse=True)],
+        )
+    ]
 
 
 def example_episodes(subject: Subject) -> list[Chart]:

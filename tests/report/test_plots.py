@@ -402,3 +402,23 @@ def test_long_names_are_cut_in_their_middle() -> None:
     assert themes.shortened("a name\nof two lines") == "a name of two lines"
     cut = themes.shortened("GREEK SMALL LETTER ALPHA WITH PSILI", 12)
     assert (len(cut), cut[:6], cut[-5:]) == (12, "GREEK ", "PSILI")
+
+
+def test_a_result_shows_an_episode_and_a_dot_for_each_accuracy() -> None:
+    episode, logits = an_episode()
+    accuracies = torch.tensor([6, 6, 6, 5, 3, 6]).double() / 6
+    ax = image_plots.plot_result(accuracies, episode, logits, number=1)
+    written = [text.get_text() for text in ax.texts]
+    half = 1.96 * accuracies.std().item() / 6**0.5
+    assert f"{100 * accuracies.mean():.2f} ± {100 * half:.2f} %" in written
+    assert "1 episode: 3 new classes, 2 examples of each" in written
+    assert "6 such episodes" in written
+    assert written[-3:] == ["all 6 queries right: 66.7 % of episodes", "1 wrong: 16.7 %", "2 or more wrong: 16.7 %"]
+    table, dots = ax.child_axes
+    assert [at(table, column, WAYS)[0] for column in range(6)].count(themes.CROSS) == 1
+    colors = dots.images[0].get_array().reshape(-1, 3)
+    marks = [to_hex(color) for color in colors]
+    assert marks[:3] == [to_hex("C0")] * 3
+    assert marks[4] == to_hex("C1")
+    assert marks[3] not in marks[:3]
+    assert all(ratio(text.get_color(), rcParams["axes.facecolor"]) >= 4.5 for text in texts(ax))

@@ -20,7 +20,7 @@ from pml_fewshot.experiment.run_report import records, report_run, subject_of
 from tests.tiny_experiments import TINY_EXPERIMENTS, Finished, tiny_set
 
 PROTONET = replace(TINY_EXPERIMENTS["protonet"], report=True)
-HEADINGS = ["What was run", "Results", "Example episodes", "Training", "Accuracy over ways and shots"]
+HEADINGS = ["What was run", "Results", "At a glance", "Example episodes", "Training", "Accuracy over ways and shots"]
 LAST = ["Embeddings", "How sure it is", "Versions and config"]
 
 
@@ -87,14 +87,14 @@ def test_a_run_ends_with_a_report_of_all_that_it_has(finished: Finished) -> None
     assert stored["commands"][0] in text
     assert stored["sessions"][0]["torch"] in text
     assert stored["data"]["test"]["checksum"] in text
-    assert len(parts.images) == 9
+    assert len(parts.images) == 10
     assert all(len(str(image["alt"])) > 30 for image in parts.images)
 
 
 def test_each_chart_is_a_picture_with_its_description_and_its_numbers(finished: Finished) -> None:
     names = {path.name for path in (finished.folder / "report").iterdir()}
     charts = ["accuracy-grid", "confusion", "curve-accuracy", "curve-loss", "embedding-map", "episode-typical"]
-    charts += ["episode-worst", "neighbors", "reliability"]
+    charts += ["episode-worst", "neighbors", "reliability", "result"]
     pictures = {f"{chart}{dark}.png" for chart in charts for dark in ("", "-dark")}
     assert names == pictures | {f"{chart}.csv" for chart in charts if chart != "embedding-map"}
     alts = {image["alt"] for image in parts_of(finished.folder / "report.html").images}
@@ -180,7 +180,7 @@ def test_one_picture_that_fails_does_not_cost_the_others(
     parts = parts_of(report_run(copied.folder, drawn_of))
     assert parts.text().count("Not drawn: ZeroDivisionError: of one picture") == 3
     assert "Traceback" in capsys.readouterr().err
-    assert len(parts.images) == 6
+    assert len(parts.images) == 7
 
 
 def test_without_weights_or_data_the_report_has_what_there_is(copied: Finished) -> None:
@@ -298,7 +298,7 @@ def test_the_command_draws_one_run_or_several_or_a_folder_of_runs(
     monkeypatch.setattr("webbrowser.open", opened.append)
     command(monkeypatch, copied.folder, "--open", "--experiment", "tests.tiny_experiments")
     assert opened == [(copied.folder / "report.html").as_uri()]
-    assert len(parts_of(copied.folder / "report.html").images) == 9
+    assert len(parts_of(copied.folder / "report.html").images) == 10
     shutil.copytree(copied.folder, tmp_path / "second")
     command(monkeypatch, copied.folder, tmp_path / "second", "--to", tmp_path / "both")
     assert parts_of(tmp_path / "both" / "report.html").links == ["../run/report.html", "../second/report.html"]
