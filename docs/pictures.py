@@ -1,8 +1,7 @@
 """Draws the pictures of README and pages, light and dark, from runs of the repository: `make pictures`.
 
     python docs/pictures.py
-    python docs/pictures.py --only episode speed --runs runs/pictures
-    python docs/pictures.py --only episode --again seconds    # on a quiet machine: the seconds that its evaluation took
+    python docs/pictures.py --only demo speed --runs runs/pictures
 
 The first call trains the quickstart and MAML on the built-in letters (1 and 6 minutes on two quiet cores) and evaluates
 them; both stay in the folder of runs, and later calls only draw. The numbers that the pictures show are written beside
@@ -12,10 +11,8 @@ them, to figures.json. Seeds are 0 throughout.
 import argparse
 import csv
 import json
-import os
-import statistics
+import shutil
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,18 +24,14 @@ matplotlib.use("Agg")
 sys.path.insert(0, str(Path(__file__).parent.parent))  # of the experiments
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from matplotlib import rcParams
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 
 from experiments import glyphs_maml, quickstart
 from pml_fewshot import (
     EmbeddingBank,
-    Episode,
-    EpisodeSampler,
     EpisodeSpec,
     EpisodicEvaluator,
     FewShotDataset,
@@ -50,7 +43,6 @@ from pml_fewshot import (
     plot_adaptation,
     plot_bars,
     plot_embedding_map,
-    plot_episode,
     run,
 )
 from pml_fewshot.evaluation.episodic import EpisodicResult
@@ -59,7 +51,6 @@ from pml_fewshot.report.theme import THEMES, theme
 DOCS = Path(__file__).parent
 SPEED = DOCS / "results" / "evaluation_speed.csv"
 SPEC = EpisodeSpec(ways=5, shots=1, queries=15)
-QUERIES_DRAWN = 2  # of each class
 GRID = [EpisodeSpec(ways, shots, queries=10) for ways in (5, 10, 20, 50, 100) for shots in (1, 2, 5, 10)]
 INNER_STEPS = 5
 PERPLEXITY = 200
@@ -154,99 +145,14 @@ def quickstart_bank(trainer: Any, dataset: FewShotDataset) -> EmbeddingBank:
     return EmbeddingBank(trainer.bank(dataset), dataset.labels, dataset.fingerprint(), dataset.class_names)
 
 
-def seconds_of_evaluation(trainer: Any, dataset: FewShotDataset, rounds: int = 7) -> dict[str, float]:
-    """Medians of embedding the set, and of 10,000 episodes of its embeddings; none where other processes are busy."""
-    times: dict[str, list[float]] = {"embed": [], "episodes": []}
-    began, used = time.perf_counter(), time.process_time()
-    for _ in range(rounds):
-        start = time.perf_counter()
-        bank = trainer.bank(dataset)
-        embedded = time.perf_counter()
-        EpisodicEvaluator(SPEC).evaluate(trainer, dataset, bank)
-        times["embed"].append(embedded - start)
-        times["episodes"].append(time.perf_counter() - embedded)
-    if time.perf_counter() - began > 1.1 * (time.process_time() - used):  # it waited for a core
-        print("note: the machine is busy, so the picture has no seconds; later: --only episode --again seconds")
-        return {}
-    return {name: statistics.median(each) for name, each in times.items()} | {"cores": os.cpu_count() or 1}
-
-
-def episode(runs: Runs) -> tuple[Callable[[], Figure], dict[str, Any]]:
-    """One episode and its probabilities; beside it the accuracy of 10,000, and how many went how well."""
-    table, trainer = runs.quickstart()
-    row = next(r for r in table.rows if r.figure == "accuracy" and (r.ways, r.shots, r.queries) == (5, 1, 15))
-    seconds = runs.measured("seconds", lambda: seconds_of_evaluation(trainer, runs.test))
-    index = EpisodeSampler(runs.test.labels, SPEC, torch.Generator().manual_seed(0)).sample(row.count)
-    assert index.hash(runs.test.fingerprint()) == row.episodes_hash
-    bank = trainer.bank(runs.test)
-    logits = torch.cat([trainer.classify(bank[part.support], bank[part.query].flatten(1, 2)) for part in chunks(index)])
-    predicted = logits.argmax(dim=2).unflatten(1, (SPEC.ways, SPEC.queries))[:, :, :QUERIES_DRAWN]
-    mistakes = (predicted != torch.arange(SPEC.ways)[:, None]).sum(dim=(1, 2))
-    number = int((mistakes == 1).nonzero()[0])  # the first in which one of the queries that are drawn is mistaken
-    images = Episode(*(runs.test.floats(part[number : number + 1]) for part in (index.support, index.query)))
-    assert row.values is not None
-    wrong = ((1 - row.values) * SPEC.ways * SPEC.queries).round().int()  # (E,) of 75 queries
-    groups = [
-        ("all 75 queries right", wrong == 0),
-        ("1 to 3 wrong", (wrong > 0) & (wrong < 4)),
-        ("4 or more wrong", wrong >= 4),
-    ]
-    shares = {name: int(which.sum()) / row.count for name, which in groups}
-
-    def draw() -> Figure:
-        figure = plt.figure(figsize=(1600 / DPI, 700 / DPI), dpi=DPI)
-        page, mark = rcParams["axes.facecolor"], list(map(to_rgb, rcParams["axes.prop_cycle"].by_key()["color"][:2]))
-        plain: dict[str, Any] = {"size": 16}
-        quiet: dict[str, Any] = {"size": 17, "color": rcParams["axes.labelcolor"]}
-        heading: dict[str, Any] = {"size": 23, "weight": "bold"}
-        write_at(figure, 30, 24, "1 episode: five new letters, one example of each", **heading)
-        write_at(figure, 137, 70, "queries: which of the five is it? Probabilities in %", **quiet)
-        write_at(figure, 20, 415, "support set: one example a class", rotation=90, va="center", **quiet)
-        ax = axes_at(figure, 48, 98, 964, 592)
-        ax.set_anchor("NW")
-        plot_episode(images, logits[number : number + 1], queries=QUERIES_DRAWN, ink=True, ax=ax)
-        for text in ax.texts:
-            text.set_fontsize(24 if text.get_text() in "\N{CHECK MARK}\N{BALLOT X}" else 18)
-
-        x = 1064
-        write_at(figure, x, 24, f"{row.count:,} such episodes", **heading)
-        accuracy = f"{100 * row.value:.2f} {PLUS_MINUS} {100 * row.ci95:.2f} %"
-        write_at(figure, x, 74, accuracy, size=42, weight="bold", color=mark[0])
-        write_at(figure, x, 135, "mean accuracy, 95 % interval", **quiet)
-        some = tuple(0.5 * np.array(mark[0]) + 0.5 * np.array(to_rgb(page)))
-        colors = [mark[0], some, mark[1]]
-        group = sum((position * which for position, (_, which) in enumerate(groups)), torch.zeros(row.count))
-        dots = axes_at(figure, x, 178, 500, 320)
-        dots.imshow(group.reshape(80, 125), cmap=ListedColormap(colors), vmin=0, vmax=2, interpolation="nearest")
-        dots.set_axis_off()
-        for line, (color, (name, share)) in enumerate(zip(colors, shares.items(), strict=True)):
-            of = " of episodes" if line == 0 else ""
-            y = 508 + 31 * line
-            axes_at(figure, x, y + 4, 17, 17).imshow([[to_rgb(color)]])
-            figure.axes[-1].set_axis_off()
-            write_at(figure, x + 28, y, f"{name}: {100 * share:.1f} %{of}", **plain)
-        if not seconds:
-            return figure
-        write_at(figure, x, 614, f"{len(runs.test):,} images embedded once: {seconds['embed']:.2f} s", **plain)
-        write_at(figure, x, 645, f"{row.count:,} episodes scored: {seconds['episodes']:.2f} s", **plain)
-        return figure
-
-    numbers = {
-        "command": COMMAND,
-        "seed": row.seed,
-        "episodes": row.count,
-        "spec": "5-way 1-shot 15-query",
-        "accuracy": row.value,
-        "ci95": row.ci95,
-        "seconds": seconds,
-        "episode drawn": number,
-        "share of episodes": shares,
-    }
-    return draw, numbers
-
-
-def chunks(index: Any, size: int = 500) -> list[Any]:
-    return [index[start : start + size] for start in range(0, len(index), size)]
+def demo(runs: Runs, out: Path) -> dict[str, Any]:
+    """The picture that the demo leaves in its report, whose accuracy is in the table."""
+    table = runs.quickstart()[0]
+    row = next(row for row in table.rows if (row.ways, row.shots, row.queries) == (5, 1, 15))
+    for style, end in (("light", ""), ("dark", "-dark")):
+        picture = runs.folder / "quickstart" / "report" / f"result{end}.png"
+        shutil.copyfile(picture, out / f"demo-{style}.png")
+    return {"command": COMMAND, "seed": row.seed, "episodes": row.count, "accuracy": row.value, "ci95": row.ci95}
 
 
 def embedding_map(runs: Runs) -> tuple[Callable[[], Figure], dict[str, Any]]:
@@ -387,13 +293,16 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/pictures"), help="folder of the trainings, made once")
     parser.add_argument("--out", type=Path, default=DOCS / "pictures", help="where the pictures go")
     parser.add_argument("--again", nargs="+", default=[], metavar="NAME", help="measure these of measured.json again")
-    parser.add_argument("--only", nargs="+", default=list(PICTURES), choices=list(PICTURES), help="which pictures")
+    names = ["demo", *PICTURES]
+    parser.add_argument("--only", nargs="+", default=names, choices=names, help="which pictures")
     options = parser.parse_args()
     runs = Runs(options.runs)
     runs.forget(options.again)
     options.out.mkdir(parents=True, exist_ok=True)
-    figures = {}
-    for name in options.only:
+    figures: dict[str, dict[str, Any]] = {}
+    if "demo" in options.only:
+        figures["demo"] = demo(runs, options.out)
+    for name in [each for each in options.only if each in PICTURES]:
         draw, figures[name] = PICTURES[name](runs)
         for style in THEMES:
             with theme(style), matplotlib.rc_context({"font.size": 14}):
@@ -408,7 +317,6 @@ def main() -> None:
 
 
 PICTURES: dict[str, Callable[[Runs], tuple[Callable[[], Figure], dict[str, Any]]]] = {
-    "episode": episode,
     "speed": speed,
     "embedding-map": embedding_map,
     "accuracy-by-ways-and-shots": accuracy_grid,
