@@ -66,7 +66,7 @@ def test_a_demo_is_recorded_as_the_experiment_that_reproduce_finds(
     name = f"{commands.package()}.quickstart"
     with monkeypatch.context() as fresh:
         fresh.delitem(sys.modules, name, raising=False)
-        small = ["--steps", "1", "--num-episodes", "4", "--val-episodes", "4"]
+        small = ["--steps", "1", "--num-episodes", "4", "--val-episodes", "4", "--no-report"]
         code, text = command("demo", *small, "--run-dir", "mine")
     assert code == 0, text
     assert "| quickstart |" in text

@@ -81,7 +81,7 @@ class Service:
 
     def __init__(self, taught: TaughtSet, embedder: PictureEmbedder, sets: SavedSets, most_megabytes: float) -> None:
         self.taught, self.embedder, self.sets, self.most_megabytes = taught, embedder, sets, most_megabytes
-        self.session = token_hex(8)  # by which a page that is left open sees that the program was started anew
+        self.session = token_hex(8)  # by which a page that is left open sees that the program was started again
         self.saved: tuple[str, int] | None = None  # name and version of what was last saved or loaded
 
     def routes(self) -> list[Route]:

@@ -14,7 +14,7 @@ from pml_fewshot.embedders.bank import EmbeddingBank, names_of
 from pml_fewshot.report.image_plots import pixels
 from pml_fewshot.report.theme import shortened, theme
 
-THUMBNAIL = 56  # pixels; 1,000 of them are about 0.5 MB as PNG of letters, 2 MB of photos as JPEG
+THUMBNAIL = 48  # pixels; 1,000 of them are about 0.5 MB as PNG of letters, 1.5 MB of photos as JPEG
 
 
 def has_bokeh() -> bool:
@@ -78,5 +78,5 @@ def thumbnail(image: Tensor, ink: bool) -> str:
     picture = Image.fromarray(np.round(255 * values).astype(np.uint8)).convert("L" if ink else "RGB")
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     out, kind = io.BytesIO(), "png" if ink else "jpeg"
-    picture.save(out, kind, **({"optimize": True} if ink else {"quality": 80}))
+    picture.save(out, kind, **({"optimize": True} if ink else {"quality": 70}))
     return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"

@@ -45,7 +45,7 @@ from pml_fewshot.sampling.episodes import Episode, EpisodeSpec
 
 WAYS, SHOTS = (2, 5, 10, 20, 50), (1, 2, 5, 10)
 ALL_AT_ONCE = 400  # classes at most in one episode, where it is seen which are confused
-MAPPED, MAPPED_CLASSES = 1000, 40  # items and classes on a map: two seconds of t-SNE
+MAPPED, MAPPED_CLASSES = 800, 40  # items and classes on a map: two seconds of t-SNE
 DRAWN_QUERIES = 2  # of each class at a glance
 COLUMNS = 12  # queries drawn of an episode
 STRIPS = 6

@@ -105,15 +105,14 @@ class Page:
     def ask(self, shape: str, **how: float) -> str:
         """The verdict on a new drawing."""
         self["ask-clear"].click()
-        self.wait(lambda: "idle" in self["verdict"].get_attribute("class"))
+        self.settled()
         self.draw("ask-canvas", shape, **how)
         self.settled()
         return self["verdict"].text
 
     def settled(self) -> None:
         """Once the answer is to all of the drawing: no question waits or is under way."""
-        time.sleep(0.3)  # (longer than the page waits before it asks)
-        self.wait(lambda: "idle" not in self["verdict"].get_attribute("class"))
+        self.wait(lambda: self["answer"].get_attribute("aria-busy") == "false")
 
     def alert(self, part: str) -> str:
         return self.wait(

@@ -88,7 +88,7 @@ def test_experiment_runs_for_two_steps(module: str, tmp_path: Path) -> None:
         spec = replace(spec, classes=5)
     elif "maml" not in module:  # its network has as many outputs as the file's ways
         spec = replace(spec, ways=min(spec.ways, 5))
-    small = replace(config, train_spec=spec, steps=2, num_episodes=10, val_episodes=10, device="cpu")
+    small = replace(config, train_spec=spec, steps=2, num_episodes=10, val_episodes=10, device="cpu", report=False)
     table = run(replace(small, data=lambda: splits, run_dir=tmp_path / "run"))
     own = [row for row in table.rows if row.method == config.name and row.figure == "accuracy"]
     assert len(own) == len(config.eval_specs)

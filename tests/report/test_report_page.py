@@ -9,6 +9,7 @@ import pytest
 
 from experiments.quickstart import CONFIG
 from pml_fewshot import run, sweep
+from pml_fewshot.report import page, subject
 from tests.browser import (
     browser,
     console_errors,
@@ -34,6 +35,13 @@ def driver() -> Iterator[Any]:
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Of the quickstart after two steps, on fewer letters, and of a sweep."""
     folder = tmp_path_factory.mktemp("reports")
+    with pytest.MonkeyPatch.context() as patch:  # fewer pixels and episodes, which takes less time
+        patch.setattr(page, "DPI", 40)
+        patch.setattr(subject, "MOST", 40)
+        return written_below(folder)
+
+
+def written_below(folder: Path) -> dict[str, Path]:
     quick = {"steps": 2, "num_episodes": 40, "val_episodes": 20, "data": few_glyphs}
     run(replace(CONFIG, run_dir=folder / "quickstart", **quick))
     tiny = replace(TINY_EXPERIMENTS["protonet"], steps=2)

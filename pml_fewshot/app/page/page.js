@@ -158,6 +158,8 @@ let waiting = 0;
 function askSoon() {
   if (askPaper.strokes.length) $("ask-photo").hidden = true;
   clearTimeout(waiting);
+  $("answer").setAttribute("aria-busy", "true");          // until the answer is to what is drawn now
+  question++;                                             // and no earlier one is shown
   waiting = setTimeout(async () => {
     asked = askPaper.strokes.length ? await askPaper.picture() : null;
     ask();
@@ -167,6 +169,7 @@ function askSoon() {
 async function ask() {
   const number = ++question;
   asking?.abort();
+  $("answer").setAttribute("aria-busy", "true");
   if (!asked || !state?.classes.length) return answered(null);
   asking = new AbortController();
   try {
@@ -206,6 +209,7 @@ function percent(value) {
 }
 
 function answered(answer) {
+  $("answer").setAttribute("aria-busy", "false");
   const idle = !answer;
   $("answer").classList.toggle("rejected", Boolean(answer?.rejected));
   $("answer").dataset.version = answer ? answer.version : "";
@@ -248,7 +252,7 @@ function addAsked(name) {
 
 // ---- what is taught
 
-const thumbs = new Map();   // example -> its button, so that pictures are not loaded anew at each change
+const thumbs = new Map();   // example -> its button, so that pictures are not loaded again at each change
 const opened = new Set();   // classes all of whose examples are shown
 
 function thumb(example, name) {
@@ -284,7 +288,7 @@ function classBox({name, examples}) {
 function draw(next) {
   const same = state?.session === next.session;
   if (same && next.version < state.version) return;    // an answer that another one has overtaken
-  if (!same) thumbs.clear();                           // the program was started anew, and numbers from 1 again
+  if (!same) thumbs.clear();                           // the program was started again, and numbers from 1 again
   const changed = !same || next.version !== state.version;
   state = next;
   $("embedder").textContent = state.embedder + (state.reads_ink ? " (drawings and writing)" : "");
