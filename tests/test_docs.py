@@ -19,6 +19,8 @@ from PIL import Image
 import experiments.quickstart
 import pml_fewshot
 from pml_fewshot import __main__ as commands
+from pml_fewshot.report import page as report_page
+from pml_fewshot.report import subject as report_subject
 from tests.tiny_experiments import few_glyphs
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +79,8 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     for name in ("PYTHONPATH", "PML_FEWSHOT_DATA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report_page, "DPI", 40)  # fewer pixels and episodes, which takes less time
+    monkeypatch.setattr(report_subject, "MOST", 40)
     quick = {"steps": 2, "num_episodes": 20, "val_episodes": 20, "data": few_glyphs, "report": False}
     for name, value in quick.items():
         monkeypatch.setitem(vars(experiments.quickstart.CONFIG), name, value)

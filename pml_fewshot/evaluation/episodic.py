@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -266,7 +266,9 @@ def adaptation_curve(
     """
     bank = trainer.bank(dataset)
     after = [partial(trainer.classify, inner_steps=steps) for steps in range(trainer.eval_inner_steps + 1)]
-    return [EpisodicEvaluator(spec, num_episodes, seed, head=head).evaluate(trainer, dataset, bank) for head in after]
+    evaluators = [EpisodicEvaluator(spec, num_episodes, seed, head=head) for head in after]
+    together = trainer.transductive  # which its classify does not say
+    return [replace(each.evaluate(trainer, dataset, bank), transductive=together) for each in evaluators]
 
 
 def embed(method: Any, dataset: Labeled | None, bank: Tensor | None = None) -> tuple[Labeled, Tensor]:

@@ -14,11 +14,11 @@ from torch import Tensor
 from pml_fewshot.checks import UsageError
 from pml_fewshot.data.dataset import Splits
 from pml_fewshot.evaluation.table import ResultTable
-from pml_fewshot.evaluation.table_formats import ResultRow, layout
+from pml_fewshot.evaluation.table_formats import layout
 from pml_fewshot.experiment.config import ExperimentConfig
 from pml_fewshot.experiment.run_folder import read_config
 from pml_fewshot.io.checkpoint import load_checkpoint
-from pml_fewshot.report.page import Chart, Section, definitions, escaped, paragraph, table, write_report
+from pml_fewshot.report.page import Chart, Section, definitions, escaped, paragraph, section_of, table, write_report
 from pml_fewshot.report.result_plots import plot_curves
 from pml_fewshot.report.subject import Subject
 from pml_fewshot.report.trainer_charts import trainer_sections
@@ -70,17 +70,12 @@ def report_run(folder: Path, subject: Subject | str) -> Path:
     if isinstance(subject, str):
         drawn = [Section("Pictures of the trained method", paragraph(f"Not drawn: {subject}", "quiet"))]
     else:
-        rows = ResultTable.read(folder).rows if finished else []
-        drawn = trainer_sections(replace(subject, accuracies=accuracies_of(rows, name)))
-    commands = "".join(f"<pre>{escaped(line)}</pre>" for line in stored.get("commands", ()))
+        drawn = trainer_sections(replace(subject, accuracies=accuracies_of(folder, name)))
     sections = [
-        Section(
-            "What was run",
-            f"{commands or paragraph('module ' + stored['module'])}{definitions(_facts(folder, stored))}",
-        ),
-        Section("Results", _results(folder, stored) if finished else paragraph(_progress(folder, stored), "warning")),
+        *section_of("What was run", lambda: _what_was_run(folder, stored)),
+        *section_of("Results", lambda: Section("Results", (_results if finished else _progress)(folder, stored))),
         *drawn[:2],
-        *training_sections({name: folder}),
+        *section_of("Training", lambda: training_charts({name: folder})),
         *drawn[2:],
         Section("Versions and config", _versions(stored) + _config(folder)),
     ]
@@ -89,13 +84,23 @@ def report_run(folder: Path, subject: Subject | str) -> Path:
     return write_report(folder, name, sections, about)
 
 
-def accuracies_of(rows: Sequence[ResultRow], method: str) -> dict[EpisodeSpec, Tensor]:
-    """The accuracies (E,) of a method's episodes of each size, the first where it has several figures of one."""
+def accuracies_of(folder: Path, method: str) -> dict[EpisodeSpec, Tensor]:
+    """The accuracies (E,) of a method's episodes of each size, the first where its table has several figures of one."""
     found: dict[EpisodeSpec, Tensor] = {}
+    try:
+        rows = ResultTable.read(folder).rows
+    except UsageError:  # not there, or damaged, as the section of results says
+        return found
     for row in rows:
         if row.method == method and row.ways and row.shots and row.queries and row.values is not None:
             found.setdefault(EpisodeSpec(row.ways, row.shots, row.queries, row.query_balance), row.values)
     return found
+
+
+def _what_was_run(folder: Path, stored: Mapping[str, Any]) -> Section:
+    commands = "".join(f"<pre>{escaped(line)}</pre>" for line in stored.get("commands", ()))
+    started = commands or paragraph(f"module {stored['module']}")
+    return Section("What was run", started + definitions(_facts(folder, stored)))
 
 
 def _last(stored: Mapping[str, Any]) -> dict[str, str]:
@@ -117,7 +122,8 @@ def _progress(folder: Path, stored: Mapping[str, Any]) -> str:
     steps = "no checkpoint yet"
     if (folder / "last.pt").is_file():
         steps = f"{history_of(load_checkpoint(folder / 'last.pt')).steps:,} steps are in its checkpoint"
-    return f"This run has no table yet: of {stored['config']['steps']:,} steps, {steps}. --resume continues it."
+    text = f"This run has no table yet: of {stored['config']['steps']:,} steps, {steps}. --resume continues it."
+    return paragraph(text, "warning")
 
 
 def _results(folder: Path, stored: Mapping[str, Any]) -> str:
@@ -159,7 +165,7 @@ def records(folder: Path, group: str, *names: str) -> list[list[float]]:
     return [[row[name] for row in kept] for name in ("step", *names)] if kept else []
 
 
-def training_sections(folders: Mapping[str, Path]) -> list[Section]:
+def training_charts(folders: Mapping[str, Path]) -> list[Chart]:
     """The curves of the training of one run, or of several in one picture."""
     alone = len(folders) == 1
     loss = {name: records(folder, "train", "loss") for name, folder in folders.items()}
@@ -174,8 +180,7 @@ def training_sections(folders: Mapping[str, Path]) -> list[Section]:
         _curves("loss", "Loss", {("training" if alone else n): c for n, c in loss.items() if c}, "loss", log=True),
         _curves("accuracy", "Accuracy while training", accuracy, "accuracy, %"),
     ]
-    shown_charts = [chart for chart in charts if chart is not None]
-    return [Section("Training", charts=shown_charts)] if shown_charts else []
+    return [chart for chart in charts if chart is not None]
 
 
 def _curves(name: str, title: str, curves: Curves, ylabel: str, log: bool = False) -> Chart | None:

@@ -18,10 +18,10 @@ from pml_fewshot.experiment.comparison import PairedDifference, compare_runs, fi
 from pml_fewshot.experiment.config import Device
 from pml_fewshot.experiment.prepare import for_evaluation, load_data
 from pml_fewshot.experiment.run_folder import check_data, read_config
-from pml_fewshot.experiment.run_report import REPORT, only_shown, report_run, subject_of, training_sections
+from pml_fewshot.experiment.run_report import REPORT, only_shown, report_run, subject_of, training_charts
 from pml_fewshot.experiment.stored_config import find_config
 from pml_fewshot.experiment.trained import trained_with_config, with_data_root
-from pml_fewshot.report.page import Chart, Section, escaped, paragraph, table, write_report
+from pml_fewshot.report.page import Chart, Section, escaped, paragraph, section_of, table, write_report
 from pml_fewshot.report.result_plots import plot_intervals
 from pml_fewshot.report.subject import Subject
 
@@ -60,7 +60,7 @@ def report_runs(folders: Sequence[Path], to: Path, title: str, failures: Mapping
         sections.append(Section("Configs differ in", f"<ul>{lines}</ul>" if lines else paragraph("nothing")))
     names = [each["config"]["name"] for each in stored.values()]
     labels = [n if names.count(n) == 1 else f"{n} ({f.name})" for n, f in zip(names, folders, strict=True)]
-    sections += training_sections(dict(zip(labels, folders, strict=True)))
+    sections += section_of("Training", lambda: training_charts(dict(zip(labels, folders, strict=True))))
     sections.append(
         Section("Runs", "".join(_link(label, folder, to) for label, folder in zip(labels, folders, strict=True)))
     )

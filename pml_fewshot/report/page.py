@@ -5,6 +5,7 @@ import csv
 import html
 import io
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -15,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pml_fewshot.checks import UsageError
-from pml_fewshot.io.atomic import atomic_write, write_text
+from pml_fewshot.io.atomic import atomic_write, translate_write_errors, write_text
 from pml_fewshot.report.theme import THEMES, Theme, theme
 
 SMALL = 5.4  # inches wide, of which two fit next to each other
@@ -75,6 +76,17 @@ def not_drawn(error: Exception) -> str:
     return paragraph(f"Not drawn: {type(error).__name__}: {error}", "warning")
 
 
+def section_of(title: str, make: Callable[[], "Section | list[Chart]"]) -> list[Section]:
+    """What `make` gives, below its title; or why there is nothing; no section where there is nothing to say."""
+    try:
+        made = make()
+    except Exception as error:  # noqa: BLE001 (one part must not cost the others)
+        return [Section(title, not_drawn(error))]
+    if isinstance(made, Section):
+        return [made]
+    return [Section(title, charts=made)] if made else []
+
+
 def table(head: Sequence[object], rows: Sequence[Sequence[object]], name: str) -> str:
     """A table that scrolls by itself where the page is narrow; columns of numbers are aligned right."""
     top = "".join(f'<th scope="col">{escaped(cell)}</th>' for cell in head)
@@ -96,7 +108,8 @@ def write_report(folder: Path, title: str, sections: Sequence[Section], subtitle
     Files are whole or as they were before; those in report/ of an earlier report that this one lacks are removed.
     """
     place = folder / "report"
-    place.mkdir(parents=True, exist_ok=True)
+    with translate_write_errors(folder):
+        place.mkdir(parents=True, exist_ok=True)
     written: set[str] = set()
     bodies = []
     for section in sections:
@@ -146,7 +159,10 @@ def page(title: str, body: str, subtitle: str = "") -> str:
 
 def drawn(chart: Chart, style: Theme) -> bytes:
     """The chart as a PNG, with its alternative text inside."""
-    with theme(style), rc_context({"font.size": 10.5, "axes.unicode_minus": False}):
+    look = rc_context({"font.size": 10.5, "axes.unicode_minus": False})
+    with theme(style), look, warnings.catch_warnings():
+        # a name in a script that matplotlib's font lacks is boxes in the picture, and readable in the table below it
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure = Figure(figsize=chart.size, dpi=DPI)
         FigureCanvasAgg(figure)
         chart.draw(ax=figure.add_subplot())

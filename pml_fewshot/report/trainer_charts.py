@@ -30,7 +30,7 @@ from pml_fewshot.report.image_plots import (
     plot_result,
 )
 from pml_fewshot.report.interactive_map import has_bokeh, interactive_map
-from pml_fewshot.report.page import Chart, Section, not_drawn
+from pml_fewshot.report.page import Chart, Section, section_of
 from pml_fewshot.report.result_plots import (
     calibration_bins,
     calibration_error,
@@ -64,20 +64,11 @@ def trainer_sections(subject: Subject) -> list[Section]:
         "How sure it is": reliability,
     }
     with evaluating(*modules_of(subject.trainer)):
-        if failed := _section("Pictures", _embed, subject):  # embeds on all threads
+        if failed := section_of("Pictures", partial(_embed, subject)):  # on all threads
             return failed
         # then one: small operations on several take up to 20 times as long beside another busy process
         with one_thread_each():
-            return [each for title, make in wanted.items() for each in _section(title, make, subject)]
-
-
-def _section(title: str, make: Callable[[Subject], list[Chart]], subject: Subject) -> list[Section]:
-    """The charts below their title, or why there are none; no section where there is nothing to say."""
-    try:
-        charts = make(subject)
-    except Exception as error:  # noqa: BLE001 (one picture must not cost the others)
-        return [Section(title, not_drawn(error))]
-    return [Section(title, charts=charts)] if charts else []
+            return [each for title, make in wanted.items() for each in section_of(title, partial(make, subject))]
 
 
 def _embed(subject: Subject) -> list[Chart]:

@@ -252,6 +252,7 @@ def test_methods_are_evaluated_in_eval_mode_and_get_their_modes_back():
 def test_an_adaptation_curve_evaluates_each_number_of_steps_on_the_same_episodes():
     class Adapting(Method):
         eval_inner_steps = 2
+        transductive = True
 
         def classify(self, support: Tensor, query: Tensor, inner_steps: int = 9) -> Tensor:
             logits = super().classify(support, query)
@@ -263,6 +264,7 @@ def test_an_adaptation_curve_evaluates_each_number_of_steps_on_the_same_episodes
     assert (before.mean, second.mean) == (0.25, expected.mean)
     assert first.mean < 0.25
     assert {each.episodes_hash for each in (before, first, second)} == {expected.episodes_hash}
+    assert all(each.transductive for each in (before, first, second))
 
 
 @pytest.mark.parametrize("name", HEADS)

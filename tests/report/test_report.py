@@ -212,6 +212,14 @@ def test_a_run_that_was_interrupted_says_how_far_it_came(copied: Finished) -> No
     assert "of 24 steps, 24 steps are in its checkpoint. --resume continues it." in text
 
 
+@pytest.mark.parametrize("file", ["logs.db", "figures.csv", "values.npz", "last.pt"])
+def test_a_damaged_file_costs_its_own_part_alone(file: str, copied: Finished) -> None:
+    (copied.folder / file).write_bytes(b"no such \xff thing" * 99)
+    parts = parts_of(report_run(copied.folder, "not asked for"))
+    assert parts.headings == ["What was run", "Results", "Pictures of the trained method", "Training", LAST[-1]]
+    assert parts.text().count("Not drawn: ") == 2  # one of them of the pictures, which were not asked for
+
+
 class OfNaN(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.flatten(1) * torch.nan
@@ -235,7 +243,7 @@ def test_nan_is_named_once(copied: Finished, tmp_path: Path) -> None:
     assert "Results" in text
 
 
-HEBREW = "\N{HEBREW LETTER ALEF}\N{HEBREW LETTER BET}"
+HEBREW = "\N{HEBREW LETTER ALEF}\N{HEBREW LETTER BET} \N{HANGUL SYLLABLE HAN}"
 NAMES = ["<script>alert(1)</script>", "a" * 200, HEBREW, "$x_1$ & \\frac", "two\nlines"]
 
 
