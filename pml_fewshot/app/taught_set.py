@@ -219,7 +219,7 @@ def checked_name(text: Any) -> str:
     name = unicodedata.normalize("NFC", " ".join(text.split())) if isinstance(text, str) else ""
     kinds = {unicodedata.category(character) for character in name}
     if not any(kind[0] not in "CZ" for kind in kinds):
-        raise UsageError("expected a name for the class, got none; type one")
+        raise UsageError("expected a name, got none; type one")
     if len(name) > LONGEST_NAME:
         raise UsageError(f"expected a name of at most {LONGEST_NAME} characters, got {len(name)}; shorten it")
     if kinds & {"Cc", "Cs"}:

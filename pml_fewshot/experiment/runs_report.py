@@ -118,7 +118,7 @@ def runs_in(folder: Path) -> list[Path]:
     return below
 
 
-def _subject(folder: Path, experiment: str, device: Device, data_root: Path | None) -> Subject | str:
+def trained_subject(folder: Path, experiment: str, device: Device, data_root: Path | None) -> Subject | str:
     """The run's trained method on its test classes, or why they cannot be had."""
     try:
         config = find_config(folder, experiment)
@@ -152,7 +152,7 @@ def _command(
         raise UsageError("expected the folder of a run, got none; python -m pml_fewshot.report RUN")
     folders = list(dict.fromkeys(path.resolve() for given in runs for path in runs_in(given)))
     if len(folders) == 1 and to is None:
-        path = report_run(folders[0], _subject(folders[0], experiment, device, data_root))
+        path = report_run(folders[0], trained_subject(folders[0], experiment, device, data_root))
     else:
         place = to or Path(os.path.commonpath([folder.parent for folder in folders]))
         path = report_runs(folders, place, f"{place.resolve().name or 'runs'}: {len(folders)} runs")

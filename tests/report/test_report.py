@@ -109,7 +109,7 @@ def test_each_chart_is_a_picture_with_its_description_and_its_numbers(finished: 
 
 
 def test_the_numbers_below_a_picture_are_those_of_the_evaluator(finished: Finished) -> None:
-    drawn_of = runs_report._subject(finished.folder, "tests.tiny_experiments", "cpu", None)
+    drawn_of = runs_report.trained_subject(finished.folder, "tests.tiny_experiments", "cpu", None)
     assert not isinstance(drawn_of, str)
     with (finished.folder / "report" / "accuracy-grid.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -131,7 +131,7 @@ def test_a_report_is_drawn_again_from_the_folder(copied: Finished, capsys: pytes
     (copied.folder / "report").mkdir()
     (copied.folder / "report" / "old-picture.png").write_bytes(b"of an earlier version")
     (copied.folder / "report" / "notes.txt").write_text("the user's own")
-    drawn_of = runs_report._subject(copied.folder, "tests.tiny_experiments", "cpu", None)
+    drawn_of = runs_report.trained_subject(copied.folder, "tests.tiny_experiments", "cpu", None)
     again = parts_of(report_run(copied.folder, drawn_of))
     assert again.headings == before.headings
     assert not (copied.folder / "report" / "old-picture.png").exists()
@@ -176,7 +176,7 @@ def test_one_picture_that_fails_does_not_cost_the_others(
 
     monkeypatch.setattr("pml_fewshot.report.trainer_charts.calibration_bins", failing)
     monkeypatch.setattr("pml_fewshot.experiment.run_report.plot_curves", failing)
-    drawn_of = runs_report._subject(copied.folder, "tests.tiny_experiments", "cpu", None)
+    drawn_of = runs_report.trained_subject(copied.folder, "tests.tiny_experiments", "cpu", None)
     parts = parts_of(report_run(copied.folder, drawn_of))
     assert parts.text().count("Not drawn: ZeroDivisionError: of one picture") == 3
     assert "Traceback" in capsys.readouterr().err
