@@ -50,9 +50,8 @@ def main() -> None:
     if not MISSING:
         with browser() as driver:
             paints = [first_paint(path.resolve(), driver) for *_, path in lines]
-    print(
-        f"{torch.get_num_threads()} threads\n\n| run | drawn in, s | size, MB | first paint |\n| --- | --- | --- | --- |"
-    )
+    print(f"{torch.get_num_threads()} threads\n\n| run | drawn in, s | size, MB | first paint |")
+    print("| --- | --- | --- | --- |")
     for (name, seconds, size, _), paint in zip(lines, paints, strict=True):
         print(f"| {name} | {seconds} | {size} | {paint} |")
 
