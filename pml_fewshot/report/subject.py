@@ -28,7 +28,10 @@ TRIAL = 4  # of them are timed first
 
 @dataclass(frozen=True)
 class Scored:
-    """Episodes, the logits (E, N, W) of their queries, and the seconds that a query and a class took."""
+    """Episodes, the logits (E, N, W) of their queries, and the seconds that a query and a class took.
+
+    The softmax of the logits are the method's probabilities: they are multiplied by its `logit_scale`.
+    """
 
     episodes: EpisodeIndex
     logits: Tensor
@@ -115,7 +118,7 @@ class Subject:
                 part = episodes[start : start + CHUNK].to(own.device)
                 support, query = (as_floats(own[index]) for index in (part.support, part.query))
                 found.append(self.trainer.classify(support, query.flatten(1, 2)).cpu())
-        logits = torch.cat(found)
+        logits = self.trainer.logit_scale * torch.cat(found)
         if not torch.isfinite(logits).all():
             raise UsageError("expected finite logits, got NaN or infinity; the weights have diverged")
         return logits

@@ -131,8 +131,13 @@ def _episode(subject: Subject, name: str, number: int, title: str, which: str) -
         ("query of", *names),
         rows,
         f"Of {len(episodes):,} episodes ({subject.spec}, seed {subject.seed}) {which}: {counted}, of which "
-        f"{len(columns)} are drawn, right ones first. Probabilities in %: the softmax of the method's logits.",
+        f"{len(columns)} are drawn, right ones first. Probabilities in %: the softmax of {_logits_in_words(subject)}.",
     )
+
+
+def _logits_in_words(subject: Subject) -> str:
+    scale = subject.trainer.logit_scale
+    return "the method's logits" if scale == 1 else f"the method's logits times its loss's scale, {scale:.3g}"
 
 
 def shown_queries(probabilities: Tensor, right: Tensor, most: int = COLUMNS) -> list[int]:
@@ -365,6 +370,7 @@ def reliability(subject: Subject) -> list[Chart]:
             [tuple(value if name == "queries" else 100 * value for name, value in b._asdict().items()) for b in bins],
             f"{len(labels):,} queries of {len(episodes):,} episodes ({subject.spec}, seed {subject.seed}). The best "
             f"class has {100 * sure:.1f} % on average and is right in {100 * right:.1f} % of cases: on the whole "
-            f"{verdict}. Below the diagonal probabilities are too high.",
+            f"{verdict}. Below the diagonal probabilities are too high. "
+            f"They are the softmax of {_logits_in_words(subject)}.",
         )
     ]

@@ -13,7 +13,15 @@ from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one, c
 from pml_fewshot.data.dataset import FewShotDataset, Splits
 from pml_fewshot.embedders.embedder import check_rows, encode
 from pml_fewshot.embedders.modes import eval_mode, widened
-from pml_fewshot.evaluation.heads import Head, is_transductive, name_of_head, nearest_prototype, takes_distance
+from pml_fewshot.evaluation.heads import (
+    Head,
+    is_transductive,
+    name_of_head,
+    nearest_prototype,
+    takes_distance,
+    unwrapped,
+)
+from pml_fewshot.losses.episodic_loss import EpisodicLoss
 from pml_fewshot.parts.instantiate import Part, instantiate
 from pml_fewshot.sampling.batches import Batch, BatchSpec
 from pml_fewshot.sampling.episodes import EpisodeSpec
@@ -253,6 +261,16 @@ class FewShotTrainer(nn.Module):
     def divergence_hint(self) -> str:
         """What else to try after a NaN, for the message of `fit`."""
         return ""
+
+    @property
+    def logit_scale(self) -> float:
+        """What the logits of `classify` are multiplied by before a softmax gives probabilities: the scale of the loss.
+
+        The class with the largest logit does not depend on it, so `classify` leaves it out.
+        """
+        own = type(self).classify is not FewShotTrainer.classify
+        by_loss = isinstance(self.loss, EpisodicLoss) and unwrapped(self.head)[0] is nearest_prototype
+        return float(self.loss.scale) if by_loss and not own else 1.0
 
     @property
     def adaptation_steps(self) -> int:

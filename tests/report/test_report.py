@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pml_fewshot import EpisodeSpec, FewShotDataset, ResultTable, Splits, run, sweep
+from pml_fewshot import EpisodeSpec, FewShotDataset, PrototypicalLoss, ResultTable, Splits, run, sweep
 from pml_fewshot.experiment import run_report, runs_report
 from pml_fewshot.experiment.run_report import records, report_run, subject_of
 from tests.tiny_experiments import TINY_EXPERIMENTS, Finished, tiny_set
@@ -259,6 +259,17 @@ def test_names_are_shown_as_they_are_and_small_sets_are_drawn(
     assert "Error" not in parts.text()
     if len(names) > 2:
         assert "<script>alert(1)</script>" in parts.text()  # as text, in the numbers of a picture
+
+
+def test_probabilities_are_those_of_the_loss_that_was_trained() -> None:
+    trainer = PROTONET.trainer(loss=PrototypicalLoss(scale=0.25)).eval()
+    splits = Splits(tiny_set("c", 6, 2), None, tiny_set("c", 6, 2), shared_classes=True)
+    drawn_of = subject_of(trainer, splits, replace(PROTONET, eval_specs=(EpisodeSpec(5, 2, 3),)))
+    episodes, logits = drawn_of.scored.episodes, drawn_of.scored.logits
+    rows = trainer.bank(splits.test).detach()
+    for support, query, own in zip(rows[episodes.support], rows[episodes.query], logits, strict=True):
+        squares = ((query.flatten(0, 1)[:, None] - support.mean(dim=1)) ** 2).sum(dim=2)
+        torch.testing.assert_close(own.softmax(dim=1), (-0.25 * squares).softmax(dim=1))
 
 
 def test_features_have_no_images_to_show(copied: Finished, tmp_path: Path) -> None:
