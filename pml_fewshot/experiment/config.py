@@ -154,6 +154,10 @@ class ExperimentConfig:
             raise UsageError(
                 f"expected retrieval as a RetrievalTester or its partial, got {self.retrieval!r}; make one"
             )
+        papers = self.published or {}
+        if not isinstance(papers, Mapping) or not all(isinstance(each, Mapping) for each in papers.values()):
+            do = 'write {"Snell et al. 2017": {"5-way 1-shot": "98.8"}}'
+            raise UsageError(f"expected published as figures by column by source, got {papers!r}; {do}")
         check_choice("device", self.device, ("auto", "cpu", "cuda"))
         specs = self.eval_specs
         if not isinstance(specs, tuple | list) or not specs or not all(isinstance(s, EpisodeSpec) for s in specs):

@@ -49,6 +49,7 @@ NESTED = partial(Embedder, partial(nn.Sequential, partial(Conv4, 1, chanels=3)))
         ({"loss_lr": -0.1}, "loss_lr of at least 0"),
         ({"eval_specs": ()}, "eval_specs as a tuple of EpisodeSpec"),
         ({"eval_specs": EpisodeSpec(5, 1, 5)}, r"eval_specs as a tuple of EpisodeSpec.* write \(EpisodeSpec"),
+        ({"published": {"5-way 1-shot": "98.8"}}, "published as figures by column by source"),
         ({"device": "gpu"}, "device as one of"),
         ({"train_spec": BatchSpec(4, 3), "episodes_per_batch": 2}, "episodes_per_batch=1"),
         ({"sampler": SAMPLER}, r"train_spec=BatchSpec\(\.\.\.\) with a sampler"),
