@@ -15,8 +15,6 @@ from pml_fewshot.app.pictures import MOST_PIXELS, PictureEmbedder
 from pml_fewshot.checks import UsageError, import_extra
 from pml_fewshot.experiment.command_line import one_line_errors
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: serves the page until Ctrl-C."""
@@ -26,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _serve(given: argparse.Namespace) -> None:
     uvicorn = import_extra("app", "for the page", "uvicorn", "starlette", "python_multipart")
-    from pml_fewshot.app.server import application
+    from pml_fewshot.app.server import application, is_loopback
 
     # Pillow refuses what has twice as many, before it is decoded, and warns below that
     Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2
@@ -37,7 +35,7 @@ def _serve(given: argparse.Namespace) -> None:
         app = application(embedder, given.sets, given.host, given.most_megabytes, given.most_examples)
         host = f"[{given.host}]" if ":" in given.host else given.host
         address = f"http://{host}:{listening.getsockname()[1]}/"
-        if given.host not in LOOPBACK:
+        if not is_loopback(given.host):
             what = "whoever reaches this machine can see, change and delete what is taught and saved"
             print(f"warning: served beyond this machine, without a password: {what}", file=sys.stderr, flush=True)
         print(f"open {address} ({embedder.name}; Ctrl-C ends it, and forgets what is not saved)", flush=True)

@@ -53,6 +53,7 @@ class PictureEmbedder:
         self.side = SIDE if self.reads_ink else max(SIDE, 2 * longer)
         weights = {key: value.detach().cpu() for key, value in network.state_dict().items()}
         self.fingerprint = f"{checksum_of(weights)} {form!r}"
+        self._decoding = threading.Lock()
         self._lock = threading.Lock()  # two threads that share the cores would take longer than one after the other
 
     @classmethod
@@ -73,10 +74,13 @@ class PictureEmbedder:
             BrokenImageError: it is no image, a broken one, or has too many pixels.
         """
         try:
-            with opened_image(content, name, at_least=self.side) as image:
+            # one at a time: 50 million pixels are 0.2 GB, and there may be 40 threads
+            with self._decoding, opened_image(content, name, at_least=self.side) as image:
                 if image.width * image.height > MOST_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
                 image.load()
+                if image.mode in ("L", "LA", "RGB", "RGBA"):
+                    image.thumbnail((self.side, self.side))  # before it is copied
                 plain = to_8_bits(image, "L" if image.mode in GRAY else "RGB")
         except BrokenImageError as error:
             if isinstance(error.__cause__, UnidentifiedImageError):

@@ -15,7 +15,7 @@ from pml_fewshot.app.pictures import Picture, PictureEmbedder
 from pml_fewshot.app.taught_set import Known, checked_name
 from pml_fewshot.checks import ExistingFileError, MissingFileError, UsageError
 from pml_fewshot.io.atomic import fsync, translate_write_errors
-from pml_fewshot.io.tensors import CHECKSUM, checksum, read_tensors, write_tensors
+from pml_fewshot.io.tensors import CHECKSUM, checksum, checksum_of, read_tensors, write_tensors
 
 ABOUT = "set.json"
 EXAMPLES = "examples.safetensors"
@@ -32,6 +32,7 @@ class Saved(NamedTuple):
     labels: Sequence[str]
     pictures: Sequence[Picture]
     embeddings: Sequence[np.ndarray]
+    name: str
 
 
 class SavedSets:
@@ -91,16 +92,23 @@ class SavedSets:
         with self._lock:
             folder = self._existing(name)
             about = _about(folder)
-            self._check_embedder(name, about["embedder"])
-            labels, pictures = [], []
-            for each in about["classes"]:
-                for file, written in zip(each["files"], each["checksums"], strict=True):
-                    labels.append(each["name"])
-                    pictures.append(_picture(folder, file, written))
-            embeddings = read_tensors(folder / EXAMPLES)[0]["embeddings"].numpy()
-        if len(embeddings) != len(labels):
-            raise _damaged(folder, f"{len(embeddings)} embeddings of {len(labels)} pictures")
-        return Saved(labels, pictures, list(embeddings))
+            try:
+                self._check_embedder(name, about["embedder"])
+                labels, pictures = [], []
+                for each in about["classes"]:
+                    for file, written in zip(each["files"], each["checksums"], strict=True):
+                        labels.append(each["name"])
+                        pictures.append(_picture(folder, file, written))
+                embeddings = read_tensors(folder / EXAMPLES)[0]["embeddings"]
+                if checksum_of({"embeddings": embeddings}) != about["embeddings"]:
+                    raise ValueError("other embeddings than were saved")
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                if isinstance(error, UsageError):
+                    raise
+                raise _damaged(folder, str(error) or type(error).__name__) from error
+        if embeddings.ndim != 2 or len(embeddings) != len(labels) or not torch.isfinite(embeddings).all():
+            raise _damaged(folder, f"embeddings of shape {tuple(embeddings.shape)} of {len(labels)} pictures")
+        return Saved(labels, pictures, list(embeddings.float().numpy()), folder.name)
 
     def delete(self, name: str) -> None:
         """Removes a set for good."""
@@ -120,7 +128,7 @@ class SavedSets:
     def _recover(self, name: str) -> None:
         """Ends what a killed process began: the old version comes back where the new one did not take its place."""
         target, old = self.folder / name, self.folder / f".{name}.old"
-        if old.exists():
+        if (old / ABOUT).is_file():
             if target.exists():
                 shutil.rmtree(old, ignore_errors=True)
             else:
@@ -139,9 +147,10 @@ class SavedSets:
             checksums = [checksum([each.picture.content]) for each in examples]
             classes.append({"name": label, "files": files, "checksums": checksums})
         rows = np.stack([each.embedding for examples in known.classes.values() for each in examples])
-        write_tensors(folder / EXAMPLES, {"embeddings": torch.from_numpy(rows)})
+        tensors = {"embeddings": torch.from_numpy(rows)}
+        write_tensors(folder / EXAMPLES, tensors)
         embedder = {"name": self.embedder.name, "fingerprint": self.embedder.fingerprint}
-        about = {"version": VERSION, "embedder": embedder, "classes": classes}
+        about = {"version": VERSION, "embedder": embedder, "classes": classes, "embeddings": checksum_of(tensors)}
         text = json.dumps({**about, CHECKSUM: _seal(about)}, indent=1, ensure_ascii=False)
         (folder / ABOUT).write_text(text, encoding="utf-8")
         fsync(folder / ABOUT)
@@ -192,7 +201,7 @@ def _about(folder: Path) -> dict[str, Any]:
         for each in about["classes"]:
             if checked_name(each["name"]) != each["name"]:
                 raise ValueError(f"the class {each['name']!r}")
-    except (UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise _damaged(folder, str(error) or type(error).__name__) from error
     return about
 

@@ -51,7 +51,6 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
 }
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def application(
@@ -74,6 +73,13 @@ def application(
     guard = Middleware(Guard, host=host, most_bytes=int(most_megabytes * 2**20))
     handlers: dict[Any, Any] = {HTTPException: _http_error, UsageError: _usage_error, Exception: _bug}
     return Starlette(routes=service.routes(), middleware=[guard], exception_handlers=handlers)
+
+
+class Fields(dict[str, Any]):
+    """What a request gives by name; what is missing is its sender's mistake."""
+
+    def __missing__(self, name: str) -> Any:
+        raise UsageError(f"expected {name!r} in the request, got none; add it")
 
 
 class Service:
@@ -161,10 +167,7 @@ class Service:
             given = await _json(request)
 
             def run() -> dict[str, Any]:
-                try:
-                    change(given)
-                except KeyError as error:
-                    raise UsageError(f"expected {error.args[0]!r} in the request, got none; add it") from error
+                change(Fields(given))
                 return self.state()
 
             return JSONResponse(await run_in_threadpool(run))
@@ -180,8 +183,8 @@ class Service:
         self.saved = self.sets.save(given["name"], known, given.get("replace") is True), known.version
 
     def _load(self, given: dict[str, Any]) -> None:
-        version = self.taught.replace(*self.sets.load(given["name"]))
-        self.saved = given["name"], version
+        labels, pictures, embeddings, name = self.sets.load(given["name"])
+        self.saved = name, self.taught.replace(labels, pictures, embeddings)
 
 
 class Guard:
@@ -257,15 +260,25 @@ class Guard:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
             return False
-        if name in (self.host, *LOOPBACK):
+        if name == self.host.lower() or is_loopback(name):
             return True
-        if self.host in LOOPBACK:
+        if is_loopback(self.host):
             return False
         try:  # served to other machines: those have no name of it, and an address cannot be rebound
             ip_address(name)
         except ValueError:
             return False
         return True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address can only be this machine's own."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _file(name: str, media_type: str) -> Callable[[Request], Awaitable[Response]]:

@@ -15,6 +15,7 @@ from pml_fewshot.classify.taught import Taught
 from pml_fewshot.evaluation.heads import nearest_prototype
 
 LONGEST_NAME = 200
+JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
 NEAREST = 5  # examples that an answer shows
 FALSE_REJECTIONS = 0.05  # FewShotClassifier's own default
 
@@ -211,12 +212,14 @@ def advice_on(model: Model, repeated: int) -> list[str]:
 
 
 def checked_name(text: Any) -> str:
-    """The name of a class as it is kept: NFC, no blanks around it or lines within.
+    """The name of a class as it is kept: NFC, no blanks around it, no lines and no invisible marks within.
 
     Raises:
         UsageError: none, too long, or with characters that cannot be seen or written to a file.
     """
     name = unicodedata.normalize("NFC", " ".join(text.split())) if isinstance(text, str) else ""
+    # marks of direction would turn around what stands beside the name; joiners belong to emoji and to Persian
+    name = "".join(each for each in name if each in JOINERS or unicodedata.category(each) != "Cf")
     kinds = {unicodedata.category(character) for character in name}
     if not any(kind[0] not in "CZ" for kind in kinds):
         raise UsageError("expected a name, got none; type one")

@@ -1,7 +1,7 @@
 """TaughtSet and its files: the answers are FewShotClassifier's, whatever comes, goes, and is saved in between."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from io import BytesIO
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from pml_fewshot import FewShotClassifier
@@ -18,7 +19,7 @@ from pml_fewshot.app.saved_sets import SavedSets
 from pml_fewshot.app.taught_set import TaughtSet, TooMuchError, UnknownExampleError
 from pml_fewshot.checks import ExistingFileError, MissingFileError, UsageError
 from pml_fewshot.io.atomic import CannotWriteError
-from pml_fewshot.io.tensors import CHECKSUM, checksum
+from pml_fewshot.io.tensors import CHECKSUM, checksum, read_tensors, write_tensors
 
 DOT = encoded(Image.new("L", (4, 4)))
 
@@ -123,7 +124,7 @@ def test_what_is_missing_is_said_and_never_an_error() -> None:
     assert taught.known.advice == ("Pictures that are twice in a class count once (1 here): give different ones.",)
 
 
-@pytest.mark.parametrize("name", ["", "  ", "\u200b\u200e", "x" * 201, "a\0b", "a\ud800", None, 7])
+@pytest.mark.parametrize("name", ["", "  ", "\u200b\u200e", "\u202e", "x" * 201, "a\0b", "a\ud800", None, 7])
 def test_names_that_are_none_are_refused(name: object) -> None:
     with pytest.raises(UsageError, match=r"^expected a name"):
         TaughtSet().add(name, [DOT], ANTS[:1])  # type: ignore[arg-type]
@@ -135,6 +136,12 @@ def test_names_of_any_writing_are_taken(name: str) -> None:
     add(taught, name, ANTS)
     add(taught, "other", BEES)
     assert taught.answer(ANTS[0])["label"] == name.replace("e\u0301", "é")
+
+
+def test_marks_that_turn_text_around_are_no_part_of_a_name() -> None:
+    taught = TaughtSet()
+    add(taught, "\u202eant\u200b", ANTS)
+    assert list(taught.known.classes) == ["ant"]
 
 
 def test_no_more_than_so_many_examples() -> None:
@@ -177,15 +184,21 @@ def test_a_saved_set_gives_the_same_answers_and_is_a_folder_of_classes(glyphs: P
     sets = SavedSets(tmp_path, glyphs)
     assert sets.save("my set", taught.known) == "my set"
     again = TaughtSet()
-    again.replace(*SavedSets(tmp_path, PictureEmbedder.of("glyphs")).load("my set"))
-    query = glyphs(glyphs.picture(drawing("ring", 170), "d"))
+    labels, pictures, embeddings, name = SavedSets(tmp_path, PictureEmbedder.of("glyphs")).load("my set")
+    assert name == "my set"
+    again.replace(labels, pictures, embeddings)
+    asked = glyphs.picture(drawing("ring", 170), "d")
+    query = glyphs(asked)
     assert {**again.answer(query), "version": 0} == {**taught.answer(query), "version": 0}
     for old, new in zip(taught.known.examples, again.known.examples, strict=True):
         assert np.array_equal(old.embedding, new.embedding)
         assert np.array_equal(glyphs(new.picture), new.embedding)
     classifier = FewShotClassifier(glyph_embedder(), reject="auto").fit_folder(tmp_path / "my set/pictures")
     assert classifier.classes_.tolist() == ["class-2", "ring"]
-    assert classifier.predict_proba([tmp_path / "my set/pictures/ring/0001.png"])[0].argmax() == 1
+    (tmp_path / "new.png").write_bytes(asked.content)
+    expected = {each["name"]: each["probability"] for each in again.answer(query)["classes"]}
+    found = classifier.predict_proba([tmp_path / "new.png"])[0]
+    assert found == pytest.approx([expected["a/b: <x>"], expected["ring"]], abs=1e-5)
 
 
 def test_a_set_is_replaced_only_when_asked_and_comes_back_after_a_kill(glyphs: PictureEmbedder, tmp_path: Path) -> None:
@@ -246,8 +259,18 @@ def test_damage_and_manifests_that_lead_elsewhere_are_refused(glyphs: PictureEmb
         seal = checksum([json.dumps(about, sort_keys=True).encode()])
         (tmp_path / "one/set.json").write_text(json.dumps({**about, CHECKSUM: seal}))
 
+    def rows(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Other embeddings, in a file that is whole."""
+        path = tmp_path / "one/examples.safetensors"
+        write_tensors(path, {"embeddings": change(read_tensors(path)[0]["embeddings"]).contiguous()})
+
     picture = tmp_path / "one/pictures/ring/0001.png"
     damages = [
+        lambda: rows(lambda each: each.flip(0)),  # of other pictures
+        lambda: rows(lambda each: each[:, :3]),
+        lambda: rows(lambda each: each[0]),
+        lambda: rows(lambda each: each * torch.nan),
+        lambda: (tmp_path / "one/set.json").write_text("[" * 200_000),
         lambda: picture.write_bytes(picture.read_bytes()[:-9]),
         lambda: picture.unlink(),
         lambda: (tmp_path / "one/set.json").write_text("{}"),

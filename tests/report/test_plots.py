@@ -302,6 +302,8 @@ def test_strips_rank_by_the_given_distance_and_shorten_with_the_bank() -> None:
         assert found.indices.tolist() == [order]
         ax = image_plots.plot_neighbours(bank, images, [0], distance=distance)
         assert [round(255 * float(image.get_array()[0, 0, 0])) for image in ax.images] == [0, *order]
+    same = EmbeddingBank(torch.ones(9, 2), torch.zeros(9, dtype=torch.int64))
+    assert image_plots.neighbors_in(same, [8, 0], 3).indices.tolist() == [[0, 1, 2], [1, 2, 3]]  # all are as near
     with pytest.raises(UsageError, match="a bank of two items or more, got 1"):
         image_plots.neighbors_in(EmbeddingBank(rows[:1], torch.tensor([0])), [0])
     with pytest.raises(UsageError, match="expected 3 images, one an embedding, got 2"):

@@ -47,6 +47,14 @@ async function attempt(action) {
   }
 }
 
+// The same for what teaches: a second click meanwhile would teach the same again.
+let teaching = false;
+async function attemptToTeach(action) {
+  if (teaching) return false;
+  teaching = true;
+  try { return await attempt(action); } finally { teaching = false; }
+}
+
 async function change(path, given) {
   draw(await request(`/api/${path}`, {
     method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(given),
@@ -89,10 +97,10 @@ async function teach(name, files) {
   if (refused.length) throw new Error(refused.length > 1 ? `${refused[0]} (and ${refused.length - 1} more)` : refused[0]);
 }
 
-async function teachFolder(files) {
+async function teachFolder(found) {
   const groups = new Map();
-  for (const file of files) {
-    const parts = (file.webkitRelativePath || file.name).split("/");
+  for (const [path, file] of found) {
+    const parts = path.split("/").filter(Boolean);
     if (parts.length < 2 || parts.some(part => part.startsWith(".")) || !file.type.startsWith("image/")) continue;
     const name = parts.at(-2);
     groups.set(name, [...groups.get(name) || [], file]);
@@ -116,17 +124,19 @@ class Paper {
   constructor(canvas, changed) {
     Object.assign(this, {canvas, changed, strokes: [], pen: canvas.getContext("2d")});
     canvas.addEventListener("pointerdown", event => {
-      if (event.button) return;
+      if (event.button || this.pointer != null) return;     // one finger draws: a second one, or a palm, does not
+      this.pointer = event.pointerId;
       canvas.setPointerCapture(event.pointerId);
       this.strokes.push([this.point(event)]);
       this.paint();
     });
     canvas.addEventListener("pointermove", event => {
-      if (!canvas.hasPointerCapture(event.pointerId) || !this.strokes.length) return;
+      if (event.pointerId !== this.pointer || !this.strokes.length) return;
       const events = event.getCoalescedEvents?.() ?? [];
       this.strokes.at(-1).push(...(events.length ? events : [event]).map(each => this.point(each)));
       this.paint();
     });
+    canvas.addEventListener("lostpointercapture", event => { if (event.pointerId === this.pointer) this.pointer = null; });
     this.paint(false);
   }
   point(event) {
@@ -247,7 +257,7 @@ function answered(answer) {
 }
 
 function addAsked(name) {
-  return attempt(() => teach(name, [asked]));
+  return attemptToTeach(() => teach(name, [asked]));
 }
 
 // ---- what is taught
@@ -293,7 +303,13 @@ function draw(next) {
   state = next;
   $("embedder").textContent = state.embedder + (state.reads_ink ? " (drawings and writing)" : "");
   $("advice").replaceChildren(...state.advice.map(text => make("li", {textContent: text, dir: "auto"})));
+  const focused = document.activeElement, box = focused?.closest("#classes .class");
   $("classes").replaceChildren(...state.classes.map(classBox));
+  if (box) {                                              // what had the focus is drawn again, or gone
+    const again = [...$("classes").querySelectorAll(".class")].find(each => each.dataset.name === box.dataset.name);
+    const button = [...again?.querySelectorAll("button") ?? []].find(each => each.textContent === focused.textContent);
+    (button ?? $("classes-title")).focus();
+  }
   const there = new Set(state.classes.flatMap(each => each.examples));
   for (const example of thumbs.keys()) if (!there.has(example)) thumbs.delete(example);
   $("class-names").replaceChildren(...state.classes.map(each => make("option", {value: each.name})));
@@ -315,7 +331,7 @@ function draw(next) {
 
 // ---- dialogs: what was chosen, "" where it was closed, and what stands in the field
 
-function dialog({title, text = "", ok = "OK", label = "", value = "", picture = "", removable = false}) {
+function dialog({title, text = "", ok = "OK", label = "", value = "", picture = "", removable = false, risky = false}) {
   const box = $("dialog");
   $("dialog-title").textContent = title;
   $("dialog-text").textContent = text;
@@ -329,6 +345,7 @@ function dialog({title, text = "", ok = "OK", label = "", value = "", picture = 
   $("dialog-remove").hidden = !removable;
   box.returnValue = "";
   box.showModal();
+  if (risky) $("dialog-cancel").focus();                 // so that Enter alone destroys nothing
   return new Promise(done => box.addEventListener("close", () => done([box.returnValue, $("dialog-input").value]), {once: true}));
 }
 
@@ -346,7 +363,7 @@ async function renameClass(name) {
 }
 
 async function confirmed(title, text, ok) {
-  return (await dialog({title, text, ok}))[0] === "ok";
+  return (await dialog({title, text, ok, risky: true}))[0] === "ok";
 }
 
 async function removeClass(name) {
@@ -374,7 +391,23 @@ function onDrop(section, action) {
   const over = (event, on) => { event.preventDefault(); section.classList.toggle("dropping", on); };
   section.addEventListener("dragover", event => over(event, true));
   section.addEventListener("dragleave", event => over(event, false));
-  section.addEventListener("drop", event => { over(event, false); if (event.dataTransfer.files.length) action([...event.dataTransfer.files]); });
+  section.addEventListener("drop", event => {
+    over(event, false);
+    const entries = [...event.dataTransfer.items].map(item => item.webkitGetAsEntry?.()).filter(Boolean);
+    const files = [...event.dataTransfer.files], folders = entries.filter(entry => entry.isDirectory);
+    if (files.length) action(files, folders);
+  });
+}
+
+// Path and file of all that is below a dropped folder.
+async function filesBelow(entry) {
+  if (entry.isFile) return [[entry.fullPath, await new Promise((done, failed) => entry.file(done, failed))]];
+  const reader = entry.createReader(), found = [];
+  for (;;) {                                             // it gives up to 100 at a time
+    const some = await new Promise((done, failed) => reader.readEntries(done, failed));
+    if (!some.length) return found;
+    for (const each of some) found.push(...await filesBelow(each));
+  }
 }
 
 function onFiles(input, action) {
@@ -389,7 +422,7 @@ const teachPaper = new Paper($("teach-canvas"));
 const askPaper = new Paper($("ask-canvas"), askSoon);
 $("teach-form").addEventListener("submit", event => {
   event.preventDefault();
-  attempt(async () => {
+  attemptToTeach(async () => {
     if (!teachPaper.strokes.length) throw new Error("expected a drawing, got empty paper; draw first, or choose photos");
     await teach($("name").value, [await teachPaper.picture()]);
     teachPaper.clear();
@@ -405,9 +438,14 @@ $("alert-close").addEventListener("click", () => show(""));
 $("forget").addEventListener("click", async () => {
   if (await confirmed("Forget all?", "All classes and examples of this page; saved sets stay.", "Forget")) attempt(() => change("clear", {}));
 });
-onFiles($("photos"), files => attempt(() => teach($("name").value, files)));
-onFiles($("folder"), files => attempt(() => teachFolder(files)));
+onFiles($("photos"), files => attemptToTeach(() => teach($("name").value, files)));
+onFiles($("folder"), files => attemptToTeach(() => teachFolder(files.map(file => [file.webkitRelativePath, file]))));
 onFiles($("ask-file"), ([file]) => askPhoto(file));
-onDrop($("teach"), files => attempt(() => teach($("name").value, files)));
-onDrop($("ask"), ([file]) => askPhoto(file));
+onDrop($("teach"), (files, folders) => attemptToTeach(async () => {
+  if (!folders.length) return teach($("name").value, files);
+  return teachFolder((await Promise.all(folders.map(filesBelow))).flat());
+}));
+onDrop($("ask"), ([file], [folder]) => folder
+  ? show("expected a photo, got a folder; drop it on Teach") : askPhoto(file));
+for (const kind of ["dragover", "drop"]) window.addEventListener(kind, event => event.preventDefault());
 attempt(async () => draw(await request("/api/state")));
