@@ -12,7 +12,7 @@ from pml_fewshot.evaluation.statistics import Comparison, average
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.evaluation.table_formats import ResultRow, arrange
 from pml_fewshot.experiment.command_line import one_line_errors
-from pml_fewshot.experiment.run_folder import PLACE, read_config
+from pml_fewshot.experiment.run_folder import PLACE, finished_config
 from pml_fewshot.experiment.trained import EVALUATIONS
 
 
@@ -68,14 +68,14 @@ def compare_runs(folders: Sequence[str | Path]) -> RunComparison:
         raise UsageError(f"expected two or more different runs, got {got}; name their folders")
     stored = [finished_config(path) for path in paths]
     names = [each["config"]["name"] for each in stored]
-    labels = _labels(names, paths)
+    labels = labels_of(names, paths)
     rows = {label: _rows(path, name, label) for label, path, name in zip(labels, paths, names, strict=True)}
     configs = {label: dict(_flat(each["config"])) for label, each in zip(labels, stored, strict=True)}
     everything = [row for own in rows.values() for row in own] + _means(rows, configs)
     return RunComparison(ResultTable(everything).best_first(), _changes(configs), _differences(rows))
 
 
-def _labels(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
+def labels_of(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
     """What each run is called: by its name, or where that is another's too, by its folder; or its whole path."""
     pairs = list(zip(names, paths, strict=True))
     shown = [f"{name} ({path.resolve().name})" if names.count(name) > 1 else name for name, path in pairs]
@@ -112,16 +112,6 @@ def _changes(configs: dict[str, dict[str, Any]]) -> list[str]:
         if place not in PLACE and len(set(map(repr, values.values()))) > 1:
             lines.append(f"{place}: " + ", ".join(f"{value} ({label})" for label, value in values.items()))
     return lines
-
-
-def finished_config(path: Path) -> dict[str, Any]:
-    """What a run stores, whose figures are of its config: not of fewer steps than it was resumed for."""
-    stored = read_config(path)
-    differ = [name for name, value in stored.get("finished", {}).items() if stored["config"].get(name) != value]
-    if "finished" not in stored or differ:
-        got = f"figures of another {', '.join(differ)}" if differ else "none"
-        raise UsageError(f"expected the figures of a finished run in {path}, got {got}; finish it with --resume")
-    return stored
 
 
 def _key(row: ResultRow) -> tuple[str, ...]:

@@ -169,6 +169,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return stored
 
 
+def finished_config(path: Path) -> dict[str, Any]:
+    """What a run stores, whose figures are of its config: not of fewer steps than it was resumed for."""
+    stored = read_config(path)
+    differ = [name for name, value in stored.get("finished", {}).items() if stored["config"].get(name) != value]
+    if "finished" not in stored or differ:
+        got = f"figures of another {', '.join(differ)}" if differ else "none"
+        raise UsageError(f"expected the figures of a finished run in {path}, got {got}; finish it with --resume")
+    return stored
+
+
 def changed_fields(config: ExperimentConfig, stored: Mapping[str, Any]) -> list[str]:
     """The fields in which a config is not that of a run; one that the run did not have yet was at its default."""
     defaults = {each.name: describe(each.default) for each in fields(config) if each.default is not MISSING}

@@ -1,5 +1,6 @@
 """report.html of a run: what its folder tells, and pictures of its trained method, where weights and data are there."""
 
+import shlex
 import sqlite3
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from pml_fewshot.data.dataset import Splits
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.evaluation.table_formats import layout
 from pml_fewshot.experiment.config import ExperimentConfig
-from pml_fewshot.experiment.run_folder import read_config
+from pml_fewshot.experiment.run_folder import finished_config, read_config
 from pml_fewshot.io.checkpoint import load_checkpoint
 from pml_fewshot.report.page import Chart, Section, definitions, escaped, paragraph, section_of, table, write_report
 from pml_fewshot.report.result_plots import plot_curves
@@ -40,9 +41,12 @@ def only_shown(folder: Path) -> Iterator[None]:
     """Shows what fails inside and goes on: the tables have been written, and the report can be drawn again."""
     try:
         yield
+    except KeyboardInterrupt:
+        print(f"no report was drawn; the run is finished: python -m pml_fewshot.report {shlex.quote(str(folder))}")
     except Exception:  # noqa: BLE001 (see above)
         traceback.print_exc()
-        print(f"no report was drawn, for the reason above; python -m pml_fewshot.report {folder} tries it again")
+        again = f"python -m pml_fewshot.report {shlex.quote(str(folder))}"
+        print(f"no report was drawn, for the reason above; {again} tries it again")
 
 
 def subject_of(trainer: Any, splits: Splits, config: ExperimentConfig) -> Subject:
@@ -66,11 +70,11 @@ def report_run(folder: Path, subject: Subject | str) -> Path:
         subject: its trained method and test classes; or why there are none.
     """
     stored = read_config(folder)
-    name, finished = stored["config"]["name"], "finished" in stored and (folder / "figures.csv").exists()
+    name, finished = stored["config"]["name"], is_finished(folder)
     if isinstance(subject, str):
         drawn = [Section("Pictures of the trained method", paragraph(f"Not drawn: {subject}", "quiet"))]
     else:
-        drawn = trainer_sections(replace(subject, accuracies=accuracies_of(folder, name)))
+        drawn = trainer_sections(replace(subject, accuracies=accuracies_of(folder, name) if finished else {}))
     sections = [
         *section_of("What was run", lambda: _what_was_run(folder, stored)),
         *section_of("Results", lambda: Section("Results", (_results if finished else _progress)(folder, stored))),
@@ -82,6 +86,15 @@ def report_run(folder: Path, subject: Subject | str) -> Path:
     kind = "Few-shot experiment" if finished else "A run that is not finished"
     about = f"{kind}, pml_fewshot {_last(stored)['pml_fewshot']}"
     return write_report(folder, name, sections, about)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the table in the folder is of the steps and the evaluation that the run is now for."""
+    try:
+        finished_config(folder)
+    except UsageError:
+        return False
+    return (folder / "figures.csv").exists()
 
 
 def accuracies_of(folder: Path, method: str) -> dict[EpisodeSpec, Tensor]:

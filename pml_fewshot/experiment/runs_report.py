@@ -1,6 +1,7 @@
 """The report of several runs side by side; and the command that draws reports of one or several."""
 
 import os
+import sqlite3
 import webbrowser
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,11 +15,11 @@ from pml_fewshot.checks import MissingFileError, UsageError
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.evaluation.table_formats import ResultRow, arrange, layout
 from pml_fewshot.experiment.command_line import one_line_errors
-from pml_fewshot.experiment.comparison import PairedDifference, compare_runs, finished_config
+from pml_fewshot.experiment.comparison import PairedDifference, compare_runs, labels_of
 from pml_fewshot.experiment.config import Device
 from pml_fewshot.experiment.prepare import for_evaluation, load_data
-from pml_fewshot.experiment.run_folder import check_data, read_config
-from pml_fewshot.experiment.run_report import REPORT, only_shown, report_run, subject_of, training_charts
+from pml_fewshot.experiment.run_folder import check_data, finished_config, read_config
+from pml_fewshot.experiment.run_report import REPORT, only_shown, records, report_run, subject_of, training_charts
 from pml_fewshot.experiment.stored_config import find_config
 from pml_fewshot.experiment.trained import trained_with_config, with_data_root
 from pml_fewshot.report.page import Chart, Section, escaped, paragraph, section_of, table, write_report
@@ -41,14 +42,16 @@ def report_runs(folders: Sequence[Path], to: Path, title: str, failures: Mapping
         title: above it.
         failures: why others have no figures, by name.
     """
-    stored, failed = {folder: read_config(folder) for folder in folders}, dict(failures or {})
-    finished = []
+    failed, names, finished = dict(failures or {}), {}, []
     for folder in folders:
         try:
+            names[folder] = str(read_config(folder)["config"]["name"])
             finished_config(folder)
+            ResultTable.read(folder)
             finished.append(folder)
-        except UsageError as error:
-            failed.setdefault(folder.name, str(error))
+        except UsageError as error:  # a run that is not finished, or damaged, must not cost the others
+            failed.setdefault(names.get(folder, str(folder)), str(error))
+    labels = dict(zip(names, labels_of(list(names.values()), list(names)), strict=True))
     comparison = compare_runs(finished) if len(finished) > 1 else None
     found = comparison.table if comparison else ResultTable.read(finished[0]) if finished else ResultTable()
     cells, conditions = layout(found.rows, failed)
@@ -58,13 +61,19 @@ def report_runs(folders: Sequence[Path], to: Path, title: str, failures: Mapping
         sections.append(Section("Paired differences to the best", charts=_differences(comparison.paired)))
         lines = "".join(f"<li>{escaped(line)}</li>" for line in comparison.changes)
         sections.append(Section("Configs differ in", f"<ul>{lines}</ul>" if lines else paragraph("nothing")))
-    names = [each["config"]["name"] for each in stored.values()]
-    labels = [n if names.count(n) == 1 else f"{n} ({f.name})" for n, f in zip(names, folders, strict=True)]
-    sections += section_of("Training", lambda: training_charts(dict(zip(labels, folders, strict=True))))
-    sections.append(
-        Section("Runs", "".join(_link(label, folder, to) for label, folder in zip(labels, folders, strict=True)))
-    )
-    return write_report(to, title, sections, f"{len(folders)} runs side by side, pml_fewshot")
+    recorded = {label: folder for folder, label in labels.items() if _can_be_read(folder)}
+    sections += section_of("Training", lambda: training_charts(recorded))
+    sections.append(Section("Runs", "".join(_link(label, folder, to) for folder, label in labels.items())))
+    return write_report(to, title, sections, f"{len(folders)} runs side by side")
+
+
+def _can_be_read(folder: Path) -> bool:
+    """Whether the records of a run are whole."""
+    try:
+        records(folder, "train", "loss")
+    except sqlite3.DatabaseError:
+        return False
+    return True
 
 
 def _link(label: str, folder: Path, to: Path) -> str:
@@ -88,10 +97,10 @@ def _figures(rows: Sequence[ResultRow]) -> list[Chart]:
 
 def _differences(paired: Sequence[PairedDifference]) -> list[Chart]:
     charts = []
-    for number, title in enumerate(dict.fromkeys(each.title for each in paired)):
-        own = [each for each in paired if each.title == title]
+    for number, (title, best) in enumerate(dict.fromkeys((each.title, each.best) for each in paired)):
+        own = [each for each in paired if (each.title, each.best) == (title, best)]
         values = {each.method: (100 * each.found.difference, 100 * each.found.ci95) for each in own}
-        name = f"{title}: minus {own[0].best}"
+        name = f"{title}: minus {best}"
         charts.append(_intervals(f"difference-{number + 1}", name, values, "points", zero=True))
     return charts
 

@@ -227,7 +227,7 @@ def plot_embedding_map(
         items = np.flatnonzero(labels == label)
         middle = np.median(points[items], axis=0)
         picture = pixels(images[items[np.linalg.norm(points[items] - middle, axis=1).argmin()]], ink)
-        shown = OffsetImage(picture, zoom=22 / len(picture))  # points high
+        shown = OffsetImage(picture, zoom=22 / max(picture.shape[:2]))  # points high
         look = {"facecolor": page_color(), "edgecolor": color, "boxstyle": "round,pad=0.1"}
         ax.add_artist(AnnotationBbox(shown, tuple(middle), pad=0.1, bboxprops=look))
     ax.set_axis_off()

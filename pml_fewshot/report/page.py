@@ -181,7 +181,8 @@ def _figure(chart: Chart, pngs: dict[Theme, bytes]) -> str:
     picture = f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">{image}</picture>'
     shown = f'<div class="scroll" tabindex="0" role="region" aria-label="{escaped(chart.title)}">{picture}</div>'
     if chart.live:
-        shown = f'<div class="live">{chart.live}</div><div class="still">{shown}</div>'
+        label = f'role="img" aria-label="{escaped(chart.alt)}"'
+        shown = f'<div class="live" {label}>{chart.live}</div><div class="still">{shown}</div>'
     below = f"<figcaption>{escaped(chart.caption)}</figcaption>" if chart.caption else ""
     numbers = ""
     if chart.head:

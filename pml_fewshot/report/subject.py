@@ -67,7 +67,8 @@ class Subject:
     def spec(self) -> EpisodeSpec:
         """Of the example episodes: the first that is not too large to be drawn, with as many queries of each class."""
         small = [spec for spec in self.specs if spec.ways <= MOST_WAYS]
-        spec = small[0] if small else replace(self.specs[0], ways=min(MOST_WAYS, self.specs[0].ways))
+        cut = replace(self.specs[0], ways=min(MOST_WAYS, self.specs[0].ways))
+        spec = small[0] if small else cut if self.allowed(cut) else self.specs[0]  # a head may have fixed ways
         return replace(spec, query_balance=None)
 
     @cached_property

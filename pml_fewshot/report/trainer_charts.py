@@ -80,6 +80,9 @@ def at_a_glance(subject: Subject) -> list[Chart]:
     """An episode with one mistake among the queries that are drawn, and how all of the table went."""
     episodes, logits = subject.scored.episodes, subject.scored.logits
     accuracies = subject.accuracies.get(subject.spec, subject.scored.right.double().mean(dim=1))
+    source = (
+        "the table's episodes" if subject.spec in subject.accuracies else "these episodes, which are not the table's"
+    )
     queries = min(DRAWN_QUERIES, subject.spec.queries)
     mistakes = (~subject.scored.right).unflatten(1, (subject.spec.ways, -1))[:, :, :queries].sum(dim=(1, 2))
     one = (mistakes == 1).nonzero().flatten()
@@ -99,6 +102,9 @@ def at_a_glance(subject: Subject) -> list[Chart]:
             (11.0, 4.8125),
             ("accuracy, %", "episodes"),
             [(100 * value, count) for value, count in sorted(Counter(accuracies.tolist()).items(), reverse=True)],
+            f"The episode is the first {'with one mistake' if len(one) else 'of middling accuracy'} among the queries "
+            f"that are drawn, of {len(episodes):,} (seed {subject.seed}). The accuracy is that of {source}, "
+            f"{'transductive' if subject.trainer.transductive else 'inductive'}.",
         )
     ]
 
@@ -244,7 +250,7 @@ def confusion(subject: Subject) -> list[Chart]:
             [(name, *row, total) for name, row, total in zip(names, counts, totals, strict=True)],
             f"% of a row's queries that were taken for a column's class, in {count:,} episodes of {spec}, of "
             f"{'all classes' if dataset is subject.dataset else f'{len(dataset.class_names)} classes alone'}, "
-            f"seed {subject.seed}. The rest went to other classes.",
+            f"seed {subject.seed}." + (" The rest went to other classes." if len(chosen) < len(result.classes) else ""),
         )
     ]
 
@@ -358,7 +364,10 @@ def reliability(subject: Subject) -> list[Chart]:
     bins = calibration_bins(probabilities, labels)
     error, sure = calibration_error(bins), probabilities.amax(dim=1).mean().item()
     right = (probabilities.argmax(dim=1) == labels).double().mean().item()
+    half = average([(probabilities.argmax(dim=1) == labels).double().unflatten(0, (len(logits), -1)).mean(dim=1)])[1]
+    certain = abs(sure - right) > half  # of the accuracy's 95 % interval over the episodes
     verdict = "too sure" if sure > right else "not sure enough"
+    verdict = f"on the whole {verdict}" if certain else "the difference may be chance"
     return [
         Chart(
             "reliability",
@@ -369,7 +378,7 @@ def reliability(subject: Subject) -> list[Chart]:
             ("from, %", "to, %", "queries", "probability, %", "right, %", "at least", "at most"),
             [tuple(value if name == "queries" else 100 * value for name, value in b._asdict().items()) for b in bins],
             f"{len(labels):,} queries of {len(episodes):,} episodes ({subject.spec}, seed {subject.seed}). The best "
-            f"class has {100 * sure:.1f} % on average and is right in {100 * right:.1f} % of cases: on the whole "
+            f"class has {100 * sure:.1f} % on average and is right in {100 * right:.1f} % of cases: "
             f"{verdict}. Below the diagonal probabilities are too high. "
             f"They are the softmax of {_logits_in_words(subject)}.",
         )
