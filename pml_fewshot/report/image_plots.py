@@ -302,4 +302,7 @@ def pixels(image: Tensor, ink: bool) -> np.ndarray:
 
 
 def draw_image(ax: Axes, image: Tensor, left: float, top: float, ink: bool) -> None:
-    ax.imshow(pixels(image, ink), extent=(left + 0.07, left + 0.93, top + 0.93, top + 0.07))
+    """In a cell of 1 x 1 whose upper left corner is given, as large as fits."""
+    high, wide = (0.43 * side / max(image.shape[1:]) for side in image.shape[1:])
+    x, y = left + 0.5, top + 0.5
+    ax.imshow(pixels(image, ink), extent=(x - wide, x + wide, y + high, y - high))

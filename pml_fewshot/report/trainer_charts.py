@@ -238,12 +238,13 @@ def confusion(subject: Subject) -> list[Chart]:
         if a != b
     ]
     share, own, other = max(pairs)
+    with_images = " with an image of each" if first else ""
     return [
         Chart(
             "confusion",
             f"The {len(chosen)} classes that are confused most",
-            f"A matrix of {len(chosen)} classes with an image of each: the share of a row's queries that was taken "
-            f"for a column's class. The largest, {100 * share:.0f} %: {own} taken for {other}.",
+            f"A matrix of {len(chosen)} classes{with_images}: the share of a row's queries that was taken for a column's "
+            f"class. The largest, {100 * share:.0f} %: {own} taken for {other}.",
             partial(plot_confusion, result, first or None, ink=subject.ink),
             (2.6 + 0.6 * len(chosen), 2.2 + 0.6 * len(chosen)),
             ("queries of", *names, "all"),
@@ -298,8 +299,8 @@ def embedding_map(subject: Subject) -> list[Chart]:
     return [
         Chart(
             "embedding-map",
-            f"Map of {len(small):,} images of {classes} classes ({title})",
-            f"Points on a plane, a color and an image for each of {classes} classes; near points have near embeddings.",
+            f"Map of {len(small):,} {'items' if images is None else 'images'} of {classes} classes ({title})",
+            f"Points on a plane, in colors of {classes} classes; near points have near embeddings.",
             partial(plot_embedding_map, small, images, classes, subject.ink, points=points),
             (8.5, 6.5),
             caption=f"{title} of the embeddings ({bank.embeddings.shape[1]}-d, seed {subject.seed}). Which points are "

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = [module.name for module in pkgutil.iter_modules(experiments.__path__) if not module.ispkg]
 WITHOUT_CONFIG = {
     "benchmark_embeddings",
+    "drawn_classes",
     "evaluate_trunks",
     "head_penalties",
     "local_feature_heads",

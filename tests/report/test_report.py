@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pml_fewshot import EpisodeSpec, FewShotDataset, PrototypicalLoss, ResultTable, Splits, run, sweep
+from pml_fewshot import EpisodeSpec, FewShotDataset, PrototypicalLoss, ResultTable, Splits, adaptation_curve, run, sweep
 from pml_fewshot.evaluation.statistics import Comparison
 from pml_fewshot.experiment import run_report, runs_report
 from pml_fewshot.experiment.comparison import PairedDifference
@@ -201,7 +202,14 @@ def test_what_adapts_to_each_episode_shows_its_steps_and_says_what_it_has_not(tm
     assert parts.headings == [*HEADINGS, "Adaptation", "What is confused", *LAST]
     assert "expected embeddings (M, D), got a bank of shape (60, 1, 4, 4)" in parts.text()
     with (tmp_path / "run" / "report" / "adaptation.csv").open(newline="") as file:
-        assert [row["inner steps"] for row in csv.DictReader(file)] == ["0", "1", "2"]
+        rows = [(row["inner steps"], float(row["accuracy, %"])) for row in csv.DictReader(file)]
+    drawn_of = runs_report.trained_subject(tmp_path / "run", "tests.tiny_experiments", "cpu", None)
+    assert not isinstance(drawn_of, str)
+    counted = re.search(r"([\d,]+) episodes \(5-way 1-shot 5-query, seed 0\), 95 % intervals", parts.text())
+    assert counted is not None
+    episodes = int(counted[1].replace(",", ""))
+    curve = adaptation_curve(drawn_of.trainer, drawn_of.dataset, EpisodeSpec(5, 1, 5), episodes)
+    assert rows == [(str(step), pytest.approx(100 * each.mean)) for step, each in enumerate(curve)]
 
 
 def test_a_run_without_a_report_writes_none(tmp_path: Path) -> None:
@@ -333,7 +341,7 @@ def test_features_have_no_images_to_show(copied: Finished, tmp_path: Path) -> No
     text = drawn(tmp_path, trainer, features, copied, EpisodeSpec(2, 1, 5)).text()
     assert "expected images (C, H, W) of one or three channels, got items of shape (16,)" in text
     assert "Accuracy on unseen classes" in text
-    assert "Map of 40 images of 4 classes" in text
+    assert "Map of 40 items of 4 classes" in text
 
 
 def test_runs_are_drawn_side_by_side(finished: Finished, tmp_path: Path) -> None:
