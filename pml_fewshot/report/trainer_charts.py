@@ -243,8 +243,8 @@ def confusion(subject: Subject) -> list[Chart]:
         Chart(
             "confusion",
             f"The {len(chosen)} classes that are confused most",
-            f"A matrix of {len(chosen)} classes{with_images}: the share of a row's queries that was taken for a column's "
-            f"class. The largest, {100 * share:.0f} %: {own} taken for {other}.",
+            f"A matrix of {len(chosen)} classes{with_images}: the share of a row's queries that was taken for a "
+            f"column's class. The largest, {100 * share:.0f} %: {own} taken for {other}.",
             partial(plot_confusion, result, first or None, ink=subject.ink),
             (2.6 + 0.6 * len(chosen), 2.2 + 0.6 * len(chosen)),
             ("queries of", *names, "all"),
