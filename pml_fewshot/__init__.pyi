@@ -23,6 +23,7 @@ from .distances.earth_movers import EarthMoversDistance as EarthMoversDistance
 from .distances.local_neighbors import LocalNeighborSimilarity as LocalNeighborSimilarity
 from .distances.relation import RelationSimilarity as RelationSimilarity
 from .distances.weighted_l1 import WeightedL1Similarity as WeightedL1Similarity
+from .distributed import processes as processes
 from .embedders.bank import EmbeddingBank as EmbeddingBank
 from .embedders.bank import load_bank as load_bank
 from .embedders.bank import save_bank as save_bank

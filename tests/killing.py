@@ -1,9 +1,9 @@
 """Runs an experiment, kills it with SIGKILL at random moments, resumes it each time, and compares what it ends with.
 
-    python -m tests.killing FOLDER KILLS SEED NAME...
+    python -m tests.killing FOLDER KILLS SEED PROCESSES NAME...
 
-A process is forked for each session, so that torch is imported once. It is a program of its own because a process with
-threads must not be forked.
+The processes of each session are forked, so that torch is imported once. It is a program of its own because a process
+with threads must not be forked.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import signal
 import sqlite3
 import sys
 import time
-import traceback
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -29,44 +29,48 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (a second more)
 from pml_fewshot.experiment.config import ExperimentConfig
 from pml_fewshot.experiment.run import run
 from pml_fewshot.io.checkpoint import load_checkpoint
+from tests.several import collected, started
 from tests.tiny_experiments import TINY_EXPERIMENTS
 
 FAIR_SHARE = 0.3  # of the kills: at least so many must fall between the first step and the last
 FUTILE = 10  # times as many kills as asked for: then the share is not to be reached
 
 
-def session(config: ExperimentConfig, seconds: float | None, training: bool = False) -> bool:
-    """Runs in a process of its own. Returns whether the run came to its end.
+def session(
+    config: ExperimentConfig,
+    seconds: float | None,
+    training: bool = False,
+    processes: int = 1,
+    victims: Sequence[int] = (0,),
+) -> bool:
+    """Runs in processes of its own. Returns whether the run came to its end.
 
-    It is killed after some seconds, with `training` from its first checkpoint on: on a busy machine a process may need
-    any time until it trains.
+    The victims among them are killed after some seconds, with `training` from the first checkpoint on: on a busy
+    machine a process may need any time until it trains. Those that are left must end by themselves.
     """
     assert config.run_dir is not None
-    last, errors = config.run_dir / "last.pt", config.run_dir.with_suffix(".stderr")
+    last, folder = config.run_dir / "last.pt", config.run_dir.with_suffix(".processes")
+    folder.mkdir(exist_ok=True)
     before = _written(last)
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        code = 1
-        try:
-            run(config, resume=True)
-            code = 0
-        except BaseException:  # noqa: BLE001 (the parent shows it)
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    ended = partial(os.waitid, os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    children = started(partial(_run, config), processes, folder)
+    ended = partial(os.waitid, os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT)
     if seconds is not None:
         while training and _written(last) == before and ended() is None:
             time.sleep(0.001)
         time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)  # a child that has ended waits to be collected: no other process can be hit
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and seconds is not None:
-        return False
-    assert os.waitstatus_to_exitcode(status) == 0, f"the run failed ({status}):\n{errors.read_text()[-3000:]}"
-    return True
+        for victim in victims:  # a child that has ended waits to be collected: no other process can be hit
+            os.kill(children[victim], signal.SIGKILL)
+    codes = collected(children)
+    killed = [] if seconds is None else [victim for victim in victims if codes[victim] == -signal.SIGKILL]
+    errors = "\n".join((folder / f"stderr{rank}").read_text()[-3000:] for rank in range(processes))
+    left = [code for rank, code in enumerate(codes) if rank not in killed]
+    assert -signal.SIGKILL not in left, f"a process hung ({codes}):\n{errors}"
+    assert killed or not any(codes), f"the run failed ({codes}):\n{errors}"
+    return not killed
+
+
+def _run(config: ExperimentConfig) -> None:
+    run(config, resume=True)
 
 
 def _written(path: Path) -> tuple[int, int] | None:
@@ -107,8 +111,9 @@ def outcome(folder: Path) -> dict[str, Any]:
     return {"state": digest(load_checkpoint(folder / "last.pt")), **rows, **contents}
 
 
-def kill_and_compare(name: str, folder: Path, kills: int, seed: int) -> None:
-    """Half of the kills fall anywhere in a run, half while it trains, until a fair share fell between steps.
+def kill_and_compare(name: str, folder: Path, kills: int, seed: int, processes: int) -> None:
+    """Half of the kills fall anywhere in a run, half while it trains, until a fair share fell between steps. Of several
+    processes one is killed, or all.
 
     A kill counts as between steps when its session has saved new steps, and not the last: the next resumes there.
     """
@@ -116,7 +121,7 @@ def kill_and_compare(name: str, folder: Path, kills: int, seed: int) -> None:
     config = TINY_EXPERIMENTS[name]
     whole = folder / "whole"
     started = time.perf_counter()
-    session(replace(config, run_dir=whole), None)
+    session(replace(config, run_dir=whole), None, processes=processes)
     seconds = time.perf_counter() - started
     # (logs.db is made just before the first step, embedder or network just after the last)
     seconds_training = load_checkpoint(whole / "last.pt")["history"]["seconds"]
@@ -131,7 +136,8 @@ def kill_and_compare(name: str, folder: Path, kills: int, seed: int) -> None:
         if killed >= kills and between >= FAIR_SHARE * kills:
             moment = None  # the last sessions of a run that is to be compared are left to end
         steps = steps_in(victim)
-        if not session(replace(config, run_dir=victim), moment, training):
+        ranks = [moments.randrange(processes)] if moments.random() < 0.5 else range(processes)
+        if not session(replace(config, run_dir=victim), moment, training, processes, ranks):
             killed += 1
             between += steps < steps_in(victim) < config.steps
             continue
@@ -145,5 +151,6 @@ def kill_and_compare(name: str, folder: Path, kills: int, seed: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for number, name in enumerate(sys.argv[4:]):
-        kill_and_compare(name, Path(sys.argv[1]) / name, int(sys.argv[2]), int(sys.argv[3]) + number)
+    kills, seed, processes = map(int, sys.argv[2:5])
+    for number, name in enumerate(sys.argv[5:]):
+        kill_and_compare(name, Path(sys.argv[1]) / name, kills, seed + number, processes)

@@ -19,7 +19,7 @@ FLOORS = [
     {"checks", "environment"},
     {"io"},
     {"parts"},
-    {"data", "sampling", "embedders", "losses", "distances"},
+    {"data", "sampling", "embedders", "losses", "distances", "distributed"},
     {"evaluation", "trainers", "training"},
     {"experiment", "report", "classify"},
     {"app"},
@@ -82,7 +82,7 @@ def test_no_two_modules_import_each_other() -> None:
 
 
 def test_few_files_stand_at_the_top_and_their_names_say_what_they_hold() -> None:
-    assert len(set(PACKAGE.glob("*.py")) - {PACKAGE / "__main__.py"}) <= 6  # (which Python wants there)
+    assert len(set(PACKAGE.glob("*.py")) - {PACKAGE / "__main__.py"}) <= 7  # (which Python wants there)
     assert {path.stem for path in FILES} & {"utils", "util", "common", "helpers", "misc"} == set()
 
 

@@ -13,17 +13,21 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    ("names", "kills"),
+    ("names", "kills", "processes"),
     [
-        (["protonet"], 3),
-        pytest.param(list(TINY_EXPERIMENTS), 10, marks=pytest.mark.slow),
-        *(pytest.param([name], 200, marks=pytest.mark.slow) for name in TINY_EXPERIMENTS),
+        (["protonet"], 3, 1),
+        (["metric"], 2, 2),
+        pytest.param(list(TINY_EXPERIMENTS), 10, 1, marks=pytest.mark.slow),
+        pytest.param(list(TINY_EXPERIMENTS), 20, 2, marks=pytest.mark.slow),
+        *(pytest.param([name], 200, 1, marks=pytest.mark.slow) for name in TINY_EXPERIMENTS),
     ],
     ids=str,
 )
-def test_runs_killed_at_random_moments_end_as_if_not(names: list[str], kills: int, tmp_path: Path) -> None:
+def test_runs_killed_at_random_moments_end_as_if_not(
+    names: list[str], kills: int, processes: int, tmp_path: Path
+) -> None:
     """Enough of the kills fall where something is to be lost: after the first step, before the last."""
-    command = [sys.executable, "-m", "tests.killing", str(tmp_path / "runs"), str(kills), "0", *names]
+    command = [sys.executable, "-m", "tests.killing", str(tmp_path / "runs"), str(kills), "0", str(processes), *names]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in names:

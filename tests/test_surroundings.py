@@ -276,7 +276,7 @@ WITHOUT_FIGURES = {
     *("UsageError", "FewShotDataset", "Splits", "Batch", "BatchSpec", "Episode", "EpisodeSpec", "ResultTable"),
     *("load_omniglot", "load_mini_imagenet", "load_image_folder", "load_glyphs"),  # of bytes
     *("load_images", "load_image_table"),
-    *("ExperimentConfig", "swap", "main"),  # which are run
+    *("ExperimentConfig", "swap", "main", "processes"),  # which are run
     *(name for name in p.__all__ if name.startswith("plot_") or name == "theme"),  # pictures
 }
 

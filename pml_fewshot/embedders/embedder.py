@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one, check_choice
 from pml_fewshot.data.dataset import FewShotDataset, as_dataset
+from pml_fewshot.distributed import everyones, world
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.embedders.modes import evaluating, widened
 from pml_fewshot.embedders.preprocessing import Preprocessing
@@ -119,7 +120,8 @@ def encode(
         batch_size: images at a time; when None `images_at_a_time`. It changes results only by rounding.
         device: where to compute and to keep the bank; when None the embedder's own.
 
-    On a CPU freed memory is kept for reuse from then on, see `keep_memory`.
+    On a CPU freed memory is kept for reuse from then on, see `keep_memory`. Of several processes (see `processes`) each
+    embeds every N-th batch, and all have the same bank, to the bit that of one process.
 
     Raises:
         UsageError: an embedding is NaN or infinite, or no row of numbers.
@@ -131,18 +133,25 @@ def encode(
         batch_size = images_at_a_time(math.prod(dataset.item_shape[1:]), target)
     check_at_least_one("batch_size", batch_size)
     keep_memory(target)
-    starts = tqdm(range(0, len(dataset), batch_size), "embedding", unit="batch", delay=3, mininterval=1)
+    starts, ranks = range(0, len(dataset), batch_size), world().size
+    rounds = tqdm(
+        range(0, len(starts), ranks), "embedding", delay=3, mininterval=1, disable=not world().is_first, unit="batch"
+    )
     bank = torch.empty(0)  # one tensor: a list of parts would take twice its size when joined
     with evaluating(embedder):
         if moved := target != weight.device:
             embedder.to(target)
         try:
-            for start in starts:
-                images = dataset.floats(slice(start, start + batch_size), target)
-                part = check_rows(embedder(images.to(weight.dtype)), embedder)
-                if start == 0:
-                    bank = widened(part[:1]).new_empty(len(dataset), part.shape[1])
-                bank[start : start + batch_size] = part
+            for first in rounds:
+                own = starts[min(first + world().rank, len(starts) - 1)]  # (the last again, where there are no more)
+                images = dataset.floats(slice(own, own + batch_size), target)
+                part = widened(check_rows(embedder(images.to(weight.dtype)), embedder))
+                if first == 0:
+                    bank = part.new_empty(len(dataset), part.shape[1])
+                if ranks > 1:  # of one length for all
+                    part = F.pad(part, (0, 0, 0, batch_size - len(part)))
+                for start, rows in zip(starts[first : first + ranks], everyones(part), strict=False):
+                    bank[start : start + batch_size] = rows[: len(dataset) - start]
         finally:
             if moved:
                 embedder.to(weight.device)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one, check_finite
 from pml_fewshot.data.dataset import FewShotDataset, as_floats
+from pml_fewshot.distributed import summed, world
 from pml_fewshot.embedders.bank import ClassName, EmbeddingBank, names_of
 from pml_fewshot.embedders.embedder import encode, is_embedder
 from pml_fewshot.embedders.modes import evaluating, widened
@@ -192,8 +193,8 @@ class EpisodicEvaluator:
         ways, queries = episodes.query.shape[1:]
         true_ways = episodes.true_ways.expand(len(episodes), -1)
         # one tensor, for small ones left between a chunk's large blocks would make the process grow by gigabytes
-        accuracies = torch.empty(len(episodes), dtype=torch.float64, device=bank.device)
-        predicted = torch.empty(len(episodes), ways * queries * predictions, dtype=torch.int64, device=bank.device)
+        accuracies = torch.zeros(len(episodes), dtype=torch.float64, device=bank.device)
+        predicted = torch.zeros(len(episodes), ways * queries * predictions, dtype=torch.int64, device=bank.device)
         chunk = self.chunk or self._default_chunk(bank, ways * (episodes.support.shape[2] + queries))
 
         @torch.no_grad()  # which, as all modes, belongs to a thread
@@ -213,18 +214,18 @@ class EpisodicEvaluator:
 
         in_threads = classifier.thread_safe and bank.ndim == 2 and bank.device.type == "cpu" and self.chunk is None
         threads = torch.get_num_threads() if in_threads else 1
-        starts = range(0, len(episodes), chunk)
+        starts = range(0, len(episodes), chunk)[world().share(len(episodes))]  # whole chunks, to be equal to the bit
         with ThreadPoolExecutor(threads) as pool, one_thread_each() if in_threads else nullcontext():
-            score(starts[0])  # before the threads start: a lazy distance gets its weights here
+            list(map(score, starts[:1]))  # before the threads start: a lazy distance gets its weights here
             list((pool.map if threads > 1 else map)(score, starts[1:]))
-        accuracies = accuracies.cpu()
+        accuracies = summed(accuracies).cpu()  # zeros where another process scored
         check_finite(accuracies, "logits of each episode", classifier.divergence_hint)
-        return accuracies, predicted.cpu()
+        return accuracies, summed(predicted).cpu()
 
     def _score_variable(self, method: Any, bank: Tensor, episodes: VariableEpisodes, hint: str) -> Tensor:
         """The accuracies (E,), one episode after the other in each thread."""
         fit, distance = _fit_of(method, self.head)
-        accuracies = torch.empty(len(episodes), dtype=torch.float64, device=bank.device)
+        accuracies = torch.zeros(len(episodes), dtype=torch.float64, device=bank.device)
 
         @torch.no_grad()
         def score(number: int) -> None:
@@ -241,9 +242,10 @@ class EpisodicEvaluator:
 
         threads = 1 if bank.is_cuda else torch.get_num_threads()
         with ThreadPoolExecutor(threads) as pool, one_thread_each():
-            score(0)  # before the threads start: a lazy distance gets its weights here
-            list(pool.map(score, range(1, len(episodes))))
-        accuracies = accuracies.cpu()
+            own = range(len(episodes))[world().share(len(episodes))]
+            list(map(score, own[:1]))  # before the threads start: a lazy distance gets its weights here
+            list(pool.map(score, own[1:]))
+        accuracies = summed(accuracies).cpu()
         check_finite(accuracies, "logits of each episode", hint)
         return accuracies
 

@@ -1,5 +1,6 @@
 """main(config): an experiment from the command line."""
 
+import os
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import Annotated, TypeVar
 import tyro
 
 from pml_fewshot.checks import UsageError
+from pml_fewshot.distributed import ProcessLost
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment.config import ExperimentConfig
 from pml_fewshot.experiment.run import run
@@ -90,9 +92,12 @@ def one_line_errors() -> Iterator[None]:
         warnings.formatwarning = _one_line
         yield
     except (UsageError, TrainingDiverged) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(1 if hasattr(error, "reported_elsewhere") else f"{_process()}error: {error}")
+    except ProcessLost as error:
+        print(f"{_process()}error: {error}", file=sys.stderr)
+        sys.exit(RESUMABLE)
     except TrainingInterrupted as stop:
-        print(stop, file=sys.stderr)
+        print(f"{_process()}{stop}", file=sys.stderr)
         sys.exit(RESUMABLE)
     except KeyboardInterrupt:
         print("interrupted before there was anything to resume", file=sys.stderr)
@@ -101,6 +106,11 @@ def one_line_errors() -> Iterator[None]:
         warnings.formatwarning = as_before
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def _process() -> str:
+    """Which process it is that reports, where torchrun has started several and it is not the first."""
+    return "" if (rank := os.environ.get("RANK", "0")) == "0" else f"process {rank}: "
 
 
 def _one_line(message: object, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:

@@ -97,6 +97,8 @@ class ExperimentConfig:
     """times that a training that diverged returns to its last checkpoint, with half the learning rate each time"""
     bf16: bool = False
     """autocast to bfloat16 on CUDA"""
+    sync_batch_norm: bool = False
+    """in training by several processes (torchrun), batch norm's statistics over all of them, not the share of each"""
     ema: float | None = None
     """validate and end with an exponential moving average of the weights, which keeps this share a step (0.999)"""
     num_episodes: int = 10_000

@@ -1,5 +1,8 @@
 """evaluate: the table of an experiment."""
 
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from pml_fewshot.data.dataset import Splits
 from pml_fewshot.embedders.modes import eval_mode
 from pml_fewshot.evaluation.benchmark import benchmark
@@ -26,7 +29,7 @@ def evaluate(
         config.num_episodes,
         config.eval_seed,
         timed=False,  # a run that is repeated gives the same files
-        note="; ".join(notes_on_training(config, history)),
+        note="; ".join(notes_on_training(config, trainer, history)),
     )
     if config.extra_evaluations is not None:
         with eval_mode(trainer):
@@ -34,9 +37,14 @@ def evaluate(
     return table
 
 
-def notes_on_training(config: ExperimentConfig, history: History) -> list[str]:
+def notes_on_training(config: ExperimentConfig, trainer: FewShotTrainer, history: History) -> list[str]:
     """What a reader of any figure must know of the training."""
     notes = ["trained on train and val classes"] if config.train_on_validation else []
+    if history.processes > 1:
+        embedder = trainer.embedder or nn.Identity()
+        normalizes = any(isinstance(module, _BatchNorm) for module in embedder.modules())
+        statistics = ", batch norm over " + ("all of them" if config.sync_batch_norm else "the share of each")
+        notes.append(f"trained by {history.processes} processes{statistics if normalizes else ''}")
     if history.skipped:
         notes.append(f"{history.skipped:,} of {history.steps:,} training steps skipped")
     return notes

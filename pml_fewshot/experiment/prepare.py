@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from pml_fewshot.checks import UsageError
 from pml_fewshot.data.augmentation import as_augmentation, augmented
 from pml_fewshot.data.dataset import FewShotDataset, Splits, as_dataset, concat
+from pml_fewshot.distributed import local_rank
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.environment import keep_freed_memory
 from pml_fewshot.evaluation.episodic import EpisodicEvaluator, EpisodicResult
@@ -146,10 +147,15 @@ def for_evaluation(config: ExperimentConfig, data: Any) -> Any:
 
 
 def resolve_device(wanted: Device) -> torch.device:
-    """The device that "auto", "cpu" or "cuda" stands for on this machine."""
+    """The device that "auto", "cpu" or "cuda" stands for on this machine; of several processes each has its own GPU."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UsageError("expected a CUDA device for device='cuda', got none; use device='cpu' or 'auto'")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if (own := local_rank()) >= torch.cuda.device_count():
+        got = f"{torch.cuda.device_count()} for process {own} of this machine"
+        raise UsageError(f"expected a GPU for each process, got {got}; lower --nproc-per-node or use --device cpu")
+    return torch.device("cuda", own) if own else torch.device("cuda")
 
 
 def instance(part: Any, **offers: Any) -> Any:

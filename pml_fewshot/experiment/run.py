@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from pml_fewshot.distributed import alone, processes, together, told_by_all, world
 from pml_fewshot.embedders.modes import ordinary_modes
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment.config import ExperimentConfig
@@ -35,6 +36,8 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
     the training, last.pt (the state to resume from), embedder.safetensors (network.safetensors of MAML), results.csv,
     results.md, figures.csv and values.npz (the accuracy of each episode).
 
+    Started by `torchrun`, its processes share the work of the one run, see `processes`.
+
     All that comes after the training is tried before it, in about a second. Neither what ran in the process before
     nor autocast or no_grad around the call change a digit; the global generators are the caller's again in the end.
 
@@ -47,7 +50,12 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
         TrainingInterrupted: (a KeyboardInterrupt) Ctrl-C or SIGTERM; the run can be resumed.
         CannotWriteError: (an OSError) the disk is full or the folder read-only; what was there is whole, to be resumed.
     """
-    with open_run(config, resume) as folder, ordinary_modes(), seeded(config.seed):
+    with (
+        processes(config.device, config.sync_batch_norm),
+        open_run(config, resume) as folder,
+        ordinary_modes(),
+        seeded(config.seed),
+    ):
         if folder.finished:
             table = ResultTable.read(folder.path)
             print(f"{table}\nfinished before, in {folder.path}")
@@ -62,11 +70,12 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
 
 
 def _run(folder: RunFolder) -> ResultTable:
-    prepared = prepare(folder.config)
-    if folder.checkpoint.exists():  # before anything is written
-        parts = {"optimizer": prepared.optimizer, "scheduler": prepared.scheduler}
-        made = {name: part for name, part in parts.items() if part is not None}
-        check_kinds(load_checkpoint(folder.checkpoint), made, names=parts)
+    with together(), alone():
+        prepared = prepare(folder.config)
+        if folder.checkpoint.exists():  # before anything is written
+            parts = {"optimizer": prepared.optimizer, "scheduler": prepared.scheduler}
+            made = {name: part for name, part in parts.items() if part is not None}
+            check_kinds(load_checkpoint(folder.checkpoint), made, names=parts)
     folder.begin(prepared.loaded, prepared.device, len(prepared.stream.dataset.class_names))
     if lost := what_is_lost(folder.config):
         print(f"note: {lost}")
@@ -75,13 +84,15 @@ def _run(folder: RunFolder) -> ResultTable:
     skipped = f", {history.skipped} steps skipped: nothing to learn from in their batches" if history.skipped else ""
     done = f"trained {history.steps} steps in {history.seconds / 60:.1f} minutes ({history.stopped})"
     print(f"{done}, weights of step {history.best_step}{skipped}")
-    for name, part in prepared.trainer.exports().items():
-        export_embedder(folder.path / name, part)
+    if world().is_first:
+        for name, part in prepared.trainer.exports().items():
+            export_embedder(folder.path / name, part)
     table = evaluate(prepared.config, prepared.trainer, prepared.splits, prepared.tester, history)
     folder.finish(table)
     print(f"\n{table}\nwritten to {folder.path / 'results.csv'} and results.md")
-    if prepared.config.report:
-        draw_report(folder.path, prepared.trainer, prepared.splits, prepared.config)
+    if prepared.config.report and world().is_first:
+        with alone():
+            draw_report(folder.path, prepared.trainer, prepared.splits, prepared.config)
     return table
 
 
@@ -90,7 +101,7 @@ def train(prepared: Prepared, folder: RunFolder) -> History:
     config, checkpoint = prepared.config, folder.checkpoint
     with ExitStack() as stack:
         makers: list[Callable[[Path], Any]] = [Recorder] if config.recorder is None else [Recorder, config.recorder]
-        recorder = Recorders([make(folder.path) for make in makers])
+        recorder = Recorders([make(folder.path) for make in makers if world().is_first])
         for each in recorder.recorders:
             stack.callback(getattr(each, "close", each.save))
         if not checkpoint.exists():  # rows of a process that was killed before its first checkpoint
@@ -121,7 +132,10 @@ def train(prepared: Prepared, folder: RunFolder) -> History:
                 if state is None or history_of(state).retries >= config.retries:
                     raise
                 lower_learning_rate(state)
-                save_checkpoint(checkpoint, state)
+                told_by_all(None)  # all have read it
+                with together():
+                    if world().is_first:
+                        save_checkpoint(checkpoint, state)
                 step = state["history"]["steps"]
                 # new ones, for those at hand have moved on
                 prepared.optimizer, prepared.scheduler = make_optimizer(config, prepared.trainer)

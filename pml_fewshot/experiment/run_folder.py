@@ -3,10 +3,13 @@
 import json
 import platform
 import re
+import secrets
 import shlex
 import shutil
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
@@ -20,6 +23,8 @@ from filelock import FileLock, Timeout
 
 from pml_fewshot.checks import ExistingFileError, LockedError, MissingFileError, UsageError
 from pml_fewshot.data.dataset import Splits
+from pml_fewshot.distributed import check_same as check_same_everywhere
+from pml_fewshot.distributed import launch_memory, together, told_by_all, world
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment.config import ExperimentConfig
 from pml_fewshot.io.atomic import translate_write_errors, write_text
@@ -34,6 +39,7 @@ PLACE = ("run_dir", "data_root", "device", "report", "published")
 EVALUATION = ("num_episodes", "eval_seed", "eval_specs", "retrieval", "extra_evaluations")
 RATES = ("optimizer", "scheduler", "loss_lr", "part_lr", "clip_norm", "retries")  # what a NaN is answered with
 MAY_CHANGE = ("steps", *RATES, "recorder", *EVALUATION)
+SECONDS_TO_SEE = 10.0  # that a network's file system may take to show a new file
 PACKAGES = ("pml_fewshot", "torch", "torchvision", "pytorch-metric-learning", "faiss-cpu", "numpy", "record-keeper")
 
 
@@ -60,6 +66,7 @@ class RunFolder:
 
         `num_classes` are those that are trained on.
         """
+        self.check_everywhere(splits, device)
         config, sessions, changes = describe(self.config), [environment(device)], []
         if stored := self.stored:
             check_data(splits, stored, self.path)
@@ -73,9 +80,17 @@ class RunFolder:
         about["commands"] = list(dict.fromkeys([*stored.get("commands", ()), command()]))
         self._write({"module": module_name("__main__"), **stored, **about})
 
+    def check_everywhere(self, splits: Splits, device: torch.device) -> None:
+        """Raises a UsageError where another process has another config, data or versions."""
+        config = {n: json.dumps(value) for n, value in describe(self.config).items() if n not in ("object", *PLACE)}
+        data = {role: each["checksum"] for role, each in _described(splits).items()} if world().size > 1 else {}
+        versions = {package: _version(package) for package in PACKAGES} | {"device": device.type}
+        check_same_everywhere({**config, **data, **versions}, "start all with the same command, files and packages")
+
     def finish(self, table: ResultTable) -> None:
         """Writes the table, then that it is of the config's steps and evaluation."""
-        table.write(self.path)
+        if world().is_first:
+            table.write(self.path)
         self._write({**self.stored, "finished": self._result()})
 
     def _result(self) -> dict[str, Any]:
@@ -83,6 +98,8 @@ class RunFolder:
 
     def _write(self, stored: dict[str, Any]) -> None:
         self.stored = stored
+        if not world().is_first:
+            return
         lines = [f"{each.name} = {getattr(self.config, each.name)!r}" for each in fields(self.config)]
         lines = [re.sub(r" at 0x[0-9a-f]+", "", line) for line in lines]  # an address says nothing
         sets = [f"{role} = {each['shown']}, checksum {each['checksum']}" for role, each in self.stored["data"].items()]
@@ -98,27 +115,33 @@ def open_run(config: ExperimentConfig, resume: bool) -> Iterator[RunFolder]:
     """Yields the folder for a run: `config.run_dir`, else a new one below runs/<name>/ named by time and seed.
 
     The operating system holds its lock, and releases it when the process dies. After an error before the first
-    checkpoint all that was made is removed again. Raises what `run` says of the folder.
+    checkpoint all that was made is removed again. Raises what `run` says of the folder. Of several processes the first
+    holds the lock and writes, the others read; what torchrun starts again resumes.
     """
-    if resume and config.run_dir is None:
-        raise UsageError("expected the folder of a run to resume, got none; name it with --run-dir")
-    path = config.run_dir or Path("runs") / config.name / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_seed{config.seed}"
-    if path.exists() and not path.is_dir():
-        raise ExistingFileError(f"expected a folder at {path}, got a file; name another with --run-dir")
-    made = [each for each in (path, *path.parents) if not each.exists()]
-    before = set(path.iterdir()) if path.exists() else set()
-    lock = FileLock(path / ".lock", timeout=0)
-    with translate_write_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            message = f"expected a run folder that no other process writes, got {path}; wait, or name another folder"
-            raise LockedError(message) from error
+    again = _opened_before(config.name)
+    path = Path(again) if again else config.run_dir
+    path = path or Path("runs") / config.name / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_seed{config.seed}"
+    path = Path(told_by_all(str(path))[0])
+    with together():
+        if resume and config.run_dir is None:
+            raise UsageError("expected the folder of a run to resume, got none; name it with --run-dir")
+        if path.exists() and not path.is_dir():
+            raise ExistingFileError(f"expected a folder at {path}, got a file; name another with --run-dir")
+        made = [each for each in (path, *path.parents) if not each.exists()]
+        before = set(path.iterdir()) if path.exists() else set()
+        lock = FileLock(path / ".lock", timeout=0)
     try:
-        yield _checked(RunFolder(path, config), resume)
+        with together(), translate_write_errors(path):
+            if world().is_first:
+                path.mkdir(parents=True, exist_ok=True)
+                _acquire(lock, path)
+        _check_shared(path)
+        with together():
+            folder = _checked(RunFolder(path, config), resume or bool(again))
+        _remember(config.name, path)
+        yield folder
     except BaseException:
-        if not (path / "last.pt").exists():
+        if lock.is_locked and not (path / "last.pt").exists():
             with suppress(OSError):  # a read-only disk refuses this too, and the first error is the one to show
                 for new in set(path.iterdir()) - before:
                     shutil.rmtree(new) if new.is_dir() else new.unlink()
@@ -127,6 +150,51 @@ def open_run(config: ExperimentConfig, resume: bool) -> Iterator[RunFolder]:
         raise
     finally:
         lock.release()
+
+
+def _acquire(lock: FileLock, path: Path) -> None:
+    try:
+        lock.acquire()
+    except Timeout as error:
+        message = f"expected a run folder that no other process writes, got {path}; wait, or name another folder"
+        raise LockedError(message) from error
+
+
+def _check_shared(path: Path) -> None:
+    """Raises a UsageError, in all processes, unless they see one and the same folder."""
+    if world().size == 1:
+        return
+    token = told_by_all(secrets.token_hex(8))[0]
+    file = path / f".{token}"
+    with together():
+        if world().is_first:
+            file.touch()
+    told_by_all(None)  # it is there now
+    with together():
+        end = time.monotonic() + SECONDS_TO_SEE
+        while not file.exists():
+            if time.monotonic() > end:
+                got = f"another folder on {platform.node()}"
+                raise UsageError(f"expected the run folder {path} to be shared by all machines, got {got}; share it")
+            time.sleep(0.1)
+    if world().is_first:
+        file.unlink()
+
+
+_opened: Counter[str] = Counter()  # how many runs of a name this process has opened
+
+
+def _opened_before(name: str) -> str:
+    """The folder of this run in the processes that torchrun has started again; empty where it starts it first."""
+    memory = launch_memory()
+    key = f"pml_fewshot/{name}/{_opened[name]}"
+    return memory.get(key).decode() if memory is not None and memory.check([key]) else ""
+
+
+def _remember(name: str, path: Path) -> None:
+    if (memory := launch_memory()) is not None and world().is_first:
+        memory.set(f"pml_fewshot/{name}/{_opened[name]}", str(path))
+    _opened[name] += 1
 
 
 def _checked(folder: RunFolder, resume: bool) -> RunFolder:
@@ -223,7 +291,8 @@ def environment(device: torch.device) -> dict[str, str]:
         **{package: _version(package) for package in PACKAGES},
         "python": f"{platform.python_version()} on {platform.platform()}",
         "threads": str(torch.get_num_threads()),
-        "device": str(device),
+        "device": device.type,
+        "processes": str(world().size),
         "git commit": _git_commit() or "unknown (not a checkout)",
     }
 

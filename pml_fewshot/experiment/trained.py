@@ -100,7 +100,7 @@ def evaluate_again(
     stored = read_config(folder)
     history = history_of(load_checkpoint(folder / "last.pt"))
     step = history.best_step or history.steps
-    notes = [*notes_on_training(config, history), f"weights of step {step}, evaluated after the run"]
+    notes = [*notes_on_training(config, trainer, history), f"weights of step {step}, evaluated after the run"]
     evaluated: Splits | FewShotDataset
     if data is None:
         loaded = load_data(with_data_root(config, data_root))

@@ -1,6 +1,7 @@
 """FewShotTrainer: what `fit`, `run` and evaluation ask of a method, by default of an embedder with a PML loss."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one, check_choice
 from pml_fewshot.data.dataset import FewShotDataset, Splits
+from pml_fewshot.distributed import shared, world
 from pml_fewshot.embedders.embedder import check_rows, encode
 from pml_fewshot.embedders.modes import eval_mode, widened
+from pml_fewshot.embedders.synced_batch_norm import SyncedBatchNorm
 from pml_fewshot.evaluation.heads import (
     Head,
     is_transductive,
@@ -142,10 +145,12 @@ class FewShotTrainer(nn.Module):
     def embed(self, items: Tensor, axes: int | None = None) -> Tensor:
         """Embeds items to (..., D) in one pass: batch norm sees all of them, as in papers' code.
 
-        They stand behind so many axes; when None they are images (..., C, H, W).
+        They stand behind so many axes; when None they are images (..., C, H, W). Of several processes each embeds its
+        share, which is what its batch norm sees, unless that is synchronized.
         """
         axes = items.ndim - 3 if axes is None else axes
-        embeddings = check_rows(self.embedder(items.flatten(0, axes - 1)), self.embedder)
+        with SyncedBatchNorm() if world().sync_batch_norm else nullcontext():
+            embeddings = check_rows(shared(self.embedder, items.flatten(0, axes - 1)), self.embedder)
         # Under autocast embeddings are bfloat16, whose 8 bits cannot tell near ones apart: distances in float32.
         return widened(embeddings).unflatten(0, items.shape[:axes])
 

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 from pml_fewshot.checks import ExistingFileError, UsageError, check_at_least_one
+from pml_fewshot.distributed import any_process, world
 from pml_fewshot.embedders.modes import eval_mode, train_mode
 from pml_fewshot.evaluation.episodic import EpisodicResult
 from pml_fewshot.io.checkpoint import load_checkpoint
@@ -71,6 +72,9 @@ def fit(
     A part that is in eval mode before, in a trainer in train mode, stays frozen, in later trainings too.
     Ctrl-C or SIGTERM ends training after the current step (and validation); a second one ends it at once.
 
+    Within `processes()` all processes call it alike and share its work; the first one records and writes. Memories,
+    statistics and weights are the same in all, so that a checkpoint can be resumed by any number of processes.
+
     Raises:
         TrainingDiverged: NaN or infinity; names step, learning rate and classes. The checkpoint is of a step before it.
         TrainingInterrupted: (a KeyboardInterrupt) Ctrl-C or SIGTERM; `checkpoint` holds the last step.
@@ -94,14 +98,17 @@ def fit(
     device = next(trainer.parameters()).device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type == "cuda")
     state = TrainingState(trainer, optimizer, scheduler, batches, stopper, ema)
+    recorder = recorder if world().is_first else None
     if checkpoint is not None and found:
         state.load_state_dict(load_checkpoint(checkpoint))
         if recorder is not None:  # a process that was killed may have recorded more than it saved
             recorder.forget_after(state.history.steps, RECORDED)
+    state.start_alike()
     history = state.history
     started = time.perf_counter() - history.seconds
     source = state.remaining_batches()
-    bar = tqdm(total=steps, initial=history.steps, desc="training", unit="step", disable=not progress, mininterval=1)
+    shown = progress and world().is_first
+    bar = tqdm(total=steps, initial=history.steps, desc="training", unit="step", disable=not shown, mininterval=1)
     with bar, train_mode(trainer), frozen_parts(trainer, frozen or {}) as thaw, StopOnSignal() as signal:
         stopping = False
         while history.steps < steps and not state.stopped_early and not stopping:
@@ -117,7 +124,7 @@ def fit(
             if scheduler is not None and plateau is None:
                 scheduler.step()
             bar.update()
-            stopping = signal.received is not None  # asked once, so that the step it ends with is saved
+            stopping = any_process(signal.received is not None)  # asked once, so that the step it ends with is saved
             validation_due = validate is not None and due(history.steps, validate_every, steps)
             checkpoint_due = validation_due or history.steps == 1 or due(history.steps, checkpoint_every, steps)
             log_due = checkpoint_due or due(history.steps, LOG_EVERY, steps)
@@ -130,15 +137,16 @@ def fit(
                 with eval_mode(trainer), state.averaged():
                     result = validate()
                 state.log_validation(result.mean, result.ci95, recorder)
-                stopping = signal.received is not None
+                stopping = any_process(signal.received is not None)
             if checkpoint is not None and (checkpoint_due or stopping or state.stopped_early):
                 history.seconds = time.perf_counter() - started
                 state.save(checkpoint, recorder)
     history.seconds = time.perf_counter() - started
     state.restore_best()
-    if signal.received:
+    if any_process(signal.received is not None):
         where = f", saved in {checkpoint}" if checkpoint else ""
-        raise TrainingInterrupted(f"interrupted by {signal.received.name} after step {history.steps}{where}")
+        by = signal.received.name if signal.received else "a signal to another process"
+        raise TrainingInterrupted(f"interrupted by {by} after step {history.steps}{where}")
     return history
 
 

@@ -16,7 +16,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pml_fewshot.checks import UsageError
+from pml_fewshot.distributed import check_same, told_by_all, world
 from pml_fewshot.io.checkpoint import check_weights, load_checkpoint, save_checkpoint
+from pml_fewshot.io.tensors import checksum_of
 from pml_fewshot.sampling.batch_stream import BatchStream
 from pml_fewshot.sampling.batches import Batch
 from pml_fewshot.sampling.episode_stream import EpisodeStream
@@ -45,6 +47,7 @@ class History:
         steps: steps taken.
         skipped: steps among them whose batch held nothing to learn from (no pair for the miner or the loss).
         retries: how often it diverged and went back to a checkpoint with a lower learning rate.
+        processes: the most that took its steps together.
         seconds: time in training and validation.
     """
 
@@ -55,6 +58,7 @@ class History:
     steps: int = 0
     skipped: int = 0
     retries: int = 0
+    processes: int = 1
     seconds: float = 0.0
 
 
@@ -123,6 +127,16 @@ class TrainingState:
         self.history = History()
         self.best: dict[str, Any] | None = None  # weights of the best validation, or of the lowest loss
         self.pending: list[StepRecord] = []
+
+    def start_alike(self) -> None:
+        """Gives all processes the generators of the first, and sees that they begin with the same weights."""
+        self.history.processes = max(self.history.processes, world().size)
+        if world().size > 1:
+            set_global_state(told_by_all(global_state())[0])
+            state = {name: each for name, each in self.trainer.state_dict().items() if isinstance(each, Tensor)}
+            known = {name: each.cpu().contiguous() for name, each in state.items() if not is_lazy(each)}
+            weights = {name: checksum_of({name: each}) for name, each in known.items()}
+            check_same(weights, "make the trainer from the same seed in all processes")
 
     def remaining_batches(self) -> Iterator[Any]:
         """The batches that follow the steps taken."""
@@ -204,6 +218,8 @@ class TrainingState:
         return f" on a batch of classes {', '.join(listed[:NAMED_CLASSES])}{more}"
 
     def save(self, checkpoint: str | Path, recorder: Recorder | None) -> None:
+        if not world().is_first:
+            return
         if recorder is not None:
             recorder.save()  # first: what is recorded beyond the checkpoint is dropped on resuming
         first = not Path(checkpoint).exists()

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from pml_fewshot.checks import UsageError
+from pml_fewshot.distributed import average_step, world
 
 
 def train_step(
@@ -17,20 +18,26 @@ def train_step(
 ) -> Tensor | None:
     """One update of the weights; returns the loss, or None where the batch held nothing to learn from.
 
+    Of several processes all make the same update, by the average of their gradients.
+
     Raises:
         UsageError: a loss other than 0 that no weight has led to.
     """
     optimizer.zero_grad(set_to_none=True)
     with autocast:
         loss: Tensor = trainer(batch)
-    if not loss.requires_grad:
-        if loss.detach() != 0:
-            raise UsageError(
-                f"expected a loss that depends on weights to train, got {loss.item():g} without a gradient; look for "
-                "torch.no_grad() or .detach() on the way from the images to the loss, and for frozen weights"
-            )
+    learned = loss.requires_grad
+    if learned:
+        loss.backward()
+    elif loss.detach() != 0:
+        raise UsageError(
+            f"expected a loss that depends on weights to train, got {loss.item():g} without a gradient; look for "
+            "torch.no_grad() or .detach() on the way from the images to the loss, and for frozen weights"
+        )
+    if world().size > 1:
+        loss, learned = average_step(trainer, loss)
+    if not learned:
         return None
-    loss.backward()
     if clip_norm is not None:
         nn.utils.clip_grad_norm_(trainer.parameters(), clip_norm)
     optimizer.step()

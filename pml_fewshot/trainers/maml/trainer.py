@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError, check_at_least_one, check_choice
 from pml_fewshot.data.dataset import FewShotDataset, Splits, as_dataset
+from pml_fewshot.distributed import own_draws, summed, world
 from pml_fewshot.embedders.modes import evaluating
 from pml_fewshot.evaluation.heads import Head, name_of_head
 from pml_fewshot.parts.instantiate import Part, instantiate
@@ -146,23 +147,27 @@ class MAMLTrainer(FewShotTrainer):
     def forward(self, batch: Episode) -> Tensor:
         """Returns the mean loss over the tasks of a batch of episodes.
 
-        Its gradient is computed here, one chunk of tasks after the other, and handed on by `backward()`.
+        Its gradient is computed here, one chunk of tasks after the other, and handed on by `backward()`. Of several
+        processes each runs its share of the tasks: the average of their losses, and gradients, is that of all tasks.
         """
         if not isinstance(batch, Episode):
             raise UsageError(f"expected an Episode, got a {type(batch).__name__}; use train_spec=EpisodeSpec(...)")
         tasks, chunk = len(batch.support), self.task_chunk or max_tasks_per_chunk(batch.support, batch.query)
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         sums = [torch.zeros_like(parameter) for parameter in parameters]
-        total, accuracies = batch.query.new_zeros(()), []
-        for support, query in zip(batch.support.split(chunk), batch.query.split(chunk), strict=True):
-            with torch.enable_grad():
-                learn = self._reptile if self.reptile else self._maml
+        total, accuracy = batch.query.new_zeros(()), batch.query.new_zeros(())
+        own_support, own_query = (each[world().share(tasks)] for each in (batch.support, batch.query))
+        learn = self._reptile if self.reptile else self._maml
+        with own_draws(batch.query.device), torch.enable_grad():
+            for start in range(0, len(own_support), chunk):
+                support, query = (each[start : start + chunk] for each in (own_support, own_query))
                 loss, gradients, logits, labels = learn(support, query, parameters)
-            total += loss.detach()
-            accuracies.append((logits.argmax(dim=2) == labels).float().mean(dim=1))
-            sums = [summed + gradient for summed, gradient in zip(sums, gradients, strict=True)]
-        self._last_accuracy = torch.cat(accuracies).mean()
-        return WithGradient.apply(total / tasks, [summed / tasks for summed in sums], *parameters)
+                total += loss.detach()
+                accuracy += (logits.argmax(dim=2) == labels).float().mean(dim=1).sum()
+                sums = [before + gradient for before, gradient in zip(sums, gradients, strict=True)]
+        self._last_accuracy = summed(accuracy) / tasks
+        each = world().size / tasks
+        return WithGradient.apply(total * each, [one * each for one in sums], *parameters)
 
     def _maml(self, support: Tensor, query: Tensor, parameters: list[nn.Parameter]) -> Learned:
         """The summed loss of T tasks, support (T, W, K, *item) and query (T, W, Q, *item)."""

@@ -1,0 +1,328 @@
+"""Several processes, started by `torchrun`, that train and evaluate as one would: their shares, and what they tell.
+
+All processes draw the same batches and episodes. Each embeds or scores its share, and all then have the whole: losses,
+miners and memories see what one process would have seen, and whatever does not share its work is merely done by all.
+"""
+
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from pml_fewshot.checks import UsageError
+from pml_fewshot.sampling.randomness import restored, seed_quickly
+
+MINUTES = 10.0  # that a process waits for the others, unless PML_FEWSHOT_TIMEOUT_MINUTES says otherwise
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that share the work: `size` of them, of which this one is number `rank`."""
+
+    rank: int = 0
+    size: int = 1
+    sync_batch_norm: bool = False
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and reports, of which one is enough."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """Which of `count` items are this process's: every `size`-th, so that each has some of all classes."""
+        return slice(self.rank, count, self.size)
+
+
+class ProcessLost(RuntimeError):
+    """Another process did not answer: it was killed, has ended with an error, or waits for something else."""
+
+    def __init__(self, reason: object) -> None:
+        text = " ".join(str(reason).split())[:300]
+        super().__init__(
+            f"expected an answer of all processes, got none of one of them ({text}); look for its own error above, and "
+            "resume the run with the same command and --resume"
+        )
+
+
+_world = World()
+
+
+def world() -> World:
+    """The processes that share the work of this block: this one alone, but within `processes`."""
+    return _world
+
+
+@contextmanager
+def processes(device: str = "auto", sync_batch_norm: bool = False) -> Iterator[World]:
+    """Within this block the processes that `torchrun` has started share the work; without torchrun there is one.
+
+    `run` opens it by itself. A script of one's own calls `fit`, `encode`, evaluators and testers within it, in the same
+    order in all processes. All but the first print nothing and give no warnings.
+
+    Args:
+        device: "cpu" (gloo), "cuda" (NCCL, one GPU for each process of a machine) or "auto".
+        sync_batch_norm: batch norm takes its statistics over all processes in training, so that N of them train as one
+            does, up to rounding; by default over each process's own share. Two more messages for each layer.
+
+    Raises:
+        UsageError: a process without a GPU of its own, a port in use, no answer of the others in time.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if started == 1 or _world.size > 1:
+        yield _world
+        return
+    _join(device != "cpu" and torch.cuda.is_available())
+    with _as(World(dist.get_rank(), dist.get_world_size(), sync_batch_norm)) as own, ExitStack() as quiet:
+        if not own.is_first:
+            quiet.enter_context(redirect_stdout(quiet.enter_context(Path(os.devnull).open("w"))))
+            quiet.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+        yield own
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within this block each process works for itself, for what not all of them do, or what each must do whole."""
+    with _as(World(sync_batch_norm=_world.sync_batch_norm)):
+        yield
+
+
+@contextmanager
+def _as(other: World) -> Iterator[World]:
+    global _world
+    before, _world = _world, other
+    try:
+        yield other
+    finally:
+        _world = before
+
+
+@cache
+def _join(on_gpu: bool) -> None:
+    """Makes this process one of the group that torchrun started, until it ends."""
+    timeout = timedelta(minutes=float(os.environ.get("PML_FEWSHOT_TIMEOUT_MINUTES", MINUTES)))
+    local, address = local_rank(), f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    if on_gpu and local < torch.cuda.device_count():  # else `resolve_device` refuses it, in all processes
+        torch.cuda.set_device(local)
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # small messages go by the CPU, for which no GPU waits
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except (RuntimeError, ValueError) as error:  # DistNetworkError and DistStoreError are RuntimeErrors
+        reason = " ".join(str(error).split())[:300]
+        do = "give torchrun another --master-port, or --standalone on one machine, and start all processes"
+        raise UsageError(f"expected all processes to meet at {address}, got none there ({reason}); {do}") from error
+
+
+def local_rank() -> int:
+    """The number of this process among those of its machine, which is that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if _world.size > 1 or "RANK" in os.environ else 0
+
+
+def launch_memory() -> "dist.TCPStore | None":
+    """What outlives a process that torchrun starts again (--max-restarts): a store that its agent holds."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # of gloo or NCCL, whose texts name sockets
+        raise ProcessLost(error) from error
+
+
+def told_by_all(value: Any) -> list[Any]:
+    """What each process gives, in their order: numbers, texts, containers of them."""
+    if _world.size == 1:
+        return [value]
+    told = [None] * _world.size
+    with _answered():
+        dist.all_gather_object(told, value)
+    return told
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any of the processes."""
+    if _world.size == 1:
+        return flag
+    flags = torch.tensor([float(flag)])
+    return bool(summed(flags) > 0)
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over the processes, in place."""
+    if _world.size > 1:
+        with _answered():
+            dist.all_reduce(tensor)
+    return tensor
+
+
+def everyones(own: Tensor) -> list[Tensor]:
+    """The tensors, of one shape, of all processes in their order."""
+    if _world.size == 1:
+        return [own]
+    each = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(_world.size)]
+    with _answered():
+        dist.all_gather(each, own.contiguous())
+    return each
+
+
+def gathered(own: Tensor, count: int) -> Tensor:
+    """All `count` rows in their order, of which each process gives its share, `rows[world().share(count)]`."""
+    if _world.size == 1:
+        return own
+    missing = -(-count // _world.size) - len(own)  # one at most, where the number of processes does not divide `count`
+    padded = torch.cat([own, own.new_zeros(missing, *own.shape[1:])]) if missing else own
+    return torch.stack(everyones(padded), dim=1).flatten(0, 1)[:count]
+
+
+class _Gathered(torch.autograd.Function):
+    """`gathered`, where all processes compute one loss of all rows.
+
+    The gradient of a process's own rows is whole, as no other process has it: times the number of processes, as
+    gradients are averaged in the end. A loss's own weights get the same gradient in all processes, and keep it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, count: int) -> Tensor:
+        ctx.world, ctx.count = _world, count
+        return gathered(own, count)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        return slope[ctx.world.share(ctx.count)] * ctx.world.size, None
+
+
+class Summed(torch.autograd.Function):
+    """`summed`, of a copy, whose gradient is summed too."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return summed(tensor.clone())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return summed(slope.clone())
+
+
+def shared(module: Callable[[Tensor], Tensor], items: Tensor) -> Tensor:
+    """module(items) for rows (B, *item), of which each process runs its share; in training too.
+
+    Dropout draws in each process what is its own, from a seed that all draw from torch's generator.
+
+    Raises:
+        UsageError: fewer items than processes.
+    """
+    if _world.size == 1:
+        return module(items)
+    if len(items) < _world.size:
+        got = f"{len(items)} items in a batch"
+        raise UsageError(f"expected an item for each of {_world.size} processes, got {got}; start fewer processes")
+    with own_draws(items.device):
+        own = module(items[_world.share(len(items))])
+    return _Gathered.apply(own, len(items)) if isinstance(own, Tensor) else own
+
+
+@contextmanager
+def own_draws(device: torch.device) -> Iterator[None]:
+    """Within this block the global generators of each process are its own; after it, they are alike again."""
+    if _world.size == 1:
+        yield
+        return
+    seed = int(torch.randint(2**62, (), generator=torch.default_generator))  # the same in all
+    with restored():
+        seed_quickly(seed + _world.rank, device)
+        yield
+
+
+def average_step(trainer: nn.Module, loss: Tensor) -> tuple[Tensor, bool]:
+    """Averages a step's gradients over the processes: the loss, and whether any of them has learned something.
+
+    With them the running statistics of batch norm, so that all processes have the same weights and buffers, bit for
+    bit, after each step. One message on the device, as large as the weights, and one of the CPU.
+    """
+    weights = [weight for weight in trainer.parameters() if weight.requires_grad]
+    has = summed(torch.tensor([loss.requires_grad, *(weight.grad is not None for weight in weights)]).float())
+    learned, *reached = (has > 0).tolist()
+    for weight, some in zip(weights, reached, strict=True):
+        if some and weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+    loss = loss.detach().clone()
+    _average([loss, *(weight.grad for weight in weights if weight.grad is not None), *_own_buffers(trainer)])
+    return loss, learned
+
+
+def _own_buffers(trainer: nn.Module) -> list[Tensor]:
+    """What a process computes of its share alone; PML's memories are of all items, and the same in all."""
+    modules = [module for module in trainer.modules() if not isinstance(module, ModuleWithRecords)]
+    every = {id(each): each for module in modules for each in module._buffers.values() if each is not None}
+    return [each for each in every.values() if each.is_floating_point()]
+
+
+def _average(tensors: list[Tensor]) -> None:
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # in the same order everywhere
+        same = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = summed(torch.cat([tensor.detach().flatten() for tensor in same])).div_(_world.size)
+        for tensor, mean in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
+            tensor.detach().copy_(mean.view_as(tensor))
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """An error of any process within this block, which holds no messages, is raised by all at its end.
+
+    The first process raises its own or, named, another's; `reported_elsewhere` tells the others that it is shown.
+    """
+    error: BaseException | None = None
+    try:
+        yield
+    except Exception as own:  # it is raised below
+        if _world.size == 1:
+            raise
+        error = own
+    if _world.size == 1:
+        return
+    known = isinstance(error, UsageError)
+    told = told_by_all(None if error is None else str(error) if known else "".join(traceback.format_exception(error)))
+    rank = next((number for number, text in enumerate(told) if text is not None), None)
+    if rank is None:
+        return
+    if error is None:
+        error = UsageError(f"process {rank}: {told[rank]}")
+    if not _world.is_first:
+        error.reported_elsewhere = True  # type: ignore[attr-defined]
+    raise error
+
+
+def check_same(what: dict[str, Any], do: str) -> None:
+    """Raises a UsageError, in all processes, that names in which of these one process differs from the first."""
+    first, *others = told_by_all(what)
+    for number, other in enumerate(others, start=1):
+        if differ := [name for name in {**first, **other} if first.get(name) != other.get(name)]:
+            shown = [f"{name} ({_short(other.get(name))}, not {_short(first.get(name))})" for name in differ]
+            error = UsageError(f"expected the same in all processes, got another {', '.join(shown)} in {number}; {do}")
+            if not _world.is_first:
+                error.reported_elsewhere = True  # type: ignore[attr-defined]
+            raise error
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

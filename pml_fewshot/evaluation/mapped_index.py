@@ -1,0 +1,195 @@
+"""Inverted lists of a faiss index in a file that is mapped into memory, so that an index may be larger than memory.
+
+faiss's OnDiskInvertedLists, written one list after the other by ordinary writes: into a mapped file, as
+faiss.contrib.ondisk.merge_ondisk does it, a full disk would kill the process. It holds 4-bit codes, too, which stand in
+blocks. What faiss finds is the same, bit for bit, as with lists in memory.
+
+Letters: M references, L lists, C bytes of a code.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pml_fewshot.checks import MissingFileError, UsageError
+from pml_fewshot.io.atomic import atomic_write
+
+# Kinds of lists; others (IndexIVFPQR, IndexIVFFlatDedup) keep more beside them.
+LISTS = ("IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ", "IndexIVFPQFastScan")
+ALIGNED = 8  # codes, after which their indices of 8 bytes begin at a multiple of 8
+ID_BYTES = 8
+
+
+def inverted_lists(index: Any, name: str) -> Any:
+    """The part of a faiss index that holds the inverted lists, of its own class.
+
+    Raises:
+        UsageError: there are none, or of a kind that cannot be mapped. `name` is how the index was asked for.
+    """
+    import faiss
+
+    index = faiss.downcast_index(index)
+    if type(index).__name__ == "IndexRefineFlat":
+        index = faiss.downcast_index(index.base_index)
+    if isinstance(index, faiss.IndexPreTransform):
+        index = faiss.downcast_index(index.index)
+    if (kind := type(index).__name__) not in LISTS:
+        wanted = "an index of inverted lists, which can be built in shards"
+        do = "take 'ivf', 'ivfpq', 'IVF4096,SQ8', 'IVF4096,PQ32' or the like, or make a Gallery in one process"
+        raise UsageError(f"expected {wanted}, got {name!r} ({kind}); {do}")
+    return index
+
+
+def record_type(index: Any) -> np.dtype[Any]:
+    """What a shard holds of a reference: its list, its index in the gallery and its code (C,)."""
+    code = ("code", np.uint8, (inverted_lists(index, "").code_size,))
+    return np.dtype([("list", np.int32), ("id", np.int64), code])
+
+
+def encoded(index: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lists (M,) and codes (M, C) that `index.add` would give to prepared rows (M, D), which it does not keep."""
+    import faiss
+
+    lists: Any = inverted_lists(index, "")
+    part = faiss.downcast_index(index)
+    if type(part).__name__ == "IndexRefineFlat":
+        part = faiss.downcast_index(part.base_index)
+    if isinstance(part, faiss.IndexPreTransform):
+        for place in range(part.chain.size()):
+            rows = part.chain.at(place).apply(rows)
+    numbers = lists.quantizer.search(rows, 1)[1][:, 0]
+    codes = np.empty((len(rows), lists.code_size), np.uint8)
+    pointers = (faiss.swig_ptr(np.ascontiguousarray(array)) for array in (rows, numbers))
+    lists.encode_vectors(len(rows), *pointers, faiss.swig_ptr(codes))
+    return numbers, codes
+
+
+def write_lists(path: Path, index: Any, shards: Sequence[np.ndarray]) -> np.ndarray:
+    """Writes the lists of all shards, records in the order of their list, to one file; the size of each list, (L,).
+
+    In memory is one list at a time, however large the shards are where they are memory maps.
+
+    Raises:
+        CannotWriteError: the disk is full or read-only.
+    """
+    lists: Any = inverted_lists(index, "")
+    packer, step = _packer(lists)
+    bounds = [np.searchsorted(shard["list"], np.arange(lists.nlist + 1)) for shard in shards]
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        for number in range(lists.nlist):
+            own = [shard[ends[number] : ends[number + 1]] for shard, ends in zip(shards, bounds, strict=True)]
+            records = np.concatenate(own)
+            codes = np.zeros((_capacity(len(records), step), lists.code_size), np.uint8)
+            ids = np.full(len(codes), -1, np.int64)
+            codes[: len(records)], ids[: len(records)] = records["code"], records["id"]
+            file.write(_packed(codes, packer).data)
+            file.write(ids.data)
+    return np.sum([np.diff(ends) for ends in bounds], axis=0)
+
+
+def map_lists(index: Any, path: Path, sizes: np.ndarray) -> None:
+    """Gives a trained index, which holds nothing yet, the lists of a file, read-only; the sizes (L,) are its lists'.
+
+    Raises:
+        MissingFileError, UsageError: the file is not there, or cut off.
+    """
+    import faiss
+
+    lists: Any = inverted_lists(index, "")
+    _, step = _packer(lists)
+    capacities = _capacity(sizes, step)
+    ends = np.cumsum(capacities * (lists.code_size + ID_BYTES))
+    _check_size(path, int(ends[-1]))
+    mapped: Any = faiss.OnDiskInvertedLists(lists.nlist, lists.code_size, str(path))
+    mapped.read_only, mapped.totsize = True, int(ends[-1])
+    mapped.lists.clear()
+    for size, capacity, offset in zip(sizes.tolist(), capacities.tolist(), [0, *ends[:-1].tolist()], strict=True):
+        one = faiss.OnDiskOneList()
+        one.size, one.capacity, one.offset = size, capacity, offset
+        mapped.lists.push_back(one)
+    mapped.do_mmap()
+    lists.replace_invlists(mapped, True)
+    mapped.this.disown()  # it is the index's own now
+    for part in _with_wrapped(index):
+        part.ntotal = int(sizes.sum())
+
+
+def map_floats(index: Any, path: Path) -> np.ndarray | None:
+    """Gives an index that compares again by floats ("RFlat") those of a .npy (M, D), and returns the map.
+
+    The map must live as long as the index. None from faiss older than 1.11, which reads all floats into memory.
+
+    Raises:
+        MissingFileError, UsageError: the file is not there, or cut off.
+    """
+    import faiss
+
+    flat: Any = faiss.downcast_index(faiss.downcast_index(index).refine_index)
+    if not path.is_file():
+        raise MissingFileError(f"expected {path}, got no such file; build the gallery again, or copy its whole folder")
+    try:
+        rows = np.load(path, mmap_mode="r")
+    except ValueError as error:
+        raise UsageError(f"expected floats in {path}, got a broken file ({error}); build the gallery again") from error
+    if not hasattr(flat.codes, "view_data"):
+        flat.add(np.asarray(rows))
+        return None
+    codes, address = flat.codes, faiss.swig_ptr(np.asarray(rows).view(np.uint8).reshape(-1))
+    codes.is_owned, codes.view_data, codes.view_size = False, address, rows.nbytes
+    codes.c_ptr, codes.c_size = address, rows.nbytes  # what its view is read by
+    flat.ntotal = len(rows)
+    return rows
+
+
+def compares_floats(index: Any) -> bool:
+    """Whether the best by their codes are compared again by their floats ("RFlat")."""
+    import faiss
+
+    return type(faiss.downcast_index(index)).__name__ == "IndexRefineFlat"
+
+
+def _with_wrapped(index: Any) -> list[Any]:
+    """A faiss index and those around and in it that know how many references there are; floats have their own number."""
+    import faiss
+
+    parts = [faiss.downcast_index(index)]
+    if compares_floats(index):
+        parts.append(faiss.downcast_index(parts[-1].base_index))
+    if isinstance(parts[-1], faiss.IndexPreTransform):
+        parts.append(faiss.downcast_index(parts[-1].index))
+    return parts
+
+
+def _packer(lists: Any) -> tuple[Any, int]:
+    """What packs 4-bit codes into blocks, and codes in a block; None and ALIGNED for other codes."""
+    import faiss
+
+    if not isinstance(lists, faiss.IndexIVFFastScan):
+        return None, ALIGNED
+    packer = lists.get_CodePacker()
+    return packer, packer.nvec
+
+
+def _packed(codes: np.ndarray, packer: Any) -> np.ndarray:
+    """Codes (n, C) as lists hold them: fast scan goes through blocks of 32, 5 us each here."""
+    import faiss
+
+    if packer is None:
+        return codes
+    packed = np.zeros(codes.size, np.uint8)
+    for block, out in zip(codes.reshape(-1, packer.nvec, codes.shape[1]), packed.reshape(-1, packer.block_size)):
+        packer.pack_all(faiss.swig_ptr(block), faiss.swig_ptr(out))
+    return packed
+
+
+def _capacity(size: Any, step: int) -> Any:
+    return -(-size // step) * step
+
+
+def _check_size(path: Path, size: int) -> None:
+    if not path.is_file():
+        raise MissingFileError(f"expected {path}, got no such file; build the gallery again, or copy its whole folder")
+    if (found := path.stat().st_size) != size:
+        raise UsageError(f"expected {path} of {size:,} bytes, got {found:,}: it is cut off; build the gallery again")
