@@ -97,7 +97,8 @@ def one_line_errors() -> Iterator[None]:
         print(f"{_process()}error: {error}", file=sys.stderr)
         sys.exit(RESUMABLE)
     except TrainingInterrupted as stop:
-        print(f"{_process()}{stop}", file=sys.stderr)
+        if not _process():  # all have agreed to it
+            print(stop, file=sys.stderr)
         sys.exit(RESUMABLE)
     except KeyboardInterrupt:
         print("interrupted before there was anything to resume", file=sys.stderr)
