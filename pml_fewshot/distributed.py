@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -49,11 +50,9 @@ class ProcessLost(RuntimeError):
     """Another process did not answer: it was killed, has ended with an error, or waits for something else."""
 
     def __init__(self, reason: object) -> None:
-        text = " ".join(str(reason).split())[:300]
-        super().__init__(
-            f"expected an answer of all processes, got none of one of them ({text}); look for its own error above, and "
-            "resume the run with the same command and --resume"
-        )
+        text = shorten(str(reason), 200)
+        do = "look for its own error, and resume the run by --run-dir and --resume"
+        super().__init__(f"expected an answer of all processes, got none of one of them ({text}); {do}")
 
 
 _world = World()
@@ -117,10 +116,15 @@ def _join(on_gpu: bool) -> None:
     if on_gpu and local < torch.cuda.device_count():  # else `resolve_device` refuses it, in all processes
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # small messages go by the CPU, for which no GPU waits
+    meeting: dict[str, Any] = {}  # the environment says where
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        if (memory := launch_memory()) is not None:  # it still has the addresses of processes that were before these
+            store = dist.PrefixStore(f"pml_fewshot/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", memory)
+            rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+            meeting = {"store": store, "rank": rank, "world_size": size}
+        dist.init_process_group(backend, timeout=timeout, **meeting)
     except (RuntimeError, ValueError) as error:  # DistNetworkError and DistStoreError are RuntimeErrors
-        reason = " ".join(str(error).split())[:300]
+        reason = shorten(str(error), 200)
         do = "give torchrun another --master-port, or --standalone on one machine, and start all processes"
         raise UsageError(f"expected all processes to meet at {address}, got none there ({reason}); {do}") from error
 
@@ -316,13 +320,8 @@ def check_same(what: dict[str, Any], do: str) -> None:
     first, *others = told_by_all(what)
     for number, other in enumerate(others, start=1):
         if differ := [name for name in {**first, **other} if first.get(name) != other.get(name)]:
-            shown = [f"{name} ({_short(other.get(name))}, not {_short(first.get(name))})" for name in differ]
+            shown = [f"{n} ({shorten(str(other.get(n)), 60)}, not {shorten(str(first.get(n)), 60)})" for n in differ]
             error = UsageError(f"expected the same in all processes, got another {', '.join(shown)} in {number}; {do}")
             if not _world.is_first:
                 error.reported_elsewhere = True  # type: ignore[attr-defined]
             raise error
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
