@@ -5,6 +5,7 @@ miners and memories see what one process would have seen, and whatever does not 
 """
 
 import os
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -50,7 +51,7 @@ class ProcessLost(RuntimeError):
     """Another process did not answer: it was killed, has ended with an error, or waits for something else."""
 
     def __init__(self, reason: object) -> None:
-        text = shorten(str(reason), 200)
+        text = shorten(re.sub(r"\[\S+:\d+\] ", "", str(reason)), 200)  # without places in gloo's source
         do = "look for its own error, and resume the run by --run-dir and --resume"
         super().__init__(f"expected an answer of all processes, got none of one of them ({text}); {do}")
 
@@ -321,7 +322,8 @@ def check_same(what: dict[str, Any], do: str) -> None:
     for number, other in enumerate(others, start=1):
         if differ := [name for name in {**first, **other} if first.get(name) != other.get(name)]:
             shown = [f"{n} ({shorten(str(other.get(n)), 60)}, not {shorten(str(first.get(n)), 60)})" for n in differ]
-            error = UsageError(f"expected the same in all processes, got another {', '.join(shown)} in {number}; {do}")
+            got = f"in process {number} another {', '.join(shown)}"
+            error = UsageError(f"expected the same in all processes, got {got}; {do}")
             if not _world.is_first:
                 error.reported_elsewhere = True  # type: ignore[attr-defined]
             raise error

@@ -1,7 +1,9 @@
 """What `tests.several` has several processes do, each a function that returns what can be compared."""
 
+import tempfile
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +24,9 @@ from pml_fewshot import (
 )
 from pml_fewshot.data.augmentation import RandomAffine
 from pml_fewshot.data.dataset import FewShotDataset
-from pml_fewshot.distributed import check_same, processes, together, world
-from pml_fewshot.embedders.embedder import Embedder, encode
+from pml_fewshot.distributed import check_same, processes, together, told_by_all, world
+from pml_fewshot.embedders.bank import load_bank
+from pml_fewshot.embedders.embedder import Embedder, encode, encode_to_file
 from pml_fewshot.evaluation.linear_heads import ridge_regression
 from pml_fewshot.losses.pair_verification import PairVerificationLoss
 from pml_fewshot.sampling.batch_stream import BatchStream
@@ -98,6 +101,8 @@ def evaluated() -> dict[str, Any]:
     embedder = Embedder(trunk())
     with processes("cpu"):
         bank = encode(embedder, data, batch_size=50)  # 480 images: 10 batches, the last of 30
+        file = Path(told_by_all(tempfile.mkdtemp())[0]) / "bank.npy"
+        mapped = encode_to_file(embedder, data, file, batch_size=50)
         spec, variable = EpisodeSpec(5, 1, 4), VariableEpisodeSpec(5, 8, max_support=100)
         plain = EpisodicEvaluator(spec, 1000, chunk=64).evaluate(bank, confusion=True)
         episodic = {
@@ -115,6 +120,8 @@ def evaluated() -> dict[str, Any]:
         few = RetrievalTester().test(first, bank)
     return {
         "bank": bank.embeddings,
+        "mapped": load_bank(file).embeddings.clone(),
+        "same map": torch.equal(mapped.embeddings, bank.embeddings) and mapped.class_names == bank.class_names,
         "confusion": plain.confusion,
         "episodes": {name: each.per_episode for name, each in episodic.items()},
         "means": {name: (each.mean, each.ci95, each.episodes_hash) for name, each in episodic.items()},

@@ -84,6 +84,8 @@ def test_evaluation_is_that_of_one_process_to_the_bit(size: int, results: Result
     [one] = results["evaluated", 1]
     for rank in results["evaluated", size]:
         assert torch.equal(rank["bank"], one["bank"])
+        assert torch.equal(rank["mapped"], one["bank"])
+        assert rank["same map"]
         assert torch.equal(rank["confusion"], one["confusion"])
         assert rank["means"] == one["means"]
         assert rank["retrieval"] == one["retrieval"]
@@ -109,6 +111,6 @@ def test_an_error_of_one_process_is_raised_by_all(size: int, results: Results) -
     assert first["together"].rstrip().endswith("ValueError: the disk of this one is broken")
     assert last["together"] == "the disk of this one is broken"
     for texts in results["errors", size]:
-        assert texts["same"] == "expected the same in all processes, got another seed (1, not 0) in 1; do it"
+        assert texts["same"] == "expected the same in all processes, got in process 1 another seed (1, not 0); do it"
         assert "embedder.trunk.1.weight" in texts["weights"]
         assert texts["few"].startswith(f"expected an item for each of {size} processes, got 1 items")

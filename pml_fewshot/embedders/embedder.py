@@ -3,21 +3,25 @@
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one, check_choice
+from pml_fewshot.checks import ExistingFileError, UsageError, UsageTypeError, check_at_least_one, check_choice
 from pml_fewshot.data.dataset import FewShotDataset, as_dataset
-from pml_fewshot.distributed import everyones, world
+from pml_fewshot.distributed import everyones, together, told_by_all, world
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.embedders.modes import evaluating, widened
 from pml_fewshot.embedders.preprocessing import Preprocessing
 from pml_fewshot.environment import keep_freed_memory
+from pml_fewshot.io.atomic import atomic_write, translate_write_errors
 from pml_fewshot.parts.instantiate import Part, instantiate
 
 # Images embedded at a time up to 84 x 84, and as many pixels of larger ones: 18 of 224 x 224. On a CPU a batch whose
@@ -134,29 +138,89 @@ def encode(
     check_at_least_one("batch_size", batch_size)
     keep_memory(target)
     starts, ranks = range(0, len(dataset), batch_size), world().size
-    rounds = tqdm(
-        range(0, len(starts), ranks), "embedding", delay=3, mininterval=1, disable=not world().is_first, unit="batch"
-    )
+    # in each round a batch of every process, the last again where there are no more
     bank = torch.empty(0)  # one tensor: a list of parts would take twice its size when joined
+    with _embedding(embedder, dataset, batch_size, target) as embed:
+        for first in _shown(range(0, len(starts), ranks)):
+            part = embed(starts[min(first + world().rank, len(starts) - 1)])
+            if first == 0:
+                bank = part.new_empty(len(dataset), part.shape[1])
+            whole = F.pad(part, (0, 0, 0, batch_size - len(part))) if ranks > 1 else part  # of one length for all
+            for start, rows in zip(starts[first : first + ranks], everyones(whole), strict=False):
+                bank[start : start + batch_size] = rows[: len(dataset) - start]
+    names = dataset.class_names
+    return EmbeddingBank(bank, dataset.labels.to(target), dataset.fingerprint(), names, dataset.note)
+
+
+def encode_to_file(
+    embedder: nn.Module,
+    dataset: FewShotDataset,
+    file: str | Path,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+) -> EmbeddingBank:
+    """Embeds a whole data set into a .npy, for a bank larger than memory, and gives the bank over its memory map.
+
+    Of several processes each writes the batches that it embeds, into one file that all of them see. `load_bank(file)`
+    reads it again; labels lie beside it, in `<name>_labels.npy`, as numbers. The rest is as for `encode`.
+
+    Raises:
+        UsageError: another ending, a file that is there (ExistingFileError), NaN; a full disk (CannotWriteError).
+    """
+    file, weight = Path(file), next((p for p in embedder.parameters() if p.is_floating_point()), torch.zeros(()))
+    with together():
+        if file.suffix != ".npy":
+            raise UsageError(f"expected a path that ends with .npy, got {file}; rename it")
+        if file.exists():
+            raise ExistingFileError(f"expected a new file, got {file}, which exists; name another, or remove it")
+    told_by_all(None)  # all have looked
+    target = weight.device if device is None else torch.device(device)
+    dataset = as_dataset(dataset)
+    batch_size = batch_size or images_at_a_time(math.prod(dataset.item_shape[1:]), target)
+    starts = range(0, len(dataset), batch_size)
+    temporary = atomic_write(file) if world().is_first else nullcontext(file.with_name(f".{file.name}.tmp"))
+    with _embedding(embedder, dataset, batch_size, target) as embed, temporary as written:
+        row = embed(0)[:1].cpu().numpy()
+        with together(), translate_write_errors(file):
+            if world().is_first:
+                np.lib.format.open_memmap(written, "w+", row.dtype, (len(dataset), row.shape[1]))
+        rows = np.lib.format.open_memmap(written, "r+")
+        for start in _shown(starts[world().share(len(starts))]):
+            rows[start : start + batch_size] = embed(start).cpu().numpy()
+        rows.flush()
+        told_by_all(None)  # all have written
+    if world().is_first:
+        with atomic_write(file.with_name(f"{file.stem}_labels.npy")) as labels, labels.open("wb") as out:
+            np.save(out, dataset.labels.cpu().numpy())
+    told_by_all(None)
+    mapped = torch.from_numpy(np.load(file, mmap_mode="c"))
+    return EmbeddingBank(mapped, dataset.labels.cpu(), dataset.fingerprint(), dataset.class_names, dataset.note)
+
+
+@contextmanager
+def _embedding(
+    embedder: nn.Module, dataset: FewShotDataset, batch_size: int, device: torch.device
+) -> Iterator[Callable[[int], Tensor]]:
+    """Yields what embeds the batch that begins at an item, (B, D), float32 at least; on a device for the while."""
+    weight = next((p for p in embedder.parameters() if p.is_floating_point()), torch.zeros(()))
+
+    def embed(start: int) -> Tensor:
+        images = dataset.floats(slice(start, start + batch_size), device)
+        return widened(check_rows(embedder(images.to(weight.dtype)), embedder))
+
     with evaluating(embedder):
-        if moved := target != weight.device:
-            embedder.to(target)
+        if moved := device != weight.device:
+            embedder.to(device)
         try:
-            for first in rounds:
-                own = starts[min(first + world().rank, len(starts) - 1)]  # (the last again, where there are no more)
-                images = dataset.floats(slice(own, own + batch_size), target)
-                part = widened(check_rows(embedder(images.to(weight.dtype)), embedder))
-                if first == 0:
-                    bank = part.new_empty(len(dataset), part.shape[1])
-                if ranks > 1:  # of one length for all
-                    part = F.pad(part, (0, 0, 0, batch_size - len(part)))
-                for start, rows in zip(starts[first : first + ranks], everyones(part), strict=False):
-                    bank[start : start + batch_size] = rows[: len(dataset) - start]
+            yield embed
         finally:
             if moved:
                 embedder.to(weight.device)
-    names = dataset.class_names
-    return EmbeddingBank(bank, dataset.labels.to(target), dataset.fingerprint(), names, dataset.note)
+
+
+def _shown(starts: range) -> Iterable[int]:
+    """Batches, with a progress bar where they take more than three seconds."""
+    return tqdm(starts, "embedding", unit="batch", delay=3, mininterval=1, disable=not world().is_first)
 
 
 def images_at_a_time(pixels: int, device: torch.device) -> int:
