@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from pml_fewshot.checks import (
     check_finite,
 )
 from pml_fewshot.embedders.bank import EmbeddingBank, align
+from pml_fewshot.evaluation.mapped_index import compares_floats, map_floats, map_lists
 from pml_fewshot.evaluation.neighbors import Neighbors
 from pml_fewshot.evaluation.search import Ranking, exact_neighbors, exact_search
 from pml_fewshot.io.atomic import fsync, translate_write_errors
@@ -33,6 +35,8 @@ from pml_fewshot.io.tensors import checksum, read_tensors, write_tensors
 EXACT = ("flat", "Flat")
 INDEXES = ("flat", "ivf", "ivfpq", "hnsw")
 MIN_FOR_CODES = 16 * 39  # references to train the 16 centers of a 4-bit code on
+INDEX, LABELS = "index.faiss", "labels.safetensors"  # the files of a gallery's folder, and of one in shards also:
+LISTS, FLOATS = "lists.bin", "floats.npy"
 ADD_ROWS = 2**16  # at a time: 32 MiB at 128 dimensions
 READ_BYTES = 2**24  # at a time
 # kinds of faiss's index that references can be removed from: vectors or codes in one list, or in inverted lists
@@ -41,6 +45,32 @@ REMOVABLE = (
     *("IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ", "IndexIVFPQFastScan"),
 )
 WRAPPERS = ("IndexRefine", "IndexRefineFlat", "IndexPreTransform")
+
+
+@dataclass(frozen=True)
+class IndexRecall:
+    """How often an approximate index's nearest neighbor is the true one, and its share of the true k nearest.
+
+    Over `sample` queries. Compared by index: another copy of a true neighbor does not count.
+    """
+
+    at_1: float
+    at_k: float
+    k: int
+    sample: int
+
+    @staticmethod
+    def of(found: Tensor, exact: Tensor) -> "IndexRecall":
+        """Compares the indices (N, k) that an index found with those of exact search."""
+        ordered = found.sort(dim=1).values
+        position = torch.searchsorted(ordered, exact.contiguous()).clamp_(max=ordered.shape[1] - 1)
+        there = exact >= 0  # fewer than k, where the rest is left out
+        hit = (ordered.gather(1, position) == exact) & there
+        at_1 = (found[:, 0] == exact[:, 0])[there[:, 0]].double().mean().item()
+        return IndexRecall(at_1, hit.sum().item() / int(there.sum()), exact.shape[1], len(exact))
+
+    def __str__(self) -> str:
+        return f"recall@1 {self.at_1:.3f}, @{self.k} {self.at_k:.3f} of exact search on {self.sample:,} queries"
 
 
 class Gallery:
@@ -63,6 +93,8 @@ class Gallery:
         UsageError: a description or parameter that faiss does not know, or a distance that it cannot rank by.
     """
 
+    folder: Path | None = None  # that the lists are mapped from; None where all is in memory
+
     def __init__(
         self,
         bank: EmbeddingBank,
@@ -71,18 +103,17 @@ class Gallery:
         distance: BaseDistance | None = None,
         seed: int = 0,
     ) -> None:
-        self._train(bank, index, parameters, distance, seed)
+        self._make(bank, index, parameters, distance)
+        train(self, bank, seed)
         self.add(bank)
 
     @classmethod
     def check(cls, bank: EmbeddingBank, index: str, parameters: str = "", distance: BaseDistance | None = None) -> None:
         """Raises what making a gallery would, without filling it: a graph of 60,000 references takes a minute."""
-        cls.__new__(cls)._train(bank, index, parameters, distance, seed=0)
+        train(untrained(bank, index, parameters, distance), bank, seed=0)
 
-    def _train(
-        self, bank: EmbeddingBank, index: str, parameters: str, distance: BaseDistance | None, seed: int
-    ) -> None:
-        """Makes the index, without references yet."""
+    def _make(self, bank: EmbeddingBank, index: str, parameters: str, distance: BaseDistance | None) -> None:
+        """Makes the index, neither trained nor with references yet."""
         import faiss
 
         check_index(index)
@@ -97,19 +128,23 @@ class Gallery:
         settings = dict(text.partition("=")[::2] for text in f"{chosen},{parameters}".split(",") if text)
         self.parameters = ",".join(f"{name}={value}" for name, value in settings.items())  # the caller's override ours
         self.labels, self.class_names = bank.labels.new_empty(0).cpu(), bank.class_names
-        sample = training_sample(count, self.description, torch.Generator().manual_seed(operator.index(seed)))
         metric = faiss.METRIC_L2 if self.ranking.kind == "euclidean" else faiss.METRIC_INNER_PRODUCT
-        try:
+        self._asked = f"{index!r} with {parameters!r} for {count} references of {dims} dimensions"
+        with self.buildable():
             self.faiss_index = faiss.index_factory(dims, self.description, metric)
             space: Any = faiss.ParameterSpace()  # its stubs know only the form with a number
             space.set_index_parameters(self.faiss_index, self.parameters)
-            if not self.faiss_index.is_trained:
-                self.faiss_index.train(self._rows(bank.embeddings[sample]))
+
+    @contextmanager
+    def buildable(self) -> Iterator[None]:
+        """Names what was asked for where faiss cannot build it."""
+        try:
+            yield
         except RuntimeError as error:
             reason = re.split(r"\.cpp:\d+: ", str(error).splitlines()[0])[-1]  # without the place in faiss's source
             raise UsageError(
-                f"expected an index and parameters that faiss can build, got {index!r} with {parameters!r} for {count} "
-                f"references of {dims} dimensions ({reason}); use one of {', '.join(INDEXES)}, or see faiss's wiki"
+                f"expected an index and parameters that faiss can build, got {self._asked} ({reason}); use one of "
+                f"{', '.join(INDEXES)}, or see faiss's wiki"
             ) from error
 
     def __len__(self) -> int:
@@ -123,10 +158,11 @@ class Gallery:
 
         A bank with class names cannot join a gallery without, nor the other way round.
         """
+        self._check_own("add to", "build it again with all references")
         self._check_width(bank.embeddings, "references")
         labels, names = align(bank, self)
         for block in bank.embeddings.split(ADD_ROWS):
-            self.faiss_index.add(self._rows(block))
+            self.faiss_index.add(self.rows(block))
         self.labels, self.class_names = torch.cat([self.labels, labels.cpu()]), names
 
     def remove(self, ids: int | Sequence[int] | np.ndarray | Tensor) -> None:
@@ -138,6 +174,7 @@ class Gallery:
             UsageError: an index that is not in the gallery or given twice, or a kind of index that faiss cannot remove
                 from, such as a graph ("hnsw"); the gallery is as it was.
         """
+        self._check_own("remove from", "build it again without them")
         given = np.atleast_1d(ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids))
         if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
             got = f"{type(ids).__name__} of {given.dtype} and shape {given.shape}"
@@ -193,8 +230,7 @@ class Gallery:
             ExistingFileError: the folder exists.
             CannotWriteError: the disk is full or the folder read-only.
         """
-        import faiss
-
+        self._check_own("save", "copy that folder")
         if self.ranking.kind == "distance":
             wanted = "a gallery ranked by Euclid, cosine or dot product to save"
             do = "a distance cannot be stored: save the bank (save_bank) and build the gallery again"
@@ -203,25 +239,14 @@ class Gallery:
         if folder.exists():
             raise ExistingFileError(f"expected a new folder for the gallery, got {folder}, which exists; name another")
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        index = temporary / "index.faiss"
+        index = temporary / INDEX
         try:
             with translate_write_errors(folder):
                 shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had the same number
                 temporary.mkdir(parents=True)
-                # through Python's file: faiss's own only prints that its last bytes could not be written
-                with index.open("wb") as file:
-                    faiss.write_index(self.faiss_index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
+                write_index(index, self.faiss_index)
                 fsync(index)
-                about = {
-                    "index": _file_checksum(index),
-                    "description": self.description,
-                    "parameters": self.parameters,
-                    "normalize": self.ranking.normalize,
-                    "power": self.ranking.power,
-                    "class_names": self.class_names,
-                }
-                texts = {"gallery": json.dumps(about)}
-                write_tensors(temporary / "labels.safetensors", {"labels": self.labels}, texts)
+                write_labels(self, temporary)
                 temporary.rename(folder)
                 fsync(folder.parent)
         except BaseException:
@@ -230,15 +255,15 @@ class Gallery:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Gallery":
-        """Reads what `save` wrote.
+        """Reads what `save` wrote, or maps what `build_gallery` built, of whose large files it checks the size alone.
 
         Raises:
-            MissingFileError: no gallery there.
+            MissingFileError: no gallery there, or not a finished one.
             UsageError: the files are damaged, or index and labels do not belong together.
         """
         import faiss
 
-        index, labels = (Path(folder) / name for name in ("index.faiss", "labels.safetensors"))
+        index, labels = Path(folder) / INDEX, Path(folder) / LABELS
         for path in (index, labels):
             if not path.is_file():
                 raise MissingFileError(f"expected {path.name} in {folder}, got none; make it by Gallery(bank).save(..)")
@@ -256,7 +281,33 @@ class Gallery:
         gallery.ranking = Ranking(kind, about["normalize"], power=about.get("power", 1))  # version 0.6 stored none
         gallery.description, gallery.parameters = about["description"], about["parameters"]
         gallery.class_names = tuple(about["class_names"])
+        if (sizes := tensors.get("list_sizes")) is not None:
+            gallery.folder = Path(folder).absolute()
+            map_lists(gallery.faiss_index, gallery.folder / LISTS, sizes.numpy())
+            if compares_floats(gallery.faiss_index):
+                map_floats(gallery.faiss_index, gallery.folder / FLOATS)
         return gallery
+
+    def recall(self, query: Any, bank: EmbeddingBank, k: int = 10) -> IndexRecall:
+        """How much of exact search this gallery finds for the queries (N, D), a thousand or so.
+
+        Args:
+            bank: the references that the gallery was made of, in the same order; read once, a block at a time.
+
+        Raises:
+            UsageError: a bank of another size, or what `search` refuses.
+        """
+        found = self.rank(query, k)
+        if len(bank) != len(self):
+            got = f"{len(bank)} references for a gallery of {len(self)}"
+            raise UsageError(f"expected the bank that the gallery was made of, got {got}; give that one")
+        return IndexRecall.of(found, exact_search(self._queries(query, k), bank.embeddings, k, self.ranking).cpu())
+
+    def _check_own(self, what: str, do: str) -> None:
+        """Raises where lists are mapped from a file, which others may have mapped too."""
+        if self.folder is not None:
+            wanted, got = f"a gallery in memory to {what}", f"one whose lists are mapped from {self.folder}"
+            raise UsageError(f"expected {wanted}, got {got}; {do}")
 
     def _check_width(self, embeddings: Tensor, what: str) -> None:
         width, shape = self.faiss_index.d, tuple(embeddings.shape)
@@ -291,34 +342,46 @@ class Gallery:
         index: Any = faiss.downcast_index(self.faiss_index)
         return torch.from_numpy(faiss.rev_swig_ptr(index.get_xb(), len(self) * index.d)).reshape(len(self), -1)
 
-    def _rows(self, embeddings: Tensor) -> np.ndarray:
+    def rows(self, embeddings: Tensor) -> np.ndarray:
+        """Embeddings (N, D) as the index takes them, float32 on the CPU and scaled where the ranking wants it."""
         return self.ranking.prepare(embeddings).cpu().contiguous().numpy()
 
 
-@dataclass(frozen=True)
-class IndexRecall:
-    """How often an approximate index's nearest neighbor is the true one, and its share of the true k nearest.
+def untrained(bank: EmbeddingBank, index: str, parameters: str, distance: BaseDistance | None) -> Gallery:
+    """A gallery for references like those of a bank, without any, and whose index is not trained."""
+    gallery = Gallery.__new__(Gallery)
+    gallery._make(bank, index, parameters, distance)
+    return gallery
 
-    Over `sample` queries. Compared by index: another copy of a true neighbor does not count.
-    """
 
-    at_1: float
-    at_k: float
-    k: int
-    sample: int
+def train(gallery: Gallery, bank: EmbeddingBank, seed: int) -> None:
+    """Trains an index on a sample of the bank, where its kind needs it."""
+    generator = torch.Generator().manual_seed(operator.index(seed))
+    sample = training_sample(len(bank), gallery.description, generator)
+    if not gallery.faiss_index.is_trained:
+        with gallery.buildable():
+            gallery.faiss_index.train(gallery.rows(bank.embeddings[sample]))
 
-    @staticmethod
-    def of(found: Tensor, exact: Tensor) -> "IndexRecall":
-        """Compares the indices (N, k) that an index found with those of exact search."""
-        ordered = found.sort(dim=1).values
-        position = torch.searchsorted(ordered, exact.contiguous()).clamp_(max=ordered.shape[1] - 1)
-        there = exact >= 0  # fewer than k, where the rest is left out
-        hit = (ordered.gather(1, position) == exact) & there
-        at_1 = (found[:, 0] == exact[:, 0])[there[:, 0]].double().mean().item()
-        return IndexRecall(at_1, hit.sum().item() / int(there.sum()), exact.shape[1], len(exact))
 
-    def __str__(self) -> str:
-        return f"recall@1 {self.at_1:.3f}, @{self.k} {self.at_k:.3f} of exact search on {self.sample:,} queries"
+def write_index(path: Path, index: Any) -> None:
+    """Through Python's file: faiss's own only prints that its last bytes could not be written."""
+    import faiss
+
+    with path.open("wb") as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
+
+
+def write_labels(gallery: Gallery, folder: Path, **more: Tensor) -> None:
+    """Writes what a gallery is beside its index, which lies in the folder already; with it the gallery is whole."""
+    about = {
+        "index": _file_checksum(folder / INDEX),
+        "description": gallery.description,
+        "parameters": gallery.parameters,
+        "normalize": gallery.ranking.normalize,
+        "power": gallery.ranking.power,
+        "class_names": gallery.class_names,
+    }
+    write_tensors(folder / LABELS, {"labels": gallery.labels, **more}, {"gallery": json.dumps(about)})
 
 
 def check_index(index: str) -> None:

@@ -17,34 +17,30 @@ from pml_fewshot.checks import MissingFileError, UsageError
 from pml_fewshot.io.atomic import atomic_write
 
 # Kinds of lists; others (IndexIVFPQR, IndexIVFFlatDedup) keep more beside them.
-LISTS = ("IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ", "IndexIVFPQFastScan")
+KINDS = ("IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ", "IndexIVFPQFastScan")
 ALIGNED = 8  # codes, after which their indices of 8 bytes begin at a multiple of 8
 ID_BYTES = 8
+BLOCK = 32  # 4-bit codes that stand together; of others ("PQ4x4fs_64") its packer makes other bytes than its add
 
 
-def inverted_lists(index: Any, name: str) -> Any:
+def inverted_lists(index: Any, name: str = "") -> Any:
     """The part of a faiss index that holds the inverted lists, of its own class.
 
     Raises:
         UsageError: there are none, or of a kind that cannot be mapped. `name` is how the index was asked for.
     """
-    import faiss
-
-    index = faiss.downcast_index(index)
-    if type(index).__name__ == "IndexRefineFlat":
-        index = faiss.downcast_index(index.base_index)
-    if isinstance(index, faiss.IndexPreTransform):
-        index = faiss.downcast_index(index.index)
-    if (kind := type(index).__name__) not in LISTS:
+    *_, lists = _wrapped(index)
+    kind = type(lists).__name__
+    if kind not in KINDS or getattr(lists, "bbs", BLOCK) != BLOCK:
         wanted = "an index of inverted lists, which can be built in shards"
         do = "take 'ivf', 'ivfpq', 'IVF4096,SQ8', 'IVF4096,PQ32' or the like, or make a Gallery in one process"
         raise UsageError(f"expected {wanted}, got {name!r} ({kind}); {do}")
-    return index
+    return lists
 
 
 def record_type(index: Any) -> np.dtype[Any]:
     """What a shard holds of a reference: its list, its index in the gallery and its code (C,)."""
-    code = ("code", np.uint8, (inverted_lists(index, "").code_size,))
+    code = ("code", np.uint8, (inverted_lists(index).code_size,))
     return np.dtype([("list", np.int32), ("id", np.int64), code])
 
 
@@ -52,13 +48,12 @@ def encoded(index: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The lists (M,) and codes (M, C) that `index.add` would give to prepared rows (M, D), which it does not keep."""
     import faiss
 
-    lists: Any = inverted_lists(index, "")
-    part = faiss.downcast_index(index)
-    if type(part).__name__ == "IndexRefineFlat":
-        part = faiss.downcast_index(part.base_index)
-    if isinstance(part, faiss.IndexPreTransform):
-        for place in range(part.chain.size()):
-            rows = part.chain.at(place).apply(rows)
+    lists = inverted_lists(index)
+    for part in _wrapped(index):
+        if isinstance(part, faiss.IndexPreTransform):
+            chain: Any = part.chain
+            for place in range(chain.size()):
+                rows = chain.at(place).apply(rows)
     numbers = lists.quantizer.search(rows, 1)[1][:, 0]
     codes = np.empty((len(rows), lists.code_size), np.uint8)
     pointers = (faiss.swig_ptr(np.ascontiguousarray(array)) for array in (rows, numbers))
@@ -74,7 +69,7 @@ def write_lists(path: Path, index: Any, shards: Sequence[np.ndarray]) -> np.ndar
     Raises:
         CannotWriteError: the disk is full or read-only.
     """
-    lists: Any = inverted_lists(index, "")
+    lists = inverted_lists(index)
     packer, step = _packer(lists)
     bounds = [np.searchsorted(shard["list"], np.arange(lists.nlist + 1)) for shard in shards]
     with atomic_write(path) as temporary, temporary.open("wb") as file:
@@ -97,7 +92,7 @@ def map_lists(index: Any, path: Path, sizes: np.ndarray) -> None:
     """
     import faiss
 
-    lists: Any = inverted_lists(index, "")
+    lists = inverted_lists(index)
     _, step = _packer(lists)
     capacities = _capacity(sizes, step)
     ends = np.cumsum(capacities * (lists.code_size + ID_BYTES))
@@ -112,35 +107,35 @@ def map_lists(index: Any, path: Path, sizes: np.ndarray) -> None:
     mapped.do_mmap()
     lists.replace_invlists(mapped, True)
     mapped.this.disown()  # it is the index's own now
-    for part in _with_wrapped(index):
+    for part in _wrapped(index):
         part.ntotal = int(sizes.sum())
 
 
-def map_floats(index: Any, path: Path) -> np.ndarray | None:
-    """Gives an index that compares again by floats ("RFlat") those of a .npy (M, D), and returns the map.
+def map_floats(index: Any, path: Path) -> None:
+    """Gives an index that compares again by floats ("RFlat") those of a .npy (M, D).
 
-    The map must live as long as the index. None from faiss older than 1.11, which reads all floats into memory.
+    faiss older than 1.11 reads them all into memory.
 
     Raises:
         MissingFileError, UsageError: the file is not there, or cut off.
     """
     import faiss
 
-    flat: Any = faiss.downcast_index(faiss.downcast_index(index).refine_index)
-    if not path.is_file():
-        raise MissingFileError(f"expected {path}, got no such file; build the gallery again, or copy its whole folder")
+    flat: Any = faiss.downcast_index(_wrapped(index)[0].refine_index)
+    _check_there(path)
     try:
         rows = np.load(path, mmap_mode="r")
-    except ValueError as error:
+        _check_size(path, rows.offset + rows.nbytes)
+    except (ValueError, EOFError) as error:
         raise UsageError(f"expected floats in {path}, got a broken file ({error}); build the gallery again") from error
     if not hasattr(flat.codes, "view_data"):
         flat.add(np.asarray(rows))
-        return None
+        return
     codes, address = flat.codes, faiss.swig_ptr(np.asarray(rows).view(np.uint8).reshape(-1))
     codes.is_owned, codes.view_data, codes.view_size = False, address, rows.nbytes
     codes.c_ptr, codes.c_size = address, rows.nbytes  # what its view is read by
     flat.ntotal = len(rows)
-    return rows
+    index.referenced_objects = [rows]  # the map must live as long as the index
 
 
 def compares_floats(index: Any) -> bool:
@@ -150,11 +145,11 @@ def compares_floats(index: Any) -> bool:
     return type(faiss.downcast_index(index)).__name__ == "IndexRefineFlat"
 
 
-def _with_wrapped(index: Any) -> list[Any]:
-    """A faiss index and those around and in it that know how many references there are; floats have their own number."""
+def _wrapped(index: Any) -> list[Any]:
+    """A faiss index and those that it goes through to its lists, which come last; each of its own class."""
     import faiss
 
-    parts = [faiss.downcast_index(index)]
+    parts: list[Any] = [faiss.downcast_index(index)]
     if compares_floats(index):
         parts.append(faiss.downcast_index(parts[-1].base_index))
     if isinstance(parts[-1], faiss.IndexPreTransform):
@@ -179,7 +174,8 @@ def _packed(codes: np.ndarray, packer: Any) -> np.ndarray:
     if packer is None:
         return codes
     packed = np.zeros(codes.size, np.uint8)
-    for block, out in zip(codes.reshape(-1, packer.nvec, codes.shape[1]), packed.reshape(-1, packer.block_size)):
+    blocks = codes.reshape(-1, packer.nvec, codes.shape[1]), packed.reshape(-1, packer.block_size)
+    for block, out in zip(*blocks, strict=True):
         packer.pack_all(faiss.swig_ptr(block), faiss.swig_ptr(out))
     return packed
 
@@ -188,8 +184,12 @@ def _capacity(size: Any, step: int) -> Any:
     return -(-size // step) * step
 
 
-def _check_size(path: Path, size: int) -> None:
+def _check_there(path: Path) -> None:
     if not path.is_file():
         raise MissingFileError(f"expected {path}, got no such file; build the gallery again, or copy its whole folder")
+
+
+def _check_size(path: Path, size: int) -> None:
+    _check_there(path)
     if (found := path.stat().st_size) != size:
-        raise UsageError(f"expected {path} of {size:,} bytes, got {found:,}: it is cut off; build the gallery again")
+        raise UsageError(f"expected {path} of {size:,} bytes, got {found:,}: it is damaged; build the gallery again")
