@@ -29,6 +29,7 @@ from .embedders.bank import load_bank as load_bank
 from .embedders.bank import save_bank as save_bank
 from .embedders.conv4 import Conv4 as Conv4
 from .embedders.embedder import Embedder as Embedder
+from .embedders.embedder import encode_to_file as encode_to_file
 from .embedders.image_embedder import ImageEmbedder as ImageEmbedder
 from .embedders.preprocessing import Preprocessing as Preprocessing
 from .embedders.resnet12 import ResNet12 as ResNet12
@@ -55,6 +56,7 @@ from .evaluation.linear_heads import (
 )
 from .evaluation.reconstruction import feature_map_reconstruction as feature_map_reconstruction
 from .evaluation.retrieval import RetrievalTester as RetrievalTester
+from .evaluation.sharded_gallery import build_gallery as build_gallery
 from .evaluation.statistics import compare as compare
 from .evaluation.structured import structured_classifier as structured_classifier
 from .evaluation.table import ResultTable as ResultTable
@@ -68,6 +70,7 @@ from .experiment.command_line import main as main
 from .experiment.config import ExperimentConfig as ExperimentConfig
 from .experiment.config import swap as swap
 from .experiment.run import run as run
+from .experiment.search import search as search
 from .experiment.sweep import sweep as sweep
 from .experiment.trained import load_trained as load_trained
 from .io.checkpoint import export_embedder as export_embedder

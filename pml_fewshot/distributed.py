@@ -130,6 +130,13 @@ def _join(on_gpu: bool) -> None:
         raise UsageError(f"expected all processes to meet at {address}, got none there ({reason}); {do}") from error
 
 
+def check_no_torchrun(what: str) -> None:
+    """Raises a UsageError where torchrun has started several processes, for work that independent ones share better."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        do = "start the same command once for each, without torchrun"
+        raise UsageError(f"expected workers of {what} that are started one by one, got torchrun; {do}")
+
+
 def local_rank() -> int:
     """The number of this process among those of its machine, which is that of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0")) if _world.size > 1 or "RANK" in os.environ else 0

@@ -163,6 +163,14 @@ def of_sweep(given: Given, folder: Path) -> Any:
     return [row.value for row in p.sweep([config], folder / "sweep").rows]
 
 
+def of_search(given: Given, folder: Path) -> Any:
+    def config_of_trial(trial: Any) -> p.ExperimentConfig:
+        return replace(TINY_EXPERIMENTS["siamese"], steps=3, loss_lr=trial.suggest_float("rate", 0.01, 0.1))
+
+    found = p.search(config_of_trial, 2, folder / "search")
+    return [row.value for row in found.table.rows], [trial.value for trial in found.study.trials]
+
+
 def of_encode(given: Given, folder: Path) -> Any:
     return conv4().encode(images(), batch_size=7).embeddings, p.Embedder.encode(conv4(), images()).embeddings
 
@@ -212,6 +220,11 @@ def of_gallery(given: Given, folder: Path) -> Any:
     return p.Gallery(bank(given), "flat").search(given(rows(9)[:5]), 4).indices
 
 
+def of_sharded_gallery(given: Given, folder: Path) -> Any:
+    gallery = p.build_gallery(bank(given), folder / "gallery", "IVF2,Flat", "nprobe=2")
+    return gallery.search(given(rows(9)[:5]), 4).indices
+
+
 def of_benchmark(given: Given, folder: Path) -> Any:
     methods = {"bank": bank(given), "trainer": p.ProtoNetTrainer(conv4())}
     return [row.value for row in p.benchmark(methods, images(), [SPEC], num_episodes=30, timed=False).rows]
@@ -258,6 +271,7 @@ FIGURES: dict[str, Callable[[Given, Path], Any]] = {
     "fit": of_fit,
     **dict.fromkeys(("run", "load_trained"), of_run),
     "sweep": of_sweep,
+    "search": of_search,
     **dict.fromkeys(("Embedder", "Conv4"), of_encode),
     **dict.fromkeys(("ResNet12", "TorchvisionTrunk"), of_other_trunks),
     **dict.fromkeys(("save_bank", "load_bank", "export_embedder", "load_embedder"), of_files),
@@ -266,6 +280,7 @@ FIGURES: dict[str, Callable[[Given, Path], Any]] = {
     "evaluate_fixed": of_fixed,
     "RetrievalTester": of_retrieval,
     "Gallery": of_gallery,
+    "build_gallery": of_sharded_gallery,
     "benchmark": of_benchmark,
     **dict.fromkeys(("EpisodeStream", "BatchStream", "EpisodeSampler", "RandomAffine", "PerImage"), of_streams),
     **dict.fromkeys(("RandomResizedCrop", "RandomHorizontalFlip", "ColorJitter"), of_photo_augmentation),
@@ -273,6 +288,7 @@ FIGURES: dict[str, Callable[[Given, Path], Any]] = {
 WITHOUT_FIGURES = {
     *("Preprocessing", "ImageEmbedder", "export_onnx", "update_onnx", "export_program"),  # of photos, to files
     *("TimmTrunk", "TransformersTrunk"),  # of extras
+    "encode_to_file",  # what encode gives
     *("UsageError", "FewShotDataset", "Splits", "Batch", "BatchSpec", "Episode", "EpisodeSpec", "ResultTable"),
     *("load_omniglot", "load_mini_imagenet", "load_image_folder", "load_glyphs"),  # of bytes
     *("load_images", "load_image_table"),

@@ -1,23 +1,35 @@
 """sweep: several experiments under one budget, in one table; called again, it continues where it was interrupted."""
 
+import json
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated
 
 import tyro
-from filelock import FileLock
+from filelock import FileLock, Timeout
+
+try:
+    import fcntl
+except ImportError:  # Windows, where each worker takes itself for the only one: it repeats failures, draws the report
+    fcntl = None  # type: ignore[assignment]
 
 from pml_fewshot.checks import LockedError, UsageError, check_choice
+from pml_fewshot.distributed import check_no_torchrun
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment.command_line import one_line_errors, parse
 from pml_fewshot.experiment.config import OPTIONS, ExperimentConfig
 from pml_fewshot.experiment.run import run
 from pml_fewshot.experiment.runs_report import draw_runs
+from pml_fewshot.io.atomic import write_text
 from pml_fewshot.training.interruption import TrainingInterrupted
 
 BUDGET = ("steps", "seed", "num_episodes", "device", "data_root")
+FAILURES = ".failures.json"
+POLL_SECONDS = 2.0  # between two looks at what other workers are doing
 
 
 def sweep(configs: Sequence[ExperimentConfig], folder: str | Path, only: Sequence[str] = ()) -> ResultTable:
@@ -26,46 +38,123 @@ def sweep(configs: Sequence[ExperimentConfig], folder: str | Path, only: Sequenc
     The table is written after each experiment, as results.md and the rest. Called again with the same folder it reads
     what is finished, resumes what was interrupted and tries again what failed, which is a line that says why.
 
+    The same call in several processes, on one machine or many that see the folder, shares the experiments among them:
+    each is run by one of them, and resumed by another where that one dies. All return the whole table.
+
     Args:
         configs: the experiments.
         folder: of the sweep.
         only: names of those to run; all when empty. What is finished of the others is in the table.
 
     Raises:
-        UsageError: two experiments have one name.
+        UsageError: two experiments have one name, or torchrun started the processes: runs do not share their work here.
         TrainingInterrupted: (a KeyboardInterrupt) Ctrl-C or SIGTERM; the same call continues.
     """
+    check_no_torchrun("a sweep")
     names = [config.name for config in configs]
     if len(set(names)) < len(names):
         raise UsageError(f"expected names that are all different, got {names}; rename the experiments")
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     to_run = [c for c in configs if not only or c.name in only or (folder / c.name / "figures.csv").exists()]
-    failures: dict[str, str] = {}
-    elsewhere: dict[str, str] = {}
-    table = ResultTable()
-    for number, config in enumerate(to_run, start=1):
-        print(f"\n[{number} of {len(to_run)}] {config.name}", flush=True)
-        try:
-            run(replace(config, run_dir=folder / config.name), resume=True)
-        except KeyboardInterrupt as stop:
-            event = stop.event if isinstance(stop, TrainingInterrupted) else "interrupted"
-            raise TrainingInterrupted(event, "the same command again continues") from stop
-        except LockedError:
-            elsewhere[config.name] = "another process is running it"
-        except Exception as error:  # noqa: BLE001 (whatever it is, it must not cost hours of other experiments)
-            traceback.print_exc()
-            failures[config.name] = f"{type(error).__name__}: {error}"
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):  # another process may run other experiments of this sweep
-            finished = [name for name in names if (folder / name / "figures.csv").exists() and name not in failures]
-            rows = [row for name in finished for row in ResultTable.read(folder / name).rows]
-            running = {name: line for name, line in elsewhere.items() if name not in finished}
-            table = ResultTable(rows, failures | running).best_first()
-            table.write(folder)
+    try:
+        with _among_workers(folder) as workers:
+            table = _run_all(to_run, names, folder)
+            with FileLock(folder / ".lock"):
+                last = _alone(workers)
+                if fcntl is not None:
+                    fcntl.flock(workers, fcntl.LOCK_UN)
+    except KeyboardInterrupt as stop:
+        event = stop.event if isinstance(stop, TrainingInterrupted) else "interrupted"
+        raise TrainingInterrupted(event, "the same command again continues") from stop
     print(f"\n{table}\nwritten to {folder / 'results.md'}")
-    if any(config.report for config in to_run):
-        draw_runs([folder / name for name in names if (folder / name / "config.json").exists()], folder, failures)
+    if last and any(config.report for config in to_run):
+        draw_runs([folder / name for name in names if (folder / name / "config.json").exists()], folder, table.failures)
     return table
+
+
+def _run_all(configs: Sequence[ExperimentConfig], names: Sequence[str], folder: Path) -> ResultTable:
+    """Runs those that no other worker is running, then waits for the others: a worker that dies leaves its own."""
+    failures: dict[str, str] = {}
+    table, to_do, first_pass = ResultTable(), list(configs), True
+    while to_do:
+        elsewhere: dict[str, ExperimentConfig] = {}
+        for config in to_do:
+            try:
+                # (held until a failure is noted, which the lock of the run folder is not)
+                with FileLock(folder / f".{config.name.replace('/', '_')}.lock", timeout=0):
+                    if first_pass:
+                        print(f"\n[{configs.index(config) + 1} of {len(configs)}] {config.name}", flush=True)
+                    if failure := _run_one(config, folder):
+                        failures[config.name] = failure
+            except (Timeout, LockedError):
+                elsewhere[config.name] = config
+            if first_pass or config.name not in elsewhere:
+                with FileLock(folder / ".lock"):
+                    table = _write_table(names, folder, failures, list(elsewhere))
+        if elsewhere and first_pass:
+            print(f"\nwaiting for other workers, which are running {', '.join(elsewhere)}", flush=True)
+        if len(elsewhere) == len(to_do):
+            time.sleep(POLL_SECONDS)
+        to_do, first_pass = list(elsewhere.values()), False
+    return table
+
+
+def _run_one(config: ExperimentConfig, folder: Path) -> str:
+    """Runs an experiment, or reads what it has found; the reason where it fails, or has in another worker."""
+    if config.name in (noted := _noted(folder)):
+        return noted[config.name]
+    try:
+        run(replace(config, run_dir=folder / config.name), resume=True)
+        return ""
+    except LockedError:
+        raise
+    except Exception as error:  # noqa: BLE001 (whatever it is, it must not cost hours of other experiments)
+        traceback.print_exc()
+        failure = f"{type(error).__name__}: {error}"
+    with FileLock(folder / ".lock"):
+        write_text(folder / FAILURES, json.dumps({**_noted(folder), config.name: failure}))
+    return failure
+
+
+def _write_table(
+    names: Sequence[str], folder: Path, failures: Mapping[str, str], elsewhere: Sequence[str]
+) -> ResultTable:
+    finished = [name for name in names if (folder / name / "figures.csv").exists() and name not in failures]
+    rows = [row for name in finished for row in ResultTable.read(folder / name).rows]
+    running = {name: "another process is running it" for name in elsewhere if name not in finished}
+    table = ResultTable(rows, {**failures, **running}).best_first()
+    table.write(folder)
+    return table
+
+
+def _noted(folder: Path) -> dict[str, str]:
+    """The reasons of those that have failed in any worker since the first of them began."""
+    file = folder / FAILURES
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+@contextmanager
+def _among_workers(folder: Path) -> Iterator[IO[bytes]]:
+    """Shares a lock with all workers of a sweep; the first of them forgets what failed before, so that it is tried."""
+    with (folder / ".workers").open("a+b") as file:
+        with FileLock(folder / ".lock"):
+            if _alone(file):
+                (folder / FAILURES).unlink(missing_ok=True)
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_SH)
+        yield file
+
+
+def _alone(workers: IO[bytes]) -> bool:
+    """Whether no other worker shares the lock, which the operating system frees when one dies."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(workers, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ WITHOUT_CONFIG = {
     "evaluate_trunks",
     "head_penalties",
     "local_feature_heads",
+    "search_losses",
     "transductive_heads",
-}  # which train nothing
+}  # which train nothing, or configs that a search makes
 MODULES = [name for name in COMMANDS if name not in WITHOUT_CONFIG]
 DATA_ROOT = Path(os.environ.get("PML_FEWSHOT_DATA", ROOT / ".." / "shared" / "data")).resolve()
 
