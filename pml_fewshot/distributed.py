@@ -22,6 +22,7 @@ import torch.distributed as dist
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.parameter import is_lazy
 
 from pml_fewshot.checks import UsageError
 from pml_fewshot.sampling.randomness import restored, seed_quickly
@@ -281,10 +282,26 @@ def average_step(trainer: nn.Module, loss: Tensor) -> tuple[Tensor, bool]:
     return loss, learned
 
 
+def _of_shares(trainer: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that see a process's share alone: PML's losses and distances, and what is in them, see all items."""
+    modules = dict(trainer.named_modules())
+    of_all = tuple(f"{name}." for name, module in modules.items() if isinstance(module, ModuleWithRecords))
+    return [(name, module) for name, module in modules.items() if not f"{name}.".startswith(of_all)]
+
+
+def lazy_parts(trainer: nn.Module) -> list[str]:
+    """The names of weights that have no shape before the first share has come."""
+    weights = [
+        (f"{name}.{key}", each) for name, module in _of_shares(trainer) for key, each in module._parameters.items()
+    ]
+    return [name for name, weight in weights if weight is not None and is_lazy(weight)]
+
+
 def _own_buffers(trainer: nn.Module) -> list[Tensor]:
-    """What a process computes of its share alone; PML's memories are of all items, and the same in all."""
-    modules = [module for module in trainer.modules() if not isinstance(module, ModuleWithRecords)]
-    every = {id(each): each for module in modules for each in module._buffers.values() if each is not None}
+    """What a process computes of its share: the running statistics of batch norm."""
+    every = {
+        id(each): each for _, module in _of_shares(trainer) for each in module._buffers.values() if each is not None
+    }
     return [each for each in every.values() if each.is_floating_point()]
 
 

@@ -179,6 +179,11 @@ def errors() -> dict[str, str]:
             fit(trainer, stream("protonet", glyphs().train), torch.optim.SGD(trainer.parameters(), 0.1), 1)
         except ValueError as error:
             texts["weights"] = str(error)
+        lazy = ProtoNetTrainer(Embedder(nn.Sequential(nn.Flatten(), nn.LazyLinear(4))))
+        try:
+            fit(lazy, stream("protonet", glyphs().train), torch.optim.SGD(lazy.parameters(), 0.1), 1)
+        except ValueError as error:
+            texts["lazy"] = str(error)
         try:
             trainer.train().embed(torch.rand(1, 1, 28, 28))
         except ValueError as error:

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pml_fewshot.checks import UsageError
-from pml_fewshot.distributed import check_same, told_by_all, world
+from pml_fewshot.distributed import check_same, lazy_parts, told_by_all, world
 from pml_fewshot.io.checkpoint import check_weights, load_checkpoint, save_checkpoint
 from pml_fewshot.io.tensors import checksum_of
 from pml_fewshot.sampling.batch_stream import BatchStream
@@ -132,6 +132,9 @@ class TrainingState:
         """Gives all processes the generators of the first, and sees that they begin with the same weights."""
         self.history.processes = max(self.history.processes, world().size)
         if world().size > 1:
+            if lazy := lazy_parts(self.trainer):  # which would draw its weights from a process's own generator
+                do = "embed a few items before, from the same seed in all processes"
+                raise UsageError(f"expected weights of known shape in several processes, got a lazy {lazy[0]}; {do}")
             set_global_state(told_by_all(global_state())[0])
             state = {name: each for name, each in self.trainer.state_dict().items() if isinstance(each, Tensor)}
             known = {name: each.cpu().contiguous() for name, each in state.items() if not is_lazy(each)}

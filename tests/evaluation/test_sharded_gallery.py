@@ -189,7 +189,17 @@ def test_workers_share_the_work(tmp_path: Path):
     assert_same(Gallery.load(tmp_path / "g"), Gallery(load_bank(path), "ivfpq"))
 
 
-@pytest.mark.parametrize("step", ["train", "write_index", "write_text", "_make_shard", "write_lists", "write_labels"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        "_make_shard",
+        "write_lists",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("train", "write_index", "write_text", "write_labels")
+        ),
+    ],
+)
 def test_after_a_kill_the_same_call_goes_on(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = saved(clustered(700), tmp_path)
     worker = SPAWN.Process(target=work, args=(path, tmp_path / "g", "ivfpq", 5, step))
