@@ -4,6 +4,7 @@ All processes draw the same batches and episodes. Each embeds or scores its shar
 miners and memories see what one process would have seen, and whatever does not share its work is merely done by all.
 """
 
+import hashlib
 import os
 import re
 import traceback
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 
 from pml_fewshot.checks import UsageError
@@ -58,6 +60,9 @@ class ProcessLost(RuntimeError):
 
 
 _world = World()
+_opened = False  # whether this is within `processes`
+_lost = ""  # why nobody answers any more
+_step, _calls = 0, 0  # the step of a training, and the draws of a process's own in it
 
 
 def world() -> World:
@@ -70,7 +75,7 @@ def processes(device: str = "auto", sync_batch_norm: bool = False) -> Iterator[W
     """Within this block the processes that `torchrun` has started share the work; without torchrun there is one.
 
     `run` opens it by itself. A script of one's own calls `fit`, `encode`, evaluators and testers within it, in the same
-    order in all processes. All but the first print nothing and give no warnings.
+    order in all processes, from one thread. All but the first print nothing and give no warnings.
 
     Args:
         device: "cpu" (gloo), "cuda" (NCCL, one GPU for each process of a machine) or "auto".
@@ -81,7 +86,8 @@ def processes(device: str = "auto", sync_batch_norm: bool = False) -> Iterator[W
         UsageError: a process without a GPU of its own, a port in use, no answer of the others in time.
     """
     started = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-    if started == 1 or _world.size > 1:
+    global _opened
+    if started == 1 or _opened:
         yield _world
         return
     _join(device != "cpu" and torch.cuda.is_available())
@@ -90,7 +96,11 @@ def processes(device: str = "auto", sync_batch_norm: bool = False) -> Iterator[W
             quiet.enter_context(redirect_stdout(quiet.enter_context(Path(os.devnull).open("w"))))
             quiet.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-        yield own
+        _opened = True
+        try:
+            yield own
+        finally:
+            _opened = False
 
 
 @contextmanager
@@ -153,9 +163,13 @@ def launch_memory() -> "dist.TCPStore | None":
 
 @contextmanager
 def _answered() -> Iterator[None]:
+    global _lost
+    if _lost:  # a process that went on would meet another message of the others
+        raise ProcessLost(_lost)
     try:
         yield
     except RuntimeError as error:  # of gloo or NCCL, whose texts name sockets
+        _lost = str(error)
         raise ProcessLost(error) from error
 
 
@@ -238,16 +252,19 @@ class Summed(torch.autograd.Function):
 def shared(module: Callable[[Tensor], Tensor], items: Tensor) -> Tensor:
     """module(items) for rows (B, *item), of which each process runs its share; in training too.
 
-    Dropout draws in each process what is its own, from a seed that all draw from torch's generator.
+    Dropout draws in each process what is its own.
 
     Raises:
-        UsageError: fewer items than processes.
+        UsageError: fewer items than processes, or than two for each where batch norm takes its statistics of them.
     """
     if _world.size == 1:
         return module(items)
-    if len(items) < _world.size:
-        got = f"{len(items)} items in a batch"
-        raise UsageError(f"expected an item for each of {_world.size} processes, got {got}; start fewer processes")
+    modules = module.modules() if isinstance(module, nn.Module) else ()
+    normalizes = any(isinstance(each, _BatchNorm) and each.training for each in modules)
+    least = 2 if normalizes and not _world.sync_batch_norm else 1
+    if len(items) < least * _world.size:
+        wanted = f"{least} items for each of {_world.size} processes"
+        raise UsageError(f"expected {wanted}, got a batch of {len(items)}; start fewer processes")
     with own_draws(items.device):
         own = module(items[_world.share(len(items))])
     return _Gathered.apply(own, len(items)) if isinstance(own, Tensor) else own
@@ -255,14 +272,26 @@ def shared(module: Callable[[Tensor], Tensor], items: Tensor) -> Tensor:
 
 @contextmanager
 def own_draws(device: torch.device) -> Iterator[None]:
-    """Within this block the global generators of each process are its own; after it, they are alike again."""
+    """Within this block the global generators of each process are its own; after it, they are alike, and as before.
+
+    A loss, miner or context then draws what it would in one process. The seed is that of torch's generator, with the
+    step of the training, so that a run resumes with the same draws.
+    """
+    global _calls
     if _world.size == 1:
         yield
         return
-    seed = int(torch.randint(2**62, (), generator=torch.default_generator))  # the same in all
+    _calls += 1
+    text = f"{torch.initial_seed()} {_step} {_calls} {_world.rank}"
     with restored():
-        seed_quickly(seed + _world.rank, device)
+        seed_quickly(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big"), device)
         yield
+
+
+def begin_step(step: int) -> None:
+    """Tells which step of a training the next draws of a process's own are for."""
+    global _step, _calls
+    _step, _calls = step, 0
 
 
 def average_step(trainer: nn.Module, loss: Tensor) -> tuple[Tensor, bool]:
@@ -298,11 +327,10 @@ def lazy_parts(trainer: nn.Module) -> list[str]:
 
 
 def _own_buffers(trainer: nn.Module) -> list[Tensor]:
-    """What a process computes of its share: the running statistics of batch norm."""
-    every = {
-        id(each): each for _, module in _of_shares(trainer) for each in module._buffers.values() if each is not None
-    }
-    return [each for each in every.values() if each.is_floating_point()]
+    """What a process computes of its share: the running statistics of batch norm, where it is trained."""
+    modules = [each for _, each in _of_shares(trainer) if isinstance(each, _NormBase) and each.training]
+    statistics = [each for module in modules for each in (module.running_mean, module.running_var)]
+    return list({id(each): each for each in statistics if each is not None}.values())
 
 
 def _average(tensors: list[Tensor]) -> None:

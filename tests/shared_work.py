@@ -18,13 +18,16 @@ from pml_fewshot import (
     MatchingTrainer,
     MetricTrainer,
     ProtoNetTrainer,
+    PrototypicalLoss,
     RetrievalTester,
+    SetToSet,
     SiameseTrainer,
+    WeightedL1Similarity,
     fit,
 )
 from pml_fewshot.data.augmentation import RandomAffine
 from pml_fewshot.data.dataset import FewShotDataset
-from pml_fewshot.distributed import check_same, processes, together, told_by_all, world
+from pml_fewshot.distributed import alone, check_same, processes, together, told_by_all, world
 from pml_fewshot.embedders.bank import load_bank
 from pml_fewshot.embedders.embedder import Embedder, encode, encode_to_file
 from pml_fewshot.evaluation.linear_heads import ridge_regression
@@ -70,6 +73,7 @@ TRAINERS: dict[str, Callable[[Callable[[], Embedder]], Any]] = {
     "metric": lambda embedder: MetricTrainer(
         embedder(), CrossBatchMemory(MultiSimilarityLoss(), 16, memory_size=90, miner=MultiSimilarityMiner())
     ),
+    "context": lambda embedder: ProtoNetTrainer(embedder(), context=SetToSet(16)),  # its dropout draws
     "maml": lambda _: MAMLTrainer(
         nn.Sequential(trunk(), nn.Linear(16, 5).double()), 0.1, inner_steps=2, learn_inner_lr="per_layer", task_chunk=1
     ),
@@ -99,6 +103,7 @@ def evaluated() -> dict[str, Any]:
     torch.manual_seed(0)
     data = glyphs().test
     embedder = Embedder(trunk())
+    lazy = ProtoNetTrainer(fixed(), PrototypicalLoss(WeightedL1Similarity(hidden=8).double()))
     with processes("cpu"):
         bank = encode(embedder, data, batch_size=50)  # 480 images: 10 batches, the last of 30
         file = Path(told_by_all(tempfile.mkdtemp())[0]) / "bank.npy"
@@ -112,6 +117,9 @@ def evaluated() -> dict[str, Any]:
             "variable": EpisodicEvaluator(variable, 50).evaluate(bank),
             "two": EpisodicEvaluator(spec, 2).evaluate(bank),  # fewer than processes
             "maml": EpisodicEvaluator(spec, 40, chunk=4).evaluate(TRAINERS["maml"](fixed), data),
+            "images": EpisodicEvaluator(spec, 50, chunk=10).evaluate(OfImages(fixed()), data),  # 5 chunks
+            "a lazy distance": EpisodicEvaluator(spec, 20).evaluate(lazy, data),  # 1 chunk
+            "the same, made": EpisodicEvaluator(spec, 1000).evaluate(lazy, data),
         }
         metrics = ("precision_at_1", "mean_average_precision_at_r", "mean_reciprocal_rank", "NMI")
         retrieval = RetrievalTester(metrics=metrics).test(bank)
@@ -128,6 +136,16 @@ def evaluated() -> dict[str, Any]:
         "queries": {**retrieval.per_query, "sample": sample.per_query["precision_at_1"]},
         "retrieval": (dict(retrieval), dict(sample), dict(few)),
     }
+
+
+class OfImages(ProtoNetTrainer):
+    """Embeds the images of each episode when it is evaluated."""
+
+    def bank(self, dataset: FewShotDataset) -> Tensor:
+        return dataset.images
+
+    def classify(self, support: Tensor, query: Tensor) -> Tensor:
+        return super().classify(self.embed(support), self.embed(query))
 
 
 class Noted(nn.Module):
@@ -162,6 +180,8 @@ def errors() -> dict[str, str]:
     with processes("cpu"):
         if world().size == 1:
             return {}
+        with alone(), processes("cpu") as nested:
+            texts["alone"] = str(nested.size)
         last = world().size - 1
         try:
             with together():
@@ -179,6 +199,13 @@ def errors() -> dict[str, str]:
             fit(trainer, stream("protonet", glyphs().train), torch.optim.SGD(trainer.parameters(), 0.1), 1)
         except ValueError as error:
             texts["weights"] = str(error)
+        same = ProtoNetTrainer(fixed().requires_grad_(True))
+        same.load_state_dict(told_by_all(same.state_dict())[0])
+        other = EpisodeStream(glyphs().train, EPISODES, seed=world().rank)
+        try:
+            fit(same, other, torch.optim.SGD(same.parameters(), 0.1), 1)
+        except ValueError as error:
+            texts["batch"] = str(error)
         lazy = ProtoNetTrainer(Embedder(nn.Sequential(nn.Flatten(), nn.LazyLinear(4))))
         try:
             fit(lazy, stream("protonet", glyphs().train), torch.optim.SGD(lazy.parameters(), 0.1), 1)

@@ -113,5 +113,7 @@ def test_an_error_of_one_process_is_raised_by_all(size: int, results: Results) -
     for texts in results["errors", size]:
         assert texts["same"] == "expected the same in all processes, got in process 1 another seed (1, not 0); do it"
         assert "embedder.trunk.1.weight" in texts["weights"]
+        assert "got in process 1 another batch (support)" in texts["batch"]
+        assert texts["alone"] == "1"
         assert "got a lazy embedder.trunk.1.weight" in texts["lazy"]
-        assert texts["few"].startswith(f"expected an item for each of {size} processes, got 1 items")
+        assert texts["few"].startswith(f"expected 1 items for each of {size} processes, got a batch of 1")

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -14,14 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pml_fewshot.checks import ExistingFileError, UsageError, UsageTypeError, check_at_least_one, check_choice
+from pml_fewshot.checks import (
+    ExistingFileError,
+    UsageError,
+    UsageTypeError,
+    check_at_least_one,
+    check_choice,
+    check_finite,
+)
 from pml_fewshot.data.dataset import FewShotDataset, as_dataset
-from pml_fewshot.distributed import everyones, together, told_by_all, world
+from pml_fewshot.distributed import everyones, together, world
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.embedders.modes import evaluating, widened
 from pml_fewshot.embedders.preprocessing import Preprocessing
 from pml_fewshot.environment import keep_freed_memory
-from pml_fewshot.io.atomic import atomic_write, translate_write_errors
+from pml_fewshot.io.atomic import atomic_write, fsync, translate_write_errors
 from pml_fewshot.parts.instantiate import Part, instantiate
 
 # Images embedded at a time up to 84 x 84, and as many pixels of larger ones: 18 of 224 x 224. On a CPU a batch whose
@@ -137,6 +144,7 @@ def encode(
         batch_size = images_at_a_time(math.prod(dataset.item_shape[1:]), target)
     check_at_least_one("batch_size", batch_size)
     keep_memory(target)
+    batch_size = max(1, min(batch_size, len(dataset)))
     starts, ranks = range(0, len(dataset), batch_size), world().size
     # in each round a batch of every process, the last again where there are no more
     bank = torch.empty(0)  # one tensor: a list of parts would take twice its size when joined
@@ -168,31 +176,42 @@ def encode_to_file(
         UsageError: another ending, a file that is there (ExistingFileError), NaN; a full disk (CannotWriteError).
     """
     file, weight = Path(file), next((p for p in embedder.parameters() if p.is_floating_point()), torch.zeros(()))
+    labels_file, temporary = file.with_name(f"{file.stem}_labels.npy"), file.with_name(f".{file.name}.tmp")
     with together():
         if file.suffix != ".npy":
             raise UsageError(f"expected a path that ends with .npy, got {file}; rename it")
-        if file.exists():
-            raise ExistingFileError(f"expected a new file, got {file}, which exists; name another, or remove it")
-    told_by_all(None)  # all have looked
+        for each in (file, labels_file):
+            if each.exists():
+                raise ExistingFileError(f"expected a new file, got {each}, which exists; name another, or remove it")
     target = weight.device if device is None else torch.device(device)
     dataset = as_dataset(dataset)
-    batch_size = batch_size or images_at_a_time(math.prod(dataset.item_shape[1:]), target)
+    if batch_size is None:
+        batch_size = images_at_a_time(math.prod(dataset.item_shape[1:]), target)
+    check_at_least_one("batch_size", batch_size)
+    keep_memory(target)
     starts = range(0, len(dataset), batch_size)
-    temporary = atomic_write(file) if world().is_first else nullcontext(file.with_name(f".{file.name}.tmp"))
-    with _embedding(embedder, dataset, batch_size, target) as embed, temporary as written:
-        row = embed(0)[:1].cpu().numpy()
+    try:
+        with _embedding(embedder, dataset, batch_size, target) as embed:
+            with together(), translate_write_errors(file):
+                row = embed(0)[:1].cpu().numpy()
+                if world().is_first:
+                    np.lib.format.open_memmap(temporary, "w+", row.dtype, (len(dataset), row.shape[1]))
+            with together(), translate_write_errors(file):
+                rows = np.lib.format.open_memmap(temporary, "r+")
+                for start in _shown(starts[world().share(len(starts))]):
+                    part = embed(start)
+                    check_finite(part, f"embeddings of items {start} and on")
+                    rows[start : start + batch_size] = part.cpu().numpy()
+                rows.flush()
         with together(), translate_write_errors(file):
             if world().is_first:
-                np.lib.format.open_memmap(written, "w+", row.dtype, (len(dataset), row.shape[1]))
-        rows = np.lib.format.open_memmap(written, "r+")
-        for start in _shown(starts[world().share(len(starts))]):
-            rows[start : start + batch_size] = embed(start).cpu().numpy()
-        rows.flush()
-        told_by_all(None)  # all have written
-    if world().is_first:
-        with atomic_write(file.with_name(f"{file.stem}_labels.npy")) as labels, labels.open("wb") as out:
-            np.save(out, dataset.labels.cpu().numpy())
-    told_by_all(None)
+                with atomic_write(labels_file) as labels, labels.open("wb") as out:
+                    np.save(out, dataset.labels.cpu().numpy())
+                fsync(temporary)
+                temporary.replace(file)
+    finally:
+        if world().is_first:
+            temporary.unlink(missing_ok=True)
     mapped = torch.from_numpy(np.load(file, mmap_mode="c"))
     return EmbeddingBank(mapped, dataset.labels.cpu(), dataset.fingerprint(), dataset.class_names, dataset.note)
 

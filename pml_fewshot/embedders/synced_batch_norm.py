@@ -1,5 +1,6 @@
 """SyncedBatchNorm: within this context batch norm takes its statistics over the items of all processes."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -7,7 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pml_fewshot.distributed import Summed
+from pml_fewshot.distributed import Summed, world
+
+
+def synced() -> AbstractContextManager[object]:
+    """SyncedBatchNorm where several processes are to do so; around a backward pass too, which may run layers again."""
+    return SyncedBatchNorm() if world().sync_batch_norm and world().size > 1 else nullcontext()
 
 
 class SyncedBatchNorm(TorchFunctionMode):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one, check_finite
 from pml_fewshot.data.dataset import FewShotDataset, as_floats
-from pml_fewshot.distributed import summed, world
+from pml_fewshot.distributed import alone, summed, together, told_by_all, world
 from pml_fewshot.embedders.bank import ClassName, EmbeddingBank, names_of
 from pml_fewshot.embedders.embedder import encode, is_embedder
 from pml_fewshot.embedders.modes import evaluating, widened
@@ -195,7 +195,7 @@ class EpisodicEvaluator:
         # one tensor, for small ones left between a chunk's large blocks would make the process grow by gigabytes
         accuracies = torch.zeros(len(episodes), dtype=torch.float64, device=bank.device)
         predicted = torch.zeros(len(episodes), ways * queries * predictions, dtype=torch.int64, device=bank.device)
-        chunk = self.chunk or self._default_chunk(bank, ways * (episodes.support.shape[2] + queries))
+        chunk = self.chunk or min(told_by_all(self._default_chunk(bank, ways * (episodes.support.shape[2] + queries))))
 
         @torch.no_grad()  # which, as all modes, belongs to a thread
         def score(start: int) -> None:
@@ -214,10 +214,19 @@ class EpisodicEvaluator:
 
         in_threads = classifier.thread_safe and bank.ndim == 2 and bank.device.type == "cpu" and self.chunk is None
         threads = torch.get_num_threads() if in_threads else 1
-        starts = range(0, len(episodes), chunk)[world().share(len(episodes))]  # whole chunks, to be equal to the bit
-        with ThreadPoolExecutor(threads) as pool, one_thread_each() if in_threads else nullcontext():
-            list(map(score, starts[:1]))  # before the threads start: a lazy distance gets its weights here
-            list((pool.map if threads > 1 else map)(score, starts[1:]))
+        starts = range(0, len(episodes), chunk)
+        own = starts[world().share(len(starts))]  # whole chunks, to be equal to the bit
+        with (
+            together(),
+            alone(),  # what a method embeds or fits for its episodes is its own
+            ThreadPoolExecutor(threads) as pool,
+            one_thread_each() if in_threads else nullcontext(),
+        ):
+            score(starts[0])  # before the threads start: a lazy distance gets its weights here, in each process
+            if starts[0] not in own:
+                accuracies.zero_()
+                predicted.zero_()
+            list((pool.map if threads > 1 else map)(score, [start for start in own if start]))
         accuracies = summed(accuracies).cpu()  # zeros where another process scored
         check_finite(accuracies, "logits of each episode", classifier.divergence_hint)
         return accuracies, summed(predicted).cpu()
@@ -241,10 +250,12 @@ class EpisodicEvaluator:
             accuracies[number] = right.where(torch.isfinite(logits).all(), torch.nan)
 
         threads = 1 if bank.is_cuda else torch.get_num_threads()
-        with ThreadPoolExecutor(threads) as pool, one_thread_each():
-            own = range(len(episodes))[world().share(len(episodes))]
-            list(map(score, own[:1]))  # before the threads start: a lazy distance gets its weights here
-            list(pool.map(score, own[1:]))
+        own = range(len(episodes))[world().share(len(episodes))]
+        with together(), alone(), ThreadPoolExecutor(threads) as pool, one_thread_each():
+            score(0)  # before the threads start: a lazy distance gets its weights here, in each process
+            if 0 not in own:
+                accuracies.zero_()
+            list(pool.map(score, [number for number in own if number]))
         accuracies = summed(accuracies).cpu()
         check_finite(accuracies, "logits of each episode", hint)
         return accuracies

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pml_fewshot.checks import UsageError, UsageTypeError, as_labels, check_at_least_one, check_choice, check_finite
 from pml_fewshot.data.dataset import FewShotDataset
 from pml_fewshot.distances.episodic_distance import EpisodicDistance
-from pml_fewshot.distributed import gathered, world
+from pml_fewshot.distributed import alone, gathered, together, world
 from pml_fewshot.embedders.bank import ClassName, EmbeddingBank, align, names_of
 from pml_fewshot.embedders.embedder import encode, is_embedder
 from pml_fewshot.embedders.modes import eval_mode
@@ -237,9 +237,10 @@ class RetrievalTester:
         # all at once where that fits, for queries among themselves need each pair only once
         for part in chosen.split(max(1, MAX_NEIGHBORS // (k + more))) if figures else ():
             own = part[world().share(len(part))]
-            nearest = _search(query, own, searched, k, ranking, left_out, more)
-            if rerank is not None and isinstance(references, EmbeddingBank):
-                nearest = _reordered(query.embeddings[own], references.embeddings, nearest, rerank)
+            with together(), alone():
+                nearest = _search(query, own, searched, k, ranking, left_out, more)
+                if rerank is not None and isinstance(references, EmbeddingBank):
+                    nearest = _reordered(query.embeddings[own], references.embeddings, nearest, rerank)
             nearest = gathered(nearest, len(part))
             match = (labels[nearest] == query_labels[part].unsqueeze(1)) & (nearest >= 0)  # -1: fewer were found
             kept = counts[part]

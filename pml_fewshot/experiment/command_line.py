@@ -92,9 +92,11 @@ def one_line_errors() -> Iterator[None]:
         warnings.formatwarning = _one_line
         yield
     except (UsageError, TrainingDiverged) as error:
-        sys.exit(1 if hasattr(error, "reported_elsewhere") else f"{_process()}error: {error}")
+        told = _process() and (isinstance(error, TrainingDiverged) or hasattr(error, "reported_elsewhere"))
+        sys.exit(1 if told else f"{_process()}error: {error}")
     except ProcessLost as error:
-        print(f"{_process()}error: {error}", file=sys.stderr)
+        if not _process():  # torchrun names the first one, where that is lost
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(RESUMABLE)
     except TrainingInterrupted as stop:
         if not _process():  # all have agreed to it

@@ -89,6 +89,7 @@ class RunFolder:
 
     def finish(self, table: ResultTable) -> None:
         """Writes the table, then that it is of the config's steps and evaluation."""
+        told_by_all(None)  # all have come so far
         if world().is_first:
             table.write(self.path)
         self._write({**self.stored, "finished": self._result()})

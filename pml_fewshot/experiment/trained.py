@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from pml_fewshot.checks import LockedError, UsageError
 from pml_fewshot.data.dataset import FewShotDataset, Splits
 from pml_fewshot.data.image_folder import load_images
+from pml_fewshot.distributed import together, world
 from pml_fewshot.evaluation.benchmark import benchmark
 from pml_fewshot.evaluation.retrieval import RetrievalTester
 from pml_fewshot.evaluation.table import ResultTable
@@ -134,6 +135,13 @@ def evaluate_again(
         note="; ".join(notes),
         split=split,
     )
+    with together():
+        if world().is_first:
+            _keep(table, folder)
+    return table
+
+
+def _keep(table: ResultTable, folder: Path) -> None:
     try:
         with FileLock(folder / ".lock", timeout=0):
             place = folder / EVALUATIONS
@@ -142,7 +150,6 @@ def evaluate_again(
             ResultTable([*before, *(row for row in table.rows if row not in before)]).write(place)
     except Timeout as error:
         raise LockedError(f"expected a run folder that no other process writes, got {folder}; wait for it") from error
-    return table
 
 
 def _command(

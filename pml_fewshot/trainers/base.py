@@ -1,7 +1,6 @@
 """FewShotTrainer: what `fit`, `run` and evaluation ask of a method, by default of an embedder with a PML loss."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one, check_choice
 from pml_fewshot.data.dataset import FewShotDataset, Splits
-from pml_fewshot.distributed import shared, world
+from pml_fewshot.distributed import shared
 from pml_fewshot.embedders.embedder import check_rows, encode
 from pml_fewshot.embedders.modes import eval_mode, widened
-from pml_fewshot.embedders.synced_batch_norm import SyncedBatchNorm
+from pml_fewshot.embedders.synced_batch_norm import synced
 from pml_fewshot.evaluation.heads import (
     Head,
     is_transductive,
@@ -149,7 +148,7 @@ class FewShotTrainer(nn.Module):
         share, which is what its batch norm sees, unless that is synchronized.
         """
         axes = items.ndim - 3 if axes is None else axes
-        with SyncedBatchNorm() if world().sync_batch_norm else nullcontext():
+        with synced():
             embeddings = check_rows(shared(self.embedder, items.flatten(0, axes - 1)), self.embedder)
         # Under autocast embeddings are bfloat16, whose 8 bits cannot tell near ones apart: distances in float32.
         return widened(embeddings).unflatten(0, items.shape[:axes])

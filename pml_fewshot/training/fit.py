@@ -12,14 +12,14 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 from pml_fewshot.checks import ExistingFileError, UsageError, check_at_least_one
-from pml_fewshot.distributed import any_process, world
+from pml_fewshot.distributed import any_process, begin_step, world
 from pml_fewshot.embedders.modes import eval_mode, train_mode
 from pml_fewshot.evaluation.episodic import EpisodicResult
 from pml_fewshot.io.checkpoint import load_checkpoint
 from pml_fewshot.training.early_stopping import EarlyStopping
 from pml_fewshot.training.freezing import frozen_parts
 from pml_fewshot.training.interruption import StopOnSignal, TrainingInterrupted
-from pml_fewshot.training.state import RECORDED, History, Recorder, TrainingState
+from pml_fewshot.training.state import RECORDED, History, Recorder, TrainingState, check_same_batch
 from pml_fewshot.training.step import check_optimizer, check_trainable, learning_rates, train_step, warn_of_unreached
 
 LOG_EVERY = 20  # steps between two readings of the loss, each of which waits for the GPU
@@ -110,12 +110,16 @@ def fit(
     shown = progress and world().is_first
     bar = tqdm(total=steps, initial=history.steps, desc="training", unit="step", disable=not shown, mininterval=1)
     with bar, train_mode(trainer), frozen_parts(trainer, frozen or {}) as thaw, StopOnSignal() as signal:
-        stopping = False
+        stopping, first = False, True
         while history.steps < steps and not state.stopped_early and not stopping:
             batch = next(source, None)
             if batch is None:
                 raise UsageError(f"expected {steps} batches, got {history.steps}; lower steps, or pass a stream")
             thaw(history.steps)
+            begin_step(history.steps)
+            if first:
+                check_same_batch(batch)
+                first = False
             rates = learning_rates(optimizer)
             loss = train_step(trainer, batch.to(device), optimizer, clip_norm, autocast)
             state.note(loss, rates, batch)

@@ -139,7 +139,8 @@ class TrainingState:
             state = {name: each for name, each in self.trainer.state_dict().items() if isinstance(each, Tensor)}
             known = {name: each.cpu().contiguous() for name, each in state.items() if not is_lazy(each)}
             weights = {name: checksum_of({name: each}) for name, each in known.items()}
-            check_same(weights, "make the trainer from the same seed in all processes")
+            do = "make the trainer from the same seed in all processes, and let all see the same checkpoint"
+            check_same({"step": self.history.steps, **weights}, do)
 
     def remaining_batches(self) -> Iterator[Any]:
         """The batches that follow the steps taken."""
@@ -299,6 +300,14 @@ def _average(trainer: nn.Module, ema: float) -> AveragedModel:
     if any(map(is_lazy, trainer.parameters())):
         raise UsageError("expected weights of known shape for an average, got a lazy one; give the distance its dim")
     return AveragedModel(trainer, multi_avg_fn=get_ema_multi_avg_fn(ema))
+
+
+def check_same_batch(batch: Any) -> None:
+    """Raises a UsageError where another process has another batch: each takes its share of the same one."""
+    if world().size > 1 and hasattr(batch, "__dict__"):
+        tensors = {name: each for name, each in vars(batch).items() if isinstance(each, Tensor)}
+        sums = {f"batch ({name})": checksum_of({name: each.cpu().contiguous()}) for name, each in tensors.items()}
+        check_same(sums, "draw the same batches in all processes: the same seed, and no DistributedSampler")
 
 
 def _as_batch(batch: Any) -> Any:

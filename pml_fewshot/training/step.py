@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from pml_fewshot.checks import UsageError
 from pml_fewshot.distributed import average_step, world
+from pml_fewshot.embedders.synced_batch_norm import synced
 
 
 def train_step(
@@ -28,7 +29,8 @@ def train_step(
         loss: Tensor = trainer(batch)
     learned = loss.requires_grad
     if learned:
-        loss.backward()
+        with synced():
+            loss.backward()
     elif loss.detach() != 0:
         raise UsageError(
             f"expected a loss that depends on weights to train, got {loss.item():g} without a gradient; look for "
