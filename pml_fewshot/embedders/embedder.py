@@ -149,8 +149,10 @@ def encode(
     # in each round a batch of every process, the last again where there are no more
     bank = torch.empty(0)  # one tensor: a list of parts would take twice its size when joined
     with _embedding(embedder, dataset, batch_size, target) as embed:
-        for first in _shown(range(0, len(starts), ranks)):
-            part = embed(starts[min(first + world().rank, len(starts) - 1)])
+        rounds = range(0, len(starts), ranks)
+        parts = (embed(starts[min(first + world().rank, len(starts) - 1)]) for first in _shown(rounds))
+        # several processes embed at their own pace, for which each keeps its share of the bank a second time
+        for first, part in zip(rounds, list(parts) if ranks > 1 else parts, strict=True):
             if first == 0:
                 bank = part.new_empty(len(dataset), part.shape[1])
             whole = F.pad(part, (0, 0, 0, batch_size - len(part))) if ranks > 1 else part  # of one length for all
