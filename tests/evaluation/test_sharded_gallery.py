@@ -227,6 +227,7 @@ def hold(lock: Path, held: Any) -> None:
         time.sleep(3600)
 
 
+@pytest.mark.slow
 def test_what_a_dead_worker_had_taken_is_taken_over(tmp_path: Path):
     path, folder, held = saved(clustered(700), tmp_path), tmp_path / "g", SPAWN.Event()
     (folder / "shards").mkdir(parents=True)

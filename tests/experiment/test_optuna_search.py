@@ -201,10 +201,12 @@ def check_shared(folder: Path, storage: Any, alone: SearchResult) -> None:
             assert rows_of(folder / name, group) == rows_of(own / name, group)
 
 
+@pytest.mark.slow
 def test_workers_share_trials_and_take_over_that_of_a_killed_one(alone: SearchResult, shared_by_workers: Path) -> None:
     check_shared(shared_by_workers / "file" / "shared", None, alone)
 
 
+@pytest.mark.slow
 def test_workers_share_a_postgresql(
     alone: SearchResult, shared_by_workers: Path, postgres: str, tmp_path: Path
 ) -> None:

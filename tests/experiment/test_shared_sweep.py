@@ -23,6 +23,7 @@ def of_names(*names: str) -> list[ExperimentConfig]:
     return [each for each in swept(kills=False) if each.name in names]
 
 
+@pytest.mark.slow
 def test_workers_share_experiments_and_take_over_that_of_a_killed_one(shared_by_workers: Path, tmp_path: Path) -> None:
     folder = shared_by_workers / "sweep" / "shared"
     whole = sweep(swept(kills=False), tmp_path / "alone")
