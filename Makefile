@@ -17,7 +17,7 @@ demo: $(VENV)/installed  ## train and evaluate on the built-in data, in minutes
 # two tests at a time, each on one thread
 RING = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(1)/bin/python -m pytest -n 2 --dist worksteal
 
-test: $(VENV)/installed  ## the default ring of tests, 2 to 3 minutes
+test: $(VENV)/installed  ## the default ring of tests, 3 to 5 minutes
 	$(call RING,$(VENV))
 
 # The ring on other versions than the pinned ones, each time in a new environment: `make test-lowest PYTHON=python3.12`.
