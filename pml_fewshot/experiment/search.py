@@ -181,7 +181,7 @@ class _Worker:
         return trial
 
     def _taken_over(self, dead: "optuna.trial.FrozenTrial") -> "optuna.Trial":
-        """The same trial, with the parameters that were suggested, for this process to go on with."""
+        """The same trial, with the parameters that were suggested, to be continued by this process."""
         import optuna
 
         self._seed(dead.number)
