@@ -10,28 +10,41 @@ from pml_fewshot.sampling.class_sampler import ClassSampler, draw_without_replac
 from tests.sampling.material import scattered_labels, seeded
 
 
-@given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=6), count=st.integers(1, 12), seed=st.integers(0, 2**32))
+def shuffled(slots: list[int], size: int) -> list[int]:
+    """The textbook Fisher-Yates shuffle, written out; a dict stands for the array, which may be of any size."""
+    array: dict[int, int] = {}
+    for i, j in enumerate(slots):
+        assert i <= j < size
+        array[i], array[j] = array.get(j, j), array.get(i, i)
+    return [array[i] for i in range(len(slots))]
+
+
+@given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=6), count=st.integers(1, 60), seed=st.integers(0, 2**32))
 @example(sizes=[7, 30, 5, 1000], count=5, seed=3)
-@example(sizes=[1692] * 3, count=33, seed=0)
-@example(sizes=[1692] * 3, count=1692, seed=0)  # takes 31 s where the cost grows with the square
+@example(sizes=[1692] * 3, count=1692, seed=0)
+@example(sizes=[10**12, 2**40, 64], count=64, seed=0)
 @settings(deadline=None, max_examples=150, derandomize=True)
-def test_draws_equal_a_shuffle_of_the_whole_array_that_is_stopped_early(sizes: list[int], count: int, seed: int):
-    """The textbook Fisher-Yates shuffle, written out, from the same random numbers; small, large, in blocks or not."""
+def test_draws_equal_a_shuffle_of_whole_arrays_that_is_stopped_early(sizes: list[int], count: int, seed: int) -> None:
+    """From the same random numbers, in blocks or not, as in all versions: published figures name their seeds."""
     sizes = [max(size, count) for size in sizes]
-    uniform = torch.rand(count, len(sizes), generator=seeded(seed), dtype=torch.float64)
-    expected = []
-    for row, size in enumerate(sizes):
-        array = list(range(size))
-        for i in range(count):
-            j = i + int(uniform[i, row].item() * (size - i))
-            array[i], array[j] = array[j], array[i]
-        expected.append(array[:count])
-    for blocks in (2**22, 100):
+    uniform = torch.rand(count, len(sizes), generator=seeded(seed), dtype=torch.float64).T.tolist()
+    slots = [[i + int(u * (size - i)) for i, u in enumerate(row)] for size, row in zip(sizes, uniform, strict=True)]
+    for block in (2**14, 1):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(class_sampler, "MAX_SHUFFLED", blocks)
+            patch.setattr(class_sampler, "BLOCK", block)
             drawn = draw_without_replacement(torch.tensor(sizes), count, seeded(seed))
         assert drawn.dtype == torch.int64
-        assert drawn.T.tolist() == expected
+        assert drawn.T.tolist() == [shuffled(*each) for each in zip(slots, sizes, strict=True)]
+
+
+@given(ahead=st.lists(st.integers(0, 4), min_size=1, max_size=40))
+@example(ahead=[1] * 34 + [0])  # one number is carried through all steps and found: the longest path there is
+@settings(deadline=None, max_examples=300, derandomize=True)
+def test_steps_that_meet_again_and_again_find_what_swapping_leaves(ahead: list[int]) -> None:
+    slots = [i + each for i, each in enumerate(ahead)]
+    found = torch.empty(1, len(slots), dtype=torch.int64)
+    class_sampler._found(torch.tensor([slots]), found)
+    assert found.tolist() == [shuffled(slots, len(slots) + 4)]
 
 
 def test_the_items_of_two_classes_are_drawn_on_their_own() -> None:
