@@ -2,18 +2,32 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
-from pml_fewshot import environment
-from pml_fewshot.environment import ImportHook, execute_faiss, execute_torchvision, prepare_imports
+from pml_fewshot import (
+    Embedder,
+    EmbeddingBank,
+    EpisodeSpec,
+    EpisodeStream,
+    EpisodicEvaluator,
+    FewShotDataset,
+    ProtoNetTrainer,
+    RetrievalTester,
+    environment,
+    fit,
+)
+from pml_fewshot.embedders.embedder import encode, encode_to_file
+from pml_fewshot.environment import ImportHook, execute_faiss, execute_torchvision, keep_memory, prepare_imports
 
 CORE = environment.OPENBLAS_CORES.get(torch.backends.cpu.get_cpu_capability())
 FRESH = """
@@ -23,6 +37,15 @@ heavy = "faiss torchvision sklearn scipy pytorch_metric_learning matplotlib tens
 assert not sys.modules.keys() & heavy, sys.modules.keys() & heavy
 from pml_fewshot.environment import keep_freed_memory
 assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+if platform.libc_ver()[0] == "glibc":  # in threads too, of blocks larger than a heap of a thread's own
+    import concurrent.futures, resource, torch
+    pages = 80 * 2**20 // resource.getpagesize()
+    def faults(pool):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        list(pool.map(lambda _: torch.ones(80, 2**18).sum(), range(10)))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        assert any(faults(pool) < pages for _ in range(10))  # the first are new blocks: glibc cannot reuse all at once
 import faiss
 assert "OPENBLAS_CORETYPE" not in os.environ
 import torch, torchvision
@@ -43,8 +66,68 @@ print(*(each.get("architecture", "") for each in threadpool_info() if "faiss" in
 """
 
 
+def test_whatever_trains_embeds_or_evaluates_on_a_cpu_keeps_freed_memory_once_unless_switched_off(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+):
+    trainer = ProtoNetTrainer(Embedder(nn.Sequential(nn.Flatten(), nn.Linear(9, 2))))
+    noise = torch.randint(256, (12, 1, 3, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    dataset = FewShotDataset(noise, torch.arange(12) % 3, ["a", "b", "c"])
+    bank, spec = EmbeddingBank(noise.flatten(1).float(), dataset.labels), EpisodeSpec(2, 1, 1)
+    optimizer = torch.optim.SGD(trainer.parameters(), lr=0.1)
+    ways: list[Callable[[], object]] = [
+        lambda: fit(trainer, EpisodeStream(dataset, spec, 0), optimizer, 1, progress=False),
+        lambda: encode(trainer.embedder, dataset),
+        lambda: encode_to_file(trainer.embedder, dataset, tmp_path / f"{len(list(tmp_path.iterdir()))}.npy"),
+        lambda: EpisodicEvaluator(spec, 2).evaluate(bank),
+        lambda: RetrievalTester().test(bank),
+        lambda: keep_memory(torch.device("cpu")),
+    ]
+    calls: list[bool] = []
+    monkeypatch.setattr(environment, "keep_freed_memory", lambda: calls.append(True) or True)
+    for way in ways:
+        environment._keep_memory.cache_clear()
+        calls.clear()
+        caplog.clear()
+        with caplog.at_level("INFO", logger="pml_fewshot"):
+            keep_memory(torch.device("cuda"))
+            monkeypatch.setenv("PML_FEWSHOT_KEEP_MEMORY", "0")
+            way()
+            assert calls == []
+            monkeypatch.delenv("PML_FEWSHOT_KEEP_MEMORY")
+            for _ in range(2):
+                way()
+        assert calls == [True]
+        assert caplog.text.count("PML_FEWSHOT_KEEP_MEMORY=0") == 1
+
+
+@pytest.mark.parametrize(
+    ("libc", "by_user", "told"),
+    [
+        ("glibc", {}, {-1, -2, -4, -8}),
+        ("glibc", {"MALLOC_TOP_PAD_": "1000", "MALLOC_ARENA_MAX": "4"}, {-1, -4}),
+        ("glibc", {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=9:glibc.malloc.trim_threshold=5"}, {-2, -8}),
+        ("", {}, set()),  # musl, macOS, Windows
+    ],
+)
+def test_glibc_is_told_what_the_user_has_not(
+    libc: str, by_user: dict[str, str], told: set[int], monkeypatch: pytest.MonkeyPatch
+):
+    calls: dict[int, int] = {}
+    known = SimpleNamespace(mallopt=lambda name, value: calls.update({name: value}) or 1)
+    monkeypatch.setattr(environment.ctypes, "CDLL", lambda name: known)
+    monkeypatch.setattr(environment.platform, "libc_ver", lambda: (libc, ""))
+    for name in [*filter(re.compile("MALLOC_|GLIBC_").match, os.environ)]:
+        monkeypatch.delenv(name)
+    for name, value in by_user.items():
+        monkeypatch.setenv(name, value)
+    assert environment.keep_freed_memory() == bool(told)
+    assert calls.keys() == told
+    assert calls.get(-8, 1) == 1
+
+
 def test_a_fresh_interpreter_imports_little_and_then_fast_kernels_torchvision_and_a_lighter_pml():
-    variables = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}
+    by_user = re.compile("OPENBLAS_CORETYPE|MALLOC_|GLIBC_")
+    variables = {name: value for name, value in os.environ.items() if not by_user.match(name)}
     done = subprocess.run([sys.executable, "-c", FRESH], env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert CORE is None or set(done.stdout.split()) <= {CORE}  # none where faiss has another BLAS

@@ -1,11 +1,8 @@
 """Embedder: images to embeddings, by a trunk and an optional projection."""
 
-import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +24,7 @@ from pml_fewshot.distributed import everyones, together, world
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.embedders.modes import evaluating, widened
 from pml_fewshot.embedders.preprocessing import Preprocessing
-from pml_fewshot.environment import keep_freed_memory
+from pml_fewshot.environment import keep_memory
 from pml_fewshot.io.atomic import atomic_write, fsync, translate_write_errors
 from pml_fewshot.parts.instantiate import Part, instantiate
 
@@ -253,24 +250,6 @@ def images_at_a_time(pixels: int, device: torch.device) -> int:
     """
     most = CUDA_BATCH if device.type == "cuda" else CPU_BATCH
     return max(1, most * FULL_BATCH_PIXELS // max(pixels, FULL_BATCH_PIXELS))
-
-
-def keep_memory(device: torch.device) -> None:
-    """Before embedding on a CPU: glibc is told, once a process, to keep freed memory (`keep_freed_memory`).
-
-    Else each layer's output is fetched from the system again, a fault for each page: EfficientNet-Lite0 embeds 26
-    images of 224 x 224 a second instead of 56, ResNet12 12 of 84 x 84 instead of 34. The log says so once.
-    `PML_FEWSHOT_KEEP_MEMORY=0` switches it off.
-    """
-    if device.type == "cpu" and os.environ.get("PML_FEWSHOT_KEEP_MEMORY") != "0":
-        _keep_memory()
-
-
-@cache
-def _keep_memory() -> None:
-    if keep_freed_memory():
-        switch = "PML_FEWSHOT_KEEP_MEMORY=0 switches it off"
-        logging.getLogger("pml_fewshot").info("glibc keeps freed memory for reuse (mallopt); %s", switch)
 
 
 def check_rows(output: object, module: nn.Module) -> Tensor:

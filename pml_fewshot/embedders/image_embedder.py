@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 
 from pml_fewshot.checks import MissingFileError, UsageError, UsageTypeError, check_at_least_one, check_finite
 from pml_fewshot.data.images import THREADS, BrokenImageError, opened_image
-from pml_fewshot.embedders.embedder import check_rows, images_at_a_time, keep_memory
+from pml_fewshot.embedders.embedder import check_rows, images_at_a_time
 from pml_fewshot.embedders.modes import evaluating, widened
 from pml_fewshot.embedders.preprocessing import Preprocessing
+from pml_fewshot.environment import keep_memory
 
 AHEAD_PIXELS = 2**22  # of images that are ready and wait for the trunk, at most: 83 of 224 x 224, 12 MB
 ORIENTATION = 0x0112  # EXIF's tag of how a camera was held

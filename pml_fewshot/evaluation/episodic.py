@@ -22,6 +22,7 @@ from pml_fewshot.distributed import alone, summed, together, told_by_all, world
 from pml_fewshot.embedders.bank import ClassName, EmbeddingBank, names_of
 from pml_fewshot.embedders.embedder import encode, is_embedder
 from pml_fewshot.embedders.modes import evaluating, widened
+from pml_fewshot.environment import keep_memory
 from pml_fewshot.evaluation.heads import (
     Head,
     Scores,
@@ -155,6 +156,7 @@ class EpisodicEvaluator:
             labels = labeled.labels.cpu()
             if len(bank) != len(labels):
                 raise UsageError(f"expected a bank of {len(labels)} items, got {len(bank)}; encode this very data set")
+            keep_memory(bank.device)
             check_finite(bank, "bank")
             with one_thread_each():
                 drawn = self._sampler(labels, labeled.class_names).sample(self.num_episodes)

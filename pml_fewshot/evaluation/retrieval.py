@@ -19,6 +19,7 @@ from pml_fewshot.distributed import alone, gathered, together, world
 from pml_fewshot.embedders.bank import ClassName, EmbeddingBank, align, names_of
 from pml_fewshot.embedders.embedder import encode, is_embedder
 from pml_fewshot.embedders.modes import eval_mode
+from pml_fewshot.environment import keep_memory
 from pml_fewshot.evaluation import retrieval_metrics as known
 from pml_fewshot.evaluation.gallery import EXACT, Gallery, IndexRecall, check_index
 from pml_fewshot.evaluation.heads import similarities
@@ -183,6 +184,7 @@ class RetrievalTester:
             query, reference = embedder, dataset if reference is None else reference
         else:
             raise UsageError("expected a bank and at most one reference, got two; leave one out")
+        keep_memory(query.embeddings.device)
         check_finite(query.embeddings, "query embeddings")
         references: References
         if isinstance(reference, Gallery):

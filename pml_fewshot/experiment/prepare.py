@@ -19,7 +19,7 @@ from pml_fewshot.data.augmentation import as_augmentation, augmented
 from pml_fewshot.data.dataset import FewShotDataset, Splits, as_dataset, concat
 from pml_fewshot.distributed import local_rank
 from pml_fewshot.embedders.bank import EmbeddingBank
-from pml_fewshot.environment import keep_freed_memory
+from pml_fewshot.environment import keep_memory
 from pml_fewshot.evaluation.episodic import EpisodicEvaluator, EpisodicResult
 from pml_fewshot.evaluation.gallery import EXACT, Gallery
 from pml_fewshot.evaluation.retrieval import RetrievalTester
@@ -55,8 +55,7 @@ class Prepared:
 def prepare(config: ExperimentConfig) -> Prepared:
     """Loads the data and makes all parts; whatever can be wrong with them raises here, before hours of training."""
     config, device = own_parts(config), resolve_device(config.device)
-    if device.type == "cpu" and keep_freed_memory():
-        print("memory: glibc keeps freed blocks for reuse (mallopt); otherwise training steps take twice as long")
+    keep_memory(device)
     loaded = load_data(config)
     splits = for_evaluation(config, loaded)
     train, val = loaded.train, None if splits.test_is_val else splits.val

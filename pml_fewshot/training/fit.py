@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from pml_fewshot.checks import ExistingFileError, UsageError, check_at_least_one
 from pml_fewshot.distributed import any_process, begin_step, world
 from pml_fewshot.embedders.modes import eval_mode, train_mode
+from pml_fewshot.environment import keep_memory
 from pml_fewshot.evaluation.episodic import EpisodicResult
 from pml_fewshot.io.checkpoint import load_checkpoint
 from pml_fewshot.training.early_stopping import EarlyStopping
@@ -96,6 +97,7 @@ def fit(
     if found and not resume:
         raise ExistingFileError(f"expected no file at {checkpoint}, got one; pass resume=True, or name another file")
     device = next(trainer.parameters()).device
+    keep_memory(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type == "cuda")
     state = TrainingState(trainer, optimizer, scheduler, batches, stopper, ema)
     recorder = recorder if world().is_first else None

@@ -1,7 +1,6 @@
 """Embedder: forward, encode, and what encode leaves as it was."""
 
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -145,21 +144,3 @@ def test_frozen_parts_are_not_trained_and_stay_in_eval_mode_whatever_mode_the_re
         assert moved == [number not in parts for number in range(4)]
     with pytest.raises(UsageError, match=r"a part of the trunk to freeze .*did you mean 'blocks.0'"):
         Embedder(Conv4(), frozen=["block.0"])
-
-
-def test_freed_memory_is_kept_once_on_a_cpu_unless_switched_off(monkeypatch: pytest.MonkeyPatch, caplog: Any):
-    from pml_fewshot.embedders import embedder as module
-
-    calls: list[bool] = []
-    monkeypatch.setattr(module, "keep_freed_memory", lambda: calls.append(True) or True)
-    module._keep_memory.cache_clear()
-    with caplog.at_level("INFO", logger="pml_fewshot"):
-        module.keep_memory(torch.device("cuda"))
-        monkeypatch.setenv("PML_FEWSHOT_KEEP_MEMORY", "0")
-        Embedder(Means()).encode(random_dataset())
-        assert calls == []
-        monkeypatch.delenv("PML_FEWSHOT_KEEP_MEMORY")
-        for _ in range(2):
-            Embedder(Means()).encode(random_dataset())
-    assert calls == [True]
-    assert caplog.text.count("PML_FEWSHOT_KEEP_MEMORY=0") == 1
