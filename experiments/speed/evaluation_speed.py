@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from experiments.speed import peers
-from experiments.speed.side_by_side import Row, check_accuracy, check_equal, conditions, median_seconds
+from experiments.speed.side_by_side import Row, check_accuracy, check_equal, conditions, median_seconds, random_images
 from pml_fewshot import (
     Conv4,
     Embedder,
@@ -48,16 +48,6 @@ PACKAGES = ("torch", "easyfsl", "pytorch-metric-learning", "faiss-cpu", "numpy")
 def characters(data_root: Path) -> FewShotDataset:
     """Omniglot's 423 test classes of 20 images, 28 x 28."""
     return load_omniglot(data_root, rotations=False).test
-
-
-def random_images(classes: int, per_class: int, size: int, channels: int, seed: int = 0) -> FewShotDataset:
-    """Random images; those of a class share a faint random pattern, so that an accuracy can be better than chance."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (channels, size, size)
-    pattern = torch.randint(112, (classes, 1, *shape), generator=generator, dtype=torch.uint8)
-    noise = torch.randint(144, (classes, per_class, *shape), generator=generator, dtype=torch.uint8)
-    labels = torch.arange(classes).repeat_interleave(per_class)
-    return FewShotDataset((pattern + noise).flatten(0, 1), labels, [f"class {c}" for c in range(classes)])
 
 
 # --- the comparisons --------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 
-import higher
 import torch
 import torch.nn.functional as F
 import tyro
@@ -31,6 +30,7 @@ from pml_fewshot import Conv4, Episode, MAMLTrainer
 from pml_fewshot.environment import keep_freed_memory
 
 INNER_LR = 0.4
+PEERS = ("learn2learn's algorithm", "higher")
 SAME_GRADIENT = 1e-8  # relative, in float64: in float32 rounding alone makes them differ by 1e-3 and more
 
 SETTINGS = ((1, False, 1.4), (1, True, 1.6), (5, False, 1.4))  # inner steps, first order, times as fast as wanted
@@ -60,22 +60,31 @@ def flat_gradient(network: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
+def step_by_step(
+    network: nn.Module, support: Tensor, query: Tensor, inner_steps: int, first_order: bool
+) -> tuple[Tensor, Tensor]:
+    """Logits (W*Q, W) of a task's queries (W, Q, *item) after inner steps on its support (W, K, *item), and labels."""
+    weights = {name: p.clone() for name, p in network.named_parameters()}
+    for _ in range(inner_steps):
+        loss = F.cross_entropy(functional_call(network, weights, (support.flatten(0, 1),)), labels_of(support))
+        gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=not first_order)
+        weights = {name: w - INNER_LR * g for (name, w), g in zip(weights.items(), gradients, strict=True)}
+    return functional_call(network, weights, (query.flatten(0, 1),)), labels_of(query)
+
+
 def learn2learn(network: nn.Module, batch: Episode, inner_steps: int, first_order: bool) -> Tensor:
     """A meta-step by learn2learn's algorithm."""
     network.zero_grad()
     for support, query in zip(batch.support, batch.query, strict=True):
-        weights = {name: p.clone() for name, p in network.named_parameters()}
-        for _ in range(inner_steps):
-            loss = F.cross_entropy(functional_call(network, weights, (support.flatten(0, 1),)), labels_of(support))
-            gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=not first_order)
-            weights = {name: w - INNER_LR * g for (name, w), g in zip(weights.items(), gradients, strict=True)}
-        loss = F.cross_entropy(functional_call(network, weights, (query.flatten(0, 1),)), labels_of(query))
+        loss = F.cross_entropy(*step_by_step(network, support, query, inner_steps, first_order))
         (loss / len(batch.support)).backward()
     return flat_gradient(network)
 
 
 def by_higher(network: nn.Module, batch: Episode, inner_steps: int, first_order: bool) -> Tensor:
     """A meta-step by `higher`."""
+    import higher  # which only this contender needs
+
     network.zero_grad()
     optimizer = torch.optim.SGD(network.parameters(), lr=INNER_LR)
     for support, query in zip(batch.support, batch.query, strict=True):
@@ -106,7 +115,7 @@ def by_us(trainer: MAMLTrainer, batch: Episode) -> Tensor:
 
 def contenders(networks: dict[str, nn.Module], batch: Episode, inner_steps: int, first_order: bool) -> dict[str, Step]:
     """All that take part, by name."""
-    peers = {"learn2learn's algorithm": learn2learn, "higher": by_higher}
+    peers = dict(zip(PEERS, (learn2learn, by_higher), strict=True))
     trainer = MAMLTrainer(networks["Conv4"], INNER_LR, inner_steps, first_order=first_order)
     steps: dict[str, Step] = {"MAMLTrainer": partial(by_us, trainer, batch)}
     for (peer, step), (name, network) in product(peers.items(), networks.items()):
@@ -128,12 +137,13 @@ def both_networks(device: str) -> dict[str, nn.Module]:
     return networks
 
 
-def check_gradients(batch: Episode, inner_steps: int, first_order: bool) -> None:
-    """Raises where a peer's meta-gradient is not ours."""
+def check_gradients(batch: Episode, inner_steps: int, first_order: bool, peers: tuple[str, ...] = PEERS) -> None:
+    """Raises where the meta-gradient of one of the `peers` is not ours."""
     device = batch.support.device.type
     networks = {name: network.double() for name, network in both_networks(device).items()}
     doubles = Episode(batch.support.double(), batch.query.double())
-    gradients = {name: step() for name, step in contenders(networks, doubles, inner_steps, first_order).items()}
+    steps = contenders(networks, doubles, inner_steps, first_order)
+    gradients = {name: step() for name, step in steps.items() if name.startswith(("MAMLTrainer", *peers))}
     expected = gradients["MAMLTrainer"]
     for name, gradient in gradients.items():
         error = ((gradient - expected).norm() / expected.norm()).item()

@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ def neighbors(bank: EmbeddingBank, k: int) -> None:
     index.search(bank.embeddings.numpy(), k + 1)
 
 
-def figures(contender: str, items: int, dims: int, classes: int, noise: float) -> dict[str, Any]:
-    """Retrieval or clustering figures of one set among itself."""
+def figures(contender: str, items: int, dims: int, classes: int, noise: float) -> Callable[[], dict[str, Any]]:
+    """An action that finds retrieval or clustering figures of one set among itself."""
     bank = clusters(items, dims, classes, noise)
     largest = int(torch.bincount(bank.labels).max()) - 1
     metrics = CLUSTERING if "clustering" in contender else KNN
@@ -82,8 +83,12 @@ def figures(contender: str, items: int, dims: int, classes: int, noise: float) -
     }
     # a small set first, so that libraries are loaded and threads started
     pml(EmbeddingBank(bank.embeddings[:64], bank.labels[:64] % 8), ("precision_at_1",))
-    found, about = timed(actions[contender.split("-")[0]])
-    return about | {"figures": found}
+
+    def measure() -> dict[str, Any]:
+        found, about = timed(actions[contender.split("-")[0]])
+        return about | {"figures": found}
+
+    return measure
 
 
 def search(contender: str, folder: Path, queries: int, build: bool) -> dict[str, Any]:
@@ -123,8 +128,9 @@ def main(
     queries: int = 0,
     build: bool = False,
     as_installed: bool = False,
+    turns: bool = False,
 ) -> None:
-    """Prints one line of JSON.
+    """Prints one line of JSON, and another for each turn.
 
     Args:
         contender: ours, pml or faiss, with "-clustering" for NMI and AMI; in a folder exact, faiss or an index of ours
@@ -137,9 +143,12 @@ def main(
         queries: into it.
         build: make and save the index.
         as_installed: import faiss before this library, which would choose its kernels.
+        turns: measure the set once more for each line of the standard input.
     """
     if folder is None:
-        print(json.dumps(figures(contender, items, dims, classes, noise)))
+        measure = figures(contender, items, dims, classes, noise)
+        for _ in chain([""], sys.stdin if turns else ()):
+            print(json.dumps(measure()), flush=True)
     else:
         print(json.dumps(search(contender, folder, queries, build)))
 

@@ -6,12 +6,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from threadpoolctl import threadpool_info
 
+from pml_fewshot.data.dataset import FewShotDataset
 from pml_fewshot.evaluation.episodic import EpisodicResult
 
 SLACK = 1.5  # times the two 95 % intervals together: how far accuracies on different episodes may lie apart
@@ -58,6 +59,16 @@ def check_equal(peer: str, theirs: Mapping[str, float], ours: Mapping[str, float
             raise AssertionError(f"{peer}: {name} {theirs[name]:.5f}, ours {value:.5f}: the two do not do the same")
 
 
+def random_images(classes: int, per_class: int, size: int, channels: int, seed: int = 0) -> FewShotDataset:
+    """Random images; those of a class share a faint random pattern, so that an accuracy can be better than chance."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (channels, size, size)
+    pattern = torch.randint(112, (classes, 1, *shape), generator=generator, dtype=torch.uint8)
+    noise = torch.randint(144, (classes, per_class, *shape), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(classes).repeat_interleave(per_class)
+    return FewShotDataset((pattern + noise).flatten(0, 1), labels, [f"class {c}" for c in range(classes)])
+
+
 def median_seconds(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median seconds of each contender over `repeats` rounds in which they take turns."""
     taken: dict[str, list[float]] = {name: [] for name in contenders}
@@ -71,12 +82,26 @@ def median_seconds(contenders: Mapping[str, Callable[[], object]], repeats: int)
 
 def conditions(packages: Sequence[str]) -> list[str]:
     """Versions, machine and threads, for the head of a table."""
+    pools = {f"{pool['prefix']} {pool['num_threads']}" for pool in threadpool_info()}
+    threads = f"threads: torch {torch.get_num_threads()}, {', '.join(sorted(pools))}"
+    return [versions(packages), f"{processor()}; {threads}"]
+
+
+def versions(packages: Sequence[str]) -> str:
+    """Of Python and of packages, which need not be there."""
+    found = []
+    for name in packages:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} not installed")
+    return f"python {platform.python_version()}, {', '.join(found)}"
+
+
+def processor() -> str:
+    """Its model, the number of its cores, and the instructions that torch uses."""
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    pools = {f"{pool['prefix']} {pool['num_threads']}" for pool in threadpool_info()}
-    return [
-        f"python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in packages),
-        f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores; threads: torch "
-        f"{torch.get_num_threads()}, {', '.join(sorted(pools))}",
-    ]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, {capability}"
