@@ -7,6 +7,7 @@ import ctypes
 import importlib
 import importlib.util
 import logging
+import math
 import os
 import platform
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
 
@@ -71,6 +73,53 @@ def keep_freed_memory() -> bool:
     return bool(settings) and all([mallopt(number, value) == 1 for _, number, value in settings])
 
 
+def cpu_quota(own: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """How many cores' worth of time this process's container may use, rounded up; None where nothing says so.
+
+    It is the least of its control group and those around it, of either version: 2 has `cpu.max`, 1 `cpu.cfs_quota_us`.
+    A container often sees its own group as the root, though `own`, lines of `number:controllers:path`, names the
+    host's path to it.
+    """
+    cores: list[float] = []
+    try:
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            top, group = mounted / controllers, PurePosixPath(path.lstrip("/"))
+            for folder in (top / each for each in (group, *group.parents) if ".." not in each.parts):
+                if (limit := folder / "cpu.max").exists():
+                    quota, period = limit.read_text().split()
+                elif (limit := folder / "cpu.cfs_quota_us").exists():
+                    quota, period = limit.read_text(), (folder / "cpu.cfs_period_us").read_text()
+                else:
+                    continue
+                cores += [int(quota) / int(period)] if quota != "max" and int(quota) > 0 else []  # -1: none
+    except (OSError, ValueError):  # no Linux, not to be read, or of a kind that is not known here
+        pass
+    return max(1, math.ceil(min(cores))) if cores else None
+
+
+def limit_threads(quota: int | None) -> bool:
+    """Gives torch and faiss no more threads than the quota; whether it did, which it does not where the user chose.
+
+    They start a thread for each core of the machine. Of 2 cores' worth of time 64 threads use up their share within a
+    few milliseconds of a period of 100, and then all stand still.
+    """
+    global _faiss_threads
+    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    by_user = {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys() or threads not in (cores, cores // 2)
+    if quota is None or threads <= quota or by_user:  # (half of the cores where each of them is two)
+        return False
+    torch.set_num_threads(quota)
+    _faiss_threads = quota
+    if "faiss" in sys.modules:
+        sys.modules["faiss"].omp_set_num_threads(quota)
+    return True
+
+
+_faiss_threads: int | None = None  # for when it is imported, None for its own choice
+
 Execute = Callable[[Callable[[ModuleType], None], ModuleType], None]
 
 
@@ -103,13 +152,16 @@ def execute_faiss(exec_module: Callable[[ModuleType], None], module: ModuleType)
     it is read once, when the library is loaded, so it is taken back afterwards.
     """
     core = OPENBLAS_CORES.get(torch.backends.cpu.get_cpu_capability())
-    if core is None or "OPENBLAS_CORETYPE" in os.environ:
-        return exec_module(module)
-    os.environ["OPENBLAS_CORETYPE"] = core
+    chosen = core is not None and "OPENBLAS_CORETYPE" not in os.environ
+    if chosen:
+        os.environ["OPENBLAS_CORETYPE"] = str(core)
     try:
         exec_module(module)
     finally:
-        del os.environ["OPENBLAS_CORETYPE"]
+        if chosen:
+            del os.environ["OPENBLAS_CORETYPE"]
+    if _faiss_threads is not None:
+        module.omp_set_num_threads(_faiss_threads)
 
 
 def execute_torchvision(exec_module: Callable[[ModuleType], None], module: ModuleType) -> None:

@@ -27,7 +27,15 @@ from pml_fewshot import (
     fit,
 )
 from pml_fewshot.embedders.embedder import encode, encode_to_file
-from pml_fewshot.environment import ImportHook, execute_faiss, execute_torchvision, keep_memory, prepare_imports
+from pml_fewshot.environment import (
+    ImportHook,
+    cpu_quota,
+    execute_faiss,
+    execute_torchvision,
+    keep_memory,
+    limit_threads,
+    prepare_imports,
+)
 
 CORE = environment.OPENBLAS_CORES.get(torch.backends.cpu.get_cpu_capability())
 FRESH = """
@@ -123,6 +131,69 @@ def test_glibc_is_told_what_the_user_has_not(
     assert environment.keep_freed_memory() == bool(told)
     assert calls.keys() == told
     assert calls.get(-8, 1) == 1
+
+
+V1 = "4:memory:/a\n3:cpu,cpuacct:/docker/abc\n"
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 2),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, None),
+        ("0::/a/b\n", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, 3),  # of the group around
+        ("0::/a/b\n", {"a/cpu.max": "100000 100000", "a/b/cpu.max": "400000 100000"}, 1),
+        ("0::/system/docker-abc\n", {"cpu.max": "20000 100000"}, 1),  # the container's own is the root
+        ("0::/../other\n", {"cpu.max": "800000 100000", "../other/cpu.max": "1 100000"}, 8),
+        ("1:name=systemd:/\n0::/\n", {}, None),
+        (V1, {"cpu,cpuacct/cpu.cfs_quota_us": "250000\n", "cpu,cpuacct/cpu.cfs_period_us": "100000\n"}, 3),
+        (V1, {f"cpu,cpuacct/docker/abc/cpu.cfs_{n}_us": v for n, v in (("quota", "-1\n"), ("period", "9"))}, None),
+        (V1, {"memory/cpu.max": "1 100000"}, None),
+        ("0::/\n", {"cpu.max": "a few"}, None),
+        ("0::/\n", {"cpu.max/is": "a folder"}, None),
+        ("nothing known", {"cpu.max": "100000 100000"}, None),
+        (None, {"cpu.max": "100000 100000"}, None),
+    ],
+)
+def test_a_containers_share_of_the_cores(own: str | None, files: dict[str, str], expected: int | None, tmp_path: Path):
+    for name, text in files.items():
+        (tmp_path / "mounted" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mounted" / name).write_text(text)
+    if own is not None:
+        (tmp_path / "own").write_text(own)
+    assert cpu_quota(tmp_path / "own", tmp_path / "mounted") == expected
+
+
+@pytest.mark.parametrize(
+    ("quota", "threads", "variable", "expected"),
+    [(4, 64, "", 4), (4, 32, "", 4), (None, 64, "", None), (4, 4, "", None), (4, 8, "", None), (4, 64, "OMP", None)],
+)
+@pytest.mark.parametrize("imported", [False, True])
+def test_threads_are_limited_to_the_share_unless_the_user_chose(
+    quota: int | None,
+    threads: int,
+    variable: str,
+    expected: int | None,
+    imported: bool,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    calls: list[tuple[str, int]] = []
+    faiss = SimpleNamespace(omp_set_num_threads=lambda count: calls.append(("faiss", count)))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(f"{variable}_NUM_THREADS", "64")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(64), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: calls.append(("torch", count)))
+    monkeypatch.setattr(sys, "modules", {name: each for name, each in sys.modules.items() if name != "faiss"})
+    monkeypatch.setattr(environment, "_faiss_threads", None)
+    if imported:
+        sys.modules["faiss"] = faiss
+    assert limit_threads(quota) == (expected is not None)
+    if not imported:
+        execute_faiss(lambda module: None, faiss)
+    assert calls == ([] if expected is None else [("torch", expected), ("faiss", expected)])
 
 
 def test_a_fresh_interpreter_imports_little_and_then_fast_kernels_torchvision_and_a_lighter_pml():

@@ -5,8 +5,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pml_fewshot.distributed import alone, processes, together, told_by_all, world
 from pml_fewshot.embedders.modes import ordinary_modes
+from pml_fewshot.environment import cpu_quota, limit_threads
 from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment.config import ExperimentConfig
 from pml_fewshot.experiment.evaluate import evaluate
@@ -70,6 +73,9 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
 
 
 def _run(folder: RunFolder) -> ResultTable:
+    if limit_threads(cpu_quota()):
+        share = "as many as the container's share of the cores"
+        print(f"threads: {torch.get_num_threads()}, {share}; OMP_NUM_THREADS sets another number")
     with together(), alone():
         prepared = prepare(folder.config)
         if folder.checkpoint.exists():  # before anything is written
