@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -164,7 +165,18 @@ def test_an_interruption_ends_all_processes(number: signal.Signals) -> None:
         error = process.communicate()[1]
     assert process.returncode == 130
     assert "Traceback" not in error
-    assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
+    for _ in range(200):  # what is killed takes a moment to end
+        if not (left := [pid for pid in started if alive(pid)]):
+            break
+        time.sleep(0.05)
+    assert not left
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def descendants(pid: int) -> set[int]:

@@ -34,7 +34,7 @@ import tyro
 from experiments.speed.benchmarks import BENCHMARKS, QUICK, Sizes
 from experiments.speed.side_by_side import processor, versions
 from pml_fewshot.checks import UsageError, check_at_least_one, check_choice
-from pml_fewshot.environment import TOP_PAD
+from pml_fewshot.environment import MALLOPT
 from pml_fewshot.experiment.command_line import one_line_errors
 
 PACKAGES = ("torch", "pytorch-metric-learning", "faiss-cpu", "easyfsl", "numpy")
@@ -44,7 +44,7 @@ COLUMNS = (
 )
 BOOKKEEPING = ("command", "commit", "machine")
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(TOP_PAD)}
+KEPT = {f"MALLOC_{name.upper()}{'_' * (name != 'arena_max')}": str(value) for name, _, value in MALLOPT}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Condition:
 
     def environment(self) -> dict[str, str]:
         """This process's, changed."""
-        own = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
         allocator = KEPT if self.kept else {"PML_FEWSHOT_KEEP_MEMORY": "0"}
         return own | dict.fromkeys(THREADS, str(self.threads)) | allocator
 
@@ -164,14 +164,14 @@ def main(
     """Prints the table, a line as soon as it is there.
 
     Args:
-        quick: smaller sizes and 3 rounds: 3 minutes on two cores.
-        rounds: in which this library and a peer take turns; 5 when None.
+        quick: smaller sizes: 3 minutes on two cores.
+        rounds: in which this library and a peer take turns; 5, or 2 of quick ones, when None.
         only: some of the benchmarks; all when none is named.
         csv: file that the rows are added to, in the form of docs/results.
         data_root: folder of Omniglot; random images of its size when None.
     """
     with one_line_errors():
-        count = rounds if rounds is not None else 3 if quick else 5
+        count = rounds if rounds is not None else 2 if quick else 5
         check_at_least_one("--rounds", count)
         for name in only:
             check_choice("--only", name, list(BENCHMARKS))
