@@ -4,7 +4,6 @@ import copy
 import inspect
 import pickle
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch.optim import SGD, Adam
 
 from pml_fewshot.checks import UsageError
 from pml_fewshot.embedders.embedder import Embedder
-from pml_fewshot.embedders.full_context import FullContext
 from pml_fewshot.losses.matching import MatchingLoss
 from pml_fewshot.losses.prototypical import PrototypicalLoss
 from pml_fewshot.sampling.batches import Batch, BatchSpec
@@ -193,35 +191,6 @@ def test_weights_of_classes_learn_from_lone_items_beside_a_loss_that_cannot(mine
 def test_only_zero_is_skipped(factor: float) -> None:
     loss = Spy(lambda embeddings: embeddings.square().sum() * factor)
     assert FewShotTrainer(m.embedder(), loss).double()(m.episode()).requires_grad
-
-
-STEPS: dict[str, Callable[[], FewShotTrainer]] = {
-    "protonet": lambda: ProtoNetTrainer(m.embedder(), support_rotations=3),
-    "matching": lambda: MatchingTrainer(m.embedder(), context=FullContext(m.DIMS)),
-    "metric": lambda: MetricTrainer(m.embedder(), PrototypicalLoss()),
-}
-
-
-@pytest.mark.parametrize("name", STEPS)
-def test_step_never_looks_at_a_value(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors on the meta device have no values: what would wait for a GPU (`item`, `if`, `unique`) fails on them."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it knows no such device
-    trainer, given = STEPS[name]().to("meta"), m.floats(m.episode(2)).to("meta")
-    trainer(given).backward()
-    assert trainer.accuracy(given).is_meta  # type: ignore[union-attr]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", STEPS)
-def test_step_never_waits_for_the_gpu(name: str) -> None:
-    trainer, given = STEPS[name]().to("cuda"), m.floats(m.episode(2)).to("cuda")
-    trainer(given).backward()  # what is set up once may wait
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        trainer(given).backward()
-        trainer.accuracy(given)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_signature_of_a_loss_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
