@@ -3,22 +3,28 @@
 Letters: N queries, M references, D dimensions, k neighbors.
 """
 
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, DotProductSimilarity, LpDistance
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from pml_fewshot.checks import check_finite
 from pml_fewshot.distances.episodic_distance import EpisodicDistance
 
-CPU_TILE = 2048  # on a side, 16 MiB: large enough for the matrix product, small enough for a third-level cache
+CPU_TILE = 1536  # on a side, 9 MiB for each thread: large enough for the matrix product, small enough for its cache
 CUDA_TILE = 16384  # 1 GiB
-STEP = 64  # of a tile's sides: matrix products are fastest in multiples of it
-GROUP = 16  # similarities of which only the largest bounds the k-th best
+STEP = (
+    64  # of a tile's sides: matrix products are fastest in multiples of it; and rows that are looked through at a time
+)
+GROUP = 8  # similarities of which only the largest bounds the k-th best
+COLUMNS = 4  # tiles for which a thread prepares a block of rows once
 FAISS_BLOCK = 2**17  # references at a time
 PAIR_NUMBERS = 2**22  # at a time where pairs are compared one by one: 16 MiB
 # Where faiss is faster, on one core. 1 query into 100,000 x 128: faiss 12 ms, tiles 57 ms; 200 queries: 1 s and 0.13 s.
@@ -118,8 +124,8 @@ def exact_search(query: Tensor, reference: Tensor | None, k: int, ranking: Ranki
         ranking: the order, in float32.
 
     Returns:
-        (N, k) int64 indices, on the references' device. Memory besides: a tile, up to four times as large for a large
-        k, or faiss's k + 1 distances and indices a query.
+        (N, k) int64 indices, on the references' device. Memory besides: a tile a thread, up to four times as large for
+        a large k, or faiss's k + 1 distances and indices a query.
     """
     references = query if reference is None else reference
     queries = query.to(references.device)
@@ -176,7 +182,10 @@ def _by_faiss(query: Tensor, reference: Tensor, k: int, ranking: Ranking) -> Ten
 def _by_tiles(
     query: Tensor, reference: Tensor, k: int, ranking: Ranking, symmetric: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Similarities and indices, for many queries, any device and any distance: a tile of similarities at a time."""
+    """Similarities and indices, for many queries, any device and any distance: a tile of similarities at a time.
+
+    On a CPU each thread takes tiles of its own (but of PML distances, which may keep state), in any order.
+    """
     tile, step = CUDA_TILE if reference.is_cuda else CPU_TILE, STEP
     if ranking.kind == "distance":  # some (SNR) hold all differences of a tile, D numbers a pair
         tile, step = max(1, int(tile / reference.shape[1] ** 0.5)), GROUP
@@ -186,30 +195,62 @@ def _by_tiles(
     columns = _even_part(len(reference), max(tile, 4 * GROUP * k, wide), step)
     rows = _even_part(len(query), max(1, min(tile, 4 * tile * tile // columns)), step)
     rows = min(rows, max(1, len(query)))
-    center = ranking.center(reference)
+    center, inference = ranking.center(reference), torch.is_inference_mode_enabled()
+    symmetric = symmetric and rows == columns
+    best = torch.full((len(query), k), NONE, device=reference.device)
+    locks, started = [Lock() for _ in range(0, len(query), rows)], set[int]()
+    halves = [
+        _half_squares((ranking.prepare(part, center) for part in source.split(rows)), ranking.kind == "euclidean")
+        for source in ((reference,) if symmetric else (reference, query))
+    ]
+    checked = replace(ranking, prepared=ranking.prepared or not ranking.normalize)
 
     def block(source: Tensor, start: int, size: int) -> Tensor:
-        part = ranking.prepare(source[start : start + size], center)
+        part = checked.prepare(source[start : start + size], center)
         return torch.cat([part, part[:1].expand(size - len(part), -1)]) if len(part) < size else part
 
-    def offset(part: Tensor, start: int) -> Tensor:
-        """What is added for each reference: -|r|^2 / 2 for Euclid, whose order is that of qr - |r|^2 / 2."""
-        lengths = part.square().sum(dim=1) if ranking.kind == "euclidean" else part.new_zeros(len(part))
-        lengths[len(reference) - start :] = torch.inf
-        return lengths.div_(-2)
-
-    symmetric = symmetric and rows == columns
-    best = torch.full((-(-len(query) // rows) * rows, k), -torch.inf, device=reference.device)
-    index = torch.full_like(best, -1, dtype=torch.int64)
-    for i in range(0, len(query), rows):
+    def take(i: int, starts: Sequence[int]) -> None:
         row_block = block(query, i, rows)
-        for j in range(i if symmetric else 0, len(reference), columns):
+        for j in starts:
             column_block = block(reference, j, columns)
-            both = ranking.similarity(row_block, column_block)
-            if symmetric and j > i:
-                _offer(both + offset(row_block, i)[:, None], i, best[j : j + rows], index[j : j + rows], dim=0)
-            _offer(both.add_(offset(column_block, j)), j, best[i : i + rows], index[i : i + rows])
-    return best[: len(query)], index[: len(query)]
+            tile = ranking.similarity(row_block, column_block)[: len(query) - i, : len(reference) - j]
+            both = halves[-1][i : i + rows], halves[0][j : j + columns]
+            sides = [(i, j, 1), (j, i, 0)][: 2 if symmetric and j > i else 1]  # of queries, of references, whose axis
+            if any(start not in started for start, _, _ in sides):
+                _above(tile, both, [])
+                both = both[0][:0], both[1]
+            bests = [best[start : start + tile.shape[1 - dim]] for start, _, dim in sides]
+            floors = [
+                _floor(tile, each, first, dim, start not in started)
+                for each, (start, first, dim) in zip(bests, sides, strict=True)
+            ]
+            found = _above(tile, both, [floor for floor in floors if floor is not None])
+            for each, (start, first, dim), floor in zip(bests, sides, floors, strict=True):
+                with locks[start // rows]:
+                    _offer(tile, first, each, dim, None if floor is None else found.pop(0))
+                started.add(start)
+
+    parts: list[tuple[int, Sequence[int]]] = [(i, [i]) for i in range(0, len(query), rows) if symmetric]
+    for i in range(0, len(query), rows):  # with a block itself its queries have k neighbors, which bound all others
+        starts = range(i + columns if symmetric else 0, len(reference), columns)
+        parts += [(i, starts[at : at + COLUMNS]) for at in range(0, len(starts), COLUMNS)]
+
+    def in_thread(part: tuple[int, Sequence[int]]) -> None:
+        with torch.inference_mode(inference):  # which is each thread's own
+            take(*part)
+
+    threads = torch.get_num_threads()
+    if threads == 1 or len(parts) < 2 or reference.is_cuda or ranking.kind == "distance":
+        list(map(in_thread, parts))
+    else:  # operations of one thread each: threads that wait for each other are slow where others use the cores too
+        pool = ThreadPoolExecutor(min(threads, len(parts)), initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            with pool, threadpool_limits(1, "blas"):
+                list(pool.map(in_thread, parts))
+        finally:
+            torch.set_num_threads(threads)
+    best = best.flip(1)
+    return _values(best), _places(best)
 
 
 def _even_part(count: int, largest: int, step: int) -> int:
@@ -218,41 +259,93 @@ def _even_part(count: int, largest: int, step: int) -> int:
     return max(1, -(-count // (step * parts))) * step
 
 
-def _offer(tile: Tensor, first: int, best: Tensor, index: Tensor, dim: int = 1) -> None:
-    """Takes similarities (R, C) of queries to the references from `first` on into their `best` and its `index` (R, k).
+def _half_squares(blocks: Iterable[Tensor], euclid: bool) -> Tensor:
+    """(N,) halves of the squared lengths of blocks of rows for Euclid, else none."""
+    return torch.cat([part.square().sum(dim=1).div_(2) if euclid else part.flatten()[:0] for part in blocks])
 
-    References come in the order of their index, so of equally similar ones the earlier stand first. `dim` is their
-    axis, 0 for a tile (C, R), and C a multiple of GROUP.
+
+def _floor(tile: Tensor, best: Tensor, first: int, dim: int, is_first: bool) -> Tensor | None:
+    """What similarities of a tile must exceed to be among the `best` (R, k), along the other axis; None: nothing.
+
+    `dim` is the axis of the references, from `first` on: 0 for a tile (C, R), else 1. `is_first` where `best` is empty.
     """
-    similarities, k = tile if dim == 1 else tile.T, best.shape[1]
-    if first == 0 and GROUP * k > similarities.shape[1]:
-        values, order = similarities.sort(dim=1, descending=True, stable=True)
-        best[:], index[:] = values[:, :k], order[:, :k]
-        return
-    floor = best[:, -1]
-    if first == 0:  # k groups hold k items at least as large as the k-th of their largest
-        largest = tile.unflatten(dim, (GROUP, -1)).amax(dim)
-        floor = largest.topk(k, dim=dim).values.select(dim, -1).nextafter(floor)
-    floor = floor.unsqueeze(dim)
+    size, k, floor = tile.shape[dim], best.shape[1], _values(best[:, 0])
+    if is_first and GROUP * k > size:
+        return None
+    if is_first:  # k groups hold k items at least as large as the k-th of their largest
+        largest = tile.narrow(dim, 0, size // GROUP * GROUP).unflatten(dim, (GROUP, -1)).amax(dim)
+        floor = largest.topk(k, dim=dim).values.select(dim, -1)
+    # of equally similar ones the earlier is better
+    return floor.nextafter(floor.new_tensor(-torch.inf)).where(_places(best[:, 0]) > first, floor).unsqueeze(dim)
+
+
+def _above(tile: Tensor, halves: tuple[Tensor, Tensor], floors: Sequence[Tensor]) -> list[Tensor]:
+    """Makes products qr of a tile (R, C) to -|q - r|^2 / 2, the same both ways, by halves of squares (R,) and (C,).
+
+    Returns for each floor (R, 1) or (1, C) the places in the flattened tile of what is above it. On a CPU strip by
+    strip, which stays in its second-level cache meanwhile; numpy finds the few of many in half of torch's time.
+    """
+    own, others = halves
     if tile.is_cuda:
-        flat = (tile > floor).flatten().nonzero().squeeze(1)
-    else:  # numpy finds the few of many in half the time
-        flat = torch.from_numpy(np.flatnonzero(tile.numpy() > floor.numpy()))
-    if len(flat) == 0:
+        if len(own):
+            tile.sub_(own[:, None] + others)
+        return [(tile > floor).flatten().nonzero().squeeze(1) for floor in floors]
+    found: list[list[np.ndarray]] = [[] for _ in floors]
+    numbers, below = tile.numpy(), [floor.expand(len(tile), -1).numpy() for floor in floors]
+    for i in range(0, len(tile), STEP):
+        strip = numbers[i : i + STEP]
+        if len(own):
+            strip -= np.add.outer(own.numpy()[i : i + STEP], others.numpy())
+        for places, floor in zip(found, below, strict=True):
+            places.append(np.flatnonzero(strip > floor[i : i + STEP]) + i * tile.shape[1])
+    return [torch.from_numpy(np.concatenate(places)) for places in found]
+
+
+def _offer(tile: Tensor, first: int, best: Tensor, dim: int, above: Tensor | None) -> None:
+    """Takes similarities of a tile, those at the places `above` or all, into the `best` (R, k), in any order."""
+    if above is None:
+        place = torch.arange(first, first + tile.shape[dim], device=tile.device)
+        best[:] = _sorted(torch.cat([best, _keys(tile if dim == 1 else tile.T, place)], dim=1))[:, -best.shape[1] :]
         return
-    query, column = flat // tile.shape[1], flat % tile.shape[1]
-    if dim == 0:
-        (query, order), column = column.sort(stable=True), query
-        column = column[order]
-    # a row for each query: the best so far, then those above in the order of their index
+    if len(above) == 0:
+        return
+    width = tile.shape[1]
+    if dim == 0:  # in the order of the queries
+        tile, above, width = tile.T, _sorted((above % width * len(tile) + above // width)[None])[0], len(tile)
+    query, place = above // width, above % width
+    keys = _keys(tile[query, place], first + place)
+    # a row for each query that has some: the best so far, then those above
     counts = query.bincount(minlength=len(best))
-    place = k + torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
-    values = torch.cat([best, best.new_full((len(best), int(counts.max())), -torch.inf)], dim=1)
-    indices = torch.full_like(values, -1, dtype=torch.int64)
-    indices[:, :k] = index
-    values[query, place], indices[query, place] = similarities[query, column], column + first
-    values, order = values.sort(dim=1, descending=True, stable=True)
-    best[:], index[:] = values[:, :k], indices.gather(1, order[:, :k])
+    some = counts.nonzero().squeeze(1)
+    place = best.shape[1] + torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
+    rows = torch.cat([best[some], best.new_full((len(some), int(counts.max())), NONE)], dim=1)
+    rows[((counts > 0).cumsum(0) - 1)[query], place] = keys
+    best[some] = _sorted(rows)[:, -best.shape[1] :]
+
+
+# A neighbor as one number, so that the nearest are found by sorting numbers alone: float32's bits in an order of
+# integers above those of its index, of which the smaller is better. Places are those of fewer than 2**32 references.
+LOW = 2**32 - 1
+NONE = -0x7F800001 << 32  # of -infinity and the last place
+
+
+def _keys(similarity: Tensor, place: Tensor) -> Tensor:
+    bits = (similarity + 0.0).contiguous().view(torch.int32).long()  # -0.0 becomes 0.0
+    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) << 32) + (LOW - place)
+
+
+def _values(keys: Tensor) -> Tensor:
+    bits = keys >> 32
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).int().view(torch.float32)
+
+
+def _places(keys: Tensor) -> Tensor:
+    return LOW - (keys & LOW)
+
+
+def _sorted(keys: Tensor) -> Tensor:
+    """Each row in ascending order."""
+    return keys.sort(dim=1).values if keys.is_cuda else torch.from_numpy(np.sort(keys.numpy(), axis=1))
 
 
 def _lengths(rows: Tensor) -> Tensor:
@@ -264,10 +357,7 @@ def _lengths(rows: Tensor) -> Tensor:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a (N, D) times b (M, D) transposed, (N, M).
 
-    On a CPU as a 1 x 1 convolution: oneDNN uses AVX-512 wherever the processor has it, the MKL of torch's product only
-    on Intel's (AMD EPYC, 2,048 x 2,048 x 512: 430 GFLOPS to 190).
+    On a CPU by numpy's BLAS, as a rule an OpenBLAS with kernels for each processor: 1,024 x 1,024 x 512 on one core of
+    an AMD EPYC 86 GFLOPS, torch's MKL 67, its oneDNN 66.
     """
-    if a.is_cuda or not torch.backends.mkldnn.is_available():
-        return a @ b.T
-    pixels = a.reshape(1, len(a), 1, -1).permute(0, 3, 1, 2)  # channels last: no copy
-    return F.conv2d(pixels, b.reshape(len(b), -1, 1, 1)).permute(0, 2, 3, 1).reshape(len(a), len(b))
+    return a @ b.T if a.is_cuda else torch.from_numpy(np.dot(a.numpy(), b.numpy().T))

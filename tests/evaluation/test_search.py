@@ -102,6 +102,34 @@ def test_small_integers_are_ranked_as_by_a_stable_sort_in_tiles_and_blocks_of_an
     np.testing.assert_array_equal(found.numpy(), expected)
 
 
+@pytest.mark.parametrize("among", [True, False])
+def test_threads_that_take_tiles_in_any_order_find_the_same(among: bool, monkeypatch: pytest.MonkeyPatch):
+    go(monkeypatch, "tiles", STEP=2, GROUP=2, CPU_TILE=16)
+    points = torch.randint(-1, 3, (200, 3), generator=torch.Generator().manual_seed(0)).float()  # many equally near
+    expected = all_distances(points, points).argsort(axis=1, kind="stable")[:, :5]
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for _ in range(10):
+            found = search(points, None if among else points, 5)
+            np.testing.assert_array_equal(found.numpy(), expected)
+            assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_rows_of_16_bits_are_converted_a_block_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    converted: list[int] = []
+    prepare = Ranking.prepare
+    monkeypatch.setattr(
+        Ranking, "prepare", lambda self, rows, *c: converted.append(len(rows)) or prepare(self, rows, *c)
+    )
+    go(monkeypatch, "tiles", CPU_TILE=128)
+    points = rows(2000, 4, 0).bfloat16()
+    assert torch.equal(search(points, None, 3), search(points.float(), None, 3))
+    assert max(converted) <= 1000  # the sample for the center; blocks are of 128
+
+
 @pytest.mark.parametrize("name", ["none", "dot", "cosine"])
 @pytest.mark.parametrize("room", [1, 100, 10**6])
 def test_neighbors_come_with_the_values_of_their_pairs(name: str, room: int, monkeypatch: pytest.MonkeyPatch):
