@@ -1,5 +1,8 @@
 """Drawing without replacement against the textbook, and classes whose items are drawn on their own."""
 
+from itertools import product
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -19,20 +22,25 @@ def shuffled(slots: list[int], size: int) -> list[int]:
     return [array[i] for i in range(len(slots))]
 
 
-@given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=6), count=st.integers(1, 60), seed=st.integers(0, 2**32))
+@given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=6), count=st.integers(1, 40), seed=st.integers(0, 2**32))
 @example(sizes=[7, 30, 5, 1000], count=5, seed=3)
+@example(sizes=[20] * 40 + [32, 16], count=16, seed=1)
+@example(sizes=[32], count=32, seed=2)
 @example(sizes=[1692] * 3, count=1692, seed=0)
 @example(sizes=[10**12, 2**40, 64], count=64, seed=0)
 @settings(deadline=None, max_examples=150, derandomize=True)
 def test_draws_equal_a_shuffle_of_whole_arrays_that_is_stopped_early(sizes: list[int], count: int, seed: int) -> None:
-    """From the same random numbers, in blocks or not, as in all versions: published figures name their seeds."""
+    """From the same random numbers, in blocks or not, as in all versions: published figures name their seeds.
+
+    Of small sets, which are shuffled, also in the way of large ones.
+    """
     sizes = [max(size, count) for size in sizes]
     uniform = torch.rand(count, len(sizes), generator=seeded(seed), dtype=torch.float64).T.tolist()
     slots = [[i + int(u * (size - i)) for i, u in enumerate(row)] for size, row in zip(sizes, uniform, strict=True)]
-    for block in (2**14, 1):
+    for block, largest in product((2**14, 1), (max(sizes), max(33, *sizes))):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(class_sampler, "BLOCK", block)
-            drawn = draw_without_replacement(torch.tensor(sizes), count, seeded(seed))
+            drawn = draw_without_replacement(torch.tensor(sizes), count, seeded(seed), largest)
         assert drawn.dtype == torch.int64
         assert drawn.T.tolist() == [shuffled(*each) for each in zip(slots, sizes, strict=True)]
 
@@ -54,3 +62,21 @@ def test_the_items_of_two_classes_are_drawn_on_their_own() -> None:
     pairs = [tuple(pair) for pair in in_order.tolist()]
     assert len(set(pairs)) == 9
     assert all(abs(pairs.count(pair) - 5000 / 9) < 5 * (5000 / 9) ** 0.5 for pair in set(pairs))
+
+
+@pytest.mark.parametrize("small", [32, 0])
+def test_small_sets_alone_are_shuffled(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    largest: list[int] = []
+    shuffle = class_sampler._shuffled
+
+    def noted(*given: Any) -> None:
+        largest.append(given[2])
+        shuffle(*given)
+
+    monkeypatch.setattr(class_sampler, "_shuffled", noted)
+    monkeypatch.setattr(class_sampler, "SMALL", small)
+    sampler = ClassSampler(scattered_labels(dict.fromkeys(range(33), 20) | {40: 32}), 5, 16, "a test")
+    drawn = sampler.draw(3, seeded(0))
+    assert largest == [32] * bool(small)  # the items; of the 34 classes none
+    monkeypatch.undo()
+    assert torch.equal(drawn, sampler.draw(3, seeded(0)))
