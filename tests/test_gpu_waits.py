@@ -188,7 +188,7 @@ def test_fit_waits_at_its_log_steps_alone(name: str, device: str, monkeypatch: p
     if device != "meta":
         train(1)  # what is set up once may wait
     with without_waits(device):
-        train(3, scheduler=CosineAnnealingLR(optimizer, 3))
+        train(3, scheduler=CosineAnnealingLR(optimizer, 3), ema=0.9)
         trainer.accuracy(next(stream))
 
 

@@ -120,7 +120,7 @@ class TrainingState:
             self.parts["scheduler"] = scheduler
         if isinstance(batches, Stateful):
             self.parts["batches"] = batches
-        self.average = None if ema is None else _average(trainer, ema)
+        self.ema, self.average = ema, None if ema is None else _average(trainer, ema)
         if self.average is not None:
             self.parts["average"] = self.average
         self.schedule = schedule_of(optimizer, scheduler)  # as the caller made it
@@ -155,8 +155,8 @@ class TrainingState:
         if loss is None:
             self.history.skipped += 1
             return
-        if self.average is not None:
-            self.average.update_parameters(self.trainer)
+        if self.average is not None and self.ema is not None:
+            _update(self.average, self.trainer, self.ema)
         classes = batch.classes if hasattr(batch, "classes") and torch.is_tensor(batch.classes) else None
         self.pending.append(StepRecord(self.history.steps, loss, rates, classes))
 
@@ -300,6 +300,18 @@ def _average(trainer: nn.Module, ema: float) -> AveragedModel:
     if any(map(is_lazy, trainer.parameters())):
         raise UsageError("expected weights of known shape for an average, got a lazy one; give the distance its dim")
     return AveragedModel(trainer, multi_avg_fn=get_ema_multi_avg_fn(ema))
+
+
+@torch.no_grad()
+def _update(average: AveragedModel, trainer: nn.Module, ema: float) -> None:
+    """As average.update_parameters, which after the first step copies n_averaged to a GPU, and waits for that."""
+    if average.n_averaged == 0 or not all(weight.is_floating_point() for weight in trainer.parameters()):
+        average.update_parameters(trainer)
+        return
+    torch._foreach_lerp_(list(average.module.parameters()), list(trainer.parameters()), 1 - ema)
+    for ours, theirs in zip(average.module.buffers(), trainer.buffers(), strict=True):
+        ours.copy_(theirs)
+    average.n_averaged += 1
 
 
 def check_same_batch(batch: Any) -> None:

@@ -178,6 +178,7 @@ def test_a_training_validates_keeps_and_ends_with_the_average(tmp_path: Path) ->
     for found, step in zip(script.weights, (2, 4, 6), strict=True):
         assert same_weights(found, seen[step - 1])
     assert same_weights(trainer.state_dict(), seen[3])
+    assert same_weights(load_checkpoint(path)["average"], average.state_dict())
     other = normalized(3)
     restore_trained(other, load_checkpoint(path))
     assert same_weights(other.state_dict(), seen[3])
