@@ -37,7 +37,7 @@ from pml_fewshot import (
 from pml_fewshot.distances.weighted_l1 import WeightedL1Similarity
 from pml_fewshot.embedders.full_context import FullContext
 from pml_fewshot.evaluation import episodic, heads, transductive_heads, tuned_heads
-from pml_fewshot.evaluation.linear_heads import cosine_classifier
+from pml_fewshot.evaluation.linear_heads import cosine_classifier, ridge_regression
 from pml_fewshot.losses.pair_verification import PairVerificationLoss
 from pml_fewshot.losses.reconstruction import ReconstructionLoss
 from pml_fewshot.sampling.episodes import EpisodeSampler
@@ -199,6 +199,7 @@ HEADS = [
     heads.soft_nearest_neighbour,
     heads.k_nearest_neighbours,
     cosine_classifier,
+    ridge_regression,
     transductive_heads.bd_cspn,
     transductive_heads.laplacian_shot,
     partial(transductive_heads.alpha_tim, steps=2),

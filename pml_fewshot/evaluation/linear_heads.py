@@ -88,7 +88,7 @@ def fit_ridge(support: Support, distance: BaseDistance | None = None, penalty: f
     middle = targets.mean(dim=0)
     diagonal = gram.diagonal(dim1=1, dim2=2)
     diagonal += RIDGE_PENALTY * _mean_or_one(diagonal) if penalty is None else penalty
-    dual = torch.cholesky_solve((targets - middle).expand(len(gram), -1, -1), torch.linalg.cholesky(gram))
+    dual = torch.cholesky_solve((targets - middle).expand(len(gram), -1, -1), _cholesky(gram))
     return LinearScores(center, items.transpose(1, 2) @ dual, middle)
 
 
@@ -123,7 +123,7 @@ def fit_logistic(
         diagonal = gram.diagonal(dim1=1, dim2=2)
         square = _mean_or_one(diagonal)
         diagonal += 1e-10 * square
-        root = torch.linalg.cholesky(gram)
+        root = _cholesky(gram)
     else:
         root, square = items, _mean_or_one(items.square().sum(dim=2))
     factor = (LOGISTIC_PENALTY * square if penalty is None else torch.full_like(square, penalty))[:, :, None]
@@ -174,7 +174,8 @@ def logistic_regression(
 
     Minimizes the summed cross-entropy plus penalty / 2 times the squared norm of the weights, the same as
     scikit-learn's LogisticRegression(C=1 / penalty, fit_intercept=False) on centered embeddings (for two classes, where
-    that has one weight vector instead of two, C=2 / penalty).
+    that has one weight vector instead of two, C=2 / penalty). Whether its steps have converged it looks at itself, and
+    waits for a GPU each time: on one, all steps of all episodes without a look would be longer.
 
     Args:
         penalty: when None 0.1 times the mean squared length of the centered support items (LOGISTIC_PENALTY).
@@ -213,6 +214,12 @@ def _newton_step(root: Tensor, shares: Tensor, gradient: Tensor, penalty: Tensor
         old, norm = norm, residual.square().sum(dim=(1, 2), keepdim=True)
         direction = residual + norm / old.clamp(min=least) * direction
     return step
+
+
+def _cholesky(gram: Tensor) -> Tensor:
+    """The factors of (E, S, S), NaN where there is none, as of NaN items; to raise an error would wait for a GPU."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    return factor.masked_fill((failed != 0)[:, None, None], torch.nan)
 
 
 def _centered(support: Support) -> tuple[Tensor, Tensor, Tensor]:

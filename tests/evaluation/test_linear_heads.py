@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from torch import Tensor
 
 from pml_fewshot.checks import UsageError
+from pml_fewshot.evaluation import linear_heads
 from pml_fewshot.evaluation.heads import nearest_prototype
 from pml_fewshot.evaluation.linear_heads import LEAST_PENALTY, cosine_classifier, logistic_regression, ridge_regression
 
@@ -232,6 +233,24 @@ def test_the_least_penalty_can_be_solved_and_a_smaller_one_is_refused(head: Call
             head(support, query, penalty=penalty)
     with pytest.raises(UsageError, match="expected steps to be an integer of at least 1"):
         logistic_regression(support, query, steps=0)
+
+
+@pytest.mark.parametrize("head", FITTED)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e200])
+def test_an_episode_that_cannot_be_fitted_gives_nan_beside_others(head: Callable[..., Tensor], value: float):
+    support, query = clouds(5, 1, 16)
+    whole = head(support, query)
+    support[1, 2, 0, 3] = value
+    found = head(support, query)
+    assert found[1].isnan().all()
+    torch.testing.assert_close(found[[0, 2]], whole[[0, 2]], rtol=1e-7, atol=1e-9)
+
+
+def test_a_matrix_that_has_no_factor_is_nan():
+    given = torch.tensor([[[4.0, 2.0], [2.0, 2.0]], [[1.0, 2.0], [2.0, 1.0]]])
+    found = linear_heads._cholesky(given)
+    assert torch.equal(found[0], torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
+    assert found[1].isnan().all()
 
 
 @pytest.mark.parametrize("head", [ridge_regression, cosine_classifier])
