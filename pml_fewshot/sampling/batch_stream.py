@@ -77,9 +77,9 @@ class BatchStream:
             if self.sampler is None:
                 self._block = self.classes.draw(PREFETCH_BATCHES, self.generator).flatten(1)
             else:
-                self._block = self._one_pass(self.sampler)
+                self._block = self._one_pass(self.sampler).to(self.dataset.device)  # all at once: a GPU is waited for
             self._position = 0
-        index = self._block[self._position].to(self.dataset.device)
+        index = self._block[self._position]
         self._position += 1
         images = self.dataset.floats(index)
         views = [augmented(images, self._augment, self.augmentation_generator) for _ in range(self.spec.views)]
@@ -116,7 +116,7 @@ class BatchStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._block, self._position = state["block"], state["position"]
+        self._block, self._position = state["block"].to(self.dataset.device), state["position"]
         self.generator.set_state(state["generator_state"])
         self.augmentation_generator.set_state(state["augmentation_state"])
 

@@ -285,6 +285,19 @@ def test_what_cannot_give_a_batch_is_refused() -> None:
         next(stream(sampler=partial(MPerClassSampler, m=2, batch_size=4)))
 
 
+def test_a_pass_is_copied_to_the_sets_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a CPU to a GPU, which waits; meta: without memory, places only."""
+    source, drawn = stream(sampler=range), torch.arange(12).view(2, 6)
+    state = source.state_dict() | {"block": drawn}
+    source.dataset = DATA.to("meta")
+    monkeypatch.setattr(source, "_one_pass", lambda _: drawn)
+    take(source, 1)
+    assert source._block.is_meta
+    source.load_state_dict(state)
+    assert source._block.is_meta
+    assert [batch.labels.is_meta for batch in take(source, 3)] == [True] * 3  # two of them, and one of the next pass
+
+
 RESUMED = [("", position) for position in (0, 5, PREFETCH_BATCHES, PREFETCH_BATCHES + 1)]
 RESUMED += [(name, count + 1) for name, (_, _, count) in SAMPLERS.items()] + [("MPerClassSampler", 1)]
 
