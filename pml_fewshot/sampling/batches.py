@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pml_fewshot.checks import UsageError, as_labels, check_at_least_one
+from pml_fewshot.sampling.moving import moved
 
 
 @dataclass(frozen=True)
@@ -70,5 +71,5 @@ class Batch:
         return self.labels
 
     def to(self, device: torch.device | str) -> "Batch":
-        other = self.other_view.to(device, non_blocking=True) if self.other_view is not None else None
-        return Batch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), other)
+        other = moved(self.other_view, device) if self.other_view is not None else None
+        return Batch(moved(self.images, device), moved(self.labels, device), other)

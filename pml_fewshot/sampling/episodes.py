@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pml_fewshot.checks import UsageError, check_at_least_one
 from pml_fewshot.sampling.class_sampler import ClassSampler
+from pml_fewshot.sampling.moving import moved
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ class Episode:
             )
 
     def to(self, device: torch.device | str) -> "Episode":
-        classes = self.classes.to(device, non_blocking=True) if self.classes is not None else None
-        return Episode(self.support.to(device, non_blocking=True), self.query.to(device, non_blocking=True), classes)
+        classes = moved(self.classes, device) if self.classes is not None else None
+        return Episode(moved(self.support, device), moved(self.query, device), classes)
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class EpisodeIndex:
         return torch.arange(ways, device=self.query.device).repeat_interleave(queries).unsqueeze(0)
 
     def to(self, device: torch.device | str) -> "EpisodeIndex":
-        return EpisodeIndex(*(part.to(device, non_blocking=True) for part in self.parts))
+        return EpisodeIndex(*(moved(part, device) for part in self.parts))
 
     def hash(self, fingerprint: str = "") -> str:
         """16 hex digits of the episodes and their data set's fingerprint: equal for the same items in equal roles."""
