@@ -5,12 +5,14 @@ written under another name and renamed when it is whole; one process builds it w
 alone: labels and splits are the loaders', so one entry serves them all.
 
     python -m pml_fewshot.data.cache            lists the entries
+    python -m pml_fewshot.data.cache --verify   reads them through for damage (or some: --verify NAME ...)
     python -m pml_fewshot.data.cache --empty    removes them (or some: --empty NAME ...)
 """
 
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -32,6 +34,7 @@ from pml_fewshot.io.atomic import CannotWriteError, fsync, translate_write_error
 from pml_fewshot.io.tensors import checksum, read_tensors, write_tensors
 
 WRITE_BYTES = 2**20  # at a time: for a single image the threads that decode would take turns with the disk
+CHECKED_BYTES = 2**31  # of images in an entry that is compared with its checksum at each start: up to half a second
 FORMAT_VERSION = 5  # raise it when what an entry holds changes: older ones are then replaced
 
 
@@ -71,8 +74,9 @@ def cached_images(
         files: what they are read from; another name, size, time or place on the disk replaces the entry.
         read: called only when the cache does not hold the source's content.
         cache_dir: by default `$PML_FEWSHOT_CACHE`, `$XDG_CACHE_HOME/pml_fewshot` or `~/.cache/pml_fewshot`.
-        memory_map: the images are too many for memory: check only their number and shape. Otherwise they are compared
-            with their checksum, 0.3 seconds a GB.
+        memory_map: the images are too many for memory: only their number and shape are checked, and of the rest what is
+            asked for is read. Otherwise up to 2 GiB of images are compared with their checksum, 0.25 seconds a GB,
+            which is little beside a training on wrong images. A new entry always is, and any when `--verify` asks.
 
     Raises:
         UsageError: the entry is damaged. It is not rebuilt silently: a disk that loses data should be known.
@@ -82,7 +86,7 @@ def cached_images(
     prefix = f"{name}-{_short_hash(source)}-"
     entry, temporary = folder / f"{prefix}{_short_hash(_state(files))}", folder / f".tmp-{prefix}"
     if entry.exists():
-        return _load(entry, memory_map)
+        return _load(entry, 0 if memory_map else CHECKED_BYTES)
     try:
         with translate_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +109,7 @@ def cached_images(
         do = "they are decoded into memory, now and next time; set PML_FEWSHOT_CACHE to a folder with room"
         warnings.warn(f"the cache in {folder} cannot keep the images of {name} ({reason}): {do}", stacklevel=2)
         return _in_memory(read(), name)
-    return _load(entry, memory_map)
+    return _load(entry, math.inf)
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
@@ -152,12 +156,16 @@ def _in_memory(source: Source, name: str) -> Stored:
 def _write(source: Source, name: str, shown: list[str], folder: Path, entry: Path) -> None:
     """Writes the files of `entry` to `folder` and renames it. What the source's reading raises passes unchanged."""
     header = {"descr": np.dtype(source.dtype).newbyteorder("<").str, "fortran_order": False}
-    count, waiting = 0, bytearray()
+    digests: list[Tensor] = []
 
-    def write(content: bytearray) -> None:
-        with translate_write_errors(entry):
-            while content:  # a disk that becomes full takes a part, and gives the reason when asked again
-                del content[: file.write(content)]
+    def written() -> Iterator[memoryview]:
+        for block in _blocks(_progress(source, name)):
+            digests.append(digests_of(block))
+            left = content = block.reshape(-1).view(np.uint8).data
+            with translate_write_errors(entry):
+                while left:  # a disk that becomes full takes a part, and gives the reason when asked again
+                    left = left[file.write(left) :]
+            yield content
 
     with translate_write_errors(entry):
         folder.mkdir()
@@ -165,22 +173,16 @@ def _write(source: Source, name: str, shown: list[str], folder: Path, entry: Pat
         file = (folder / "images.npy").open("wb", buffering=0)
         np.lib.format.write_array_header_1_0(file, header | {"shape": (0, *source.item_shape)})
     with file:
-        for count, image in enumerate(_progress(source, name), start=1):  # noqa: B007
-            waiting += image.tobytes()
-            if len(waiting) > WRITE_BYTES:
-                write(waiting)
-        write(waiting)
-        shape = (count, *source.item_shape)
+        total = checksum(written())
+        shape = (sum(map(len, digests)), *source.item_shape)
         with translate_write_errors(entry):
             file.seek(0)  # the new header is as long: numpy leaves room in it for any length of the first axis
             np.lib.format.write_array_header_1_0(file, header | {"shape": shape})
-    images = _map_images(folder)
-    digests = [digests_of(block.numpy()) for block in images.split(256)]
-    about = {"notes": source.notes, "shape": shape, "checksum": _checksum(images), "source": shown}
+    about = {"notes": source.notes, "shape": shape, "checksum": total, "source": shown}
     with translate_write_errors(entry):
         write_tensors(
             folder / "rest.safetensors",
-            {"digests": torch.cat(digests) if count else torch.empty(0, dtype=torch.int64)},
+            {"digests": torch.cat([torch.empty(0, dtype=torch.int64), *digests])},
             {"about": json.dumps(about)},
         )
         fsync(folder / "images.npy")
@@ -188,14 +190,34 @@ def _write(source: Source, name: str, shown: list[str], folder: Path, entry: Pat
         fsync(entry.parent)
 
 
-def _load(entry: Path, memory_map: bool) -> Stored:
+def _blocks(images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The images (n, C, H, W), a MiB at a time."""
+    waiting: list[np.ndarray] = []
+    for image in images:
+        waiting.append(image)
+        if len(waiting) * image.nbytes > WRITE_BYTES:
+            yield np.stack(waiting)
+            waiting.clear()
+    if waiting:
+        yield np.stack(waiting)
+
+
+def _load(entry: Path, checked: float) -> Stored:
+    stored = _stored(entry, checked)
+    with suppress(OSError):  # a folder that is read-only is read all the same
+        os.utime(entry)  # when it was last used, for the list
+    return stored
+
+
+def _stored(entry: Path, checked: float) -> Stored:
+    """What an entry holds, the images compared with their checksum where they have up to `checked` bytes."""
     try:
         images = _map_images(entry)  # an error where the file is truncated
         tensors, texts = read_tensors(entry / "rest.safetensors")  # which verifies its own checksum
         about = json.loads(texts["about"])
         if list(images.shape) != about["shape"]:
             raise ValueError(f"images of shape {list(images.shape)}, not {about['shape']} as written")
-        if not memory_map and _checksum(images) != about["checksum"]:
+        if images.nbytes <= checked and checksum([images.numpy().data]) != about["checksum"]:
             raise ValueError("other images than were written")
     except MemoryError:
         raise
@@ -204,8 +226,6 @@ def _load(entry: Path, memory_map: bool) -> Stored:
         raise UsageError(
             f"expected a whole cache entry in {entry}, got {got}; delete that folder and run again"
         ) from error
-    with suppress(OSError):  # a folder that is read-only is read all the same
-        os.utime(entry)  # when it was last used, for the list
     return Stored(images, tensors["digests"], about["notes"])
 
 
@@ -214,39 +234,45 @@ def _map_images(entry: Path) -> Tensor:
     return torch.from_numpy(np.load(entry / "images.npy", mmap_mode="c", allow_pickle=False))
 
 
-def _checksum(images: Tensor) -> str:
-    return checksum([images.numpy().data])
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command: lists the entries, or removes them."""
+    """The command: lists the entries, verifies them or removes them."""
     parser = argparse.ArgumentParser(description="Images that were decoded once.")
     parser.add_argument("--cache-dir", type=Path, help="its folder; PML_FEWSHOT_CACHE or ~/.cache/pml_fewshot if left")
-    parser.add_argument("--empty", nargs="*", metavar="NAME", help="remove the entries of these names, or all")
+    does = parser.add_mutually_exclusive_group()
+    does.add_argument("--empty", nargs="*", metavar="NAME", help="remove the entries of these names, or all")
+    verifies = "compare the entries of these names, or all, with their checksums; ends with 1 where one is damaged"
+    does.add_argument("--verify", nargs="*", metavar="NAME", help=verifies)
     given = parser.parse_args(arguments)
     folder = cache_folder(given.cache_dir)
     entries = sorted(path for path in folder.glob("[!.]*-*-*") if path.is_dir())
-    for wanted in given.empty or ():
+    names = given.empty or given.verify or ()
+    for wanted in names:
         if not any(entry.name.startswith(wanted) for entry in entries):
-            do = f"{folder} has {len(entries)} entries, which this command lists without --empty"
+            do = f"{folder} has {len(entries)} entries, which this command lists without a name"
             parser.exit(2, f"error: expected the beginning of an entry's name, got {wanted!r}; {do}\n")
-    total = shown = 0
+    total = shown = damaged = 0
     for entry in entries:
-        if given.empty and not any(entry.name.startswith(wanted) for wanted in given.empty):
+        if names and not any(entry.name.startswith(wanted) for wanted in names):
             continue
         shown += 1
         size = sum(file.stat().st_size for file in entry.iterdir())
         used = time.strftime("%Y-%m-%d", time.localtime(entry.stat().st_mtime))
         source = ", ".join(_about(entry).get("source", ["of another version"]))
-        removed = ""
+        done = ""
         if given.empty is not None:
-            removed = f"{_removed(entry)}  "
-        print(f"{removed}{entry.name}  {size / 2**20:,.0f} MiB  used {used}  {source}")
+            done = f"{_removed(entry)}  "
+        elif given.verify is not None:
+            damage = _damage(entry)
+            damaged += bool(damage)
+            done = f"{damage or 'whole'}  "
+        print(f"{done}{entry.name}  {size / 2**20:,.0f} MiB  used {used}  {source}")
         total += size
     if given.empty == []:
         for left in folder.glob(".tmp-*"):  # by a process that was killed
             print(f"{_removed(left)}  {left.name}")
     print(f"{shown} entries, {total / 2**20:,.0f} MiB, in {folder}")
+    if damaged:
+        parser.exit(1, f"{damaged} damaged; remove them by --empty NAME, and they are made anew\n")
 
 
 def _about(entry: Path) -> dict[str, Any]:
@@ -254,6 +280,14 @@ def _about(entry: Path) -> dict[str, Any]:
         return json.loads(read_tensors(entry / "rest.safetensors")[1]["about"])
     except (UsageError, KeyError, json.JSONDecodeError):
         return {"source": ["damaged"]}
+
+
+def _damage(entry: Path) -> str:
+    try:
+        _stored(entry, math.inf)
+    except UsageError as error:
+        return f"damaged ({error.__cause__})"
+    return ""
 
 
 def _removed(entry: Path) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pml_fewshot.checks import UsageError
 from pml_fewshot.data import cache
@@ -181,13 +182,21 @@ def test_of_two_that_want_the_same_entry_one_builds_it(tmp_path: Path, monkeypat
         np.testing.assert_array_equal(result.result().images.numpy(), first.images)
 
 
-def test_one_changed_byte_of_the_images_is_seen_at_once_or_when_asked(tmp_path: Path):
+def flip_last_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+OTHER = r"expected a whole cache entry in .*other images.*; delete that folder"
+
+
+def test_one_changed_byte_of_the_images_is_seen_at_once_or_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     load(tmp_path, Made())
     (damaged,) = tmp_path.glob("*/images.npy")
-    content = bytearray(damaged.read_bytes())
-    content[-1] ^= 1
-    damaged.write_bytes(content)
-    with pytest.raises(UsageError, match=r"expected a whole cache entry in .*other images.*; delete that folder"):
+    flip_last_byte(damaged)
+    monkeypatch.setattr(cache, "CHECKED_BYTES", 60)
+    with pytest.raises(UsageError, match=OTHER):
         load(tmp_path, Made())
     stored = load(tmp_path, Made(), memory_map=True)  # which is not read through
     part = FewShotDataset(stored.images, [0, 0, 1, 1, 1])
@@ -195,6 +204,24 @@ def test_one_changed_byte_of_the_images_is_seen_at_once_or_when_asked(tmp_path: 
     whole = FewShotDataset(Made().images, [0, 0, 1, 1, 1]).checksum()
     assert part.checksum() == whole
     assert part.checksum(recompute=True) != whole
+    monkeypatch.setattr(cache, "CHECKED_BYTES", 59)  # nor are many images
+    assert torch.equal(load(tmp_path, Made()).images, stored.images)
+
+
+@pytest.mark.parametrize("memory_map", [False, True])
+def test_what_the_disk_lost_of_a_new_entry_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_map: bool):
+    monkeypatch.setattr(cache, "fsync", lambda path: flip_last_byte(path) if path.name == "images.npy" else None)
+    with pytest.raises(UsageError, match=OTHER):
+        load(tmp_path, Made(), memory_map=memory_map)
+
+
+@pytest.mark.parametrize("count", [1, 17, 18])
+def test_images_are_written_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int):
+    monkeypatch.setattr(cache, "WRITE_BYTES", 24)  # of 12 bytes each: in threes
+    made = Made(count=count)
+    images, digests, _ = load(tmp_path, made)
+    np.testing.assert_array_equal(images.numpy(), made.images)
+    assert digests.tolist() == digests_of(made.images).tolist()
 
 
 @pytest.mark.parametrize("memory_map", [False, True])
@@ -244,6 +271,29 @@ def test_the_command_lists_entries_and_removes_those_named_or_all(tmp_path: Path
     assert f"1 entries, 0 MiB, in {tmp_path}" in shown("--empty")
     assert entries(tmp_path) == []
     assert "0 entries" in shown()
+
+
+def test_the_command_tells_damaged_entries(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name in ("first", "second", "third"):
+        cached_images(name, (), [], Made(), tmp_path)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("[!.]*")}
+
+    def shown(*names: str) -> list[str]:
+        cache.main(["--cache-dir", str(tmp_path), "--verify", *names])
+        return re.findall(r"^(.*?)-\w+-\w+  ", capsys.readouterr().out, re.MULTILINE)
+
+    assert shown() == ["whole  first", "whole  second", "whole  third"]
+    assert times == {path: path.stat().st_mtime_ns for path in times}  # which is no use of them
+    flip_last_byte(next(tmp_path.glob("second-*/images.npy")))
+    next(tmp_path.glob("third-*/rest.safetensors")).unlink()
+    assert shown("fir") == ["whole  first"]
+    with pytest.raises(SystemExit, match="1"):
+        shown()
+    said = capsys.readouterr()
+    assert re.search(r"^whole  f.*\ndamaged \(other images.*\)  second-.*\ndamaged \(expected .*\)  third-", said.out)
+    assert "2 damaged" in said.err
+    with pytest.raises(SystemExit, match="2"):
+        shown("fourth")
 
 
 def test_what_killed_processes_left_is_removed_and_what_is_being_built_is_not(
