@@ -11,13 +11,14 @@ from pml_fewshot.checks import UsageError, as_labels, check_enough_items
 
 BLOCK = 2**14  # numbers drawn at a time: larger tensors torch divides among threads, which wait for each other
 SMALL = 32  # numbers; up to here Omniglot's classes, of 20 items, and episodes of 32 ways
+MANY = 1000  # rows; from here on such sets are shuffled, step by step; below, the slots' few calls are faster
 
 
 def draw_without_replacement(sizes: Tensor, count: int, generator: torch.Generator, largest: int) -> Tensor:
     """Draws `count` distinct numbers below each size (R,), in uniformly random order: (count, R) int64.
 
-    A Fisher-Yates shuffle stopped after `count` steps, for all rows at once; no size may be below `count`. Arrays of up
-    to 32 numbers are shuffled. Of larger ones none is: what each step found follows from the slots of the steps before
+    A Fisher-Yates shuffle stopped after `count` steps, for all rows at once; no size may be below `count`. Many arrays
+    of up to 32 numbers are shuffled. Of others none is: what each step found follows from the slots of the steps before
     it, so time grows with R * count * log count, not with the sizes, and memory is the result's twice. On one core
     50,000 rows of 16 take 27 ms (of 16 numbers below 20, 12 ms), one of 1,692 half a millisecond, 1,000 of 100 numbers
     below a million 3 ms. The numbers come from the generator's own device: a CPU generator gives the same draw whatever
@@ -26,10 +27,11 @@ def draw_without_replacement(sizes: Tensor, count: int, generator: torch.Generat
     uniform = torch.rand(count, len(sizes), generator=generator, device=generator.device, dtype=torch.float64)
     step = torch.arange(count, device=sizes.device).unsqueeze(1)
     drawn = torch.empty(len(sizes), count, dtype=torch.int64, device=sizes.device)
-    rows = BLOCK if largest <= SMALL else max(1, BLOCK // max(1, count))
+    shuffles = largest <= SMALL and len(sizes) >= MANY
+    rows = BLOCK if shuffles else max(1, BLOCK // max(1, count))
     parts = zip(uniform.to(sizes.device).split(rows, dim=1), sizes.split(rows), drawn.split(rows), strict=True)
     for part, size, result in parts:
-        if largest <= SMALL:
+        if shuffles:
             _shuffled(part, size.double(), largest, result)
         else:
             _found(_slots(part, size.double(), step).T.contiguous(), result)

@@ -40,6 +40,7 @@ def test_draws_equal_a_shuffle_of_whole_arrays_that_is_stopped_early(sizes: list
     for block, largest in product((2**14, 1), (max(sizes), max(33, *sizes))):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(class_sampler, "BLOCK", block)
+            patch.setattr(class_sampler, "MANY", 1)
             drawn = draw_without_replacement(torch.tensor(sizes), count, seeded(seed), largest)
         assert drawn.dtype == torch.int64
         assert drawn.T.tolist() == [shuffled(*each) for each in zip(slots, sizes, strict=True)]
@@ -64,19 +65,18 @@ def test_the_items_of_two_classes_are_drawn_on_their_own() -> None:
     assert all(abs(pairs.count(pair) - 5000 / 9) < 5 * (5000 / 9) ** 0.5 for pair in set(pairs))
 
 
-@pytest.mark.parametrize("small", [32, 0])
-def test_small_sets_alone_are_shuffled(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    largest: list[int] = []
+@pytest.mark.parametrize(("times", "larger"), [(200, 20), (199, 20), (200, 33)])
+def test_many_small_sets_alone_are_shuffled(times: int, larger: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
     shuffle = class_sampler._shuffled
 
     def noted(*given: Any) -> None:
-        largest.append(given[2])
+        rows.append(len(given[1]))
         shuffle(*given)
 
     monkeypatch.setattr(class_sampler, "_shuffled", noted)
-    monkeypatch.setattr(class_sampler, "SMALL", small)
-    sampler = ClassSampler(scattered_labels(dict.fromkeys(range(33), 20) | {40: 32}), 5, 16, "a test")
-    drawn = sampler.draw(3, seeded(0))
-    assert largest == [32] * bool(small)  # the items; of the 34 classes none
-    monkeypatch.undo()
-    assert torch.equal(drawn, sampler.draw(3, seeded(0)))
+    sampler = ClassSampler(scattered_labels(dict.fromkeys(range(33), 20) | {40: larger}), 5, 16, "a test")
+    drawn = sampler.draw(times, seeded(0))
+    assert rows == ([1000] if times == 200 and larger == 20 else [])  # the items; of the 34 classes none
+    monkeypatch.setattr(class_sampler, "MANY", 10**9 if rows else 1)
+    assert torch.equal(drawn, sampler.draw(times, seeded(0)))  # in another way
