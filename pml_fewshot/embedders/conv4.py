@@ -8,14 +8,15 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from pml_fewshot.checks import UsageError
+from pml_fewshot.embedders.conv_norm_pool import conv_norm_pool
 
 
 class ConvBlock(nn.Module):
     """3x3 convolution, batch norm, 2x2 max-pool, ReLU.
 
     Pooling comes before the ReLU, which then has a quarter of the work and the same result. At inference (eval mode, no
-    gradient) batch norm is folded into the convolution's weights, which saves a pass over the largest tensors; the
-    result is equal up to rounding.
+    gradient) batch norm is folded into the convolution's weights, which saves a pass over the largest tensors, and in
+    training it is where `conv_norm_pool` can; the result is equal up to rounding.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -27,13 +28,20 @@ class ConvBlock(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         norm = self.norm
-        if norm.training or norm.running_mean is None or norm.running_var is None or torch.is_grad_enabled():
-            maps = norm(self.conv(images))
-        else:
+        if not (norm.training or norm.running_mean is None or norm.running_var is None or torch.is_grad_enabled()):
             statistics = norm.running_mean, norm.running_var, norm.eps
             weight, bias = fuse_conv_bn_weights(self.conv.weight, None, *statistics, norm.weight, norm.bias)
-            maps = F.conv2d(images, weight, bias, padding=1)
-        pooled = F.max_pool2d(maps, 2)
+            pooled = F.max_pool2d(F.conv2d(images, weight, bias, padding=1), 2)
+        elif type(norm) is nn.BatchNorm2d and norm.momentum is not None:
+            if norm.training and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+            training = norm.training or norm.running_mean is None
+            running = (norm.running_mean, norm.running_var) if norm.track_running_stats else (None, None)
+            pooled = conv_norm_pool(
+                images, self.conv.weight, *running, norm.weight, norm.bias, training, norm.momentum, norm.eps
+            )
+        else:  # another batch norm in its place, as torch's SyncBatchNorm
+            pooled = F.max_pool2d(norm(self.conv(images)), 2)
         return pooled.relu_() if self.relu else pooled
 
 
@@ -69,5 +77,6 @@ class Conv4(nn.Module):
             wanted = f"images of {self.in_channels} channels and at least 16 x 16 pixels"
             got = f"{channels} channels of {height} x {width}"
             raise UsageError(f"expected {wanted}, got {got}; set in_channels, or load larger images")
-        maps = self.blocks(images.contiguous(memory_format=torch.channels_last))
+        # (`.contiguous` would leave images of one channel in a layout that convolutions take for the other one)
+        maps = self.blocks(images.to(memory_format=torch.channels_last))
         return maps.mean(dim=(2, 3)) if self.pool else maps.flatten(1)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pml_fewshot.distributed import Summed, world
+from pml_fewshot.embedders.conv_norm_pool import conv_norm_pool
 
 
 def synced() -> AbstractContextManager[object]:
@@ -25,6 +26,9 @@ class SyncedBatchNorm(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is conv_norm_pool:
+            images, weight, *of_norm = args
+            return F.max_pool2d(_batch_norm(torch.conv2d(images, weight, padding=1), *of_norm), 2)
         return (_batch_norm if func is F.batch_norm else func)(*args, **(kwargs or {}))
 
 

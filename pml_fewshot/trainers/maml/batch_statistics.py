@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pml_fewshot.checks import UsageError
+from pml_fewshot.embedders.conv_norm_pool import by_moments, conv_norm_pool
 
 
 class BatchStatistics(TorchFunctionMode):
@@ -34,7 +35,10 @@ class BatchStatistics(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.batch_norm:
             return self.batch_norm(*args, **kwargs)
-        if self.decomposed and func is Tensor.contiguous and torch.channels_last in (*args[1:], *kwargs.values()):
+        if func is conv_norm_pool:
+            return self.conv_norm_pool(*args, **kwargs)
+        layout_alone = func in (Tensor.contiguous, Tensor.to) and [*args[1:], *kwargs.values()] == [torch.channels_last]
+        if self.decomposed and layout_alone:
             return args[0]  # vmap does not know this memory layout
         return func(*args, **kwargs)
 
@@ -51,7 +55,6 @@ class BatchStatistics(TorchFunctionMode):
     ) -> Tensor:
         """Stands for `F.batch_norm` of (B, C, ...), or of (B * P, C, ...) for P patches of each item."""
         self.was_used = True
-        weight, bias = (None if each is None else self.per_channel(each) for each in (weight, bias))
         if self.num_stat_items is None and not self.decomposed:
             return F.batch_norm(input, None, None, weight, bias, training=True, eps=eps)
         patches, rest = divmod(len(input), self.num_items)
@@ -67,6 +70,21 @@ class BatchStatistics(TorchFunctionMode):
         normalized = (input - mean) * scale
         return normalized if bias is None else normalized + bias.reshape(scale.shape)
 
-    def per_channel(self, weight: Tensor) -> Tensor:
-        """A batch norm's weight or bias as one number for each channel of its input."""
-        return weight
+    def conv_norm_pool(
+        self,
+        images: Tensor,
+        weight: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        """Stands for the function of that name."""
+        self.was_used = True
+        if self.num_stat_items is None and not self.decomposed and by_moments(images, weight):
+            return conv_norm_pool(images, weight, None, None, scale, shift, True, momentum, eps)
+        maps = self.batch_norm(torch.conv2d(images, weight, padding=1), None, None, scale, shift, eps=eps)
+        return F.max_pool2d(maps, 2)

@@ -12,12 +12,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pml_fewshot.checks import UsageError, check_choice
 from pml_fewshot.parts.instantiate import instantiate
 from pml_fewshot.trainers.maml.autograd import Recompute, double_backward
-from pml_fewshot.trainers.maml.task_parallel import Mode, Weights, fastest, grouped, labels_of, loop, normalizes, vmap
+from pml_fewshot.trainers.maml.task_parallel import Mode, Weights, fastest, labels_of, loop, normalizes, vmap
 from pml_fewshot.trainers.pml_compat import WITH_MEMORY
 
 TaskLoss = Callable[[Tensor, Tensor], Tensor]  # outputs (B, D) and labels (B,) to a scalar: a function or a module
 LearnedRates = Literal["per_layer", "per_layer_per_step"]
-Parallel = Literal["auto", "loop", "vmap", "grouped"]
+Parallel = Literal["auto", "loop", "vmap", "threads"]
 
 
 class InnerLoop(nn.Module):
@@ -84,20 +84,17 @@ class InnerLoop(nn.Module):
         own = self.network.named_parameters()  # those made in inference mode take no gradient, but their copies do
         return {name: (p.clone() if p.is_inference() else p).expand(tasks, *p.shape) for name, p in own}
 
-    def outputs(
-        self, weights: Weights, images: Tensor, ways: int, stats_of: Tensor | None = None, double: bool = False
-    ) -> Tensor:
+    def outputs(self, weights: Weights, images: Tensor, ways: int, stats_of: Tensor | None = None) -> Tensor:
         """Runs the network for T tasks: images (T, B, *item) to outputs (T, B, D).
 
         They are float32 or better: under autocast losses and distances want more than bfloat16's 8 bits. Batch norm
         uses the statistics of `stats_of`, other images of the same tasks; those of the images themselves when None.
-        `double` says that the outputs will be differentiated twice, for which another memory layout is faster.
         """
         mode, num_stat_items = self.mode(images[0]), None
         if stats_of is not None:
             num_stat_items = stats_of.shape[1]
             images = torch.cat([stats_of, images], dim=1)
-        run = partial(grouped, channels_last=not double) if mode == "grouped" else vmap if mode == "vmap" else loop
+        run = vmap if mode == "vmap" else loop
         # where no gradient is wanted a network may fold batch norm with its running statistics into other weights
         with torch.enable_grad():
             outputs = run(self.network, weights, images, num_stat_items)
@@ -130,7 +127,7 @@ class InnerLoop(nn.Module):
             wanted = [before[name] for name in adapted]
             with torch.enable_grad(), double_backward() if second_order else nullcontext():
                 # tasks share nothing, so the gradient of the sum holds that of each
-                total = task_losses(self.loss, self.outputs(before, images, ways, double=second_order), labels).sum()
+                total = task_losses(self.loss, self.outputs(before, images, ways), labels).sum()
                 # (zeros for a parameter that the network does not use)
                 gradients = torch.autograd.grad(total, wanted, create_graph=create_graph, materialize_grads=True)
             return [w - rate * g for w, rate, g in zip(wanted, values[len(names) :], gradients, strict=True)]

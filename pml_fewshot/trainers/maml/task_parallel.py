@@ -1,31 +1,34 @@
-"""Three ways to run a network for many tasks, each with its own weights: loop, vmap, grouped. One result.
+"""How a network is run for many tasks, each with its own weights: one after the other, in threads, or by vmap.
 
-Each is called with a network (whose own parameters and buffers are neither used nor changed), the weights of T tasks,
-images (T, B, *item) and `num_stat_items`, the items at the front of a task's batch that batch norm takes its statistics
-from (all when None), and returns (T, B, *output).
+`loop` and `vmap` are called with a network (whose own tensors are neither used nor changed), the weights of T tasks,
+images (T, B, *item) and `num_stat_items`, the items at the front of a task's batch that batch norm takes its
+statistics from (all when None), and return (T, B, *output). `in_threads` divides chunks of tasks among threads, each of
+which loops over its own.
 """
 
+import copy
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from queue import SimpleQueue
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pml_fewshot.embedders.modes import eval_mode
+from pml_fewshot.evaluation.episodic import one_thread_each
 from pml_fewshot.trainers.maml.batch_statistics import BatchStatistics
-from pml_fewshot.trainers.maml.grouped_tasks import GroupedTasks
 
 Weights = Mapping[str, Tensor]  # a network's parameters by name, for T tasks: (T, *shape) each
-Mode = Literal["loop", "vmap", "grouped"]
+Mode = Literal["loop", "vmap", "threads"]
+M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
-# Pixels run at a time, and the most tasks. On a CPU with 32 MiB of cache 2 to 4 tasks of 80 images of 28 x 28 were
-# fastest, and 1 of 30 images of 84 x 84 (1.5 times as fast as 4). On a GPU the first layer of 64 tasks of the former
-# takes 1 GiB by itself.
-CPU_PIXELS, CPU_TASKS = 4 * 80 * 28**2, 8
-CUDA_PIXELS, CUDA_TASKS = 64 * 80 * 28**2, 64
+# Pixels that vmap runs at a time, and the most tasks: the first layer of 64 tasks of 80 images of 28 x 28 takes 1 GiB.
+PIXELS, TASKS = 64 * 80 * 28**2, 64
 
 
 def loop(network: nn.Module, weights: Weights, images: Tensor, num_stat_items: int | None = None) -> Tensor:
@@ -46,55 +49,78 @@ def _one_task(network: nn.Module, num_stat_items: int | None, decomposed: bool, 
         return network(images)
 
 
-def grouped(
-    network: nn.Module, weights: Weights, images: Tensor, num_stat_items: int | None = None, channels_last: bool = False
-) -> Tensor:
-    """All tasks at once by grouped convolutions, the fastest on a CPU, for networks of common layers.
+def in_threads(module: M, work: Callable[..., T], chunks: Sequence[Iterable[Any]]) -> Iterator[T]:
+    """`work(a copy of the module, *chunk)` for each chunk, in as many threads as torch has, of one thread each.
 
-    Raises NotGroupable where GroupedTasks does. `channels_last` is the memory layout of activations: it makes pooling
-    and batch norm faster, but double backward slower.
+    Tasks share nothing, so threads wait for each other once, at the end, and not in each of hundreds of operations that
+    are too small to be shared. The copies have the module's own tensors, and places of their own to put others in.
     """
-    side_by_side = images.transpose(0, 1).flatten(1, 2)  # (B, T * C, H, W)
-    if channels_last and side_by_side.ndim == 4:
-        side_by_side = side_by_side.contiguous(memory_format=torch.channels_last)
-    buffers = _buffers(network)
-    mode = GroupedTasks(images, weights.values(), buffers.values(), num_stat_items)
-    with swapped(network, {**buffers, **weights}), mode:
-        output = network(side_by_side)
-    return output.unflatten(1, (len(images), -1)).transpose(0, 1)
+    threads = max(1, min(torch.get_num_threads(), len(chunks)))
+    if torch.is_autocast_enabled("cpu"):  # which belongs to a thread
+        threads = 1
+    copies: SimpleQueue[M] = SimpleQueue()
+    for _ in range(threads):
+        copies.put(sharing_copy(module))
+
+    def one(chunk: Iterable[Any]) -> T:
+        own = copies.get()
+        try:
+            return work(own, *chunk)
+        finally:
+            copies.put(own)
+
+    if threads == 1:
+        yield from map(one, chunks)
+        return
+    with one_thread_each(), ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(one, chunks)
+
+
+def _loop_of_a_copy(network: nn.Module, weights: Weights, images: Tensor) -> Tensor:
+    return loop(sharing_copy(network), weights, images)
+
+
+def sharing_copy(module: M) -> M:
+    """A copy of a module that shares its parameters and buffers."""
+    return copy.deepcopy(module, {id(each): each for each in (*module.parameters(), *module.buffers())})
 
 
 def fastest(network: nn.Module, images: Tensor) -> Mode:
-    """The fastest way to run tasks of images (B, *item) as measured: grouped on a CPU, vmap on a GPU, else the loop.
+    """The fastest way to run tasks of images (B, *item) as measured: threads on a CPU, vmap on a GPU, else the loop.
 
-    It is tried on two tasks, and not taken where it fails or has other outputs than the loop. Waits for a GPU.
+    It is tried on two tasks, and not taken where it fails or has other outputs than the loop; nor are threads where the
+    network draws numbers, whose order would be left to chance. Waits for a GPU.
     """
     if any("_orig_mod" in module._modules for module in network.modules()):  # compiled for one shape of weights
         return "loop"
-    mode: Mode = "vmap" if images.is_cuda else "grouped"
-    run = vmap if mode == "vmap" else grouped
+    mode: Mode = "vmap" if images.is_cuda else "threads"
     weights = {name: torch.stack([p, 1.1 * p + 0.01]).detach() for name, p in network.named_parameters()}
     both = torch.stack([images, images.flip(0)])
     same_draws = torch.random.fork_rng([images.device] if images.is_cuda else [])  # dropout draws leave no trace
     try:
         # in its own mode first, for dropout and the like
         with same_draws, torch.autocast(images.device.type, enabled=False), torch.enable_grad():
+            run = vmap if mode == "vmap" else _loop_of_a_copy
+            before = torch.get_rng_state()
             run(network, weights, both)
+            if mode == "threads" and not torch.equal(before, torch.get_rng_state()):
+                return "loop"
             with eval_mode(network):
                 outputs, expected = run(network, weights, both), loop(network, weights, both)
-    except RuntimeError:  # of vmap, or NotGroupable; an error of the network itself comes again from the loop
-        return "loop"
+    except (RuntimeError, TypeError, AttributeError):  # of vmap or of a module that cannot be copied
+        return "loop"  # where an error of the network itself comes again
     # Tasks that were mixed up are further apart than this; bfloat16 came within 0.7 %, TF32 within 0.15.
     same = torch.allclose(outputs, expected, rtol=0, atol=0.02 * expected.abs().max().item(), equal_nan=True)
     return mode if same else "loop"
 
 
-def max_tasks_per_chunk(support: Tensor, query: Tensor) -> int:
+def max_tasks_per_chunk(support: Tensor, query: Tensor, mode: Mode) -> int:
     """How many of the tasks with support (T, W, K, *item) and queries, likewise or (T, N, *item), to run at a time."""
+    if mode != "vmap":
+        return 1  # whose activations fit a cache: 15 MiB of 80 images of 28 x 28
     channels = support.shape[3] if support.ndim > 4 else 1
     pixels = (support[0].numel() + query[0].numel()) // channels
-    budget, most = (CUDA_PIXELS, CUDA_TASKS) if support.is_cuda else (CPU_PIXELS, CPU_TASKS)
-    return min(most, max(1, budget // pixels))
+    return min(TASKS, max(1, PIXELS // pixels))
 
 
 def normalizes(network: nn.Module, images: Tensor) -> bool:
@@ -106,7 +132,7 @@ def normalizes(network: nn.Module, images: Tensor) -> bool:
     return statistics.was_used
 
 
-one_at_a_time = threading.RLock()  # held by whoever changes a network or reads its weights while others may use it
+one_at_a_time = threading.RLock()  # held by whoever swaps a trainer's weights, or copies it, while others may use it
 
 
 @contextmanager
@@ -116,18 +142,17 @@ def swapped(network: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
     Each place is changed once and given its own object back, however many names lead to it and whatever the network
     did there. (`torch.func.functional_call` leaves the wrong tensor in a module that has two names, torch 2.13.)
     """
-    with one_at_a_time:
-        named = {id(own): name for name, own in (*network.named_parameters(), *network.named_buffers())}
-        places: list[dict[str, Any]] = [each for m in network.modules() for each in (m._parameters, m._buffers)]
-        before = [dict(place) for place in places]
-        try:
-            for place in places:
-                place.update({key: tensors[named[id(own)]] for key, own in place.items() if own is not None})
-            yield
-        finally:
-            for place, own_tensors in zip(places, before, strict=True):
-                place.clear()
-                place.update(own_tensors)
+    named = {id(own): name for name, own in (*network.named_parameters(), *network.named_buffers())}
+    places: list[dict[str, Any]] = [each for m in network.modules() for each in (m._parameters, m._buffers)]
+    before = [dict(place) for place in places]
+    try:
+        for place in places:
+            place.update({key: tensors[named[id(own)]] for key, own in place.items() if own is not None})
+        yield
+    finally:
+        for place, own_tensors in zip(places, before, strict=True):
+            place.clear()
+            place.update(own_tensors)
 
 
 def _buffers(network: nn.Module) -> dict[str, Tensor]:

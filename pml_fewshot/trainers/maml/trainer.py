@@ -1,8 +1,9 @@
 """MAMLTrainer: initial weights from which a few gradient steps learn a new task (Finn et al. 2017)."""
 
 import copy
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,15 @@ from pml_fewshot.sampling.episodes import Episode, EpisodeSpec
 from pml_fewshot.trainers.base import FewShotTrainer
 from pml_fewshot.trainers.maml.autograd import WithGradient
 from pml_fewshot.trainers.maml.inner_loop import InnerLoop, LearnedRates, Parallel, TaskLoss, as_task_loss, task_losses
-from pml_fewshot.trainers.maml.task_parallel import Weights, labels_of, max_tasks_per_chunk, one_at_a_time
+from pml_fewshot.trainers.maml.task_parallel import (
+    Weights,
+    in_threads,
+    labels_of,
+    max_tasks_per_chunk,
+    one_at_a_time,
+)
 
+T = TypeVar("T")
 BatchNorm = Literal["transductive", "inductive"]
 Learned = tuple[Tensor, Sequence[Tensor], Tensor, Tensor]  # summed loss, its gradients, logits and labels
 
@@ -45,7 +53,7 @@ class MAMLTrainer(FewShotTrainer):
             figures do, which are higher for it; "inductive" by those of the support set, which itself is normalized by
             its own in both. (Statistics over a batch that a network takes without `F.batch_norm` are not seen.)
         task_chunk: tasks run at a time, with one backward pass, so that memory does not grow with the batch: when None
-            up to 8 on a CPU and 64 on a GPU, fewer of large images.
+            one in each thread, and by vmap up to 64, fewer of large images.
         inner_loss: of the support set; `loss` when None. Parameters of its own are trained by second order alone.
         step_weights: weight of the queries' loss after each inner step (MAML++'s multi-step loss); when None only
             the loss after the last step counts.
@@ -56,8 +64,10 @@ class MAMLTrainer(FewShotTrainer):
             inner loop then takes support and queries together, all of them in each step.
         head: classifies queries by adapted embeddings, for a network that gives those (`nearest_prototype` and others);
             None where it gives logits.
-        parallel: how a chunk of tasks is run, with the same gradients: "grouped" convolutions, "vmap" or "loop"; "auto"
-            is vmap on a GPU and grouped on a CPU where the network allows them, else the loop.
+        parallel: how tasks are run, with the same gradients: in "threads" that each have a copy of the network with the
+            same tensors, at once by "vmap", or one after the other in a "loop"; "auto" is vmap on a GPU and threads on
+            a CPU where the network allows them, else the loop. A network that counts its calls or the like, other than
+            in buffers, wants the loop: what threads change in their copies is thrown away.
 
     Frozen parameters are neither adapted nor trained. Dropout draws from torch's global generator, so its draws depend
     on task_chunk and parallel. A step waits for a GPU only in the first forward pass, to try out how the network can be
@@ -152,16 +162,13 @@ class MAMLTrainer(FewShotTrainer):
         """
         if not isinstance(batch, Episode):
             raise UsageError(f"expected an Episode, got a {type(batch).__name__}; use train_spec=EpisodeSpec(...)")
-        tasks, chunk = len(batch.support), self.task_chunk or max_tasks_per_chunk(batch.support, batch.query)
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        tasks, parameters = len(batch.support), self._trained()
         sums = [torch.zeros_like(parameter) for parameter in parameters]
         total, accuracy = batch.query.new_zeros(()), batch.query.new_zeros(())
         own_support, own_query = (each[world().share(tasks)] for each in (batch.support, batch.query))
-        learn = self._reptile if self.reptile else self._maml
-        with own_draws(batch.query.device), torch.enable_grad():
-            for start in range(0, len(own_support), chunk):
-                support, query = (each[start : start + chunk] for each in (own_support, own_query))
-                loss, gradients, logits, labels = learn(support, query, parameters)
+        learn = MAMLTrainer._reptile if self.reptile else MAMLTrainer._maml
+        with one_at_a_time, own_draws(batch.query.device), torch.enable_grad():
+            for loss, gradients, logits, labels in self._in_chunks(learn, own_support, own_query):
                 total += loss.detach()
                 accuracy += (logits.argmax(dim=2) == labels).float().mean(dim=1).sum()
                 sums = [before + gradient for before, gradient in zip(sums, gradients, strict=True)]
@@ -169,7 +176,22 @@ class MAMLTrainer(FewShotTrainer):
         each = world().size / tasks
         return WithGradient.apply(total * each, [one * each for one in sums], *parameters)
 
-    def _maml(self, support: Tensor, query: Tensor, parameters: list[nn.Parameter]) -> Learned:
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def _in_chunks(self, work: Callable[..., T], support: Tensor, query: Tensor) -> Iterator[T]:
+        """`work(trainer, support, query)` for each chunk of tasks, where the trainer is this one or a copy of it."""
+        if not len(support):  # more processes than tasks
+            return
+        mode = self.inner.mode(support[0].flatten(0, 1))
+        size = self.task_chunk or max_tasks_per_chunk(support, query, mode)
+        chunks = list(zip(support.split(size), query.split(size), strict=True))
+        if mode == "threads":
+            yield from in_threads(self, work, chunks)
+        else:
+            yield from (work(self, *chunk) for chunk in chunks)
+
+    def _maml(self, support: Tensor, query: Tensor) -> Learned:
         """The summed loss of T tasks, support (T, W, K, *item) and query (T, W, Q, *item)."""
         queries, labels = query.flatten(1, 2), labels_of(query)
         loss = query.new_zeros(())
@@ -181,9 +203,9 @@ class MAMLTrainer(FewShotTrainer):
                 loss = loss + step_weight * task_losses(self.loss, outputs, labels).sum()
         with torch.no_grad():
             logits = self._logits(final, support, outputs).detach()
-        return loss, torch.autograd.grad(loss, parameters, materialize_grads=True), logits, labels
+        return loss, torch.autograd.grad(loss, self._trained(), materialize_grads=True), logits, labels
 
-    def _reptile(self, support: Tensor, query: Tensor, parameters: list[nn.Parameter]) -> Learned:
+    def _reptile(self, support: Tensor, query: Tensor) -> Learned:
         """Likewise; the step from the adapted weights back to the start is the gradient (Nichol et al. 2018, eq. 2)."""
         images = torch.cat([support, query], dim=2)
         labels = labels_of(images)
@@ -194,7 +216,7 @@ class MAMLTrainer(FewShotTrainer):
             outputs = self.inner.outputs(end, images.flatten(1, 2), images.shape[1])
             loss = task_losses(self.loss, outputs, labels).sum()
             logits = self._logits(end, images, outputs)
-        return loss, [moved.get(id(p), torch.zeros_like(p)) for p in parameters], logits, labels
+        return loss, [moved.get(id(p), torch.zeros_like(p)) for p in self._trained()], logits, labels
 
     def bank(self, dataset: FewShotDataset) -> Tensor:
         """A whole set's images, (M, *item) uint8: each episode adapts to its own."""
@@ -211,16 +233,16 @@ class MAMLTrainer(FewShotTrainer):
             raise UsageError(
                 f"expected inner_steps of at least 0, got {steps}; 0 classifies by the weights as they are"
             )
-        chunk = self.task_chunk or max_tasks_per_chunk(support, query)
-        logits = []
         with evaluating(self), one_at_a_time:
             weight = next(self.network.parameters())
             # (gradients of tensors made in inference mode cannot be taken)
             support, query = (each.to(weight, copy=each.is_inference()) for each in (support, query))
-            for own, queries in zip(support.split(chunk), query.split(chunk), strict=True):
-                weights = self.inner.adapt_to(own, steps)
-                logits.append(self._logits(weights, own, self._query_outputs(weights, own, queries)))
-        return torch.cat(logits)
+            return torch.cat(list(self._in_chunks(partial(MAMLTrainer._classify, steps=steps), support, query)))
+
+    @torch.no_grad()
+    def _classify(self, support: Tensor, query: Tensor, steps: int) -> Tensor:
+        weights = self.inner.adapt_to(support, steps)
+        return self._logits(weights, support, self._query_outputs(weights, support, query))
 
     def accuracy(self, batch: Episode) -> Tensor | None:
         """The accuracy on the queries (Reptile: on all images) of the episodes last given to `forward`, a scalar."""

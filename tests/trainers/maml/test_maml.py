@@ -60,7 +60,7 @@ def tied() -> nn.Module:
         (0, {}),
         (1, {"task_chunk": 2}),
         (3, {"eval_inner_steps": 3}),
-        *((2, {"make": tied, "parallel": parallel}) for parallel in ("loop", "vmap", "grouped")),
+        *((2, {"make": tied, "parallel": parallel}) for parallel in ("loop", "vmap", "threads")),
     ],
 )
 def test_classify_is_plain_training_of_a_copy_on_the_support_set(steps: int, options: dict[str, Any]) -> None:
@@ -288,7 +288,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("parallel", ["auto", "vmap"])
+@pytest.mark.parametrize("parallel", ["loop", "vmap"])
 def test_only_the_first_step_waits_for_a_gpu(parallel: str) -> None:
     maml = trainer(parallel=parallel, inner_steps=2, checkpoint_steps=True, learn_inner_lr="per_layer")
     for step in range(2):
@@ -307,7 +307,7 @@ def test_bfloat16_autocast_trains_and_has_distances_in_float32(parallel: str) ->
         loss = maml(batch)
         head(batch).backward()  # torch.cdist takes no bfloat16
     loss.backward()
-    assert maml.inner._modes == {"cpu": "loop" if parallel == "loop" else "grouped"}
+    assert maml.inner._modes == {"cpu": "loop" if parallel == "loop" else "threads"}
     assert loss.item() == pytest.approx(trainer().float()(batch).item(), rel=0.05)
 
 

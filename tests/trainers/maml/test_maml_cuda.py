@@ -10,7 +10,7 @@ from tests.trainers.maml.small_maml import close, episodes, gradient, trainer
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("parallel", ["auto", "loop", "grouped"])
+@pytest.mark.parametrize("parallel", ["auto", "loop", "threads"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -28,5 +28,5 @@ def test_gradients_and_logits_of_a_cpu(options: dict[str, Any], parallel: str) -
         batch = episodes(shots=1).to(device)
         slopes = gradient(maml.to(device), batch).cpu()
         results.append((slopes, maml.classify(batch.support, batch.query.flatten(1, 2)).cpu()))
-    assert parallel != "auto" or maml.inner._modes == {"cpu": "grouped", "cuda": "vmap"}
+    assert parallel != "auto" or maml.inner._modes == {"cpu": "threads", "cuda": "vmap"}
     assert all(close(there, here, 1e-8) for here, there in zip(*results, strict=True))

@@ -60,7 +60,7 @@ MANHATTAN, SMOOTHED = ContrastiveLoss(distance=LpDistance(p=1)), nn.CrossEntropy
     "options",
     [
         {"parallel": "loop"},
-        {"parallel": "grouped"},
+        {"parallel": "threads"},
         {"parallel": "vmap"},
         {"inner_steps": 1, "checkpoint_steps": True, "parallel": "vmap"},
         {"batch_norm": "inductive"},
@@ -140,14 +140,14 @@ def test_every_mode_has_the_same_gradient(other: dict[str, Any]) -> None:
     expected = gradient(trainer(parallel="loop", task_chunk=1, **options), episodes())
     for mode in (
         {"parallel": "loop", "task_chunk": 2, "checkpoint_steps": True},
-        {"parallel": "grouped"},
+        {"parallel": "threads"},
         {"parallel": "vmap"},
         {"parallel": "auto", "task_chunk": 2, "checkpoint_steps": True},
     ):
         assert close(gradient(trainer(**options, **mode), episodes()), expected, 1e-10), mode
 
 
-@pytest.mark.parametrize("parallel", ["loop", "grouped", "vmap"])
+@pytest.mark.parametrize("parallel", ["loop", "threads", "vmap"])
 def test_recomputed_steps_drop_the_same_numbers(parallel: str) -> None:
     def dropping() -> nn.Module:
         blocks = [nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Tanh(), nn.Conv2d(4, 2, 3)]

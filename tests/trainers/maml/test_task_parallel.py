@@ -1,9 +1,11 @@
-"""Loop, vmap and grouped convolutions: one result and one gradient, for every network that they take."""
+"""Loop, vmap and threads: one result and one gradient, for every network that they take."""
 
 import math
+import threading
 from collections.abc import Callable
 from functools import partial
 from itertools import count
+from typing import Any
 
 import pytest
 import torch
@@ -16,20 +18,26 @@ from pml_fewshot.embedders.embedder import Embedder
 from pml_fewshot.embedders.resnet12 import ResNet12
 from pml_fewshot.trainers.maml import inner_loop
 from pml_fewshot.trainers.maml.batch_statistics import BatchStatistics
-from pml_fewshot.trainers.maml.grouped_tasks import NotGroupable
 from pml_fewshot.trainers.maml.task_parallel import (
     fastest,
-    grouped,
+    in_threads,
     loop,
     max_tasks_per_chunk,
     normalizes,
+    sharing_copy,
     swapped,
     vmap,
 )
 from tests.trainers.maml.small_maml import SIZE, TASKS, close, convolutions, episodes, trainer, vector
 
 ITEMS = 4
-RUNS = {"vmap": vmap, "grouped": grouped, "grouped, channels last": partial(grouped, channels_last=True)}
+
+
+def loop_of_a_copy(network: nn.Module, *arguments: Any) -> Tensor:
+    return loop(sharing_copy(network), *arguments)
+
+
+RUNS = {"vmap": vmap, "copy": loop_of_a_copy}
 
 
 class Residual(nn.Module):
@@ -149,26 +157,56 @@ class Calling(nn.Module):
         return self.call(self, self.conv(images))
 
 
-@pytest.mark.parametrize(
-    "network",
-    [
-        Calling(lambda net, x: x.flatten(1).softmax(dim=1)),
-        Calling(lambda net, x: x * net.scale),
-        Calling(lambda net, x: x + net.offset),
-        Calling(lambda net, x: F.relu(net.offset)),
-        Calling(lambda net, x: x.flatten()),
-        Calling(lambda net, x: x.view(-1, 7)),
-        Calling(lambda net, x: x.mean(1)),
-        Calling(lambda net, x: x.mean(axis=(2, 3))),
-        Calling(lambda net, x: F.max_pool2d(x.flatten(1), 2)),  # (B, D) is (C, H, W) without a C to it
-        nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4)),
-        nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 4, 3)),
-        nn.Linear(SIZE, 2),
-    ],
-)
-def test_what_may_mix_tasks_is_refused(network: nn.Module) -> None:
-    with pytest.raises(NotGroupable, match="known to work on tasks side by side"):
-        grouped(network, weights_of(network), images().float())
+class TheSame(nn.Module):
+    """Keeps a layer where a copy does not look for it: in a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(SIZE * SIZE, 3)
+        layer = self.layer
+        self.call = lambda images: layer(images.flatten(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.call(images)
+
+
+class Locked(nn.Flatten):
+    """Holds what cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+def test_threads_take_turns_at_as_many_copies_and_results_come_in_order() -> None:
+    network, threads = nn.Linear(2, 2), torch.get_num_threads()
+    seen, both = [], threading.Barrier(2)
+
+    def work(own: nn.Linear, number: int) -> int:
+        if number < 2:
+            both.wait(timeout=60)  # the first two are under way at a time
+        seen.append((id(own), own.weight is network.weight, torch.get_num_threads()))
+        return number
+
+    torch.set_num_threads(2)
+    try:
+        assert list(in_threads(network, work, [[number] for number in range(7)])) == list(range(7))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    copies, shared, of_operations = zip(*seen, strict=True)
+    assert len(set(copies)) == 2
+    assert id(network) not in copies
+    assert all(shared)
+    assert set(of_operations) == {1}
+
+
+def test_an_error_in_a_thread_is_the_users_own() -> None:
+    def work(own: nn.Module, number: int) -> None:
+        raise ZeroDivisionError(f"in {number}")
+
+    with pytest.raises(ZeroDivisionError, match="in 0"):
+        list(in_threads(nn.Flatten(), work, [[0], [1], [2]]))
 
 
 @pytest.mark.parametrize("decomposed", [False, True])
@@ -202,13 +240,14 @@ def test_statistics_of_the_first_items_are_those_of_their_patches() -> None:
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (convolutions, "grouped"),
-        (normalized_perceptron, "grouped"),
-        (lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, momentum=None), nn.Flatten()), "grouped"),
-        (lambda: nn.Sequential(nn.Flatten(), nn.Dropout(0.5)), "grouped"),
-        (lambda: nn.Sequential(nn.Flatten(), nn.LayerNorm(SIZE * SIZE)), "loop"),
+        (convolutions, "threads"),
+        (normalized_perceptron, "threads"),
+        (lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, momentum=None), nn.Flatten()), "threads"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.LayerNorm(SIZE * SIZE)), "threads"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Dropout(0.5)), "loop"),  # whose draws would come in any order
         (lambda: Calling(lambda net, x: (x + torch.rand_like(x) if net.training else x).flatten(1)), "loop"),
-        (lambda: Calling(lambda net, x: (x.relu() if next(net.calls) < 2 else x).flatten(1)), "loop"),  # mixes silently
+        (Locked, "loop"),
+        (TheSame, "loop"),
     ],
 )
 def test_the_fastest_way_that_a_network_allows(make: Callable[[], nn.Module], expected: str) -> None:
@@ -223,27 +262,29 @@ def test_the_fastest_way_that_a_network_allows(make: Callable[[], nn.Module], ex
 
 def test_the_fastest_way_is_decided_for_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not once and for all by the first images, which may have been on a CPU before the trainer moved to a GPU."""
-    answers = {"cpu": ["grouped"], "meta": ["vmap"]}  # to one question each
+    answers = {"cpu": ["threads"], "meta": ["vmap"]}  # to one question each
     monkeypatch.setattr(inner_loop, "fastest", lambda network, images: answers[images.device.type].pop())
     monkeypatch.setattr(inner_loop, "normalizes", lambda network, images: True)
     inner = trainer().inner
     modes = [inner.mode(images()[0].to(device)) for device in ("cpu", "meta", "cpu", "meta")]
-    assert modes == ["grouped", "vmap", "grouped", "vmap"]
-    ran, names = [], ["loop", "vmap", "grouped"]
-    for name in names:
+    assert modes == ["threads", "vmap", "threads", "vmap"]
+    ran = []
+    for name in ("loop", "vmap"):
         monkeypatch.setattr(inner_loop, name, lambda *_, name=name, **__: ran.append(name) or torch.ones(3, 4, 2))
-    for name in names:
+    for name in ("loop", "vmap", "threads"):
         trainer(parallel=name).inner.outputs({}, images(), 2)
-    assert ran == names
+    assert ran == ["loop", "vmap", "loop"]  # a thread loops over its own
 
 
 @pytest.mark.parametrize(
     ("shape", "queries", "tasks"),
-    [((1, 28, 28), 15, 4), ((1, 28, 28), 1, 8), ((3, 84, 84), 5, 1), ((3, 224, 224), 15, 1), ((64,), 15, 8)],
+    [((1, 28, 28), 15, 64), ((3, 84, 84), 5, 18), ((3, 224, 224), 15, 1), ((64,), 15, 64)],
 )
 def test_fewer_tasks_of_large_images_are_run_at_a_time(shape: tuple[int, ...], queries: int, tasks: int) -> None:
     support, query = torch.empty(20, 5, 1, *shape), torch.empty(20, 5, queries, *shape)
-    assert max_tasks_per_chunk(support, query) == max_tasks_per_chunk(support, query.flatten(1, 2)) == tasks
+    for each in (query, query.flatten(1, 2)):
+        assert max_tasks_per_chunk(support, each, "vmap") == tasks
+        assert max_tasks_per_chunk(support, each, "threads") == max_tasks_per_chunk(support, each, "loop") == 1
 
 
 def test_batch_norm_is_seen_wherever_it_is_called() -> None:
@@ -254,7 +295,7 @@ def test_batch_norm_is_seen_wherever_it_is_called() -> None:
     assert not normalizes(nn.Flatten(), images()[0])
 
 
-@pytest.mark.parametrize("run", [loop, vmap, grouped])
+@pytest.mark.parametrize("run", [loop, vmap])
 def test_dropout_differs_between_tasks(run: Callable[..., Tensor]) -> None:
     outputs = run(nn.Sequential(nn.Flatten(), nn.Dropout(0.5)), {}, torch.ones(2, 1, 1, 8, 8))
     assert outputs.shape == (2, 1, 64)
@@ -277,11 +318,11 @@ class TwoNames(nn.Module):
         return self.last(self.first(torch.tanh(self.first(images.flatten(1)))))
 
 
-@pytest.mark.parametrize("mode", ["loop", "vmap", "grouped"])
+@pytest.mark.parametrize("mode", ["loop", "vmap", "threads"])
 def test_a_layer_of_two_names_trains_as_with_one_and_stays_the_users_own(mode: str) -> None:
     losses = []
     for tied in (True, False):
-        network = TwoNames(tied, counts=mode != "grouped")
+        network = TwoNames(tied, counts=True)
         maml = trainer(lambda network=network: network, inner_steps=2, parallel=mode)
         own = [*map(id, network.parameters()), id(network.calls)]
         optimizer = torch.optim.SGD(maml.parameters(), 0.1)
