@@ -22,8 +22,8 @@ from torch import Tensor
 
 from pml_fewshot import alpha_tim, bd_cspn, fine_tuning, laplacian_shot, pt_map, transductive_fine_tuning
 from pml_fewshot.checks import import_extra
-from pml_fewshot.environment import keep_freed_memory
-from pml_fewshot.evaluation.episodic import CPU_CHUNK, one_thread_each
+from pml_fewshot.environment import keep_freed_memory, one_thread_each
+from pml_fewshot.evaluation.episodic import CPU_CHUNK
 from pml_fewshot.experiment.command_line import one_line_errors
 
 TIM = partial(alpha_tim, alpha=1.0, conditional_weight=0.1, similarity="cosine", temperature=10.0, steps=50)

@@ -22,7 +22,8 @@ from pml_fewshot.classify.calibration import (
 )
 from pml_fewshot.classify.taught import Taught
 from pml_fewshot.embedders.modes import no_autocast
-from pml_fewshot.evaluation.episodic import Classifier, one_thread_each
+from pml_fewshot.environment import one_thread_each
+from pml_fewshot.evaluation.episodic import Classifier
 from pml_fewshot.evaluation.heads import Scores, unwrapped
 from pml_fewshot.evaluation.neighbors import Neighbors
 from pml_fewshot.evaluation.search import Ranking, exact_neighbors

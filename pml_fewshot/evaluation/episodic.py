@@ -5,16 +5,16 @@ Letters: E episodes, W ways, K shots, Q queries a class, N = W*Q, M items in the
 
 import inspect
 import operator
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one, check_finite
 from pml_fewshot.data.dataset import FewShotDataset, as_floats
@@ -22,7 +22,7 @@ from pml_fewshot.distributed import alone, summed, together, told_by_all, world
 from pml_fewshot.embedders.bank import ClassName, EmbeddingBank, names_of
 from pml_fewshot.embedders.embedder import encode, is_embedder
 from pml_fewshot.embedders.modes import evaluating, widened
-from pml_fewshot.environment import keep_memory
+from pml_fewshot.environment import keep_memory, one_thread_each
 from pml_fewshot.evaluation.heads import (
     Head,
     Scores,
@@ -228,7 +228,11 @@ class EpisodicEvaluator:
             if starts[0] not in own:
                 accuracies.zero_()
                 predicted.zero_()
-            list((pool.map if threads > 1 else map)(score, [start for start in own if start]))
+            rest = [start for start in own if start]
+            scored = (pool.map if threads > 1 else map)(score, rest)
+            # delay: only MAML and its like take more than three seconds
+            hidden = not world().is_first
+            list(tqdm(scored, "evaluating", len(rest), False, unit="chunk", delay=3, mininterval=1, disable=hidden))
         accuracies = summed(accuracies).cpu()  # zeros where another process scored
         check_finite(accuracies, "logits of each episode", classifier.divergence_hint)
         return accuracies, summed(predicted).cpu()
@@ -305,29 +309,6 @@ def embed(method: Any, dataset: Labeled | None, bank: Tensor | None = None) -> t
 def modules_of(method: object, head: object = None) -> tuple[nn.Module, ...]:
     """What has modes: a method, where it is a module, and a head's distance."""
     return tuple(each for each in (method, *parts_of(head)) if isinstance(each, nn.Module))
-
-
-_lock = threading.Lock()
-_own_threads: list[int] = []  # for each block that is being scored, how many threads an operation had before
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Has the operations of this thread, and of threads that start meanwhile, use one thread each.
-
-    An operation on two threads waits for both at its end, and where other processes use the cores, one is often not
-    running: 10,000 episodes from a 64-d bank take 5 s instead of 0.3. Threads with chunks of their own wait for nobody.
-    """
-    with _lock:  # a thread that starts while another is in here would find 1
-        threads = _own_threads[0] if _own_threads else torch.get_num_threads()
-        _own_threads.append(threads)
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        with _lock:
-            _own_threads.pop()
-            torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

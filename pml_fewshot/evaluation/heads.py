@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from pytorch_metric_learning.distances import BaseDistance, LpDistance
 from torch import Tensor, nn
@@ -74,6 +75,11 @@ class Similarities(nn.Module):
             # -|q - r|^2 = 2 qr - |q|^2 - |r|^2 in one batched product. vector_norm reads the queries once;
             # square().sum() would write.
             squares = torch.linalg.vector_norm(query, dim=2, keepdim=True).square() + self.squares
+            if query.device.type == "cpu" and type(query) is type(reference) is Tensor and not torch.is_grad_enabled():
+                # 75 x 1,600 times 1,600 x 5 by numpy's BLAS 15 microseconds, by torch's MKL 42, on an AMD EPYC
+                with np.errstate(all="ignore"):  # what is not finite is seen by who called
+                    products = torch.from_numpy(np.matmul(query.numpy(), reference.numpy().transpose(0, 2, 1)))
+                return products.mul_(2).sub_(squares)
             return torch.baddbmm(squares, query, reference.transpose(1, 2), beta=-1, alpha=2)
         if any(map(is_lazy, distance.parameters())):
             # vmap cannot make the weights, and those made in inference mode could never be trained

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pml_fewshot.checks import check_finite
 from pml_fewshot.distances.episodic_distance import EpisodicDistance
+from pml_fewshot.environment import one_thread_each
 
 CPU_TILE = 1536  # on a side, 9 MiB for each thread: large enough for the matrix product, small enough for its cache
 CUDA_TILE = 16384  # 1 GiB
@@ -236,19 +237,15 @@ def _by_tiles(
         parts += [(i, starts[at : at + COLUMNS]) for at in range(0, len(starts), COLUMNS)]
 
     def in_thread(part: tuple[int, Sequence[int]]) -> None:
-        with torch.inference_mode(inference):  # which is each thread's own
+        with torch.inference_mode(inference), torch.no_grad():  # which are each thread's own
             take(*part)
 
     threads = torch.get_num_threads()
     if threads == 1 or len(parts) < 2 or reference.is_cuda or ranking.kind == "distance":
         list(map(in_thread, parts))
     else:  # operations of one thread each: threads that wait for each other are slow where others use the cores too
-        pool = ThreadPoolExecutor(min(threads, len(parts)), initializer=torch.set_num_threads, initargs=(1,))
-        try:
-            with pool, threadpool_limits(1, "blas"):
-                list(pool.map(in_thread, parts))
-        finally:
-            torch.set_num_threads(threads)
+        with one_thread_each(), ThreadPoolExecutor(min(threads, len(parts))) as pool, threadpool_limits(1, "blas"):
+            list(pool.map(in_thread, parts))
     best = best.flip(1)
     return _values(best), _places(best)
 

@@ -18,7 +18,8 @@ from pml_fewshot.checks import check_finite
 from pml_fewshot.data.dataset import FewShotDataset, as_floats
 from pml_fewshot.embedders.bank import EmbeddingBank
 from pml_fewshot.embedders.modes import evaluating
-from pml_fewshot.evaluation.episodic import EpisodicEvaluator, adaptation_curve, modules_of, one_thread_each
+from pml_fewshot.environment import one_thread_each
+from pml_fewshot.evaluation.episodic import EpisodicEvaluator, adaptation_curve, modules_of
 from pml_fewshot.evaluation.search import Ranking
 from pml_fewshot.evaluation.statistics import average
 from pml_fewshot.report.image_plots import (

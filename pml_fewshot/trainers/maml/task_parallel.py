@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pml_fewshot.embedders.modes import eval_mode
-from pml_fewshot.evaluation.episodic import one_thread_each
+from pml_fewshot.environment import one_thread_each
 from pml_fewshot.trainers.maml.batch_statistics import BatchStatistics
 
 Weights = Mapping[str, Tensor]  # a network's parameters by name, for T tasks: (T, *shape) each
