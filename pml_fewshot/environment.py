@@ -127,8 +127,8 @@ _own_threads: list[int] = []  # for each block that is being scored, how many th
 
 
 @contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Has the operations of this thread, and of threads that start meanwhile, use one thread each.
+def one_thread_each(threads_each: int = 1) -> Iterator[None]:
+    """Has the operations of this thread, and of threads that start meanwhile, use one thread each, or so many.
 
     An operation on two threads waits for both at its end, and where other processes use the cores, one is often not
     running: 10,000 episodes from a 64-d bank take 5 s instead of 0.3. Threads with chunks of their own wait for nobody.
@@ -136,7 +136,7 @@ def one_thread_each() -> Iterator[None]:
     with _lock:  # a thread that starts while another is in here would find 1
         threads = _own_threads[0] if _own_threads else torch.get_num_threads()
         _own_threads.append(threads)
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads_each)
     try:
         yield
     finally:

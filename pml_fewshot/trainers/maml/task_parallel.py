@@ -50,12 +50,15 @@ def _one_task(network: nn.Module, num_stat_items: int | None, decomposed: bool, 
 
 
 def in_threads(module: M, work: Callable[..., T], chunks: Sequence[Iterable[Any]]) -> Iterator[T]:
-    """`work(a copy of the module, *chunk)` for each chunk, in as many threads as torch has, of one thread each.
+    """`work(a copy of the module, *chunk)` for each chunk, in as many threads as torch has.
+
+    The operations of each use one thread, or more where there are fewer chunks than threads.
 
     Tasks share nothing, so threads wait for each other once, at the end, and not in each of hundreds of operations that
     are too small to be shared. The copies have the module's own tensors, and places of their own to put others in.
     """
-    threads = max(1, min(torch.get_num_threads(), len(chunks)))
+    cores = torch.get_num_threads()
+    threads = max(1, min(cores, len(chunks)))
     if torch.is_autocast_enabled("cpu"):  # which belongs to a thread
         threads = 1
     copies: SimpleQueue[M] = SimpleQueue()
@@ -72,7 +75,7 @@ def in_threads(module: M, work: Callable[..., T], chunks: Sequence[Iterable[Any]
     if threads == 1:
         yield from map(one, chunks)
         return
-    with one_thread_each(), ThreadPoolExecutor(threads) as pool:
+    with one_thread_each(cores // threads), ThreadPoolExecutor(threads) as pool:
         yield from pool.map(one, chunks)
 
 

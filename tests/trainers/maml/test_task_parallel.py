@@ -178,8 +178,9 @@ class Locked(nn.Flatten):
         self.lock = threading.Lock()
 
 
-def test_threads_take_turns_at_as_many_copies_and_results_come_in_order() -> None:
-    network, threads = nn.Linear(2, 2), torch.get_num_threads()
+@pytest.mark.parametrize(("threads", "chunks", "each"), [(2, 7, 1), (5, 2, 2)])
+def test_threads_take_turns_at_as_many_copies_and_results_come_in_order(threads: int, chunks: int, each: int) -> None:
+    network, before = nn.Linear(2, 2), torch.get_num_threads()
     seen, both = [], threading.Barrier(2)
 
     def work(own: nn.Linear, number: int) -> int:
@@ -188,17 +189,17 @@ def test_threads_take_turns_at_as_many_copies_and_results_come_in_order() -> Non
         seen.append((id(own), own.weight is network.weight, torch.get_num_threads()))
         return number
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     try:
-        assert list(in_threads(network, work, [[number] for number in range(7)])) == list(range(7))
-        assert torch.get_num_threads() == 2
+        assert list(in_threads(network, work, [[number] for number in range(chunks)])) == list(range(chunks))
+        assert torch.get_num_threads() == threads
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
     copies, shared, of_operations = zip(*seen, strict=True)
     assert len(set(copies)) == 2
     assert id(network) not in copies
     assert all(shared)
-    assert set(of_operations) == {1}
+    assert set(of_operations) == {each}
 
 
 def test_an_error_in_a_thread_is_the_users_own() -> None:
