@@ -27,21 +27,22 @@ class ConvBlock(nn.Module):
         self.norm = nn.BatchNorm2d(out_channels)
 
     def forward(self, images: Tensor) -> Tensor:
-        norm = self.norm
-        if not (norm.training or norm.running_mean is None or norm.running_var is None or torch.is_grad_enabled()):
-            statistics = norm.running_mean, norm.running_var, norm.eps
-            weight, bias = fuse_conv_bn_weights(self.conv.weight, None, *statistics, norm.weight, norm.bias)
-            pooled = F.max_pool2d(F.conv2d(images, weight, bias, padding=1), 2)
-        elif type(norm) is nn.BatchNorm2d and norm.momentum is not None:
-            if norm.training and norm.num_batches_tracked is not None:
+        conv, norm = self.conv, self.norm
+        stock = type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d  # and not what somebody put in their places
+        if not stock or (norm.training and norm.momentum is None):
+            pooled = F.max_pool2d(norm(conv(images)), 2)
+        elif norm.training or norm.running_mean is None or norm.running_var is None or torch.is_grad_enabled():
+            tracked = norm.training and norm.track_running_stats
+            if tracked and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.add_(1)
+            running = (norm.running_mean, norm.running_var) if tracked or not norm.training else (None, None)
             training = norm.training or norm.running_mean is None
-            running = (norm.running_mean, norm.running_var) if norm.track_running_stats else (None, None)
-            pooled = conv_norm_pool(
-                images, self.conv.weight, *running, norm.weight, norm.bias, training, norm.momentum, norm.eps
-            )
-        else:  # another batch norm in its place, as torch's SyncBatchNorm
-            pooled = F.max_pool2d(norm(self.conv(images)), 2)
+            of_norm = *running, norm.weight, norm.bias, training, norm.momentum or 0.0, norm.eps
+            pooled = conv_norm_pool(images, conv.weight, *of_norm)
+        else:
+            statistics = norm.running_mean, norm.running_var, norm.eps
+            weight, bias = fuse_conv_bn_weights(conv.weight, None, *statistics, norm.weight, norm.bias)
+            pooled = F.max_pool2d(F.conv2d(images, weight, bias, padding=1), 2)
         return pooled.relu_() if self.relu else pooled
 
 

@@ -1,14 +1,17 @@
 """Conv4 against convolution, batch norm, ReLU and pooling written out, in that order and on the same weights."""
 
+import copy
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError
-from pml_fewshot.embedders.conv4 import Conv4
+from pml_fewshot.embedders.conv4 import Conv4, ConvBlock
 from tests.embedders.formulas import Weights, batch_norm, check, noise, used, weights_of
 
 
@@ -80,3 +83,51 @@ def test_images_that_four_poolings_would_leave_nothing_of_are_refused(shape: tup
     got = f"{shape[0]} channels of {shape[1]} x {shape[2]}"
     with pytest.raises(UsageError, match=f"expected images of 1 channels and at least 16 x 16 pixels, got {got}; set"):
         Conv4(1)(torch.zeros(2, *shape))
+
+
+class Doubled(nn.Module):
+    """Another layer in a convolution's place, whose weights it has."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv, self.weight = conv, conv.weight
+
+    def forward(self, images: Tensor) -> Tensor:
+        return 2 * self.conv(images)
+
+
+def with_norm(**options: Any) -> Callable[[ConvBlock], None]:
+    return lambda block: setattr(block, "norm", nn.BatchNorm2d(4, **options))
+
+
+CHANGES: dict[str, Callable[[ConvBlock], None]] = {
+    "stock": lambda block: None,
+    "cumulative": with_norm(momentum=None),
+    "not tracked": with_norm(track_running_stats=False),
+    "no longer tracked": lambda block: setattr(block.norm, "track_running_stats", False),
+    "not affine": with_norm(affine=False),
+    "other norm": lambda block: setattr(block, "norm", nn.InstanceNorm2d(4, affine=True)),
+    "other layer": lambda block: setattr(block, "conv", Doubled(block.conv)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_block_is_its_layers_one_after_the_other(
+    change: Callable[[ConvBlock], None], training: bool, gradient: bool
+) -> None:
+    torch.manual_seed(0)
+    block = ConvBlock(1, 4)
+    change(block)
+    block = block.double().train(training)
+    if isinstance(block.norm, nn.BatchNorm2d) and block.norm.running_var is not None:
+        block.norm.running_var.mul_(3)
+    layers = copy.deepcopy(block)
+    with torch.set_grad_enabled(gradient):
+        for seed in (1, 2):
+            images = noise(3, 1, 6, 6, seed=seed).double()
+            expected = F.max_pool2d(layers.norm(layers.conv(images)).relu(), 2)
+            torch.testing.assert_close(block(images), expected)
+    for one, other in zip(block.buffers(), layers.buffers(), strict=True):
+        torch.testing.assert_close(one, other)
