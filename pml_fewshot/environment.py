@@ -1,4 +1,4 @@
-"""What a process needs before it is fast or imports at all: glibc's malloc, faiss's BLAS, torchvision's operators.
+"""What a process needs before it is fast or imports at all: malloc, threads, faiss's BLAS, torchvision's operators.
 
 None of these packages is imported here: hooks wait until somebody imports them, be it PML or a user's own file.
 """
@@ -88,7 +88,9 @@ def cpu_quota(own: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/
             _, controllers, path = line.split(":", 2)
             if controllers and "cpu" not in controllers.split(","):
                 continue
-            top, group = mounted / controllers, PurePosixPath(path.lstrip("/"))
+            # (version 1 may name a folder "cpu,cpuacct" and the group "cpuacct,cpu"; "cpu" leads there too)
+            top = mounted / controllers if (mounted / controllers).is_dir() else mounted / "cpu"
+            group = PurePosixPath(path.lstrip("/"))
             for folder in (top / each for each in (group, *group.parents) if ".." not in each.parts):
                 if (limit := folder / "cpu.max").exists():
                     quota, period = limit.read_text().split()

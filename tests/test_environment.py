@@ -149,6 +149,7 @@ V1 = "4:memory:/a\n3:cpu,cpuacct:/docker/abc\n"
         (V1, {"cpu,cpuacct/cpu.cfs_quota_us": "250000\n", "cpu,cpuacct/cpu.cfs_period_us": "100000\n"}, 3),
         (V1, {f"cpu,cpuacct/docker/abc/cpu.cfs_{n}_us": v for n, v in (("quota", "-1\n"), ("period", "9"))}, None),
         (V1, {"memory/cpu.max": "1 100000"}, None),
+        ("4:cpuacct,cpu:/\n", {f"cpu/cpu.cfs_{n}_us": v for n, v in (("quota", "200000"), ("period", "100000"))}, 2),
         ("0::/\n", {"cpu.max": "a few"}, None),
         ("0::/\n", {"cpu.max/is": "a folder"}, None),
         ("nothing known", {"cpu.max": "100000 100000"}, None),

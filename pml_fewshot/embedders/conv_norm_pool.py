@@ -8,9 +8,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
+from pml_fewshot.embedders.modes import plainly
+
 # Numbers under a kernel, C * 9, up to which the patches' covariance is cheap: the first layer of gray and color images
 FEW = 27
-PATCH_NUMBERS = 2**18  # at a time: 1 MiB stays in a core's cache
+PATCH_NUMBERS = 2**17  # at a time: 1 MiB in float64 stays in a core's cache
 OUTPUT_NUMBERS = 2**20  # of each thread at a time: 20 images of 28 x 28
 
 
@@ -25,12 +27,12 @@ def conv_norm_pool(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """Images (B, C, H, W) by weights (O, C, 3, 3), padded, to (B, O, H // 2, W // 2); the rest as for `F.batch_norm`.
+    """Images (B, C, H, W) and weights (O, C, 3, 3) to (B, O, H // 2, W // 2); the rest is as for `F.batch_norm`.
 
     A convolution is linear in the patches that it sees. So in training the mean and variance of its output follow from
     the patches' mean m (K,) and covariance S (K, K), K = C * 9: for weights w (O, K) they are w m and the diagonal of
-    w S w'. Batch norm is then a scale of the weights and a shift of what is pooled, and nobody reads or writes the
-    output for its sake, the largest tensor of a network by far in its first layer, neither forward nor backward.
+    w S w', in float64. Batch norm is then a scale of the weights and a shift of what is pooled, and the output, in the
+    first layer the largest tensor of a network by far, is neither read nor written for it, forward or backward.
 
     So the output is needed for a few images at a time only, which stay in the cache until they are pooled. All this is
     done where it pays, in the first layer on a CPU, and where images take no gradient; else the three come one after
@@ -44,9 +46,9 @@ def conv_norm_pool(
             torch.conv2d(images, weight, padding=1), running_mean, running_var, scale, shift, training, momentum, eps
         )
         return F.max_pool2d(maps, 2)
-    patch_mean, covariance = (each.to(weight) for each in patch_moments(images))
-    rows = weight.flatten(1)
-    mean, variance = rows @ patch_mean, ((rows @ covariance) * rows).sum(dim=1)
+    patch_mean, covariance = patch_moments(images)
+    rows = weight.flatten(1).double()  # the variance of an edge filter on smooth images cancels in float32
+    mean, variance = (rows @ patch_mean).to(weight), ((rows @ covariance) * rows).sum(dim=1).clamp_min(0).to(weight)
     if running_mean is not None and running_var is not None:
         count = images.numel() // images.shape[1]
         with torch.no_grad():
@@ -60,22 +62,29 @@ def conv_norm_pool(
 
 def by_moments(images: Tensor, weight: Tensor) -> bool:
     """Whether statistics come from the patches, in training."""
-    if images.device.type != "cpu" or images.requires_grad or weight[0].numel() > FEW:
+    if (
+        images.device.type != "cpu"
+        or images.requires_grad
+        or weight[0].numel() > FEW
+        or not (len(images) and plainly())
+    ):
         return False
-    return weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    precise = weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    return precise and len(images) > 0 and plainly()
 
 
 @torch.no_grad()
 def patch_moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """The mean (K,) and covariance (K, K) of the padded 3x3 patches around each pixel of (B, C, H, W), in float64."""
     size = images.shape[1] * 9
-    # near the mean, that squares do not cancel
+    # near the mean, so that squares do not cancel
     center = images.mean(dim=(0, 2, 3)).repeat_interleave(9).unsqueeze(1)
     sums = images.new_zeros(size, dtype=torch.float64)
     squares = images.new_zeros(size, size, dtype=torch.float64)
     padded = F.pad(images, (1, 1, 1, 1))
     for part in padded.split(max(1, PATCH_NUMBERS // max(1, 9 * images[0].numel()))):
         patches = part.unfold(2, 3, 1).unfold(3, 3, 1).permute(1, 4, 5, 0, 2, 3).reshape(size, -1) - center
+        patches = patches.double()
         sums += patches.sum(dim=1)
         squares += patches @ patches.T
     count = images.numel() // images.shape[1]

@@ -23,6 +23,15 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
         yield
 
 
+def plainly() -> bool:
+    """Whether operations run as they are called: not under `torch.func`'s transforms, and neither compiled nor traced.
+
+    There a function of our own, or numpy's, would be refused or become a constant.
+    """
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return not (transformed or torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
 @contextmanager
 def eval_mode(*modules: nn.Module) -> Iterator[None]:
     """Puts modules and their parts into eval mode and gives each its own mode back, even a frozen batch norm.

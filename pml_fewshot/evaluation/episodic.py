@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -223,6 +224,7 @@ class EpisodicEvaluator:
             alone(),  # what a method embeds or fits for its episodes is its own
             ThreadPoolExecutor(threads) as pool,
             one_thread_each() if in_threads else nullcontext(),
+            threadpool_limits(1, "blas") if in_threads else nullcontext(),  # numpy's, of heads
         ):
             score(starts[0])  # before the threads start: a lazy distance gets its weights here, in each process
             if starts[0] not in own:
@@ -230,7 +232,7 @@ class EpisodicEvaluator:
                 predicted.zero_()
             rest = [start for start in own if start]
             scored = (pool.map if threads > 1 else map)(score, rest)
-            # delay: only MAML and its like take more than three seconds
+            # delay: most take less than three seconds
             hidden = not world().is_first
             list(tqdm(scored, "evaluating", len(rest), False, unit="chunk", delay=3, mininterval=1, disable=hidden))
         accuracies = summed(accuracies).cpu()  # zeros where another process scored

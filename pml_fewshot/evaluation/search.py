@@ -87,7 +87,7 @@ class Ranking:
         """(N, M) of prepared rows, larger is nearer; for Euclid the product qr alone."""
         if self.kind != "distance" or self.distance is None:
             return product(query, reference)
-        values = self.distance(query, reference)
+        values = self.distance(query, reference).float()
         check_finite(values, f"distances by {self}")  # NaN has no place in an order
         return values if self.distance.is_inverted else -values
 

@@ -111,6 +111,14 @@ CHANGES: dict[str, Callable[[ConvBlock], None]] = {
 }
 
 
+@pytest.mark.parametrize("layer", ["conv", "norm"])
+def test_hooks_of_a_layer_are_called_in_training(layer: str) -> None:
+    block, shapes = ConvBlock(1, 4).train(), []
+    getattr(block, layer).register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
+    block(noise(3, 1, 6, 6).float())
+    assert shapes == [(3, 4, 6, 6)]
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)

@@ -115,3 +115,26 @@ def test_a_mode_gets_the_three_as_one_function() -> None:
     with Notes():
         conv_norm_pool(rand(2, 1, 6, 6), rand(2, 1, 3, 3), None, None, None, None, True, 0.1, 1e-5)
     assert conv_norm_pool in seen
+
+
+def test_the_variance_of_an_edge_filter_on_smooth_images_does_not_cancel() -> None:
+    x = torch.arange(28) - 13.5
+    blob = 255 * torch.exp(-(x[:, None] ** 2 + x**2) / 50)  # sigma 5
+    images = torch.stack([blob, 0.9 * blob]).unsqueeze(1)
+    curve = torch.tensor([1.0, -2.0, 1.0])
+    weight = torch.outer(curve, curve)[None, None]
+    found = conv_norm_pool(images, weight, None, None, None, None, True, 0.1, 1e-5)
+    exact = written_out(images.double(), weight.double(), None, None, None, None, True, 0.1, 1e-5)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=5e-3)
+
+
+def test_no_images_and_transforms_of_torch_are_left_to_torch() -> None:
+    weight = rand(2, 1, 3, 3)
+    assert not by_moments(rand(0, 1, 6, 6), weight)
+    images = rand(3, 1, 6, 6)
+
+    def total(weight: Tensor) -> Tensor:
+        return conv_norm_pool(images, weight, None, None, None, None, True, 0.1, 1e-5).square().sum()
+
+    leaf = weight.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(total)(weight), torch.autograd.grad(total(leaf), leaf)[0])

@@ -172,3 +172,11 @@ def test_wrong_options_are_refused():
         heads.k_nearest_neighbours(*episodes(), k=0)
     with pytest.raises(UsageError, match="expected k of at most 20, the support items, got 21; lower k"):
         heads.k_nearest_neighbours(*episodes(), k=21)
+
+
+def test_a_head_within_vmap_and_without_gradients_gives_the_same():
+    support, query = torch.rand(3, 2, 4, 5, 6), torch.rand(3, 2, 7, 6)  # three batches of two episodes
+    with torch.no_grad():
+        mapped = torch.func.vmap(lambda s, q: nearest_prototype(s, q))(support, query)
+        one_by_one = torch.stack([nearest_prototype(*each) for each in zip(support, query, strict=True)])
+    torch.testing.assert_close(mapped, one_by_one)

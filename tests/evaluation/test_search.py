@@ -228,3 +228,13 @@ def test_a_ranking_is_the_simplest_with_the_order_of_the_distance():
     ):
         ranking = Ranking.of(distance)
         assert (ranking.kind, ranking.normalize, str(ranking)) == (kind, normalize, text)
+
+
+def test_a_distance_that_computes_in_float64_finds_the_same() -> None:
+    class Exact(LpDistance):
+        def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+            return super().compute_mat(query_emb.double(), ref_emb.double())
+
+    rows = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    found = exact_search(rows, None, 5, Ranking.of(Exact(normalize_embeddings=False)))
+    assert torch.equal(found, torch.cdist(rows.double(), rows.double()).sort(dim=1).indices[:, :5])

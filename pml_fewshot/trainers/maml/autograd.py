@@ -1,7 +1,7 @@
 """What MAML asks of autograd: recomputed steps, second derivatives of distances, a loss with a known gradient."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -53,14 +53,22 @@ def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def double_backward() -> Iterator[None]:
-    """Within this context distances and attention can be differentiated twice.
+    """Within this context distances can be differentiated twice, in this thread.
 
     `torch.cdist` has no second derivative (torch 2.13), and PML's LpDistance is made of it, so without this most of
     PML's losses could not be inner losses of second order. Here it is a norm of differences, (B, R, D) numbers: a
-    support set is small. Attention is computed by matrix products, because its fused kernels have none either.
+    support set is small.
     """
-    with sdpa_kernel(SDPBackend.MATH), _DifferentiableCdist():
+    with _DifferentiableCdist():
         yield
+
+
+def differentiable_attention() -> AbstractContextManager[None]:
+    """Within this context attention is matrix products, because its fused kernels have no second derivative.
+
+    The switch is the process's: threads that set and reset it would do so for each other.
+    """
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 class _DifferentiableCdist(TorchFunctionMode):

@@ -20,6 +20,15 @@ LearnedRates = Literal["per_layer", "per_layer_per_step"]
 Parallel = Literal["auto", "loop", "vmap", "threads"]
 
 
+class _Shared:
+    """Whether something is done already: one note for all copies of a module."""
+
+    done = False
+
+    def __deepcopy__(self, memo: object) -> "_Shared":
+        return self
+
+
 class InnerLoop(nn.Module):
     """Runs a network by the weights of T tasks, and adapts them to each task's support set.
 
@@ -47,7 +56,7 @@ class InnerLoop(nn.Module):
         self.inner_lr, self.checkpoint_steps, self.parallel = inner_lr, checkpoint_steps, parallel
         self._normalizes = any(isinstance(module, _BatchNorm) for module in network.modules())  # until it has run
         self._modes: dict[str, Mode] = {}  # how tasks are run, by type of device
-        self._was_seen_to_learn = False
+        self._seen_to_learn = _Shared()
         self.adapt = ("",) if adapt is None else (adapt,) if isinstance(adapt, str) else tuple(adapt)
         names = [name for name, _ in network.named_parameters()]
         if not self.adapt or not all(any(name.startswith(prefix) for name in names) for prefix in self.adapt):
@@ -142,14 +151,14 @@ class InnerLoop(nn.Module):
                 after: Sequence[Tensor] = Recompute.apply(step, len(values), *values, *loss_parameters)
             else:
                 after = step(values, second_order)
-            if not self._was_seen_to_learn and support.shape[2] == 1:  # looks once, because it waits for a GPU
+            if not self._seen_to_learn.done and support.shape[2] == 1:  # looks once, because it waits for a GPU
                 if all(torch.equal(weights[name], new) for name, new in zip(adapted, after, strict=True)):
                     got = getattr(self.loss, "__name__", type(self.loss).__name__)
                     raise UsageError(
                         f"expected an inner loss that learns from one image of each class, got {got}, whose gradient is"
                         " 0 without positive pairs; give cross-entropy or a loss with class weights, or more shots"
                     )
-                self._was_seen_to_learn = True
+                self._seen_to_learn.done = True
             weights = {**weights, **dict(zip(adapted, after, strict=True))}
             yield weights
 

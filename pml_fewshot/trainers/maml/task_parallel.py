@@ -49,33 +49,39 @@ def _one_task(network: nn.Module, num_stat_items: int | None, decomposed: bool, 
         return network(images)
 
 
-def in_threads(module: M, work: Callable[..., T], chunks: Sequence[Iterable[Any]]) -> Iterator[T]:
-    """`work(a copy of the module, *chunk)` for each chunk, in as many threads as torch has.
+def copies_for(module: M, chunks: int) -> list[M]:
+    """A copy for each of as many threads as torch has, or as there are chunks; none where it cannot be copied."""
+    # autocast belongs to a thread
+    threads = 1 if torch.is_autocast_enabled("cpu") else max(1, min(torch.get_num_threads(), chunks))
+    try:
+        return [sharing_copy(module) for _ in range(threads)]
+    except (RuntimeError, TypeError, AttributeError):  # it holds a lock, a file, a tensor of a graph
+        return []
+
+
+def in_threads(copies: Sequence[nn.Module], work: Callable[..., T], chunks: Sequence[Iterable[Any]]) -> Iterator[T]:
+    """`work(one of the copies, *chunk)` for each chunk, a thread for each copy.
 
     The operations of each use one thread, or more where there are fewer chunks than threads.
 
     Tasks share nothing, so threads wait for each other once, at the end, and not in each of hundreds of operations that
     are too small to be shared. The copies have the module's own tensors, and places of their own to put others in.
     """
-    cores = torch.get_num_threads()
-    threads = max(1, min(cores, len(chunks)))
-    if torch.is_autocast_enabled("cpu"):  # which belongs to a thread
-        threads = 1
-    copies: SimpleQueue[M] = SimpleQueue()
-    for _ in range(threads):
-        copies.put(sharing_copy(module))
+    free: SimpleQueue[nn.Module] = SimpleQueue()
+    for each in copies:
+        free.put(each)
 
     def one(chunk: Iterable[Any]) -> T:
-        own = copies.get()
+        own = free.get()
         try:
             return work(own, *chunk)
         finally:
-            copies.put(own)
+            free.put(own)
 
-    if threads == 1:
+    if len(copies) == 1:
         yield from map(one, chunks)
         return
-    with one_thread_each(cores // threads), ThreadPoolExecutor(threads) as pool:
+    with one_thread_each(torch.get_num_threads() // len(copies)), ThreadPoolExecutor(len(copies)) as pool:
         yield from pool.map(one, chunks)
 
 

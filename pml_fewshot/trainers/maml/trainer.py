@@ -1,9 +1,10 @@
 """MAMLTrainer: initial weights from which a few gradient steps learn a new task (Finn et al. 2017)."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, nullcontext
 from functools import partial
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,11 @@ from pml_fewshot.parts.instantiate import Part, instantiate
 from pml_fewshot.sampling.batches import BatchSpec
 from pml_fewshot.sampling.episodes import Episode, EpisodeSpec
 from pml_fewshot.trainers.base import FewShotTrainer
-from pml_fewshot.trainers.maml.autograd import WithGradient
+from pml_fewshot.trainers.maml.autograd import WithGradient, differentiable_attention
 from pml_fewshot.trainers.maml.inner_loop import InnerLoop, LearnedRates, Parallel, TaskLoss, as_task_loss, task_losses
 from pml_fewshot.trainers.maml.task_parallel import (
     Weights,
+    copies_for,
     in_threads,
     labels_of,
     max_tasks_per_chunk,
@@ -53,7 +55,7 @@ class MAMLTrainer(FewShotTrainer):
             figures do, which are higher for it; "inductive" by those of the support set, which itself is normalized by
             its own in both. (Statistics over a batch that a network takes without `F.batch_norm` are not seen.)
         task_chunk: tasks run at a time, with one backward pass, so that memory does not grow with the batch: when None
-            one in each thread, and by vmap up to 64, fewer of large images.
+            one, in each thread, and by vmap up to 64, fewer of large images.
         inner_loss: of the support set; `loss` when None. Parameters of its own are trained by second order alone.
         step_weights: weight of the queries' loss after each inner step (MAML++'s multi-step loss); when None only
             the loss after the last step counts.
@@ -66,8 +68,8 @@ class MAMLTrainer(FewShotTrainer):
             None where it gives logits.
         parallel: how tasks are run, with the same gradients: in "threads" that each have a copy of the network with the
             same tensors, at once by "vmap", or one after the other in a "loop"; "auto" is vmap on a GPU and threads on
-            a CPU where the network allows them, else the loop. A network that counts its calls or the like, other than
-            in buffers, wants the loop: what threads change in their copies is thrown away.
+            a CPU where network, loss and head can be copied and draw no numbers, else the loop. One of them that counts
+            its calls or the like, other than in buffers, wants the loop: what threads change in their copies is lost.
 
     Frozen parameters are neither adapted nor trained. Dropout draws from torch's global generator, so its draws depend
     on task_chunk and parallel. A step waits for a GPU only in the first forward pass, to try out how the network can be
@@ -124,6 +126,7 @@ class MAMLTrainer(FewShotTrainer):
         self.task_chunk = None if task_chunk is None else int(task_chunk)
         self.head = head  # type: ignore[assignment]  # None: the network gives logits
         self._last_accuracy: Tensor | None = None
+        self._tried: set[Callable[..., Any]] = set()  # what has run once, before threads do it
 
     @property
     def network(self) -> nn.Module:
@@ -166,9 +169,11 @@ class MAMLTrainer(FewShotTrainer):
         sums = [torch.zeros_like(parameter) for parameter in parameters]
         total, accuracy = batch.query.new_zeros(()), batch.query.new_zeros(())
         own_support, own_query = (each[world().share(tasks)] for each in (batch.support, batch.query))
-        learn = MAMLTrainer._reptile if self.reptile else MAMLTrainer._maml
-        with one_at_a_time, own_draws(batch.query.device), torch.enable_grad():
-            for loss, gradients, logits, labels in self._in_chunks(learn, own_support, own_query):
+        learn = type(self)._reptile if self.reptile else type(self)._maml
+        attention = nullcontext() if self.first_order else differentiable_attention()
+        results = self._in_chunks(learn, own_support, own_query)
+        with one_at_a_time, own_draws(batch.query.device), torch.enable_grad(), attention, closing(results):
+            for loss, gradients, logits, labels in results:
                 total += loss.detach()
                 accuracy += (logits.argmax(dim=2) == labels).float().mean(dim=1).sum()
                 sums = [before + gradient for before, gradient in zip(sums, gradients, strict=True)]
@@ -179,15 +184,24 @@ class MAMLTrainer(FewShotTrainer):
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def _in_chunks(self, work: Callable[..., T], support: Tensor, query: Tensor) -> Iterator[T]:
+    def _in_chunks(self, work: Callable[..., T], support: Tensor, query: Tensor) -> Generator[T, None, None]:
         """`work(trainer, support, query)` for each chunk of tasks, where the trainer is this one or a copy of it."""
         if not len(support):  # more processes than tasks
             return
         mode = self.inner.mode(support[0].flatten(0, 1))
         size = self.task_chunk or max_tasks_per_chunk(support, query, mode)
         chunks = list(zip(support.split(size), query.split(size), strict=True))
-        if mode == "threads":
-            yield from in_threads(self, work, chunks)
+        copies = copies_for(self, len(chunks)) if mode == "threads" else []
+        kind = work.func if isinstance(work, partial) else work
+        if copies and kind not in self._tried:
+            # the first time the first chunk alone: where a loss or a head draws, its order would be left to chance
+            before = torch.get_rng_state()
+            yield work(copies[0], *chunks.pop(0))
+            self._tried.add(kind)
+            if not torch.equal(before, torch.get_rng_state()):
+                self.inner._modes["cpu"], copies = "loop", []
+        if copies and chunks:
+            yield from in_threads(copies, work, chunks)
         else:
             yield from (work(self, *chunk) for chunk in chunks)
 
@@ -237,7 +251,7 @@ class MAMLTrainer(FewShotTrainer):
             weight = next(self.network.parameters())
             # (gradients of tensors made in inference mode cannot be taken)
             support, query = (each.to(weight, copy=each.is_inference()) for each in (support, query))
-            return torch.cat(list(self._in_chunks(partial(MAMLTrainer._classify, steps=steps), support, query)))
+            return torch.cat(list(self._in_chunks(partial(type(self)._classify, steps=steps), support, query)))
 
     @torch.no_grad()
     def _classify(self, support: Tensor, query: Tensor, steps: int) -> Tensor:

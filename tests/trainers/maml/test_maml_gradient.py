@@ -81,6 +81,21 @@ def test_the_gradient_is_the_derivative_of_the_loss(options: dict[str, Any]) -> 
     assert is_derivative(trainer(**{"make": smooth, "inner_steps": 3, **options}))
 
 
+def test_threads_differentiate_attention_twice_and_leave_torchs_switches_as_they_were() -> None:
+    def switches() -> list[bool]:
+        kinds = torch.backends.cuda
+        return [kinds.flash_sdp_enabled(), kinds.math_sdp_enabled(), kinds.mem_efficient_sdp_enabled()]
+
+    before, threads = switches(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(3):
+            trainer(Attention, parallel="threads")(episodes(tasks=8)).backward()
+    finally:
+        torch.set_num_threads(threads)
+    assert switches() == before
+
+
 def test_first_order_is_not_the_derivative() -> None:
     """Else the test above would not notice a gradient that left out the second derivatives."""
     assert not is_derivative(trainer(smooth, inner_steps=3, first_order=True))

@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 from typing import Any
@@ -19,6 +19,7 @@ from pml_fewshot.embedders.resnet12 import ResNet12
 from pml_fewshot.trainers.maml import inner_loop
 from pml_fewshot.trainers.maml.batch_statistics import BatchStatistics
 from pml_fewshot.trainers.maml.task_parallel import (
+    copies_for,
     fastest,
     in_threads,
     loop,
@@ -191,7 +192,9 @@ def test_threads_take_turns_at_as_many_copies_and_results_come_in_order(threads:
 
     torch.set_num_threads(threads)
     try:
-        assert list(in_threads(network, work, [[number] for number in range(chunks)])) == list(range(chunks))
+        assert list(in_threads(copies_for(network, chunks), work, [[number] for number in range(chunks)])) == list(
+            range(chunks)
+        )
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -202,12 +205,55 @@ def test_threads_take_turns_at_as_many_copies_and_results_come_in_order(threads:
     assert set(of_operations) == {each}
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_what_cannot_be_copied_or_draws_numbers_is_run_by_the_loop() -> None:
+    class Holds(nn.Module):
+        """A loss that holds a lock, that draws, or neither."""
+
+        def __init__(self, lock: bool = False, draws: bool = False) -> None:
+            super().__init__()
+            self.lock, self.draws, self.calls = threading.Lock() if lock else None, draws, 0
+
+        def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
+            self.calls += 1
+            return F.cross_entropy(outputs * (1 + torch.rand(()) if self.draws else 1), labels)
+
+    losses, found = [Holds(), Holds(lock=True), Holds(draws=True)], []
+    for loss in losses:
+        maml = trainer(loss=loss)
+        torch.manual_seed(1)
+        found.append([maml(episodes()).item() for _ in range(2)])
+    assert [loss.calls for loss in losses] == [0, 12, 10]  # of its own: none; 2 steps of 3 tasks; less a first task
+    assert found[0] == found[1]
+    expected = trainer(loss=Holds(draws=True), parallel="loop", task_chunk=1)
+    torch.manual_seed(1)
+    assert [expected(episodes()).item() for _ in range(2)] == found[2]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_an_inner_loss_is_seen_to_learn_once_whatever_its_copies_see_later() -> None:
+    maml = trainer(inner_loss=lambda outputs, labels: F.relu(1 - outputs.square().sum()))
+    maml(episodes(shots=1))
+    with torch.no_grad():
+        for parameter in maml.network[-1].parameters():
+            parameter.mul_(1000)  # and the loss is 0
+    maml(episodes(shots=1))
+
+
 def test_an_error_in_a_thread_is_the_users_own() -> None:
     def work(own: nn.Module, number: int) -> None:
         raise ZeroDivisionError(f"in {number}")
 
     with pytest.raises(ZeroDivisionError, match="in 0"):
-        list(in_threads(nn.Flatten(), work, [[0], [1], [2]]))
+        list(in_threads(copies_for(nn.Flatten(), 3), work, [[0], [1], [2]]))
 
 
 @pytest.mark.parametrize("decomposed", [False, True])
