@@ -174,9 +174,12 @@ def test_wrong_options_are_refused():
         heads.k_nearest_neighbours(*episodes(), k=21)
 
 
+SHAPES = (3, 2, 4, 5, 6), (3, 2, 7, 6)  # support and queries of three batches of two episodes
+
+
 def test_a_head_within_vmap_and_without_gradients_gives_the_same():
-    support, query = torch.rand(3, 2, 4, 5, 6), torch.rand(3, 2, 7, 6)  # three batches of two episodes
+    support, query = (torch.rand(*shape, generator=torch.Generator().manual_seed(0)) for shape in SHAPES)
     with torch.no_grad():
-        mapped = torch.func.vmap(lambda s, q: nearest_prototype(s, q))(support, query)
-        one_by_one = torch.stack([nearest_prototype(*each) for each in zip(support, query, strict=True)])
+        mapped = torch.func.vmap(lambda s, q: heads.nearest_prototype(s, q))(support, query)
+        one_by_one = torch.stack([heads.nearest_prototype(*each) for each in zip(support, query, strict=True)])
     torch.testing.assert_close(mapped, one_by_one)
