@@ -155,7 +155,11 @@ def help_of(module: str, *arguments: str) -> str:
         patch.setattr(sys, "argv", [module, *arguments, "--help"])
         patch.setattr(sys, "path", list(sys.path))
         patch.setattr(sys.stdout, "write", printed.append)
-        for name in (module, *(f"{commands.package()}.{name}" for name in ("quickstart", "benchmark_embeddings"))):
+        for name in (
+            module,
+            f"{module}.__main__",
+            *(f"{commands.package()}.{name}" for name in ("quickstart", "benchmark_embeddings")),
+        ):
             patch.delitem(sys.modules, name, raising=False)  # or runpy warns of what another test has imported
         with pytest.raises(SystemExit) as stop:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
