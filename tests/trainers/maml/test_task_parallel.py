@@ -232,10 +232,10 @@ def test_what_cannot_be_copied_or_draws_numbers_is_run_by_the_loop() -> None:
         torch.manual_seed(1)
         found.append([maml(episodes()).item() for _ in range(2)])
     assert [loss.calls for loss in losses] == [0, 12, 10]  # of its own: none; 2 steps of 3 tasks; less a first task
-    assert found[0] == found[1]
+    assert found[0] == pytest.approx(found[1], rel=1e-12)  # which threads share operations is rounding
     expected = trainer(loss=Holds(draws=True), parallel="loop", task_chunk=1)
     torch.manual_seed(1)
-    assert [expected(episodes()).item() for _ in range(2)] == found[2]
+    assert [expected(episodes()).item() for _ in range(2)] == pytest.approx(found[2], rel=1e-12)
 
 
 @pytest.mark.usefixtures("two_threads")
