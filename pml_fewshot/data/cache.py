@@ -76,7 +76,7 @@ def cached_images(
         cache_dir: by default `$PML_FEWSHOT_CACHE`, `$XDG_CACHE_HOME/pml_fewshot` or `~/.cache/pml_fewshot`.
         memory_map: the images are too many for memory: only their number and shape are checked, and of the rest what is
             asked for is read. Otherwise up to 2 GiB of images are compared with their checksum, 0.25 seconds a GB,
-            which is little beside a training on wrong images. A new entry always is, and any when `--verify` asks.
+            which is little beside a training on wrong images. A new entry is always compared, any other by `--verify`.
 
     Raises:
         UsageError: the entry is damaged. It is not rebuilt silently: a disk that loses data should be known.
@@ -272,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{_removed(left)}  {left.name}")
     print(f"{shown} entries, {total / 2**20:,.0f} MiB, in {folder}")
     if damaged:
-        parser.exit(1, f"{damaged} damaged; remove them by --empty NAME, and they are made anew\n")
+        parser.exit(1, f"{damaged} damaged; remove them by --empty NAME, and they will be rebuilt\n")
 
 
 def _about(entry: Path) -> dict[str, Any]:

@@ -174,8 +174,8 @@ def logistic_regression(
 
     Minimizes the summed cross-entropy plus penalty / 2 times the squared norm of the weights, the same as
     scikit-learn's LogisticRegression(C=1 / penalty, fit_intercept=False) on centered embeddings (for two classes, where
-    that has one weight vector instead of two, C=2 / penalty). Whether its steps have converged it looks at itself, and
-    waits for a GPU each time: on one, all steps of all episodes without a look would be longer.
+    that has one weight vector instead of two, C=2 / penalty). It checks for convergence after
+    each step, which waits for a GPU; running all steps unchecked would take longer.
 
     Args:
         penalty: when None 0.1 times the mean squared length of the centered support items (LOGISTIC_PENALTY).

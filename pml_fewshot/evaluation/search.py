@@ -21,9 +21,8 @@ from pml_fewshot.environment import one_thread_each
 
 CPU_TILE = 1536  # on a side, 9 MiB for each thread: large enough for the matrix product, small enough for its cache
 CUDA_TILE = 16384  # 1 GiB
-STEP = (
-    64  # of a tile's sides: matrix products are fastest in multiples of it; and rows that are looked through at a time
-)
+# of a tile's sides: matrix products are fastest in multiples of it; and rows that are looked through at a time
+STEP = 64
 GROUP = 8  # similarities of which only the largest bounds the k-th best
 COLUMNS = 4  # tiles for which a thread prepares a block of rows once
 FAISS_BLOCK = 2**17  # references at a time

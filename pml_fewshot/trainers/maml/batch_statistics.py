@@ -70,20 +70,10 @@ class BatchStatistics(TorchFunctionMode):
         normalized = (input - mean) * scale
         return normalized if bias is None else normalized + bias.reshape(scale.shape)
 
-    def conv_norm_pool(
-        self,
-        images: Tensor,
-        weight: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-    ) -> Tensor:
+    def conv_norm_pool(self, images: Tensor, weight: Tensor, *of_norm: Any) -> Tensor:
         """Stands for the function of that name."""
         self.was_used = True
+        _, _, scale, shift, _, momentum, eps = of_norm
         if self.num_stat_items is None and not self.decomposed and by_moments(images, weight):
             return conv_norm_pool(images, weight, None, None, scale, shift, True, momentum, eps)
         maps = self.batch_norm(torch.conv2d(images, weight, padding=1), None, None, scale, shift, eps=eps)

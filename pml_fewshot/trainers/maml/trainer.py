@@ -38,7 +38,7 @@ Learned = tuple[Tensor, Sequence[Tensor], Tensor, Tensor]  # summed loss, its gr
 class MAMLTrainer(FewShotTrainer):
     """Trains a classifier's weights such that a few gradient steps on a support set make it classify the queries.
 
-    The network is called functionally (`torch.func`): no task patches, copies or changes it. What a task would change
+    The network is called by other weights, or a copy of it that shares its tensors is. What a task would change
     in its buffers is thrown away, and batch norm uses the statistics of the batch at hand, never running ones.
 
     Args:
