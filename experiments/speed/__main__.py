@@ -1,7 +1,7 @@
 """All that is compared with other libraries: one command, one table.
 
     pip install -c constraints.txt -e '.[bench]'
-    python -m experiments.speed --quick                  # 3 minutes on two cores, smaller sizes
+    python -m experiments.speed --quick                  # 3 to 4 minutes on two cores, smaller sizes
     python -m experiments.speed --csv speed.csv
     python -m experiments.speed --only maml-second-order protonet-step --rounds 9
 

@@ -65,7 +65,7 @@ class Sizes:
     steps: int = 5  # of training, timed together
 
 
-QUICK = Sizes(tasks=8, adapted=8, wide_episodes=2000, wide_items=2000, peer_episodes=200, retrieved=8000, steps=1)
+QUICK = Sizes(tasks=4, adapted=6, wide_episodes=2000, wide_items=2000, peer_episodes=200, retrieved=8000, steps=1)
 
 
 def unchecked(ours: Any, theirs: Any) -> None:
