@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import importlib.util
 import json
 import re
 import runpy
@@ -155,12 +156,11 @@ def help_of(module: str, *arguments: str) -> str:
         patch.setattr(sys, "argv", [module, *arguments, "--help"])
         patch.setattr(sys, "path", list(sys.path))
         patch.setattr(sys.stdout, "write", printed.append)
-        for name in (
-            module,
-            f"{module}.__main__",
-            *(f"{commands.package()}.{name}" for name in ("quickstart", "benchmark_embeddings")),
-        ):
-            patch.delitem(sys.modules, name, raising=False)  # or runpy warns of what another test has imported
+        # or runpy warns of what another test has imported; of a package it runs __main__
+        spec = importlib.util.find_spec(module)
+        own = f"{module}.__main__" if spec and spec.submodule_search_locations else module
+        for name in (own, *(f"{commands.package()}.{name}" for name in ("quickstart", "benchmark_embeddings"))):
+            patch.delitem(sys.modules, name, raising=False)
         with pytest.raises(SystemExit) as stop:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
     assert stop.value.code in (0, None), printed
