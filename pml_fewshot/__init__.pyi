@@ -34,6 +34,7 @@ from .embedders.image_embedder import ImageEmbedder as ImageEmbedder
 from .embedders.preprocessing import Preprocessing as Preprocessing
 from .embedders.resnet12 import ResNet12 as ResNet12
 from .embedders.set_to_set import SetToSet as SetToSet
+from .embedders.shift_average import ShiftAverage as ShiftAverage
 from .embedders.timm_trunk import TimmTrunk as TimmTrunk
 from .embedders.torchvision_trunk import TorchvisionTrunk as TorchvisionTrunk
 from .embedders.transformers_trunk import TransformersTrunk as TransformersTrunk

@@ -180,7 +180,9 @@ def of_other_trunks(given: Given, folder: Path) -> Any:
     resnet = built(lambda: p.Embedder(p.ResNet12())).train()
     layers = nn.Flatten, partial(nn.Linear, 3 * 48 * 48, 6), partial(nn.BatchNorm1d, 6), partial(nn.Linear, 6, 2)
     model = built(lambda: nn.Sequential(*(layer() for layer in layers)))
-    return resnet.encode(color).embeddings, p.Embedder(p.TorchvisionTrunk(model.train())).encode(color).embeddings
+    shifts = built(lambda: p.Embedder(p.ShiftAverage(nn.Sequential(nn.Flatten(), nn.Linear(3 * 48 * 48, 6))))).train()
+    others = (shifts, p.Embedder(p.TorchvisionTrunk(model.train())))
+    return [embedder.encode(color).embeddings for embedder in (resnet, *others)]
 
 
 def of_files(given: Given, folder: Path) -> Any:
@@ -273,7 +275,7 @@ FIGURES: dict[str, Callable[[Given, Path], Any]] = {
     "sweep": of_sweep,
     "search": of_search,
     **dict.fromkeys(("Embedder", "Conv4"), of_encode),
-    **dict.fromkeys(("ResNet12", "TorchvisionTrunk"), of_other_trunks),
+    **dict.fromkeys(("ResNet12", "ShiftAverage", "TorchvisionTrunk"), of_other_trunks),
     **dict.fromkeys(("save_bank", "load_bank", "export_embedder", "load_embedder"), of_files),
     "EmbeddingBank": of_bank,
     **dict.fromkeys(("EpisodicEvaluator", "compare"), of_evaluator),

@@ -1,5 +1,6 @@
 """Conv4: the four-block convolutional network of most few-shot papers."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -57,23 +58,36 @@ class Conv4(nn.Module):
 
     Args:
         in_channels: 1 for gray, 3 for color images.
-        channels: filters of each block; 64 as in the papers.
+        channels: filters of each block, 64 as in the papers; or four numbers, one a block: (32, 64, 128, 256) takes the
+            time of 64 at 28 x 28 and embeds in 256 dimensions.
         last_relu: end with a ReLU, as in the papers. Without it embeddings may be negative, which a learned similarity
             of |q - r| needs (SiameseTrainer).
         pool: average each channel over the map. Off, as in the papers: embeddings are the flattened feature map,
             channels first, which distances of local features split into its nodes.
 
-    Shapes: (B, in_channels, H, W) -> (B, channels * nodes) with (H // 16) * (W // 16) nodes: 1 at 28 x 28 (64-d), 9 at
-    56 x 56, 25 at 84 x 84 (1,600-d); with pool -> (B, channels).
+    Shapes: (B, in_channels, H, W) -> (B, D * nodes) for D filters of the last block, with (H // 16) * (W // 16) nodes:
+    1 at 28 x 28 (64-d), 9 at 56 x 56, 25 at 84 x 84 (1,600-d); with pool -> (B, D).
+
+    Raises:
+        UsageError: other than one or four numbers of filters.
     Weights are in channels-last memory, the faster layout for pooling and batch norm on a CPU.
 
     Source: Vinyals et al. 2016, section 4.1; Snell et al. 2017, section 3.1.
     """
 
-    def __init__(self, in_channels: int = 1, channels: int = 64, last_relu: bool = True, pool: bool = False) -> None:
+    def __init__(
+        self,
+        in_channels: int = 1,
+        channels: int | Sequence[int] = 64,
+        last_relu: bool = True,
+        pool: bool = False,
+    ) -> None:
         super().__init__()
         self.in_channels, self.pool = in_channels, pool
-        blocks = [ConvBlock(i, o) for i, o in pairwise([in_channels] + 4 * [channels])]
+        widths = 4 * [channels] if isinstance(channels, int) else list(channels)
+        if len(widths) != 4:
+            raise UsageError(f"expected filters of four blocks, got {channels}; give one number, or four")
+        blocks = [ConvBlock(i, o) for i, o in pairwise([in_channels, *widths])]
         blocks[-1].relu = last_relu
         self.blocks = nn.Sequential(*blocks)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,0 +1,227 @@
+"""The tables of docs/results from run folders, on experiments of a fraction of a second."""
+
+import csv
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from experiments.reproduce_papers.__main__ import CONFIGS, main, reproduce
+from experiments.reproduce_papers.lake import evaluate_lake, load_runs
+from experiments.reproduce_papers.papers import gray, lake_rows, rows_of_papers
+from experiments.reproduce_papers.rows import Row
+from experiments.reproduce_papers.tables import write_tables
+from pml_fewshot import Conv4, Embedder, EpisodeSpec, FewShotDataset, ProtoNetTrainer, ResultTable, Splits
+from pml_fewshot.checks import MissingFileError, UsageError
+from pml_fewshot.evaluation.statistics import average
+from tests.tiny_experiments import TINY_EXPERIMENTS, tiny_set, tiny_splits
+
+SEEDS = (0, 1)
+PROTONET = replace(TINY_EXPERIMENTS["protonet"], steps=2, published={"A. and B. 2000": {"5-way 1-shot": "12.3"}})
+BY_SIZE = tuple(
+    replace(PROTONET, name=f"{shots}shot", published=None, eval_specs=(EpisodeSpec(ways=5, shots=shots, queries=5),))
+    for shots in (1, 2)
+)
+PROTO = Row("tiny/protonet", "ProtoNet", (PROTONET,), note="of ten images")
+ROWS = [
+    PROTO,
+    Row("tiny/siamese", "Siamese", (replace(TINY_EXPERIMENTS["siamese"], steps=2),)),
+    Row("tiny/by_size", "by size", BY_SIZE),
+    Row("across/elsewhere", "elsewhere", (PROTONET,), "tiny/protonet", lambda: other_splits()),
+]
+
+
+def other_splits() -> Splits:
+    return Splits(tiny_set("a", 8, 0), None, tiny_set("d", 7, 4))
+
+
+def lines(file: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of all rows by two seeds, and their tables."""
+    folder = tmp_path_factory.mktemp("papers")
+    assert reproduce(ROWS, folder / "runs", SEEDS, None, None) == {}
+    (folder / "tables").mkdir()
+    write_tables(folder / "runs", ROWS, SEEDS, folder / "tables", {})
+    return folder
+
+
+def values(folder: Path, place: str, method: str = "") -> list[Any]:
+    rows = [ResultTable.read(folder / "runs" / place / f"seed{seed}").rows for seed in SEEDS]
+    return [next(r for r in own if r.ways and r.method.endswith(method)).values for own in rows]
+
+
+def test_a_line_is_the_mean_over_seeds_with_the_papers_below(made: Path) -> None:
+    ours, paper, siamese, by_size = lines(made / "tables" / "tiny.csv")
+    found = values(made, "tiny/protonet")
+    mean, ci95 = average(found)
+    assert ours["5-way 1-shot"] == f"{100 * mean:.2f} +- {100 * ci95:.2f}"
+    spread = abs(found[0].mean() - found[1].mean()).item()
+    assert ours["spread of seeds"] == f"{100 * spread:.2f}"
+    assert (ours["seed"], ours["steps"], ours["episodes"], ours["note"]) == ("0, 1", "2", "30", "of ten images")
+    assert ours["command"] == "python -m experiments.reproduce_papers --data-root DIR --only tiny/protonet"
+    assert ours["commit"]
+    assert "CPU core" in ours["machine"]
+    assert (paper["method"], paper["source"], paper["5-way 1-shot"]) == ("ProtoNet", "A. and B. 2000", "12.3")
+    assert (siamese["method"], by_size["method"]) == ("Siamese", "by size")
+    assert by_size["5-way 1-shot"]  # one line of two trainings
+    assert by_size["5-way 2-shot"]
+    assert (made / "runs" / "tiny" / "by_size" / "2shot" / "seed1" / "config.json").exists()
+
+
+def test_each_seed_has_its_line(made: Path) -> None:
+    protonet = [line for line in lines(made / "tables" / "tiny_seeds.csv") if line["method"] == "ProtoNet"]
+    shown = [f"{100 * each.mean().item():.2f}" for each in values(made, "tiny/protonet")]
+    assert [line["5-way 1-shot"].split(" +- ")[0] for line in protonet] == shown
+    assert [line["seed"] for line in protonet] == ["0", "1"]
+
+
+def test_differences_are_paired_over_episodes_and_seeds(made: Path) -> None:
+    first = lines(made / "tables" / "tiny_differences.csv")[0]
+    assert (first["method"], first["minus"], first["seed"]) == ("ProtoNet", "Siamese", "0, 1")
+    ours, theirs = values(made, "tiny/protonet"), values(made, "tiny/siamese")
+    mean, ci95 = average([a - b for a, b in zip(ours, theirs, strict=True)])
+    assert first["5-way 1-shot"] == f"{100 * mean:+.2f} +- {100 * ci95:.2f}"
+
+
+def test_weights_are_evaluated_on_other_classes_without_training_again(made: Path) -> None:
+    place = made / "runs" / "across" / "elsewhere" / "seed0"
+    assert {each.name for each in place.iterdir()} >= {"figures.csv", "values.npz"}
+    assert not (place / "last.pt").exists()
+    assert {row.classes for row in ResultTable.read(place).rows} == {7}
+    (line,) = lines(made / "tables" / "across.csv")[:1]
+    assert (line["method"], line["steps"]) == ("elsewhere", "2")
+
+
+def test_what_is_finished_is_not_run_again(made: Path) -> None:
+    files = [*(made / "runs").rglob("last.pt"), *(made / "runs").rglob("figures.csv")]
+    before = {file: file.stat().st_mtime_ns for file in files}
+    reproduce(ROWS, made / "runs", SEEDS, None, None)
+    assert {file: file.stat().st_mtime_ns for file in files} == before
+
+
+def test_lines_give_way_only_to_as_many_seeds(made: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.csv"
+    write_tables(made / "runs", ROWS[:1], SEEDS, tmp_path, {})
+    both = file.read_text()
+    write_tables(made / "runs", ROWS[:1], (0,), tmp_path, {})
+    assert file.read_text() == both
+    write_tables(made / "runs", ROWS[:2], (0,), tmp_path, {})  # another method's, beside it
+    assert [line["seed"] for line in lines(file)] == ["0, 1", "", "0"]
+    file.write_text(both.replace('"0, 1"', "0"))
+    write_tables(made / "runs", ROWS[:1], SEEDS, tmp_path, {})
+    assert file.read_text() == both
+
+
+def test_a_failure_is_a_line_that_says_why_and_costs_no_other(tmp_path: Path) -> None:
+    def broken() -> Splits:
+        raise RuntimeError("no\nsuch set")
+
+    rows = [Row("tiny/broken", "broken", (replace(PROTONET, data=broken),)), PROTO]
+    failed = reproduce(rows, tmp_path / "runs", (0,), None, None)
+    assert failed == {"tiny/broken/seed0": "RuntimeError: no\nsuch set"}
+    write_tables(tmp_path / "runs", rows, (0,), tmp_path, failed)
+    shown = {(line["method"], line["source"]): line["note"] for line in lines(tmp_path / "tiny.csv")}
+    assert shown["broken", "failed"] == "seed0: RuntimeError: no such set"
+    assert ("ProtoNet", "this library") in shown
+
+
+def test_the_budget_saves_the_training_at_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = Row("tiny/long", "long", (replace(PROTONET, steps=10**6, validate_every=10**6),))
+    assert reproduce([long, PROTO], tmp_path, (0,), None, 0.02) == {}
+    assert "0.02 minutes are over; the same command again continues" in capsys.readouterr().out
+    assert (tmp_path / "tiny" / "long" / "seed0" / "last.pt").exists()
+    assert not (tmp_path / "tiny" / "protonet").exists()
+
+
+def test_the_rows_have_names_of_their_own_and_ordinary_configs() -> None:
+    rows = [*rows_of_papers(), *lake_rows(Path("lake"))]
+    assert len({row.name for row in rows}) == len(rows) > 15
+    assert {row.name for row in rows} >= {row.trained_by for row in rows if row.trained_by}
+    assert len({config.name for config in CONFIGS}) > 15
+
+
+def test_an_unknown_row_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expected a row or a table .*omniglot/protonet"):
+        main(only=("omniglot/proto",), folder=tmp_path)
+
+
+def test_the_list_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(only=("omniglot/maml",), folder=tmp_path / "runs", list_only=True)
+    assert "to do     omniglot/maml/20way_1shot/seed2\n" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_gray_is_the_luma_that_pillow_has() -> None:
+    images = torch.randint(0, 256, (2, 3, 5, 6), generator=torch.Generator().manual_seed(0)).byte()
+    found = gray(FewShotDataset(images, torch.tensor([0, 1]), ["a", "b"])).images
+    expected = [np.asarray(Image.fromarray(each.permute(1, 2, 0).numpy()).convert("L")) for each in images]
+    assert (found[:, 0].int() - torch.from_numpy(np.stack(expected)).int()).abs().max() <= 1
+
+
+@pytest.fixture
+def runs_of_lake(tmp_path: Path) -> Path:
+    """Two runs of three characters, in which an item is its character's drawing, but for one that shows another."""
+    rng = np.random.default_rng(0)
+    for run in ("run01", "run02"):
+        for part in ("training", "test"):
+            (tmp_path / run / part).mkdir(parents=True)
+        text = []
+        drawings = [Image.fromarray(rng.random((105, 105)) < 0.5) for _ in range(3)]
+        for number, drawing in enumerate(drawings, start=1):
+            drawing.save(tmp_path / run / "training" / f"class{number:02}.png")
+            shown = (number % 3) + 1
+            drawings[shown - 1].save(tmp_path / run / "test" / f"item{number:02}.png")
+            text.append(f"{run}/test/item{number:02}.png {run}/training/class{shown:02}.png")
+        if run == "run02":  # its first item is said to be of the first character, and shows the second
+            text[0] = f"{run}/test/item01.png {run}/training/class01.png"
+        (tmp_path / run / "class_labels.txt").write_text("\n".join(text) + "\n")
+    return tmp_path
+
+
+def test_lakes_runs_are_classified_within_each(runs_of_lake: Path) -> None:
+    trainer = ProtoNetTrainer(Embedder(Conv4(channels=8))).eval()
+    splits = Splits(tiny_set("a", 8, 0), None, FewShotDataset(torch.zeros(2, 1, 28, 28).byte(), torch.zeros(2).long()))
+    (row,) = evaluate_lake(trainer, splits, PROTONET, runs_of_lake).rows
+    assert row.values is not None
+    assert row.values.tolist() == pytest.approx([1, 2 / 3])
+    assert (row.ways, row.shots, row.method, row.count) == (3, 1, "protonet, within alphabets", 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda run: (run / "test" / "item02.png").unlink(), MissingFileError, r"item02.png, got no such file"),
+        (lambda run: (run / "training" / "class03.png").unlink(), UsageError, r"expected drawings of .*class03.png"),
+        (lambda run: (run / "class_labels.txt").write_text("one\n"), UsageError, r"an item and a drawing in each line"),
+        (
+            lambda run: (run / "class_labels.txt").write_text("run01/test/item01.png run01/training/class01.png"),
+            UsageError,
+            r"as many items as drawings, got 1 items and 3 drawings",
+        ),
+        (lambda run: (run / "class_labels.txt").unlink(), UsageError, r"run"),
+    ],
+)
+def test_damaged_runs_are_named(
+    runs_of_lake: Path, damage: Callable[[Path], object], error: type[Exception], message: str
+) -> None:
+    damage(runs_of_lake / "run01")
+    if message == "run":  # the other run is whole
+        assert load_runs(runs_of_lake, 28)[1].shape == (1, 3)
+        return
+    with pytest.raises(error, match=message):
+        load_runs(runs_of_lake, 28)
+
+
+def test_no_runs_are_named(tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match="expected run01/class_labels.txt"):
+        load_runs(tmp_path, 28)
