@@ -3,7 +3,6 @@
 import csv
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from experiments.reproduce_papers.tables import write_tables
 from pml_fewshot import Conv4, Embedder, EpisodeSpec, FewShotDataset, ProtoNetTrainer, ResultTable, Splits
 from pml_fewshot.checks import MissingFileError, UsageError
 from pml_fewshot.evaluation.statistics import average
-from tests.tiny_experiments import TINY_EXPERIMENTS, tiny_set, tiny_splits
+from tests.tiny_experiments import TINY_EXPERIMENTS, tiny_set
 
 SEEDS = (0, 1)
 PROTONET = replace(TINY_EXPERIMENTS["protonet"], steps=2, published={"A. and B. 2000": {"5-way 1-shot": "12.3"}})
@@ -151,7 +150,7 @@ def test_the_rows_have_names_of_their_own_and_ordinary_configs() -> None:
 
 
 def test_an_unknown_row_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="expected a row or a table .*omniglot/protonet"):
+    with pytest.raises(UsageError, match=r"expected a row or a table .*omniglot/protonet"):
         main(only=("omniglot/proto",), folder=tmp_path)
 
 
@@ -223,5 +222,5 @@ def test_damaged_runs_are_named(
 
 
 def test_no_runs_are_named(tmp_path: Path) -> None:
-    with pytest.raises(MissingFileError, match="expected run01/class_labels.txt"):
+    with pytest.raises(MissingFileError, match=r"expected run01/class_labels\.txt"):
         load_runs(tmp_path, 28)
