@@ -11,6 +11,7 @@ along a cosine. On the built-in letters 16, 8 and 4 episodes a step, 4,800 in al
 (1,000 test episodes), and 92.5 % with 4 and learned rates for each step.
 """
 
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -28,6 +29,7 @@ from pml_fewshot import (
     benchmark,
     load_omniglot,
     main,
+    swap,
 )
 
 
@@ -63,6 +65,23 @@ CONFIG = ExperimentConfig(
     retrieval=None,
     extra_evaluations=evaluate_inductive,
 )
+
+PAPER = {(5, 1): "98.7", (5, 5): "99.9", (20, 1): "95.8", (20, 5): "98.9"}
+
+
+def of_size(ways: int, shots: int) -> ExperimentConfig:
+    """The experiment for other ways and shots: a network of its own, whose last layer has as many outputs."""
+    network = partial(nn.Sequential, partial(Conv4, in_channels=1), partial(nn.Linear, 64, ways))
+    return replace(
+        swap(CONFIG, name=f"{CONFIG.name}_{ways}way_{shots}shot", network=network),
+        published={"Finn et al. 2017": {f"{ways}-way {shots}-shot": PAPER[ways, shots]}},
+        train_spec=EpisodeSpec(ways=ways, shots=shots, queries=5),
+        eval_specs=(EpisodeSpec(ways=ways, shots=shots, queries=15),),
+        num_episodes=10_000 if ways < 20 else 2_000,
+    )
+
+
+BY_SIZE = tuple(of_size(*size) for size in PAPER)
 
 if __name__ == "__main__":
     main(CONFIG)

@@ -1,8 +1,11 @@
 """The tables of docs/results from run folders, on experiments of a fraction of a second."""
 
 import csv
+import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,34 +13,52 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from experiments.reproduce_papers.__main__ import CONFIGS, main, reproduce
 from experiments.reproduce_papers.lake import evaluate_lake, load_runs
 from experiments.reproduce_papers.papers import gray, lake_rows, rows_of_papers
 from experiments.reproduce_papers.rows import Row
 from experiments.reproduce_papers.tables import write_tables
-from pml_fewshot import Conv4, Embedder, EpisodeSpec, FewShotDataset, ProtoNetTrainer, ResultTable, Splits
+from pml_fewshot import (
+    Conv4,
+    Embedder,
+    EpisodeSpec,
+    ExperimentConfig,
+    FewShotDataset,
+    ProtoNetTrainer,
+    ResultTable,
+    Splits,
+    benchmark,
+    run,
+    swap,
+)
 from pml_fewshot.checks import MissingFileError, UsageError
 from pml_fewshot.evaluation.statistics import average
+from pml_fewshot.trainers.base import FewShotTrainer
 from tests.tiny_experiments import TINY_EXPERIMENTS, tiny_set
 
 SEEDS = (0, 1)
 PROTONET = replace(TINY_EXPERIMENTS["protonet"], steps=2, published={"A. and B. 2000": {"5-way 1-shot": "12.3"}})
 BY_SIZE = tuple(
-    replace(PROTONET, name=f"{shots}shot", published=None, eval_specs=(EpisodeSpec(ways=5, shots=shots, queries=5),))
+    replace(PROTONET, name=f"{shots}shot", published=None, eval_specs=(EpisodeSpec(5, shots, 5),), retrieval=None)
     for shots in (1, 2)
 )
+NORMALIZED = partial(nn.Sequential, partial(nn.Flatten), partial(nn.BatchNorm1d, 16), partial(nn.Linear, 16, 5))
 PROTO = Row("tiny/protonet", "ProtoNet", (PROTONET,), note="of ten images")
+
+
+def on_others(trainer: FewShotTrainer, config: ExperimentConfig) -> ResultTable:
+    return benchmark({config.name: trainer}, tiny_set("d", 7, 4), config.eval_specs, None, 30, timed=False)
+
+
 ROWS = [
     PROTO,
     Row("tiny/siamese", "Siamese", (replace(TINY_EXPERIMENTS["siamese"], steps=2),)),
     Row("tiny/by_size", "by size", BY_SIZE),
-    Row("across/elsewhere", "elsewhere", (PROTONET,), "tiny/protonet", lambda: other_splits()),
+    Row("tiny/maml", "MAML", (swap(replace(TINY_EXPERIMENTS["maml"], steps=2), network=NORMALIZED),)),
+    Row("across/elsewhere", "elsewhere", (PROTONET,), PROTO, on_others, published={}),
 ]
-
-
-def other_splits() -> Splits:
-    return Splits(tiny_set("a", 8, 0), None, tiny_set("d", 7, 4))
 
 
 def lines(file: Path) -> list[dict[str, str]]:
@@ -48,9 +69,9 @@ def lines(file: Path) -> list[dict[str, str]]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of all rows by two seeds, and their tables."""
     folder = tmp_path_factory.mktemp("papers")
-    assert reproduce(ROWS, folder / "runs", SEEDS, None, None) == {}
+    assert reproduce(ROWS, folder / "runs", SEEDS) == {}
     (folder / "tables").mkdir()
-    write_tables(folder / "runs", ROWS, SEEDS, folder / "tables", {})
+    write_tables(folder / "runs", ROWS, folder / "tables")
     return folder
 
 
@@ -60,13 +81,14 @@ def values(folder: Path, place: str, method: str = "") -> list[Any]:
 
 
 def test_a_line_is_the_mean_over_seeds_with_the_papers_below(made: Path) -> None:
-    ours, paper, siamese, by_size = lines(made / "tables" / "tiny.csv")
+    ours, paper, siamese, by_size, maml = lines(made / "tables" / "tiny.csv")
     found = values(made, "tiny/protonet")
     mean, ci95 = average(found)
     assert ours["5-way 1-shot"] == f"{100 * mean:.2f} +- {100 * ci95:.2f}"
     spread = abs(found[0].mean() - found[1].mean()).item()
     assert ours["spread of seeds"] == f"{100 * spread:.2f}"
-    assert (ours["seed"], ours["steps"], ours["episodes"], ours["note"]) == ("0, 1", "2", "30", "of ten images")
+    assert (ours["seed"], ours["steps"], ours["episodes"]) == ("0, 1", "2", "30")
+    assert ours["note"] == "of ten images; made up"
     assert ours["command"] == "python -m experiments.reproduce_papers --data-root DIR --only tiny/protonet"
     assert ours["commit"]
     assert "CPU core" in ours["machine"]
@@ -75,6 +97,7 @@ def test_a_line_is_the_mean_over_seeds_with_the_papers_below(made: Path) -> None
     assert by_size["5-way 1-shot"]  # one line of two trainings
     assert by_size["5-way 2-shot"]
     assert (made / "runs" / "tiny" / "by_size" / "2shot" / "seed1" / "config.json").exists()
+    assert maml["method"] == "MAML, transductive"
 
 
 def test_each_seed_has_its_line(made: Path) -> None:
@@ -84,12 +107,23 @@ def test_each_seed_has_its_line(made: Path) -> None:
     assert [line["seed"] for line in protonet] == ["0", "1"]
 
 
-def test_differences_are_paired_over_episodes_and_seeds(made: Path) -> None:
-    first = lines(made / "tables" / "tiny_differences.csv")[0]
+def test_differences_are_paired_over_episodes_and_seeds_within_a_protocol(made: Path) -> None:
+    pairs = lines(made / "tables" / "tiny_differences.csv")
+    first = pairs[0]
     assert (first["method"], first["minus"], first["seed"]) == ("ProtoNet", "Siamese", "0, 1")
+    assert first["command"].endswith("--only tiny/protonet tiny/siamese")
     ours, theirs = values(made, "tiny/protonet"), values(made, "tiny/siamese")
     mean, ci95 = average([a - b for a, b in zip(ours, theirs, strict=True)])
     assert first["5-way 1-shot"] == f"{100 * mean:+.2f} +- {100 * ci95:.2f}"
+    assert not any("MAML" in line["method"] + line["minus"] for line in pairs)  # transductive among inductive ones
+
+
+def test_a_seed_counts_with_all_of_its_trainings(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs" / "tiny" / "by_size" / "2shot" / "seed1")
+    write_tables(tmp_path / "runs", ROWS, tmp_path)
+    by_size = next(line for line in lines(tmp_path / "tiny.csv") if line["method"] == "by size")
+    assert (by_size["seed"], by_size["spread of seeds"]) == ("0", "")
 
 
 def test_weights_are_evaluated_on_other_classes_without_training_again(made: Path) -> None:
@@ -97,55 +131,83 @@ def test_weights_are_evaluated_on_other_classes_without_training_again(made: Pat
     assert {each.name for each in place.iterdir()} >= {"figures.csv", "values.npz"}
     assert not (place / "last.pt").exists()
     assert {row.classes for row in ResultTable.read(place).rows} == {7}
-    (line,) = lines(made / "tables" / "across.csv")[:1]
+    (line,) = lines(made / "tables" / "across.csv")
     assert (line["method"], line["steps"]) == ("elsewhere", "2")
+
+
+def test_more_steps_make_older_figures_void(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    longer = replace(PROTONET, steps=3)
+    row = Row("tiny/protonet", "ProtoNet", (longer,))
+    rows = [row, Row("across/elsewhere", "elsewhere", (longer,), row, on_others, published={})]
+    run(replace(longer, run_dir=row.run_dir(tmp_path / "runs", longer, 0)), resume=True)
+    assert [row.seeds(tmp_path / "runs") for row in rows] == [[0, 1], [1]]
+    assert reproduce(rows, tmp_path / "runs", (0,)) == {}
+    assert [row.seeds(tmp_path / "runs") for row in rows] == [[0, 1], [0, 1]]
 
 
 def test_what_is_finished_is_not_run_again(made: Path) -> None:
     files = [*(made / "runs").rglob("last.pt"), *(made / "runs").rglob("figures.csv")]
     before = {file: file.stat().st_mtime_ns for file in files}
-    reproduce(ROWS, made / "runs", SEEDS, None, None)
+    reproduce(ROWS, made / "runs", SEEDS)
     assert {file: file.stat().st_mtime_ns for file in files} == before
 
 
 def test_lines_give_way_only_to_as_many_seeds(made: Path, tmp_path: Path) -> None:
-    file = tmp_path / "tiny.csv"
-    write_tables(made / "runs", ROWS[:1], SEEDS, tmp_path, {})
+    one_seed, file = tmp_path / "one", tmp_path / "tiny.csv"
+    for name in ("protonet", "siamese"):
+        shutil.copytree(made / "runs" / "tiny" / name / "seed0", one_seed / "tiny" / name / "seed0")
+    write_tables(made / "runs", ROWS[:1], tmp_path)
     both = file.read_text()
-    write_tables(made / "runs", ROWS[:1], (0,), tmp_path, {})
+    write_tables(one_seed, ROWS[:1], tmp_path)
     assert file.read_text() == both
-    write_tables(made / "runs", ROWS[:2], (0,), tmp_path, {})  # another method's, beside it
+    write_tables(one_seed, ROWS[:2], tmp_path)  # another method's, beside it
     assert [line["seed"] for line in lines(file)] == ["0, 1", "", "0"]
     file.write_text(both.replace('"0, 1"', "0"))
-    write_tables(made / "runs", ROWS[:1], SEEDS, tmp_path, {})
+    write_tables(made / "runs", ROWS[:1], tmp_path)
     assert file.read_text() == both
 
 
-def test_a_failure_is_a_line_that_says_why_and_costs_no_other(tmp_path: Path) -> None:
+def test_a_failure_is_a_line_that_says_why_until_it_is_gone(tmp_path: Path) -> None:
     def broken() -> Splits:
         raise RuntimeError("no\nsuch set")
 
     rows = [Row("tiny/broken", "broken", (replace(PROTONET, data=broken),)), PROTO]
-    failed = reproduce(rows, tmp_path / "runs", (0,), None, None)
+    failed = reproduce(rows, tmp_path / "runs", (0,))
     assert failed == {"tiny/broken/seed0": "RuntimeError: no\nsuch set"}
-    write_tables(tmp_path / "runs", rows, (0,), tmp_path, failed)
+    write_tables(tmp_path / "runs", rows, tmp_path, failed)
     shown = {(line["method"], line["source"]): line["note"] for line in lines(tmp_path / "tiny.csv")}
     assert shown["broken", "failed"] == "seed0: RuntimeError: no such set"
+    assert ("ProtoNet", "this library") in shown
+    write_tables(tmp_path / "runs", rows, tmp_path)
+    assert {line["source"] for line in lines(tmp_path / "tiny.csv")} == {"this library", "A. and B. 2000"}
+
+
+def test_a_damaged_run_is_a_line_that_says_so(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    (tmp_path / "runs" / "tiny" / "siamese" / "seed0" / "last.pt").unlink()
+    write_tables(tmp_path / "runs", ROWS, tmp_path)
+    shown = {(line["method"], line["source"]): line["note"] for line in lines(tmp_path / "tiny.csv")}
+    assert "last.pt" in shown["Siamese", "failed"]
     assert ("ProtoNet", "this library") in shown
 
 
 def test_the_budget_saves_the_training_at_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long = Row("tiny/long", "long", (replace(PROTONET, steps=10**6, validate_every=10**6),))
-    assert reproduce([long, PROTO], tmp_path, (0,), None, 0.02) == {}
-    assert "0.02 minutes are over; the same command again continues" in capsys.readouterr().out
-    assert (tmp_path / "tiny" / "long" / "seed0" / "last.pt").exists()
+    handler = signal.getsignal(signal.SIGTERM)
+    assert reproduce([long, PROTO], tmp_path, (0,), minutes=0.1) == {}
+    assert "0.1 minutes are over; the same command again continues" in capsys.readouterr().out
     assert not (tmp_path / "tiny" / "protonet").exists()
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_the_rows_have_names_of_their_own_and_ordinary_configs() -> None:
     rows = [*rows_of_papers(), *lake_rows(Path("lake"))]
     assert len({row.name for row in rows}) == len(rows) > 15
-    assert {row.name for row in rows} >= {row.trained_by for row in rows if row.trained_by}
+    assert {row.name for row in rows} >= {row.trained_by.name for row in rows if row.trained_by}
+    for row in rows:  # no two trainings of a line give one figure
+        sizes = [spec for training in row.trainings for spec in training.eval_specs]
+        assert len(set(sizes)) == len(sizes)
     assert len({config.name for config in CONFIGS}) > 15
 
 
@@ -156,7 +218,7 @@ def test_an_unknown_row_is_named(tmp_path: Path) -> None:
 
 def test_the_list_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(only=("omniglot/maml",), folder=tmp_path / "runs", list_only=True)
-    assert "to do     omniglot/maml/20way_1shot/seed2\n" in capsys.readouterr().out
+    assert "to do     omniglot/maml/omniglot_maml_20way_1shot/seed2\n" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
 
 
@@ -171,29 +233,28 @@ def test_gray_is_the_luma_that_pillow_has() -> None:
 def runs_of_lake(tmp_path: Path) -> Path:
     """Two runs of three characters, in which an item is its character's drawing, but for one that shows another."""
     rng = np.random.default_rng(0)
-    for run in ("run01", "run02"):
+    for name in ("run01", "run02"):
         for part in ("training", "test"):
-            (tmp_path / run / part).mkdir(parents=True)
+            (tmp_path / name / part).mkdir(parents=True)
         text = []
         drawings = [Image.fromarray(rng.random((105, 105)) < 0.5) for _ in range(3)]
         for number, drawing in enumerate(drawings, start=1):
-            drawing.save(tmp_path / run / "training" / f"class{number:02}.png")
+            drawing.save(tmp_path / name / "training" / f"class{number:02}.png")
             shown = (number % 3) + 1
-            drawings[shown - 1].save(tmp_path / run / "test" / f"item{number:02}.png")
-            text.append(f"{run}/test/item{number:02}.png {run}/training/class{shown:02}.png")
-        if run == "run02":  # its first item is said to be of the first character, and shows the second
-            text[0] = f"{run}/test/item01.png {run}/training/class01.png"
-        (tmp_path / run / "class_labels.txt").write_text("\n".join(text) + "\n")
+            drawings[shown - 1].save(tmp_path / name / "test" / f"item{number:02}.png")
+            text.append(f"{name}/test/item{number:02}.png {name}/training/class{shown:02}.png")
+        if name == "run02":  # its first item is said to be of the first character, and shows the second
+            text[0] = f"{name}/test/item01.png {name}/training/class01.png"
+        (tmp_path / name / "class_labels.txt").write_text("\n".join(text) + "\n")
     return tmp_path
 
 
 def test_lakes_runs_are_classified_within_each(runs_of_lake: Path) -> None:
     trainer = ProtoNetTrainer(Embedder(Conv4(channels=8))).eval()
-    splits = Splits(tiny_set("a", 8, 0), None, FewShotDataset(torch.zeros(2, 1, 28, 28).byte(), torch.zeros(2).long()))
-    (row,) = evaluate_lake(trainer, splits, PROTONET, runs_of_lake).rows
+    (row,) = evaluate_lake(trainer, PROTONET, runs_of_lake).rows
     assert row.values is not None
     assert row.values.tolist() == pytest.approx([1, 2 / 3])
-    assert (row.ways, row.shots, row.method, row.count) == (3, 1, "protonet, within alphabets", 2)
+    assert (row.ways, row.shots, row.note, row.count) == (3, 1, "2 runs", 2)
 
 
 @pytest.mark.parametrize(

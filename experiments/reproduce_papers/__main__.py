@@ -9,23 +9,24 @@ what is finished is not run again, and what was interrupted is resumed. Started 
 the folder, it divides the trainings among them. All of them take days on two cores.
 """
 
-import math
-import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
+import torch
 import tyro
+from filelock import FileLock
 
-from experiments.reproduce_papers.papers import SEEDS, lake_rows, rows_of_papers
-from experiments.reproduce_papers.rows import Row
+from experiments.reproduce_papers.papers import lake_rows, rows_of_papers
+from experiments.reproduce_papers.rows import PAPER_SEEDS, Row
 from experiments.reproduce_papers.tables import write_tables
 from pml_fewshot.checks import LockedError, UsageError, check_choice
 from pml_fewshot.experiment.command_line import one_line_errors, program
@@ -35,7 +36,7 @@ CONFIGS = [training for row in rows_of_papers() for training in row.trainings]  
 
 
 def reproduce(
-    rows: Sequence[Row], folder: Path, seeds: Sequence[int], data_root: Path | None, minutes: float | None
+    rows: Sequence[Row], folder: Path, seeds: Sequence[int], data_root: Path | None = None, minutes: float | None = None
 ) -> dict[str, str]:
     """Runs what is not finished, one training after the other: a first seed of every row before a second of any.
 
@@ -46,35 +47,59 @@ def reproduce(
         Why some failed, by the folders of their figures below `folder`.
     """
     failed: dict[str, str] = {}
-    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    alarm = threading.Timer(60 * (minutes or 0), os.kill, (os.getpid(), signal.SIGTERM))
-    alarm.daemon = True
-    if minutes is not None:
-        alarm.start()
     try:
-        for seed, row in product(seeds, rows):
-            for training in row.trainings:
-                name = row.place(folder, training, seed).relative_to(folder).as_posix()
-                print(f"\n{name}", flush=True)
-                try:
-                    row.make(folder, training, seed, data_root)
-                except LockedError:
-                    print("another process is running it")
-                except Exception as error:  # noqa: BLE001 (whatever it is, it must not cost the others' hours)
-                    traceback.print_exc()
-                    failed[name] = f"{type(error).__name__}: {error}"
-    except KeyboardInterrupt:
-        if time.monotonic() < end:
-            raise
+        with budget(minutes):
+            for seed, row in product(seeds, rows):
+                for training in row.trainings:
+                    name = row.place(folder, training, seed).relative_to(folder).as_posix()
+                    print(f"\n{name}", flush=True)
+                    try:
+                        row.make(folder, training, seed, data_root)
+                    except LockedError:
+                        print("another process is running it")
+                    except Exception as error:  # noqa: BLE001 (whatever it is, it must not cost the others' hours)
+                        traceback.print_exc()
+                        failed[name] = f"{type(error).__name__}: {error}"
+    except BudgetOver:
         print(f"\n{minutes:g} minutes are over; the same command again continues")
+    return failed
+
+
+class BudgetOver(Exception):
+    """The minutes of a budget are over."""
+
+
+@contextmanager
+def budget(minutes: float | None) -> Iterator[None]:
+    """Interrupts what runs within after so many minutes, as SIGTERM does, and then raises BudgetOver."""
+    over = threading.Event()
+
+    def interrupt() -> None:
+        over.set()
+        signal.raise_signal(signal.SIGTERM)
+
+    def taken(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    alarm = threading.Timer(60 * (minutes or 0), interrupt)
+    alarm.daemon = True
+    before = signal.signal(signal.SIGTERM, taken)
+    try:
+        if minutes is not None:
+            alarm.start()
+        yield
+    except KeyboardInterrupt:
+        if over.is_set():
+            raise BudgetOver from None
+        raise
     finally:
         alarm.cancel()
-    return failed
+        signal.signal(signal.SIGTERM, before)
 
 
 def main(
     only: tuple[str, ...] = (),
-    seeds: tuple[int, ...] = SEEDS,
+    seeds: tuple[int, ...] = PAPER_SEEDS,
     budget_minutes: float | None = None,
     data_root: Path | None = None,
     folder: Path = Path("runs/papers"),
@@ -85,7 +110,7 @@ def main(
     """Runs what is not finished of the trainings behind docs/results, then writes the tables of what is.
 
     Args:
-        only: rows, like omniglot/protonet, or whole tables, like omniglot; all when not given
+        only: rows, like omniglot/protonet, or whole tables, like omniglot; when not given all but what needs a GPU
         seeds: of the trainings
         budget_minutes: stop after so many and save the training at hand; the same command continues
         data_root: folder of the data; PML_FEWSHOT_DATA, else data/, when not given
@@ -94,23 +119,31 @@ def main(
         tables: folder of the CSV files; docs/results of this checkout when not given, whose pages are filled too
         list_only: show what there is and what is finished, and run nothing
     """
-    rows = [*rows_of_papers(), *(lake_rows(lake.resolve()) if lake else ())]
+    every = [*rows_of_papers(), *(lake_rows(lake.resolve()) if lake else ())]
     for wanted in only:
-        check_choice("a row or a table", wanted, sorted({name for row in rows for name in (row.name, row.table)}))
-    rows = [row for row in rows if not only or {row.name, row.table} & set(only)]
+        check_choice("a row or a table", wanted, sorted({name for row in every for name in (row.name, row.table)}))
+    rows = [
+        row
+        for row in every
+        if {row.name, row.table} & set(only) or (not only and (not row.long or torch.cuda.is_available()))
+    ]
     if list_only:
-        for row, training, seed in ((r, t, s) for r in rows for t in r.trainings for s in seeds):
-            place = row.place(folder, training, seed)
-            state = "finished" if (place / "figures.csv").exists() else "begun" if place.exists() else "to do"
-            print(f"{state:9} {place.relative_to(folder)}")
+        for row, seed in product(rows, seeds):
+            for training in row.trainings:
+                place = row.place(folder, training, seed)
+                state = "begun" if place.exists() else "to do"
+                print(f"{'finished' if row.finished(folder, training, seed) else state:9} {place.relative_to(folder)}")
         return
+    for made in (folder, tables or DOCS / "results"):
+        made.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
     try:
         failed = reproduce(rows, folder, seeds, data_root, budget_minutes)
     finally:
-        write_tables(folder, rows, seeds, tables or DOCS / "results", failed)
-        if tables is None:
-            subprocess.run([sys.executable, DOCS / "render.py"], check=True)
+        with FileLock(folder / ".tables.lock"):
+            write_tables(folder, every, tables or DOCS / "results", failed)
+            if tables is None:
+                subprocess.run([sys.executable, DOCS / "render.py"], check=True)
     if failed:
         raise UsageError(f"expected all trainings to end, got {len(failed)} failures: {'; '.join(failed)}; see above")
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pml_fewshot import EpisodeSpec, ExperimentConfig, FewShotDataset, ResultTable, Splits, UsageError
+from pml_fewshot import EpisodeSpec, ExperimentConfig, FewShotDataset, ResultTable, UsageError
 from pml_fewshot.checks import MissingFileError
 from pml_fewshot.data.images import Form, read_images
 from pml_fewshot.evaluation.episodic import EpisodicResult
@@ -58,9 +58,9 @@ def load_runs(folder: Path, image_size: int) -> tuple[FewShotDataset, Tensor]:
     return FewShotDataset(images, torch.zeros(len(images), dtype=torch.int64), ["any"]), torch.tensor(answers)
 
 
-def evaluate_lake(trainer: FewShotTrainer, splits: Splits, config: ExperimentConfig, folder: Path) -> ResultTable:
-    """One-shot accuracy within alphabets, each item by itself: the mean over the runs, for `extra_evaluations`."""
-    items, answers = load_runs(folder, splits.test.item_shape[-1])
+def evaluate_lake(trainer: FewShotTrainer, config: ExperimentConfig, folder: Path) -> ResultTable:
+    """One-shot accuracy within alphabets, each item by itself: the mean over the runs."""
+    items, answers = load_runs(folder, image_size=28)
     runs, ways = answers.shape
     bank = trainer.bank(items).unflatten(0, (runs, 2, ways))  # (R, 2, W, D)
     with torch.no_grad():
@@ -69,5 +69,5 @@ def evaluate_lake(trainer: FewShotTrainer, splits: Splits, config: ExperimentCon
     spec, which = EpisodeSpec(ways, shots=1, queries=1), items.checksum()
     result = EpisodicResult(*average([correct]), correct, spec, 0, which, trainer.classifier)
     table = ResultTable()
-    table.add_episodic(RowContext(f"{config.name}, within alphabets", "test", runs * ways, f"{runs} runs"), result)
+    table.add_episodic(RowContext(config.name, "test", runs * ways, f"{runs} runs"), result)
     return table

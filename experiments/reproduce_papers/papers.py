@@ -1,5 +1,6 @@
 """The rows of the tables: every method with its paper, on Omniglot, miniImageNet and across data sets."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,43 +36,50 @@ from pml_fewshot import (
     MetricTrainer,
     PrototypicalLoss,
     ResNet12,
+    ResultTable,
     Splits,
+    benchmark,
     load_glyphs,
     load_mini_imagenet,
     load_omniglot,
     swap,
 )
 from pml_fewshot.embedders.full_context import FullContext
+from pml_fewshot.experiment.prepare import instance, load_data
+from pml_fewshot.trainers.base import FewShotTrainer
 
-SEEDS = (0, 1, 2)
 SQUARED_EUCLID = partial(LpDistance, normalize_embeddings=False, power=2)
+OF_150 = "150 of the 600 images a class"
 
 
 def rows_of_papers() -> list[Row]:
-    """All but those of `lake_rows`; rows of miniImageNet that would take days without a GPU only where there is one."""
-    rows = [*omniglot(), *mini_imagenet(), *across()]
-    return rows + resnet12() if torch.cuda.is_available() else rows
+    """All but those of `lake_rows`."""
+    return [*omniglot(), *mini_imagenet(), *across(), *official()]
 
 
 def omniglot() -> list[Row]:
     """The split of Vinyals et al. 2016, 28 x 28."""
     matching = omniglot_matching.CONFIG
-    euclid = replace(
-        swap(matching, name="omniglot_matching_euclid", loss=partial(MatchingLoss, distance=SQUARED_EUCLID)),
-        published=matching.published,
+    euclid = swap(
+        matching,
+        name="omniglot_matching_euclid",
+        loss=partial(MatchingLoss, distance=SQUARED_EUCLID, scale=0.1, learn_scale=True),
     )
     return [
-        Row("omniglot/protonet", "ProtoNet", (omniglot_protonet.CONFIG,)),
+        PROTONET,
         Row("omniglot/matching", "Matching", (matching,)),
         Row("omniglot/matching_context", "Matching, full context", (in_context(matching),)),
         Row("omniglot/matching_euclid", "Matching, Euclid", (euclid,)),
         Row("omniglot/matching_euclid_context", "Matching, Euclid, full context", (in_context(euclid),)),
         Row("omniglot/siamese", "Siamese", (omniglot_siamese.CONFIG,)),
         Row("omniglot/multi_similarity", "Multi-Similarity", (omniglot_metric.CONFIG,)),
-        Row("omniglot/maml", "MAML", maml_trainings()),
-        Row("omniglot/maml_first_order", "MAML, first order", maml_trainings(first_order=True)),
+        Row("omniglot/maml", "MAML", omniglot_maml.BY_SIZE),
+        Row("omniglot/maml_first_order", "MAML, first order", tuple(map(in_first_order, omniglot_maml.BY_SIZE))),
         Row("omniglot/strongest", "strongest recipe", (omniglot_strongest.CONFIG,)),
     ]
+
+
+PROTONET = Row("omniglot/protonet", "ProtoNet", (omniglot_protonet.CONFIG,))
 
 
 def in_context(config: ExperimentConfig) -> ExperimentConfig:
@@ -79,29 +87,19 @@ def in_context(config: ExperimentConfig) -> ExperimentConfig:
     return swap(config, name=f"{config.name}_context", context=partial(FullContext, dim=64))
 
 
-def maml_trainings(first_order: bool = False) -> tuple[ExperimentConfig, ...]:
-    """A network for each number of ways and shots."""
-    paper = {(5, 1): "98.7", (5, 5): "99.9", (20, 1): "95.8", (20, 5): "98.9"}
-    order = "_first_order" * first_order
-    return tuple(
-        replace(
-            swap(omniglot_maml.CONFIG, name=f"{ways}way_{shots}shot{order}", first_order=first_order),
-            published={"Finn et al. 2017, transductive": {f"{ways}-way {shots}-shot": figure}},
-        )
-        for (ways, shots), figure in paper.items()
-    )
+def in_first_order(config: ExperimentConfig) -> ExperimentConfig:
+    """MAML without second derivatives, of which Finn et al. 2017 have no figures on Omniglot."""
+    return swap(config, name=f"{config.name}_first_order", first_order=True)
 
 
 def mini_imagenet() -> list[Row]:
-    """The split of Ravi and Larochelle 2017, 84 x 84; the copy at hand has 150 of the 600 images a class."""
-    protonet = mini_imagenet_protonet.CONFIG
+    """The split of Ravi and Larochelle 2017, 84 x 84, by Conv4; and by ResNet12, which takes a GPU."""
+    protonet, conv4 = mini_imagenet_protonet.CONFIG, partial(Conv4, in_channels=3)
     matching = replace(
         protonet,
         name="mini_imagenet_matching",
-        published={"Vinyals et al. 2016, 600 images a class": {"5-way 1-shot": "43.56", "5-way 5-shot": "55.31"}},
-        trainer=partial(
-            MatchingTrainer, embedder=partial(Embedder, trunk=partial(Conv4, in_channels=3)), support_rotations=2
-        ),
+        published={"Vinyals et al. 2016": {"5-way 1-shot": "43.56", "5-way 5-shot": "55.31"}},
+        trainer=partial(MatchingTrainer, embedder=partial(Embedder, trunk=conv4), support_rotations=2),
     )
     metric = replace(
         protonet,
@@ -109,42 +107,56 @@ def mini_imagenet() -> list[Row]:
         published=None,
         trainer=partial(
             MetricTrainer,
-            embedder=partial(Embedder, trunk=partial(Conv4, in_channels=3, last_relu=False)),
+            embedder=partial(Embedder, trunk=partial(conv4, last_relu=False)),
             loss=partial(DenseNTXentLoss, temperature=0.1),
         ),
         train_spec=BatchSpec(classes=20, per_class=10),
     )
-    return [
-        Row("mini_imagenet/protonet", "ProtoNet", (protonet,)),
-        Row("mini_imagenet/matching", "Matching", (matching,)),
-        Row("mini_imagenet/metric", "NT-Xent", (metric,)),
-        Row("mini_imagenet/maml", "MAML, first order", (mini_imagenet_maml.CONFIG,)),
-    ]
-
-
-def resnet12() -> list[Row]:
-    """miniImageNet with ResNet12 and, of feature maps, DeepEMD and FRN."""
-    protonet = mini_imagenet_protonet.CONFIG
     pooled, maps = (partial(Embedder, trunk=partial(ResNet12, pool=pool)) for pool in (True, False))
     emd = partial(PrototypicalLoss, distance=partial(EarthMoversDistance, nodes=25), scale=12.5)
-    trainings = {
-        "ProtoNet": swap(protonet, "protonet_resnet12", embedder=pooled),
-        "DeepEMD": swap(protonet, "emd_resnet12", embedder=maps, loss=emd),
-        "FRN": swap(mini_imagenet_frn.CONFIG, "frn_resnet12", embedder=maps),
+    resnet12 = {
+        "ProtoNet, ResNet12": swap(protonet, "mini_imagenet_resnet12", embedder=pooled),
+        "DeepEMD, ResNet12": swap(protonet, "mini_imagenet_resnet12_emd", embedder=maps, loss=emd),
+        "FRN, ResNet12": swap(mini_imagenet_frn.CONFIG, "mini_imagenet_resnet12_frn", embedder=maps),
     }
-    return [Row(f"mini_imagenet/{each.name}", f"{name}, ResNet12", (each,)) for name, each in trainings.items()]
+    return [
+        Row("mini_imagenet/protonet", "ProtoNet", (protonet,), note=OF_150),
+        Row("mini_imagenet/matching", "Matching", (matching,), note=OF_150),
+        Row("mini_imagenet/metric", "NT-Xent", (metric,), note=OF_150),
+        Row("mini_imagenet/maml", "MAML, first order", (mini_imagenet_maml.CONFIG,), note=OF_150),
+        *(
+            Row(f"mini_imagenet/{each.name.removeprefix('mini_imagenet_')}", name, (each,), note=OF_150, long=True)
+            for name, each in resnet12.items()
+        ),
+    ]
 
 
 def across() -> list[Row]:
-    """Trained on one set of classes, evaluated on those of another; gray images of 28 x 28."""
-    letters, omniglot = (quickstart.CONFIG,), (replace(omniglot_protonet.CONFIG, published=None),)
-    by_omniglot = "omniglot/protonet"
-    return [
-        Row("across/letters", "letters", letters),
-        Row("across/letters_to_omniglot", "letters to Omniglot", letters, "across/letters", load_omniglot),
-        Row("across/omniglot_to_letters", "Omniglot to letters", omniglot, by_omniglot, load_glyphs),
-        Row("across/omniglot_to_photos", "Omniglot to miniImageNet", omniglot, by_omniglot, gray_mini_imagenet),
-    ]
+    """Trained on one set of classes, evaluated on the test classes of another; gray images of 28 x 28."""
+    letters = Row("across/letters", "letters", (quickstart.CONFIG,))
+    pairs: dict[str, tuple[Row, Callable[..., Splits]]] = {
+        "letters to Omniglot": (letters, load_omniglot),
+        "Omniglot to letters": (PROTONET, load_glyphs),
+        "Omniglot to miniImageNet": (PROTONET, gray_mini_imagenet),
+    }
+    rows = [letters]
+    for name, (trained_by, loader) in pairs.items():
+        evaluate = partial(on_test_classes, loader=loader)
+        place = f"across/{name.lower().replace(' ', '_')}"
+        rows.append(
+            Row(place, name, trained_by.trainings, trained_by, evaluate, published={}, note=NOTES.get(name, ""))
+        )
+    return rows
+
+
+NOTES = {"Omniglot to letters": "Greek letters, and Omniglot's training characters have a Greek alphabet too"}
+
+
+def on_test_classes(trainer: FewShotTrainer, config: ExperimentConfig, loader: Callable[..., Splits]) -> ResultTable:
+    """A trained network on the test classes of other data, by the sizes of episodes that its config has."""
+    test = load_data(replace(config, data=loader)).test
+    sizes = config.eval_specs, instance(config.retrieval), config.num_episodes, config.eval_seed
+    return benchmark({config.name: trainer}, test, *sizes, timed=False)
 
 
 def gray_mini_imagenet(root: Path) -> Splits:
@@ -159,25 +171,32 @@ def gray(photos: FewShotDataset) -> FewShotDataset:
     return FewShotDataset(images, photos.labels, photos.class_names, photos.note)
 
 
+def official() -> list[Row]:
+    """Omniglot's own split, background and evaluation characters, for the one-shot task of Lake et al. 2015."""
+    return [
+        Row("omniglot_official/protonet", "ProtoNet", (of_background(omniglot_protonet.CONFIG),)),
+        Row("omniglot_official/strongest", "strongest recipe", (of_background(omniglot_strongest.CONFIG),)),
+    ]
+
+
+def of_background(config: ExperimentConfig) -> ExperimentConfig:
+    """An experiment trained on the background set alone."""
+    name = config.name.replace("omniglot", "omniglot_official")
+    return replace(config, name=name, data=load_rotated_for_training, train_on_validation=False, published=None)
+
+
 def lake_rows(folder: Path) -> list[Row]:
-    """One-shot classification within alphabets, trained on Omniglot's own background set."""
-    paper = {"Lake et al. 2015, people": {"20-way 1-shot": "95.5"}, "Lake et al. 2015, BPL": {"20-way 1-shot": "96.7"}}
+    """One-shot classification within alphabets by the networks of `official`."""
+    papers = {"people, Lake et al. 2015": {"20-way 1-shot": "95.5"}, "BPL, Lake et al. 2015": {"20-way 1-shot": "96.7"}}
     return [
         Row(
-            f"lake/{name}",
-            method,
-            (
-                replace(
-                    config,
-                    published=paper,
-                    data=load_rotated_for_training,
-                    train_on_validation=False,
-                    extra_evaluations=partial(evaluate_lake, folder=folder),
-                ),
-            ),
+            row.name.replace("omniglot_official", "lake"),
+            row.method,
+            row.trainings,
+            row,
+            partial(evaluate_lake, folder=folder),
+            published=papers if number == 0 else {},
+            options="--lake RUNS ",
         )
-        for name, method, config in (
-            ("protonet", "ProtoNet", omniglot_protonet.CONFIG),
-            ("strongest", "strongest recipe", omniglot_strongest.CONFIG),
-        )
+        for number, row in enumerate(official())
     ]

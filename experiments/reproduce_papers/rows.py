@@ -1,11 +1,18 @@
 """Row: a line of a table of results, and the folders that its figures come from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pml_fewshot import ExperimentConfig, Splits, benchmark, load_trained, run
-from pml_fewshot.experiment.prepare import instance, load_data
+from filelock import FileLock
+
+from pml_fewshot import ExperimentConfig, ResultTable, load_trained, run
+from pml_fewshot.checks import UsageError
+from pml_fewshot.experiment.run_folder import finished_config
+from pml_fewshot.trainers.base import FewShotTrainer
+
+Evaluation = Callable[[FewShotTrainer, ExperimentConfig], ResultTable]
+PAPER_SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -16,37 +23,65 @@ class Row:
         name: `table/method`, the folder of its runs; the table is the file of docs/results.
         method: as the table shows it.
         trainings: experiments, each run by every seed.
-        trained_by: the name of the row whose weights are evaluated here, on other data; the row's own when empty.
-        data: loader of those other data, of which the test classes count.
-        note: what a reader must know, shown in a column.
+        trained_by: the row whose weights are evaluated here once more, by `evaluate`; the row's own when None.
+        evaluate: called with such a trainer and its config for a table, which replaces that of the training.
+        published: figures by column and source, of papers that did the same; the trainings' own when None.
+        note: what a reader must know of the data.
+        options: what the command needs beside the row's name.
+        long: days without a GPU, so that without one it is run only where it is asked for by its name.
     """
 
     name: str
     method: str
     trainings: tuple[ExperimentConfig, ...]
-    trained_by: str = ""
-    data: Callable[..., Splits] | None = None
+    trained_by: "Row | None" = None
+    evaluate: Evaluation | None = None
+    published: Mapping[str, Mapping[str, str]] | None = None
     note: str = ""
+    options: str = ""
+    long: bool = False
 
     @property
     def table(self) -> str:
         return self.name.split("/")[0]
+
+    def command(self, *others: str) -> str:
+        """What computes its figures again."""
+        names = " ".join(dict.fromkeys((self.name, *others)))
+        return f"python -m experiments.reproduce_papers --data-root DIR {self.options}--only {names}"
 
     def place(self, folder: Path, training: ExperimentConfig, seed: int) -> Path:
         """The folder of the figures of a training by a seed, below that of all runs."""
         part = training.name if len(self.trainings) > 1 else ""
         return folder / self.name / part / f"seed{seed}"
 
+    def run_dir(self, folder: Path, training: ExperimentConfig, seed: int) -> Path:
+        """The run folder that the figures' weights come from."""
+        return (self.trained_by or self).place(folder, training, seed)
+
+    def seeds(self, folder: Path) -> list[int]:
+        """The seeds by which there are figures of all trainings."""
+        places = (folder / self.name).rglob("seed*")
+        found = sorted({int(place.name.removeprefix("seed")) for place in places if place.name[4:].isdigit()})
+        return [seed for seed in found if all(self.finished(folder, each, seed) for each in self.trainings)]
+
+    def finished(self, folder: Path, training: ExperimentConfig, seed: int) -> bool:
+        """Whether the figures are there, of the weights that the training ended with."""
+        figures, run_dir = self.place(folder, training, seed) / "figures.csv", self.run_dir(folder, training, seed)
+        if not figures.exists() or not (run_dir / "figures.csv").exists():
+            return False
+        try:
+            finished_config(run_dir)
+        except UsageError:  # resumed for more steps, or damaged, which resuming it will say
+            return False
+        return figures.stat().st_mtime_ns >= (run_dir / "figures.csv").stat().st_mtime_ns
+
     def make(self, folder: Path, training: ExperimentConfig, seed: int, data_root: Path | None) -> None:
-        """Runs a training, or continues it; one that is finished stays. Raises what `run` does."""
-        place = self.place(folder, training, seed)
-        trained = replace(self, name=self.trained_by or self.name).place(folder, training, seed)
-        own = replace(training, seed=seed, data_root=data_root, run_dir=trained, report=False)
-        run(own, resume=True)
-        if self.data is None or (place / "figures.csv").exists():
-            return
-        test = load_data(replace(own, data=self.data)).test
-        methods, tester = {training.name: load_trained(trained, own)}, instance(training.retrieval)
-        sizes = training.eval_specs, tester, training.num_episodes, training.eval_seed
-        place.mkdir(parents=True, exist_ok=True)
-        benchmark(methods, Splits(test, None, test, shared_classes=True), *sizes, timed=False).write(place)
+        """Runs a training, or continues it, and evaluates; what is finished stays. Raises what `run` does."""
+        place, run_dir = self.place(folder, training, seed), self.run_dir(folder, training, seed)
+        config = replace(training, seed=seed, data_root=data_root, run_dir=run_dir, report=False)
+        run(config, resume=True)
+        if self.evaluate is not None and not self.finished(folder, training, seed):
+            place.mkdir(parents=True, exist_ok=True)
+            with FileLock(place / ".lock"):
+                self.evaluate(load_trained(run_dir, config), config).write(place)

@@ -68,9 +68,10 @@ class Conv4(nn.Module):
     Shapes: (B, in_channels, H, W) -> (B, D * nodes) for D filters of the last block, with (H // 16) * (W // 16) nodes:
     1 at 28 x 28 (64-d), 9 at 56 x 56, 25 at 84 x 84 (1,600-d); with pool -> (B, D).
 
+    Weights are in channels-last memory, the faster layout for pooling and batch norm on a CPU.
+
     Raises:
         UsageError: other than one or four numbers of filters.
-    Weights are in channels-last memory, the faster layout for pooling and batch norm on a CPU.
 
     Source: Vinyals et al. 2016, section 4.1; Snell et al. 2017, section 3.1.
     """

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pml_fewshot.checks import check_at_least_one
+from pml_fewshot.embedders.preprocessing import Preprocessing
 from pml_fewshot.parts.instantiate import Part, instantiate
 
 
@@ -13,7 +14,7 @@ class ShiftAverage(nn.Module):
 
     A trunk with pooling is not the same for an image one pixel further: averaging over shifts evens that out, for as
     many times the cost of an embedding. Nothing of the episode or of other images is used, so figures stay inductive.
-    In train mode it is the trunk.
+    In train mode it is that of the image alone, of length 1 too.
 
     Args:
         trunk: module (or a partial that makes one) from (B, C, H, W) to (B, D).
@@ -29,9 +30,14 @@ class ShiftAverage(nn.Module):
         self.trunk: nn.Module = instantiate(trunk)
         self.pixels = pixels
 
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """That of the trunk, where it has one."""
+        return getattr(self.trunk, "preprocessing", None)
+
     def forward(self, images: Tensor) -> Tensor:
         if self.training:
-            return self.trunk(images)
+            return F.normalize(self.trunk(images), dim=1)
         (height, width), size = images.shape[2:], 2 * self.pixels + 1
         padded = F.pad(images, 4 * [self.pixels])
         shifted = (padded[:, :, y : y + height, x : x + width] for y in range(size) for x in range(size))

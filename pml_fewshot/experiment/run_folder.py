@@ -319,12 +319,19 @@ def _version(package: str) -> str:
 
 
 def _git_commit() -> str:
-    """The commit that this package lies in, with -dirty when files differ from it; empty where it is in no checkout."""
+    """The commit that this package lies in, with -dirty when code differs from it; empty where it is in no checkout.
+
+    Pages do not count: the tables in them are written from the figures of runs.
+    """
     checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():  # installed somewhere, perhaps below another project's checkout
         return ""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=checkout, check=False).stdout
+
     try:
-        return subprocess.run(command, capture_output=True, text=True, cwd=checkout, check=False).stdout.strip()
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs", ":!*.md")
+        return git("rev-parse", "HEAD").strip() + ("-dirty" if changed else "")
     except FileNotFoundError:  # no git on this machine
         return ""

@@ -140,6 +140,22 @@ def test_packages_and_git_that_are_not_installed_are_noted(tmp_path: Path, monke
     assert found["git commit"].startswith("unknown")
 
 
+def test_a_commit_is_dirty_by_its_code_and_not_by_its_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / name for name in ("pml_fewshot/experiment/run_folder.py", "docs/results/some.csv", "README.md")]
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=A", "-c", "user.email=a@b"]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("before\n")
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *arguments], check=True)
+    monkeypatch.setattr(run_folder, "__file__", str(files[0]))
+    commit = environment(torch.device("cpu"))["git commit"]
+    assert len(commit) == 40
+    for file, dirty in zip(files[::-1], ("", "", "-dirty"), strict=True):
+        file.write_text("after\n")
+        assert environment(torch.device("cpu"))["git commit"] == commit + dirty
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
