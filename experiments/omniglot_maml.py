@@ -14,7 +14,8 @@ along a cosine. On the built-in letters 16, 8 and 4 episodes a step, 4,800 in al
 from dataclasses import replace
 from functools import partial
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -67,17 +68,52 @@ CONFIG = ExperimentConfig(
 )
 
 PAPER = {(5, 1): "98.7", (5, 5): "99.9", (20, 1): "95.8", (20, 5): "98.9"}
+TASKS_AND_STEPS = {(5, 1): (8, 4_000), (5, 5): (8, 2_500), (20, 1): (4, 2_500), (20, 5): (2, 1_500)}
+
+
+class UnitHead(nn.Linear):
+    """A linear layer that begins at zero, of embeddings scaled to one length.
+
+    One inner step from zero makes its logits cosines with the support images, less their mean. A head that begins with
+    random weights has to unlearn these first: trained for the same 2 minutes of one core, 150 steps of 4 tasks, the
+    network has 87.7 % of 20-way 1-shot with this head.
+
+    Args:
+        dim: dimensions of the embeddings.
+        ways: outputs. The length grows with their root, because the gradient of a class's weights shrinks with their
+            number: with an inner rate of 0.1 the cosines are multiplied by about 16.
+    """
+
+    def __init__(self, dim: int, ways: int) -> None:
+        super().__init__(dim, ways)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+        self.length = 12.5 * ways**0.5
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return super().forward(self.length * F.normalize(embeddings, dim=1))
 
 
 def of_size(ways: int, shots: int) -> ExperimentConfig:
-    """The experiment for other ways and shots: a network of its own, whose last layer has as many outputs."""
-    network = partial(nn.Sequential, partial(Conv4, in_channels=1), partial(nn.Linear, 64, ways))
+    """The experiment for a size of episodes: a network of its own, whose last layer has as many outputs as ways."""
+    trunk = partial(Conv4, in_channels=1, last_relu=False)
+    tasks, steps = TASKS_AND_STEPS[ways, shots]
+    changed = swap(
+        CONFIG,
+        name=f"{CONFIG.name}_{ways}way_{shots}shot",
+        network=partial(nn.Sequential, trunk, partial(UnitHead, 64, ways)),
+        inner_lr=0.1,
+        eval_inner_steps=1,
+    )
     return replace(
-        swap(CONFIG, name=f"{CONFIG.name}_{ways}way_{shots}shot", network=network),
+        changed,
         published={"Finn et al. 2017": {f"{ways}-way {shots}-shot": PAPER[ways, shots]}},
+        optimizer=partial(Adam, lr=2e-3),
         train_spec=EpisodeSpec(ways=ways, shots=shots, queries=5),
+        episodes_per_batch=tasks,
         eval_specs=(EpisodeSpec(ways=ways, shots=shots, queries=15),),
-        num_episodes=10_000 if ways < 20 else 2_000,
+        num_episodes=10_000 if ways < 20 else 2_000,  # an episode of 20 ways takes a tenth of a second on one core
+        steps=steps,
     )
 
 

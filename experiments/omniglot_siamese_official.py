@@ -39,6 +39,7 @@ from pml_fewshot import (
     main,
 )
 from pml_fewshot.evaluation.heads import soft_nearest_neighbour
+from pml_fewshot.trainers.base import FewShotTrainer
 
 from . import omniglot_siamese
 
@@ -50,7 +51,7 @@ def load_rotated_for_training(root: Path) -> Splits:
 
 
 def evaluate_characters(
-    trainer: SiameseTrainer, splits: Splits, config: ExperimentConfig, of_all: int = 20, of_ten: int = 10_000
+    trainer: FewShotTrainer, splits: Splits, config: ExperimentConfig, of_all: int = 20, of_ten: int = 10_000
 ) -> ResultTable:
     """All evaluation characters at once with 5 shots, and the first ten of them, of one alphabet, with 5 shots.
 
@@ -62,7 +63,8 @@ def evaluate_characters(
         episodes = min(most, config.num_episodes)
         # (a query a class is enough where this is tried before the training, with two episodes)
         spec = EpisodeSpec(ways=len(characters.class_names), shots=5, queries=15 if episodes > 2 else 1)
-        table.rows += benchmark({name: trainer}, characters, [spec], None, episodes, config.eval_seed, timed=False).rows
+        methods = {f"{config.name}, {name}": trainer}
+        table.rows += benchmark(methods, characters, [spec], None, episodes, config.eval_seed, timed=False).rows
     return table
 
 

@@ -3,12 +3,23 @@
     python -m experiments.omniglot_strongest --data-root ../shared/data
     python -m experiments.omniglot_strongest --steps 200 --seed 3
 
-It is pytorch-metric-learning's NT-Xent loss on batches of 60 classes with 6 images each, in which every image is
-compared with the other 359; a Conv4 whose blocks grow wider as their maps get smaller, without its last ReLU; distorted
-images; and at test time the mean embedding of an image and of its eight shifts by a pixel (ShiftAverage).
+Figures of three seeds: docs/results, from `python -m experiments.reproduce_papers --only omniglot/strongest`.
+
+What it stands on: pytorch-metric-learning's NT-Xent loss with a learned temperature, on batches of 60 classes with 6
+images each, in which every image is compared with the other 359; a Conv4 whose blocks grow wider as their maps get
+smaller, without its last ReLU; mirror images of the rotated characters as classes of their own, in training; half of
+the images slightly distorted; Adam with cosine decay; and at test time the mean embedding of an image and of its eight
+shifts by a pixel (ShiftAverage).
+
+Chosen on the validation characters, trained on the training characters for 16 minutes of one core each, by 20-way
+1-shot (4,000 episodes of 10 queries a class), without and with 5 shifts: this recipe 97.38 and 97.59 %; without
+mirrored classes 97.29 and 97.53; with stronger distortions (1.6 times, of 70 %) 97.16 and 97.46; twice as wide and with
+these distortions, so for fewer steps, 97.14 and 97.31. By 3 minutes each: this loss 96.17 %, with 64 filters in all
+blocks 94.87, Multi-Similarity 95.48, squared Euclidean distance in place of the cosine 94.47, prototypes 93.43.
 """
 
 from functools import partial
+from pathlib import Path
 
 from pytorch_metric_learning.distances import CosineSimilarity
 from torch.optim import Adam
@@ -24,9 +35,18 @@ from pml_fewshot import (
     MetricTrainer,
     RandomAffine,
     ShiftAverage,
+    Splits,
     load_omniglot,
     main,
 )
+
+
+def load_mirrored(root: Path) -> Splits:
+    """The Vinyals split; characters to train on are also there as their mirror images."""
+    splits = load_omniglot(root, split="vinyals", rotations=True)
+    val = None if splits.val is None else splits.val.with_mirrors_as_classes()
+    return Splits(splits.train.with_mirrors_as_classes(), val, splits.test)
+
 
 CONFIG = ExperimentConfig(
     name="omniglot_strongest",
@@ -38,7 +58,7 @@ CONFIG = ExperimentConfig(
             "20-way 5-shot": "99.33",
         }
     },
-    data=partial(load_omniglot, split="vinyals", rotations=True),
+    data=load_mirrored,
     trainer=partial(
         MetricTrainer,
         embedder=partial(
@@ -48,7 +68,7 @@ CONFIG = ExperimentConfig(
                 trunk=partial(Conv4, in_channels=1, channels=(32, 64, 128, 256), last_relu=False),
             ),
         ),
-        loss=partial(DenseNTXentLoss, temperature=0.07, distance=CosineSimilarity),
+        loss=partial(DenseNTXentLoss, temperature=0.1, learn_temperature=True, distance=CosineSimilarity),
     ),
     optimizer=partial(Adam, lr=1e-3),
     scheduler=CosineAnnealingLR,
@@ -56,7 +76,7 @@ CONFIG = ExperimentConfig(
     train_spec=BatchSpec(classes=60, per_class=6),
     eval_specs=tuple(EpisodeSpec(ways=ways, shots=shots, queries=15) for ways in (5, 20) for shots in (1, 5)),
     train_on_validation=True,
-    steps=10_000,
+    steps=16_000,
 )
 
 if __name__ == "__main__":

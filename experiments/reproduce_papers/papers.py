@@ -20,7 +20,7 @@ from experiments import (
     omniglot_strongest,
     quickstart,
 )
-from experiments.omniglot_siamese_official import load_rotated_for_training
+from experiments.omniglot_siamese_official import evaluate_characters, load_rotated_for_training
 from experiments.reproduce_papers.lake import evaluate_lake
 from experiments.reproduce_papers.rows import Row
 from pml_fewshot import (
@@ -180,9 +180,15 @@ def official() -> list[Row]:
 
 
 def of_background(config: ExperimentConfig) -> ExperimentConfig:
-    """An experiment trained on the background set alone."""
-    name = config.name.replace("omniglot", "omniglot_official")
-    return replace(config, name=name, data=load_rotated_for_training, train_on_validation=False, published=None)
+    """An experiment trained on the background set alone; also evaluated on all 659 characters at once."""
+    return replace(
+        config,
+        name=config.name.replace("omniglot", "omniglot_official"),
+        published=None,
+        data=load_rotated_for_training,
+        train_on_validation=False,
+        extra_evaluations=evaluate_characters,
+    )
 
 
 def lake_rows(folder: Path) -> list[Row]:

@@ -257,6 +257,20 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         names = [f"{name}/rot{90 * r:03d}" for name in self.class_names for r in range(4)]
         return FewShotDataset(images, labels, names, self.note)
 
+    def with_mirrors_as_classes(self) -> "FewShotDataset":
+        """Returns twice the classes: class c mirrored left to right is a class of its own, of label C + c.
+
+        Its name is "<name>/mirrored". For characters, whose mirror images are others; after
+        `with_rotations_as_classes` each has its eight symmetries.
+        """
+        if len(self.item_shape) != 3:
+            raise UsageError(f"expected images to mirror, got {self}; load images")
+        stored = self.images.view(torch.int16) if self.images.dtype == torch.uint16 else self.images  # as in items_at
+        images = torch.cat([stored, stored.flip(3)]).view(self.images.dtype)
+        labels = torch.cat([self.labels, self.labels + len(self.class_names)])
+        names = [*self.class_names, *(f"{name}/mirrored" for name in self.class_names)]
+        return FewShotDataset(images, labels, names, self.note)
+
     def transformed(self, transform: Any) -> "FewShotDataset":
         """Returns the set with its images put through `transform` once, in memory: `v2.CenterCrop(84)` before tests.
 

@@ -8,8 +8,9 @@ from pytorch_metric_learning.losses import NTXentLoss, TripletMarginLoss
 from pytorch_metric_learning.reducers import AvgNonZeroReducer
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
-from torch import Tensor
+from torch import Tensor, nn
 
+from pml_fewshot.checks import UsageError
 from pml_fewshot.embedders.modes import in_float32
 
 
@@ -20,17 +21,30 @@ class DenseNTXentLoss(NTXentLoss):
     find the negatives of its anchor; at 256 items, 4 a class, that is 768 x 64,512. Here the negatives lie in the
     matrix of (B, R) that the distance gave.
 
+    Args:
+        temperature: cosines are divided by it; 0.07 as in PML.
+        learn_temperature: make its logarithm a parameter, trained with the embedder: the best one falls while classes
+            move apart. (CLIP, Radford et al. 2021, learns it so.)
+        kwargs: PML's own, distance and so on.
+
     PML's wrappers (CrossBatchMemory, SelfSupervisedLoss) ask a loss for its class name and refuse this one. Give them
     an NTXentLoss and put this in its place afterwards: `memory.loss = DenseNTXentLoss()`.
     """
 
     compute_loss = in_float32(NTXentLoss.compute_loss)
 
+    def __init__(self, temperature: float = 0.07, learn_temperature: bool = False, **kwargs: Any) -> None:
+        super().__init__(temperature=temperature, **kwargs)
+        if not temperature > 0:
+            raise UsageError(f"expected temperature above 0, got {temperature}; 0.07 is PML's")
+        self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log()) if learn_temperature else None
+
     def pair_based_loss(self, mat: Tensor, indices_tuple: tuple[Tensor, Tensor, Tensor, Tensor]) -> dict[str, Any]:
         a1, p, a2, n = indices_tuple
         if len(a1) == 0 or len(a2) == 0:
             return self.zero_losses()
-        scores = (mat if self.distance.is_inverted else -mat) / self.temperature  # (B, R)
+        temperature = self.temperature if self.log_temperature is None else self.log_temperature.exp()
+        scores = (mat if self.distance.is_inverted else -mat) / temperature  # (B, R)
         # how often each pair is a negative: a miner's triplets repeat it
         one = torch.ones((), dtype=mat.dtype, device=mat.device)
         counts = torch.zeros_like(scores).index_put_((a2, n), one, accumulate=True)  # (B, R)

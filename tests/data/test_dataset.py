@@ -215,6 +215,20 @@ def test_rotations_make_each_image_into_four_classes():
     assert set(named(rotated)) == expected
 
 
+def test_mirrors_as_classes():
+    dataset = made_up("abc", note="n")
+    mirrored = dataset.with_mirrors_as_classes()
+    assert mirrored.class_names == ("a", "b", "c", "a/mirrored", "b/mirrored", "c/mirrored")
+    assert mirrored.note == "n"
+    flipped = [
+        (f"{name}/mirrored", image.numpy()[:, :, ::-1].tobytes())
+        for (name, _), image in zip(named(dataset), dataset.images, strict=True)
+    ]
+    assert named(mirrored) == named(dataset) + flipped
+    with pytest.raises(UsageError, match="expected images to mirror"):
+        FewShotDataset(torch.ones(2, 3), [0, 1]).with_mirrors_as_classes()
+
+
 def test_concat_moves_labels_up_and_keeps_each_note_once():
     sets = [made_up("ab", note="x"), made_up("cde", note="y"), made_up("f", note="x")]
     whole = concat(iter(sets))

@@ -11,6 +11,7 @@ from pytorch_metric_learning.reducers import AvgNonZeroReducer, DoNothingReducer
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
+from pml_fewshot.checks import UsageError
 from pml_fewshot.losses.dense import DenseNTXentLoss, DenseTripletMarginLoss
 from tests.losses.formulas import SQUARED_EUCLID, each_input, each_precision, leaves_of, normal
 
@@ -147,6 +148,27 @@ def test_16_bits_are_computed_in_32(dtype: torch.dtype, margin: int, seed: int) 
     expected, got = TRIPLET[0](**options)(batch.float(), labels), TRIPLET[1](**options)(batch, labels)
     assert 0 < got < 30
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+
+
+def test_a_learned_temperature_has_the_value_and_the_slope_of_the_given_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(12, 5, generator=generator, dtype=torch.float64)
+    labels = torch.arange(4).repeat(3)
+
+    def fixed(temperature: float) -> float:
+        return NTXentLoss(temperature=temperature)(embeddings, labels).item()
+
+    loss = DenseNTXentLoss(temperature=0.2, learn_temperature=True).double()
+    value = loss(embeddings, labels)
+    value.backward()
+    assert loss.log_temperature is not None
+    assert value.item() == pytest.approx(fixed(0.2))
+    slope = (fixed(0.2 * math.exp(1e-4)) - fixed(0.2 * math.exp(-1e-4))) / 2e-4
+    assert loss.log_temperature.grad is not None
+    assert loss.log_temperature.grad.item() == pytest.approx(slope, rel=1e-5)
+    assert not list(DenseNTXentLoss().parameters())
+    with pytest.raises(UsageError, match="expected temperature above 0"):
+        DenseNTXentLoss(temperature=0)
 
 
 @each_loss
