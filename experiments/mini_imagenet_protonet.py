@@ -34,7 +34,7 @@ from pml_fewshot import (
 
 CONFIG = ExperimentConfig(
     name="mini_imagenet_protonet",
-    published={"Snell et al. 2017, table 2": {"5-way 1-shot": "49.42", "5-way 5-shot": "68.20"}},
+    published={"Snell et al. 2017": {"5-way 1-shot": "49.42", "5-way 5-shot": "68.20"}},
     data=load_mini_imagenet,
     trainer=partial(
         ProtoNetTrainer,

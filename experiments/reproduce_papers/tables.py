@@ -189,7 +189,7 @@ def _write(
         before = kept.get(key := tuple(line[key] for key in keys), {})
         if line.get("seed", "").count(",") >= before.get("seed", "").count(","):
             kept[key] = line
-    if not kept:
+    if not lines and len(kept) == len(old):
         return
 
     def place(line: Line) -> tuple[int, bool]:
