@@ -52,7 +52,7 @@ CONFIG = ExperimentConfig(
     train_spec=EpisodeSpec(ways=60, shots=1, queries=5),
     eval_specs=tuple(EpisodeSpec(ways=ways, shots=shots, queries=15) for ways in (5, 20) for shots in (1, 5)),
     train_on_validation=True,
-    steps=5_000,
+    steps=4_000,
 )
 
 if __name__ == "__main__":
