@@ -75,8 +75,7 @@ class UnitHead(nn.Linear):
     """A linear layer that begins at zero, of embeddings scaled to one length.
 
     One inner step from zero makes its logits cosines with the support images, less their mean. A head that begins with
-    random weights has to unlearn these first: trained for the same 2 minutes of one core, 150 steps of 4 tasks, the
-    network has 87.7 % of 20-way 1-shot with this head.
+    random weights has to unlearn these first.
 
     Args:
         dim: dimensions of the embeddings.
