@@ -16,7 +16,15 @@ import csv
 import sys
 from pathlib import Path
 
-BOOKKEEPING = ("seed", "episodes", "minutes", "command", "commit", "machine")  # shown only where a marker names them
+BOOKKEEPING = (
+    "note",
+    "seed",
+    "episodes",
+    "minutes",
+    "command",
+    "commit",
+    "machine",
+)  # shown only where a marker names them
 CODE = ("command", "commit")
 START, END = "<!-- table: ", "<!-- end of table -->"
 

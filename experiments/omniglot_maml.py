@@ -72,10 +72,11 @@ TASKS_AND_STEPS = {(5, 1): (8, 4_000), (5, 5): (8, 2_500), (20, 1): (4, 2_500), 
 
 
 class UnitHead(nn.Linear):
-    """A linear layer that begins at zero, of embeddings scaled to one length.
+    """A linear layer that begins at zero, on embeddings scaled to a fixed length.
 
     One inner step from zero makes its logits cosines with the support images, less their mean. A head that begins with
-    random weights has to unlearn these first.
+    random weights has to unlearn them first. While it is zero, the inner gradient of the trunk is zero too: the first
+    inner steps of a training change the head alone.
 
     Args:
         dim: dimensions of the embeddings.

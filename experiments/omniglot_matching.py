@@ -3,7 +3,7 @@
     python -m experiments.omniglot_matching --data-root ../shared/data
     python -m experiments.omniglot_matching --steps 200 --seed 3
 
-Figures of three seeds: docs/results, from `python -m experiments.reproduce_papers --only omniglot/matching`.
+Its figures are in docs/results, from `python -m experiments.reproduce_papers --only omniglot/matching`.
 
 Trained on the training and validation characters. Unlike the paper, the cosine has a learned scale, because a softmax
 over a bounded similarity cannot get sharp; the trunk has no last ReLU, after which cosines would all be positive; an

@@ -3,7 +3,7 @@
     python -m experiments.omniglot_protonet --data-root ../shared/data
     python -m experiments.omniglot_protonet --steps 200 --seed 3
 
-Figures of three seeds: docs/results, from `python -m experiments.reproduce_papers --only omniglot/protonet`.
+Its figures are in docs/results, from `python -m experiments.reproduce_papers --only omniglot/protonet`.
 
 Trained on the training and validation characters, as in the paper. Unlike the paper, embeddings are scaled to length 1
 before the squared distance, which has a learned scale, and the trunk has no last ReLU; each episode's images make six

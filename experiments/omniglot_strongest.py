@@ -3,9 +3,9 @@
     python -m experiments.omniglot_strongest --data-root ../shared/data
     python -m experiments.omniglot_strongest --steps 200 --seed 3
 
-Figures of three seeds: docs/results, from `python -m experiments.reproduce_papers --only omniglot/strongest`.
+Its figures are in docs/results, from `python -m experiments.reproduce_papers --only omniglot/strongest`.
 
-What it stands on: pytorch-metric-learning's NT-Xent loss with a learned temperature, on batches of 60 classes with 6
+It consists of pytorch-metric-learning's NT-Xent loss with a learned temperature, on batches of 60 classes with 6
 images each, in which every image is compared with the other 359; a Conv4 whose blocks grow wider as their maps get
 smaller, without its last ReLU; mirror images of the rotated characters as classes of their own, in training; half of
 the images slightly distorted; Adam with cosine decay; and at test time the mean embedding of an image and of its eight

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from experiments.omniglot_maml import UnitHead
 from experiments.reproduce_papers.__main__ import CONFIGS, main, reproduce
 from experiments.reproduce_papers.lake import evaluate_lake, load_runs
 from experiments.reproduce_papers.papers import gray, lake_rows, rows_of_papers
@@ -26,7 +28,9 @@ from pml_fewshot import (
     EpisodeSpec,
     ExperimentConfig,
     FewShotDataset,
+    MAMLTrainer,
     ProtoNetTrainer,
+    PrototypicalLoss,
     ResultTable,
     Splits,
     benchmark,
@@ -141,9 +145,23 @@ def test_more_steps_make_older_figures_void(made: Path, tmp_path: Path) -> None:
     row = Row("tiny/protonet", "ProtoNet", (longer,))
     rows = [row, Row("across/elsewhere", "elsewhere", (longer,), row, on_others, published={})]
     run(replace(longer, run_dir=row.run_dir(tmp_path / "runs", longer, 0)), resume=True)
-    assert [row.seeds(tmp_path / "runs") for row in rows] == [[0, 1], [1]]
+    assert [row.seeds(tmp_path / "runs") for row in rows] == [[0], []]  # seed 1 has two steps
     assert reproduce(rows, tmp_path / "runs", (0,)) == {}
-    assert [row.seeds(tmp_path / "runs") for row in rows] == [[0, 1], [0, 1]]
+    assert [row.seeds(tmp_path / "runs") for row in rows] == [[0], [0]]
+
+
+def test_runs_of_another_recipe_are_not_mixed_in(made: Path) -> None:
+    other = swap(PROTONET, loss=partial(PrototypicalLoss, scale=2.0))
+    assert Row("tiny/protonet", "ProtoNet", (other,)).seeds(made / "runs") == []
+
+
+def test_figures_without_their_values_have_no_differences(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    (tmp_path / "runs" / "tiny" / "siamese" / "seed0" / "values.npz").unlink()
+    write_tables(tmp_path / "runs", ROWS, tmp_path)
+    pairs = {(line["method"], line["minus"]) for line in lines(tmp_path / "tiny_differences.csv")}
+    assert ("ProtoNet", "by size") in pairs
+    assert ("ProtoNet", "Siamese") not in pairs
 
 
 def test_what_is_finished_is_not_run_again(made: Path) -> None:
@@ -179,7 +197,9 @@ def test_a_failure_is_a_line_that_says_why_until_it_is_gone(tmp_path: Path) -> N
     shown = {(line["method"], line["source"]): line["note"] for line in lines(tmp_path / "tiny.csv")}
     assert shown["broken", "failed"] == "seed0: RuntimeError: no such set"
     assert ("ProtoNet", "this library") in shown
-    write_tables(tmp_path / "runs", rows, tmp_path)
+    write_tables(tmp_path / "runs", rows, tmp_path)  # of a call that did not try it
+    assert "failed" in {line["source"] for line in lines(tmp_path / "tiny.csv")}
+    write_tables(tmp_path / "runs", rows, tmp_path, {}, ["tiny/broken"])
     assert {line["source"] for line in lines(tmp_path / "tiny.csv")} == {"this library", "A. and B. 2000"}
 
 
@@ -196,7 +216,7 @@ def test_the_budget_saves_the_training_at_hand(tmp_path: Path, capsys: pytest.Ca
     long = Row("tiny/long", "long", (replace(PROTONET, steps=10**6, validate_every=10**6),))
     handler = signal.getsignal(signal.SIGTERM)
     assert reproduce([long, PROTO], tmp_path, (0,), minutes=0.1) == {}
-    assert "0.1 minutes are over; the same command again continues" in capsys.readouterr().out
+    assert "the 0.1 minutes are up; the same command again continues" in capsys.readouterr().out
     assert not (tmp_path / "tiny" / "protonet").exists()
     assert signal.getsignal(signal.SIGTERM) is handler
 
@@ -209,6 +229,15 @@ def test_the_rows_have_names_of_their_own_and_ordinary_configs() -> None:
         sizes = [spec for training in row.trainings for spec in training.eval_specs]
         assert len(set(sizes)) == len(sizes)
     assert len({config.name for config in CONFIGS}) > 15
+
+
+def test_one_inner_step_from_a_head_of_zeros_gives_cosines() -> None:
+    generator = torch.Generator().manual_seed(0)
+    support, query = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (20, 3))
+    trainer = MAMLTrainer(partial(UnitHead, 6, 20), inner_lr=0.1).double()
+    found = trainer.classify(support[None, :, None], query[None])[0]
+    cosines = F.normalize(query, dim=1) @ F.normalize(support, dim=1).T
+    torch.testing.assert_close(found, 12.5**2 / 10 * (cosines - cosines.mean(dim=1, keepdim=True)))
 
 
 def test_an_unknown_row_is_named(tmp_path: Path) -> None:

@@ -36,64 +36,75 @@ CONFIGS = [training for row in rows_of_papers() for training in row.trainings]  
 
 
 def reproduce(
-    rows: Sequence[Row], folder: Path, seeds: Sequence[int], data_root: Path | None = None, minutes: float | None = None
+    rows: Sequence[Row],
+    folder: Path,
+    seeds: Sequence[int],
+    data_root: Path | None = None,
+    minutes: float | None = None,
+    failed: dict[str, str] | None = None,
 ) -> dict[str, str]:
     """Runs what is not finished, one training after the other: a first seed of every row before a second of any.
 
     Args:
-        minutes: after so many the training at hand is saved, as after Ctrl-C, and no other one begins; never when None.
+        minutes: after this many the current training is saved, as after Ctrl-C, and no other one begins; never when
+            None.
+        failed: takes up the result as it grows, so that an interruption does not lose it.
 
     Returns:
         Why some failed, by the folders of their figures below `folder`.
     """
-    failed: dict[str, str] = {}
-    try:
-        with budget(minutes):
-            for seed, row in product(seeds, rows):
-                for training in row.trainings:
-                    name = row.place(folder, training, seed).relative_to(folder).as_posix()
-                    print(f"\n{name}", flush=True)
-                    try:
-                        row.make(folder, training, seed, data_root)
-                    except LockedError:
-                        print("another process is running it")
-                    except Exception as error:  # noqa: BLE001 (whatever it is, it must not cost the others' hours)
-                        traceback.print_exc()
-                        failed[name] = f"{type(error).__name__}: {error}"
-    except BudgetOver:
-        print(f"\n{minutes:g} minutes are over; the same command again continues")
+    failed = {} if failed is None else failed
+    with budget(minutes) as over:
+        for seed, row in product(seeds, rows):
+            for training in row.trainings:
+                if over.is_set():
+                    break
+                name = row.place(folder, training, seed).relative_to(folder).as_posix()
+                print(f"\n{name}", flush=True)
+                try:
+                    row.make(folder, training, seed, data_root)
+                except LockedError:
+                    print("another process is running it")
+                except Exception as error:  # noqa: BLE001 (whatever it is, it must not cost the others' hours)
+                    traceback.print_exc()
+                    failed[name] = f"{type(error).__name__}: {error}"
+    if over.is_set():
+        print(f"\nthe {minutes:g} minutes are up; the same command again continues")
     return failed
 
 
-class BudgetOver(Exception):
-    """The minutes of a budget are over."""
-
-
 @contextmanager
-def budget(minutes: float | None) -> Iterator[None]:
-    """Interrupts what runs within after so many minutes, as SIGTERM does, and then raises BudgetOver."""
+def budget(minutes: float | None) -> Iterator[threading.Event]:
+    """Interrupts what runs within after this many minutes, as SIGTERM does, and ends it; the event says that it did."""
     over = threading.Event()
+    if minutes is None:
+        yield over
+        return
+    if threading.current_thread() is not threading.main_thread():
+        raise UsageError("expected a budget in the main thread, which signals reach, got another; leave minutes out")
+    within = threading.Lock()  # held while the alarm rings, and for good once there is nothing to interrupt
 
-    def interrupt() -> None:
-        over.set()
-        signal.raise_signal(signal.SIGTERM)
+    def ring() -> None:
+        if within.acquire(blocking=False):
+            over.set()
+            signal.raise_signal(signal.SIGTERM)
+            within.release()
 
-    def taken(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    alarm = threading.Timer(60 * (minutes or 0), interrupt)
+    alarm = threading.Timer(60 * minutes, ring)
     alarm.daemon = True
-    before = signal.signal(signal.SIGTERM, taken)
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        if minutes is not None:
-            alarm.start()
-        yield
+        alarm.start()
+        yield over
     except KeyboardInterrupt:
-        if over.is_set():
-            raise BudgetOver from None
-        raise
+        if not over.is_set():
+            raise
     finally:
         alarm.cancel()
+        within.acquire()
         signal.signal(signal.SIGTERM, before)
 
 
@@ -112,7 +123,7 @@ def main(
     Args:
         only: rows, like omniglot/protonet, or whole tables, like omniglot; when not given all but what needs a GPU
         seeds: of the trainings
-        budget_minutes: stop after so many and save the training at hand; the same command continues
+        budget_minutes: stop after this many and save the current training; the same command continues
         data_root: folder of the data; PML_FEWSHOT_DATA, else data/, when not given
         folder: of the runs
         lake: unpacked all_runs.zip of Lake et al. 2015, for their one-shot task within alphabets
@@ -122,11 +133,8 @@ def main(
     every = [*rows_of_papers(), *(lake_rows(lake.resolve()) if lake else ())]
     for wanted in only:
         check_choice("a row or a table", wanted, sorted({name for row in every for name in (row.name, row.table)}))
-    rows = [
-        row
-        for row in every
-        if {row.name, row.table} & set(only) or (not only and (not row.long or torch.cuda.is_available()))
-    ]
+    wide = [row for row in every if not row.long or torch.cuda.is_available()]
+    rows = [row for row in every if row.name in only or (row in wide and (not only or row.table in only))]
     if list_only:
         for row, seed in product(rows, seeds):
             for training in row.trainings:
@@ -138,10 +146,10 @@ def main(
         made.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
     try:
-        failed = reproduce(rows, folder, seeds, data_root, budget_minutes)
+        reproduce(rows, folder, seeds, data_root, budget_minutes, failed)
     finally:
         with FileLock(folder / ".tables.lock"):
-            write_tables(folder, every, tables or DOCS / "results", failed)
+            write_tables(folder, every, tables or DOCS / "results", failed, [row.name for row in rows])
             if tables is None:
                 subprocess.run([sys.executable, DOCS / "render.py"], check=True)
     if failed:

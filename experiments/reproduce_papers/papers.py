@@ -48,8 +48,8 @@ from pml_fewshot.embedders.full_context import FullContext
 from pml_fewshot.experiment.prepare import instance, load_data
 from pml_fewshot.trainers.base import FewShotTrainer
 
+ZERO_HEAD = "a linear layer that begins at zero, on embeddings of fixed length"
 SQUARED_EUCLID = partial(LpDistance, normalize_embeddings=False, power=2)
-OF_150 = "150 of the 600 images a class"
 
 
 def rows_of_papers() -> list[Row]:
@@ -65,6 +65,7 @@ def omniglot() -> list[Row]:
         name="omniglot_matching_euclid",
         loss=partial(MatchingLoss, distance=SQUARED_EUCLID, scale=0.1, learn_scale=True),
     )
+    in_first_order_by_size = tuple(map(in_first_order, omniglot_maml.BY_SIZE))
     return [
         PROTONET,
         Row("omniglot/matching", "Matching", (matching,)),
@@ -73,8 +74,13 @@ def omniglot() -> list[Row]:
         Row("omniglot/matching_euclid_context", "Matching, Euclid, full context", (in_context(euclid),)),
         Row("omniglot/siamese", "Siamese", (omniglot_siamese.CONFIG,)),
         Row("omniglot/multi_similarity", "Multi-Similarity", (omniglot_metric.CONFIG,)),
-        Row("omniglot/maml", "MAML", omniglot_maml.BY_SIZE),
-        Row("omniglot/maml_first_order", "MAML, first order", tuple(map(in_first_order, omniglot_maml.BY_SIZE))),
+        Row("omniglot/maml", "MAML", omniglot_maml.BY_SIZE, note=ZERO_HEAD),
+        Row(
+            "omniglot/maml_first_order",
+            "MAML, first order",
+            tuple(map(in_first_order, omniglot_maml.BY_SIZE)),
+            note=ZERO_HEAD,
+        ),
         Row("omniglot/strongest", "strongest recipe", (omniglot_strongest.CONFIG,)),
     ]
 
@@ -98,7 +104,7 @@ def mini_imagenet() -> list[Row]:
     matching = replace(
         protonet,
         name="mini_imagenet_matching",
-        published={"Vinyals et al. 2016": {"5-way 1-shot": "43.56", "5-way 5-shot": "55.31"}},
+        published={"Ravi and Larochelle 2017": {"5-way 1-shot": "43.40", "5-way 5-shot": "51.09"}},  # their re-run
         trainer=partial(MatchingTrainer, embedder=partial(Embedder, trunk=conv4), support_rotations=2),
     )
     metric = replace(
@@ -120,12 +126,12 @@ def mini_imagenet() -> list[Row]:
         "FRN, ResNet12": swap(mini_imagenet_frn.CONFIG, "mini_imagenet_resnet12_frn", embedder=maps),
     }
     return [
-        Row("mini_imagenet/protonet", "ProtoNet", (protonet,), note=OF_150),
-        Row("mini_imagenet/matching", "Matching", (matching,), note=OF_150),
-        Row("mini_imagenet/metric", "NT-Xent", (metric,), note=OF_150),
-        Row("mini_imagenet/maml", "MAML, first order", (mini_imagenet_maml.CONFIG,), note=OF_150),
+        Row("mini_imagenet/protonet", "ProtoNet", (protonet,)),
+        Row("mini_imagenet/matching", "Matching", (matching,)),
+        Row("mini_imagenet/metric", "NT-Xent", (metric,)),
+        Row("mini_imagenet/maml", "MAML, first order", (mini_imagenet_maml.CONFIG,)),
         *(
-            Row(f"mini_imagenet/{each.name.removeprefix('mini_imagenet_')}", name, (each,), note=OF_150, long=True)
+            Row(f"mini_imagenet/{each.name.removeprefix('mini_imagenet_')}", name, (each,), long=True)
             for name, each in resnet12.items()
         ),
     ]
@@ -134,22 +140,18 @@ def mini_imagenet() -> list[Row]:
 def across() -> list[Row]:
     """Trained on one set of classes, evaluated on the test classes of another; gray images of 28 x 28."""
     letters = Row("across/letters", "letters", (quickstart.CONFIG,))
-    pairs: dict[str, tuple[Row, Callable[..., Splits]]] = {
-        "letters to Omniglot": (letters, load_omniglot),
-        "Omniglot to letters": (PROTONET, load_glyphs),
-        "Omniglot to miniImageNet": (PROTONET, gray_mini_imagenet),
-    }
+    on_both = "trained on train and val classes"
+    greek = f"{on_both}; Greek letters, and Omniglot's training characters have a Greek alphabet too"
+    pairs: list[tuple[str, str, Row, Callable[..., Splits]]] = [
+        ("letters to Omniglot", "", letters, load_omniglot),
+        ("Omniglot to letters", greek, PROTONET, load_glyphs),
+        ("Omniglot to miniImageNet", on_both, PROTONET, gray_mini_imagenet),
+    ]
     rows = [letters]
-    for name, (trained_by, loader) in pairs.items():
-        evaluate = partial(on_test_classes, loader=loader)
-        place = f"across/{name.lower().replace(' ', '_')}"
-        rows.append(
-            Row(place, name, trained_by.trainings, trained_by, evaluate, published={}, note=NOTES.get(name, ""))
-        )
+    for method, note, trained_by, loader in pairs:
+        evaluate, name = partial(on_test_classes, loader=loader), f"across/{method.lower().replace(' ', '_')}"
+        rows.append(Row(name, method, trained_by.trainings, trained_by, evaluate, published={}, note=note))
     return rows
-
-
-NOTES = {"Omniglot to letters": "Greek letters, and Omniglot's training characters have a Greek alphabet too"}
 
 
 def on_test_classes(trainer: FewShotTrainer, config: ExperimentConfig, loader: Callable[..., Splits]) -> ResultTable:
@@ -173,19 +175,27 @@ def gray(photos: FewShotDataset) -> FewShotDataset:
 
 def official() -> list[Row]:
     """Omniglot's own split, background and evaluation characters, for the one-shot task of Lake et al. 2015."""
+    protonet = of_background(omniglot_protonet.CONFIG, load_rotated_for_training)
+    strongest = of_background(omniglot_strongest.CONFIG, load_mirrored_for_training)
     return [
-        Row("omniglot_official/protonet", "ProtoNet", (of_background(omniglot_protonet.CONFIG),)),
-        Row("omniglot_official/strongest", "strongest recipe", (of_background(omniglot_strongest.CONFIG),)),
+        Row("omniglot_official/protonet", "ProtoNet", (protonet,)),
+        Row("omniglot_official/strongest", "strongest recipe", (strongest,)),
     ]
 
 
-def of_background(config: ExperimentConfig) -> ExperimentConfig:
+def load_mirrored_for_training(root: Path) -> Splits:
+    """The official split; training characters rotated, and their mirror images too, as classes of their own."""
+    splits = load_rotated_for_training(root)
+    return Splits(splits.train.with_mirrors_as_classes(), None, splits.test)
+
+
+def of_background(config: ExperimentConfig, data: Callable[..., Splits]) -> ExperimentConfig:
     """An experiment trained on the background set alone; also evaluated on all 659 characters at once."""
     return replace(
         config,
         name=config.name.replace("omniglot", "omniglot_official"),
         published=None,
-        data=load_rotated_for_training,
+        data=data,
         train_on_validation=False,
         extra_evaluations=evaluate_characters,
     )

@@ -8,7 +8,7 @@ from filelock import FileLock
 
 from pml_fewshot import ExperimentConfig, ResultTable, load_trained, run
 from pml_fewshot.checks import UsageError
-from pml_fewshot.experiment.run_folder import finished_config
+from pml_fewshot.experiment.run_folder import changed_fields, finished_config
 from pml_fewshot.trainers.base import FewShotTrainer
 
 Evaluation = Callable[[FewShotTrainer, ExperimentConfig], ResultTable]
@@ -25,10 +25,10 @@ class Row:
         trainings: experiments, each run by every seed.
         trained_by: the row whose weights are evaluated here once more, by `evaluate`; the row's own when None.
         evaluate: called with such a trainer and its config for a table, which replaces that of the training.
-        published: figures by column and source, of papers that did the same; the trainings' own when None.
+        published: figures by column and source, from papers with the same setup; the trainings' own when None.
         note: what a reader must know of the data.
         options: what the command needs beside the row's name.
-        long: days without a GPU, so that without one it is run only where it is asked for by its name.
+        long: takes days without a GPU, so that without one it is run only where its own name asks for it.
     """
 
     name: str
@@ -60,19 +60,21 @@ class Row:
         return (self.trained_by or self).place(folder, training, seed)
 
     def seeds(self, folder: Path) -> list[int]:
-        """The seeds by which there are figures of all trainings."""
+        """Seeds for which every training has figures."""
         places = (folder / self.name).rglob("seed*")
         found = sorted({int(place.name.removeprefix("seed")) for place in places if place.name[4:].isdigit()})
         return [seed for seed in found if all(self.finished(folder, each, seed) for each in self.trainings)]
 
     def finished(self, folder: Path, training: ExperimentConfig, seed: int) -> bool:
-        """Whether the figures are there, of the weights that the training ended with."""
+        """Whether there are figures of this training, and of the weights that it ended with."""
         figures, run_dir = self.place(folder, training, seed) / "figures.csv", self.run_dir(folder, training, seed)
         if not figures.exists() or not (run_dir / "figures.csv").exists():
             return False
         try:
-            finished_config(run_dir)
+            stored = finished_config(run_dir)
         except UsageError:  # resumed for more steps, or damaged, which resuming it will say
+            return False
+        if changed_fields(replace(training, seed=seed), stored):
             return False
         return figures.stat().st_mtime_ns >= (run_dir / "figures.csv").stat().st_mtime_ns
 
@@ -81,7 +83,8 @@ class Row:
         place, run_dir = self.place(folder, training, seed), self.run_dir(folder, training, seed)
         config = replace(training, seed=seed, data_root=data_root, run_dir=run_dir, report=False)
         run(config, resume=True)
-        if self.evaluate is not None and not self.finished(folder, training, seed):
+        if self.evaluate is not None:
             place.mkdir(parents=True, exist_ok=True)
             with FileLock(place / ".lock"):
-                self.evaluate(load_trained(run_dir, config), config).write(place)
+                if not self.finished(folder, training, seed):
+                    self.evaluate(load_trained(run_dir, config), config).write(place)

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -25,7 +25,7 @@ SPREAD, FAILED = "spread of seeds", "failed"
 
 @dataclass
 class Found:
-    """What the runs of a line have found: figures by column title and seed, and how the trainings came about."""
+    """What the runs of a line have found: figures by column title and seed, and how they were trained."""
 
     row: Row
     method: str
@@ -69,19 +69,23 @@ def _how_trained(run: Path) -> Line:
     }
 
 
-def write_tables(folder: Path, rows: Sequence[Row], tables: Path, failed: Mapping[str, str] | None = None) -> None:
+def write_tables(
+    folder: Path, rows: Sequence[Row], tables: Path, failed: Mapping[str, str] | None = None, tried: Sequence[str] = ()
+) -> None:
     """Writes `<table>.csv`, `<table>_seeds.csv` and `<table>_differences.csv` of all finished runs below `folder`.
 
     Lines of methods that have none there, or fewer seeds than a file has, stay as they are in the file.
 
     Args:
         rows: all of them, in the order of the tables.
-        failed: why a training failed, or could not be read, by the place of its figures below `folder`.
+        failed: why a training failed, by the place of its figures below `folder`.
+        tried: names of the rows that were run. What the files say of earlier failures of these goes.
     """
     failed = dict(failed or {})
     for table in dict.fromkeys(row.table for row in rows):
         found: list[Found] = []
         means: list[Line] = []
+        cleared = {row.method for row in rows if row.table == table and row.name in tried}
         of_table = [row for row in rows if row.table == table]
         for row in of_table:
             try:
@@ -89,11 +93,12 @@ def write_tables(folder: Path, rows: Sequence[Row], tables: Path, failed: Mappin
             except UsageError as error:
                 own, failed[f"{row.name}/"] = [], str(error)
             found += own
+            cleared |= {row.method} if own else set()
             means += [_mean(each) for each in own] + (_published(row, own[0].method) if own else [])
             means += _failures(row, failed)
         singles = [_single(each, seed) for each in found for seed in each.seeds]
         methods = [row.method for row in of_table]
-        _write(tables / f"{table}.csv", means, ("method", "source"), methods, (SPREAD,))
+        _write(tables / f"{table}.csv", means, ("method", "source"), methods, (SPREAD,), cleared)
         _write(tables / f"{table}_seeds.csv", singles, ("method", "seed"), methods)
         _write(tables / f"{table}_differences.csv", _differences(found), ("method", "minus"), methods)
 
@@ -102,6 +107,8 @@ def _mean(found: Found) -> Line:
     """The line of a method: each figure's mean over its seeds, with the interval over episodes and seeds."""
     line, spread = {"method": found.method, "source": "this library"}, []
     for title, by_seed in found.figures.items():
+        if list(by_seed) != found.seeds:  # a size of episodes that some seeds were not evaluated on
+            continue
         values = [each.values for each in by_seed.values() if each.values is not None]
         line[title] = _shown(*average(values)) if len(values) == len(by_seed) else ""
         means = [each.value for each in by_seed.values()]
@@ -149,16 +156,17 @@ def _failures(row: Row, failed: Mapping[str, str]) -> list[Line]:
 
 
 def _differences(found: Sequence[Found]) -> list[Line]:
-    """Of each two methods the first's accuracies minus the second's on the same episodes, over the seeds of both."""
+    """For each pair of methods the first's accuracies minus the second's, on the same episodes, over common seeds."""
     lines = []
     for first, second in combinations(found, 2):
         seeds = [seed for seed in first.seeds if seed in second.seeds]
         line = {"method": first.method, "minus": second.method}
         for title in [title for title in first.figures if title in second.figures and seeds]:
-            pairs = [(first.figures[title][seed], second.figures[title][seed]) for seed in seeds]
+            one_of, other_of = first.figures[title], second.figures[title]
+            pairs = [(one_of[seed], other_of[seed]) for seed in seeds if seed in one_of and seed in other_of]
             apart = [a.values - b.values for a, b in pairs if a.values is not None and b.values is not None]
-            a, b = pairs[0]
-            if a.of_episodes and (a.episodes_hash, a.protocol) == (b.episodes_hash, b.protocol):
+            alike = all((a.episodes_hash, a.protocol) == (b.episodes_hash, b.protocol) for a, b in pairs)
+            if len(apart) == len(seeds) and alike and pairs[0][0].of_episodes:
                 difference, ci95 = average(apart)
                 line[title] = f"{100 * difference:+.2f} +- {100 * ci95:.2f}"
         if len(line) > 2:
@@ -174,17 +182,26 @@ def _shown(value: float, ci95: float) -> str:
 
 
 def _write(
-    path: Path, lines: Sequence[Line], keys: Sequence[str], methods: Sequence[str], always: Sequence[str] = ()
+    path: Path,
+    lines: Sequence[Line],
+    keys: Sequence[str],
+    methods: Sequence[str],
+    always: Sequence[str] = (),
+    cleared: Collection[str] = (),
 ) -> None:
     """Writes lines into a CSV file in place of those of the same keys; none gives way to one of fewer seeds.
 
-    What an earlier call noted as failed goes. Lines stand in the order of the methods that theirs begin with.
+    Failures of `cleared` methods go. Lines stand in the order of the methods that theirs begin with.
     """
     old: list[Line] = []
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
             old = list(csv.DictReader(file))
-    kept = {tuple(line[key] for key in keys): line for line in old if line.get("source") != FAILED}
+    kept = {
+        tuple(line[key] for key in keys): line
+        for line in old
+        if line.get("source") != FAILED or line["method"] not in cleared
+    }
     for line in lines:
         before = kept.get(key := tuple(line[key] for key in keys), {})
         if line.get("seed", "").count(",") >= before.get("seed", "").count(","):

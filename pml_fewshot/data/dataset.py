@@ -260,8 +260,8 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
     def with_mirrors_as_classes(self) -> "FewShotDataset":
         """Returns twice the classes: class c mirrored left to right is a class of its own, of label C + c.
 
-        Its name is "<name>/mirrored". For characters, whose mirror images are others; after
-        `with_rotations_as_classes` each has its eight symmetries.
+        Its name is "<name>/mirrored". For characters, whose mirror images count as different characters; after
+        `with_rotations_as_classes` each has its eight symmetries. A selection from a memory map is read into memory.
         """
         if len(self.item_shape) != 3:
             raise UsageError(f"expected images to mirror, got {self}; load images")

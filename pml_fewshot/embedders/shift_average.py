@@ -1,4 +1,4 @@
-"""ShiftAverage: what a trunk gives on average for an image and for the same image shifted by a pixel."""
+"""ShiftAverage: the average embedding of an image and its shifts by a pixel."""
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +12,14 @@ from pml_fewshot.parts.instantiate import Part, instantiate
 class ShiftAverage(nn.Module):
     """In eval mode the mean of the trunk's embeddings of an image and of its shifts, each scaled to length 1 before.
 
-    A trunk with pooling is not the same for an image one pixel further: averaging over shifts evens that out, for as
-    many times the cost of an embedding. Nothing of the episode or of other images is used, so figures stay inductive.
-    In train mode it is that of the image alone, of length 1 too.
+    What a trunk with pooling gives changes when the image moves by a pixel: averaging over shifts evens that out, for
+    as many times the cost of an embedding. No other image is looked at, so figures stay inductive. In train mode it is that
+    of the image alone, of length 1 too.
 
     Args:
         trunk: module (or a partial that makes one) from (B, C, H, W) to (B, D).
-        pixels: shifts go up to so many pixels to each side, along both axes: 9 images with 1, 25 with 2. What comes in
-            is 0, the paper of Omniglot and of the built-in letters.
+        pixels: shifts go up to so many pixels to each side, along both axes: 9 images with 1, 25 with 2. Pixels
+            shifted in are 0, the background of Omniglot and of the built-in letters.
 
     Shapes: (B, C, H, W) -> (B, D).
     """

@@ -328,10 +328,11 @@ def _git_commit() -> str:
         return ""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=checkout, check=False).stdout
+        command = ["git", "--no-optional-locks", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=checkout, check=False).stdout
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs", ":!*.md")
-        return git("rev-parse", "HEAD").strip() + ("-dirty" if changed else "")
+        return git("rev-parse", "--verify", "-q", "HEAD").strip() + ("-dirty" if changed else "")
     except FileNotFoundError:  # no git on this machine
         return ""

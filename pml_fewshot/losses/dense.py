@@ -24,7 +24,7 @@ class DenseNTXentLoss(NTXentLoss):
     Args:
         temperature: cosines are divided by it; 0.07 as in PML.
         learn_temperature: make its logarithm a parameter, trained with the embedder: the best one falls while classes
-            move apart. (CLIP, Radford et al. 2021, learns it so.)
+            move apart. (CLIP, Radford et al. 2021, learns it so.) `temperature` stays what it was at the start.
         kwargs: PML's own, distance and so on.
 
     PML's wrappers (CrossBatchMemory, SelfSupervisedLoss) ask a loss for its class name and refuse this one. Give them
