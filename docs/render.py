@@ -16,15 +16,8 @@ import csv
 import sys
 from pathlib import Path
 
-BOOKKEEPING = (
-    "note",
-    "seed",
-    "episodes",
-    "minutes",
-    "command",
-    "commit",
-    "machine",
-)  # shown only where a marker names them
+# shown only where a marker names them
+BOOKKEEPING = ("note", "seed", "episodes", "minutes", "command", "commit", "machine")
 CODE = ("command", "commit")
 START, END = "<!-- table: ", "<!-- end of table -->"
 

@@ -65,7 +65,6 @@ def omniglot() -> list[Row]:
         name="omniglot_matching_euclid",
         loss=partial(MatchingLoss, distance=SQUARED_EUCLID, scale=0.1, learn_scale=True),
     )
-    in_first_order_by_size = tuple(map(in_first_order, omniglot_maml.BY_SIZE))
     return [
         PROTONET,
         Row("omniglot/matching", "Matching", (matching,)),

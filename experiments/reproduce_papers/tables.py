@@ -197,11 +197,8 @@ def _write(
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
             old = list(csv.DictReader(file))
-    kept = {
-        tuple(line[key] for key in keys): line
-        for line in old
-        if line.get("source") != FAILED or line["method"] not in cleared
-    }
+    standing = [line for line in old if line.get("source") != FAILED or line["method"] not in cleared]
+    kept = {tuple(line[key] for key in keys): line for line in standing}
     for line in lines:
         before = kept.get(key := tuple(line[key] for key in keys), {})
         if line.get("seed", "").count(",") >= before.get("seed", "").count(","):

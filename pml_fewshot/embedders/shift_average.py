@@ -13,8 +13,8 @@ class ShiftAverage(nn.Module):
     """In eval mode the mean of the trunk's embeddings of an image and of its shifts, each scaled to length 1 before.
 
     What a trunk with pooling gives changes when the image moves by a pixel: averaging over shifts evens that out, for
-    as many times the cost of an embedding. No other image is looked at, so figures stay inductive. In train mode it is that
-    of the image alone, of length 1 too.
+    as many times the cost of an embedding. No other image is looked at, so figures stay inductive. In train mode it is
+    the embedding of the image alone, of length 1 too.
 
     Args:
         trunk: module (or a partial that makes one) from (B, C, H, W) to (B, D).
