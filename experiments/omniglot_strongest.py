@@ -14,27 +14,15 @@ shifts by a pixel (ShiftAverage).
 Chosen on the validation characters: `python -m experiments.omniglot_recipes` shows what each part brings.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from pytorch_metric_learning.distances import CosineSimilarity
-from torch.optim import Adam
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from pml_fewshot import (
-    BatchSpec,
-    Conv4,
-    DenseNTXentLoss,
-    Embedder,
-    EpisodeSpec,
-    ExperimentConfig,
-    MetricTrainer,
-    RandomAffine,
-    ShiftAverage,
-    Splits,
-    load_omniglot,
-    main,
-)
+from pml_fewshot import Conv4, DenseNTXentLoss, Embedder, MetricTrainer, ShiftAverage, Splits, load_omniglot, main
+
+from . import omniglot_metric
 
 
 def load_mirrored(root: Path) -> Splits:
@@ -44,7 +32,8 @@ def load_mirrored(root: Path) -> Splits:
     return Splits(splits.train.with_mirrors_as_classes(), val, splits.test)
 
 
-CONFIG = ExperimentConfig(
+CONFIG = replace(
+    omniglot_metric.CONFIG,
     name="omniglot_strongest",
     published={
         "Antoniou et al. 2019, MAML++": {
@@ -66,12 +55,6 @@ CONFIG = ExperimentConfig(
         ),
         loss=partial(DenseNTXentLoss, temperature=0.1, learn_temperature=True, distance=CosineSimilarity),
     ),
-    optimizer=partial(Adam, lr=1e-3),
-    scheduler=CosineAnnealingLR,
-    augment=RandomAffine(probability=0.5),
-    train_spec=BatchSpec(classes=60, per_class=6),
-    eval_specs=tuple(EpisodeSpec(ways=ways, shots=shots, queries=15) for ways in (5, 20) for shots in (1, 5)),
-    train_on_validation=True,
     steps=16_000,
 )
 

@@ -58,8 +58,8 @@ class Conv4(nn.Module):
 
     Args:
         in_channels: 1 for gray, 3 for color images.
-        channels: filters of each block, 64 as in the papers; or four numbers, one a block: (32, 64, 128, 256) takes the
-            time of 64 at 28 x 28 and embeds in 256 dimensions.
+        channels: filters of each block, 64 as in the papers; or four numbers, one a block: (32, 64, 128, 256) embeds in
+            256 dimensions by 10.1 million multiplications for 28 x 28 pixels, where 64 takes 9.8.
         last_relu: end with a ReLU, as in the papers. Without it embeddings may be negative, which a learned similarity
             of |q - r| needs (SiameseTrainer).
         pool: average each channel over the map. Off, as in the papers: embeddings are the flattened feature map,
