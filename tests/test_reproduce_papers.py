@@ -89,8 +89,9 @@ def test_a_line_is_the_mean_over_seeds_with_the_papers_below(made: Path) -> None
     found = values(made, "tiny/protonet")
     mean, ci95 = average(found)
     assert ours["5-way 1-shot"] == f"{100 * mean:.2f} +- {100 * ci95:.2f}"
-    spread = abs(found[0].mean() - found[1].mean()).item()
-    assert ours["spread of seeds"] == f"{100 * spread:.2f}"
+    for line, place in ((ours, "tiny/protonet"), (siamese, "tiny/siamese"), (maml, "tiny/maml")):
+        first, second = (each.mean().item() for each in values(made, place))
+        assert line["spread of seeds"] == f"{100 * abs(first - second):.2f}"
     assert (ours["seed"], ours["steps"], ours["episodes"]) == ("0, 1", "2", "30")
     assert ours["note"] == "of ten images; made up"
     assert ours["command"] == "python -m experiments.reproduce_papers --data-root DIR --only tiny/protonet"
@@ -137,6 +138,17 @@ def test_weights_are_evaluated_on_other_classes_without_training_again(made: Pat
     assert {row.classes for row in ResultTable.read(place).rows} == {7}
     (line,) = lines(made / "tables" / "across.csv")
     assert (line["method"], line["steps"]) == ("elsewhere", "2")
+
+
+def test_an_evaluation_that_fails_does_so_before_the_training(tmp_path: Path) -> None:
+    def broken(trainer: FewShotTrainer, config: ExperimentConfig) -> ResultTable:
+        assert (config.num_episodes, trainer.training) == (2, False)
+        raise UsageError("expected the runs, got none")
+
+    row = Row("across/elsewhere", "elsewhere", (PROTONET,), PROTO, broken)
+    with pytest.raises(UsageError, match="expected the runs"):
+        row.make(tmp_path, PROTONET, 0, None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_more_steps_make_older_figures_void(made: Path, tmp_path: Path) -> None:
@@ -243,6 +255,8 @@ def test_one_inner_step_from_a_head_of_zeros_gives_cosines() -> None:
 def test_an_unknown_row_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"expected a row or a table .*omniglot/protonet"):
         main(only=("omniglot/proto",), folder=tmp_path)
+    with pytest.raises(UsageError, match="expected --lake DIR for the rows of lake"):
+        main(only=("lake/protonet",), folder=tmp_path)
 
 
 def test_the_list_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

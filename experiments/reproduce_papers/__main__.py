@@ -131,6 +131,8 @@ def main(
         list_only: show what there is and what is finished, and run nothing
     """
     every = [*rows_of_papers(), *(lake_rows(lake.resolve()) if lake else ())]
+    if lake is None and any(wanted.split("/")[0] == "lake" for wanted in only):
+        raise UsageError("expected --lake DIR for the rows of lake, got none; name the folder of the unpacked runs")
     for wanted in only:
         check_choice("a row or a table", wanted, sorted({name for row in every for name in (row.name, row.table)}))
     wide = [row for row in every if not row.long or torch.cuda.is_available()]

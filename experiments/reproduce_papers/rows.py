@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 
 from pml_fewshot import ExperimentConfig, ResultTable, load_trained, run
 from pml_fewshot.checks import UsageError
+from pml_fewshot.experiment.prepare import instance
 from pml_fewshot.experiment.run_folder import changed_fields, finished_config
 from pml_fewshot.trainers.base import FewShotTrainer
 
@@ -79,9 +81,16 @@ class Row:
         return figures.stat().st_mtime_ns >= (run_dir / "figures.csv").stat().st_mtime_ns
 
     def make(self, folder: Path, training: ExperimentConfig, seed: int, data_root: Path | None) -> None:
-        """Runs a training, or continues it, and evaluates; what is finished stays. Raises what `run` does."""
+        """Runs a training, or continues it, and evaluates; what is finished stays. Raises what `run` does.
+
+        `evaluate` is tried before a training, by an untrained trainer and 2 episodes, as `run` tries all else.
+        """
         place, run_dir = self.place(folder, training, seed), self.run_dir(folder, training, seed)
         config = replace(training, seed=seed, data_root=data_root, run_dir=run_dir, report=False)
+        if self.evaluate is not None and not (run_dir / "figures.csv").exists():
+            with torch.random.fork_rng(devices=[]):
+                untrained = instance(training.trainer).eval()
+            self.evaluate(untrained, replace(config, num_episodes=2))
         run(config, resume=True)
         if self.evaluate is not None:
             place.mkdir(parents=True, exist_ok=True)
