@@ -3,9 +3,10 @@
 Letters: N queries, M references, D dimensions, k neighbors.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from threading import Lock
 from typing import Literal
 
@@ -27,10 +28,8 @@ GROUP = 8  # similarities of which only the largest bounds the k-th best
 COLUMNS = 4  # tiles for which a thread prepares a block of rows once
 FAISS_BLOCK = 2**17  # references at a time
 PAIR_NUMBERS = 2**22  # at a time where pairs are compared one by one: 16 MiB
-# Where faiss is faster, on one core. 1 query into 100,000 x 128: faiss 12 ms, tiles 57 ms; 200 queries: 1 s and 0.13 s.
-FEW_QUERIES = 32
-# 30,000 x 128 among themselves, 20 neighbors: faiss 4.5 s, tiles 4.1 s; 12,000 x 512, 1,000 neighbors: 5.2 and 7.3 s.
-MANY_NEIGHBORS = 32
+# 1 query into 100,000 x 128 on one core: faiss 12 ms, tiles 57 ms. More it compares by products, see `product`.
+FEW_QUERIES = 19
 
 
 @dataclass(frozen=True)
@@ -125,14 +124,13 @@ def exact_search(query: Tensor, reference: Tensor | None, k: int, ranking: Ranki
 
     Returns:
         (N, k) int64 indices, on the references' device. Memory besides: a tile a thread, up to four times as large for
-        a large k, or faiss's k + 1 distances and indices a query.
+        a large k.
     """
     references = query if reference is None else reference
     queries = query.to(references.device)
-    products = ranking.kind != "distance"
-    few_or_many = len(queries) <= FEW_QUERIES or k > MANY_NEIGHBORS
+    products, few = ranking.kind != "distance", len(queries) <= FEW_QUERIES
     with torch.no_grad(), torch.autocast(references.device.type, enabled=False):  # which would use 16 bits
-        if products and few_or_many and k < len(references) and not references.is_cuda:
+        if products and few and k < len(references) and not references.is_cuda:
             return _by_faiss(queries, references, k, ranking)
         return _by_tiles(queries, references, k, ranking, symmetric=products and reference is None)[1]
 
@@ -154,15 +152,14 @@ def exact_neighbors(query: Tensor, reference: Tensor, k: int, ranking: Ranking) 
 
 
 def _by_faiss(query: Tensor, reference: Tensor, k: int, ranking: Ranking) -> Tensor:
-    """For few queries or many neighbors on a CPU: faiss goes through the references once and keeps heaps."""
+    """For few queries on a CPU: faiss goes through the references once, pair by pair, and keeps heaps."""
     import faiss
 
     metric = faiss.METRIC_L2 if ranking.kind == "euclidean" else faiss.METRIC_INNER_PRODUCT
-    center = ranking.center(reference) if len(query) >= 20 else None  # from there on faiss takes products for Euclid
-    rows = ranking.prepare(query, center).contiguous().numpy()
+    rows = ranking.prepare(query).contiguous().numpy()
     far, index = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.int64)
     for start in range(0, len(reference), FAISS_BLOCK):
-        block = ranking.prepare(reference[start : start + FAISS_BLOCK], center).contiguous().numpy()
+        block = ranking.prepare(reference[start : start + FAISS_BLOCK]).contiguous().numpy()
         # one more than wanted shows whether the last place is tied
         found = [torch.from_numpy(array) for array in faiss.knn(rows, block, min(k + 1, len(block)), metric)]
         far = torch.cat([far, found[0] if metric == faiss.METRIC_L2 else -found[0]], dim=1)
@@ -351,9 +348,36 @@ def _lengths(rows: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a (N, D) times b (M, D) transposed, (N, M).
+    """a (N, D) times b (M, D) transposed, (N, M); on a CPU equal rows give equal products wherever they stand."""
+    return a @ b.T if a.is_cuda else _cpu_product()(a, b)
 
-    On a CPU by numpy's BLAS, as a rule an OpenBLAS with kernels for each processor: 1,024 x 1,024 x 512 on one core of
-    an AMD EPYC 86 GFLOPS, torch's MKL 67, its oneDNN 66.
+
+def _by_numpy(a: Tensor, b: Tensor) -> Tensor:
+    return torch.from_numpy(np.dot(a.numpy(), b.numpy().T))
+
+
+def _by_torch(a: Tensor, b: Tensor) -> Tensor:
+    return a @ b.T
+
+
+def _rounded(a: Tensor, b: Tensor) -> Tensor:
+    return (a.double() @ b.double().T).float()
+
+
+@cache
+def _cpu_product() -> Callable[[Tensor, Tensor], Tensor]:
+    """The first that gives copies of a row the same products, tried once, in 20 ms; BLAS may add up edges otherwise.
+
+    numpy's, as a rule an OpenBLAS, is fastest (1,024 x 1,024 x 512 on one core of an AMD EPYC 86 GFLOPS; torch's MKL
+    67), but its kernels for AVX2 without AVX-512 differ by a last bit. Rounding from float64 takes twice the time.
     """
-    return a @ b.T if a.is_cuda else torch.from_numpy(np.dot(a.numpy(), b.numpy().T))
+    pair = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    for multiply in (_by_numpy, _by_torch):
+        products = [
+            multiply(pair[i].expand(rows, -1).contiguous(), pair[1 - i].expand(columns, -1).contiguous()).flatten()
+            for rows, columns in ((CPU_TILE, CPU_TILE), (832, 896), (25, CPU_TILE))
+            for i in (0, 1)
+        ]
+        if (torch.cat(products) == products[0][0]).all():
+            return multiply
+    return _rounded

@@ -28,8 +28,7 @@ way = pytest.mark.parametrize("way", ["tiles", "faiss"])
 
 def go(patch: pytest.MonkeyPatch, way: str, **constants: int) -> None:
     """Makes all searches that can take one way, with other constants of the module."""
-    few = {"FEW_QUERIES": 0 if way == "tiles" else 10**9, "MANY_NEIGHBORS": 10**9}
-    for name, value in {**few, **constants}.items():
+    for name, value in {"FEW_QUERIES": 0 if way == "tiles" else 10**9, **constants}.items():
         patch.setattr(module, name, value)
 
 
@@ -142,17 +141,33 @@ def test_neighbors_come_with_the_values_of_their_pairs(name: str, room: int, mon
     np.testing.assert_allclose(values.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("among", ["itself", "a copy", "few queries"])
-def test_copies_of_any_point_come_in_order_in_tiles_of_the_real_size(among: str):
+@pytest.mark.parametrize("name", ["none", "dot"])
+@pytest.mark.parametrize("among", ["itself", "a copy", 4, 25])
+def test_copies_of_any_point_come_in_order_in_tiles_of_the_real_size(among: str | int, name: str):
     """The products of a point with its copies must not depend on where in which tile they are."""
     generator = torch.Generator().manual_seed(0)
     distinct = torch.randn(50, 128, generator=generator)
     pick = torch.randint(50, (module.CPU_TILE + 5,), generator=generator)
     points = distinct[pick]
-    order = all_distances(distinct, distinct).round(9)[:, pick].argsort(axis=1, kind="stable")
-    queries = slice(-4, None) if among == "few queries" else slice(None)
-    found = search(points[queries], None if among == "itself" else points.clone(), 20)
-    np.testing.assert_array_equal(found.numpy(), order[pick, :20][queries])
+    order = all_distances(distinct, distinct, name).round(9)[:, pick].argsort(axis=1, kind="stable")
+    queries = slice(-among, None) if isinstance(among, int) else slice(None)
+    for k in (20, 300):
+        found = search(points[queries], None if among == "itself" else points.clone(), k, name)
+        np.testing.assert_array_equal(found.numpy(), order[pick, :k][queries])
+
+
+def test_where_no_product_treats_copies_alike_it_is_rounded(monkeypatch: pytest.MonkeyPatch):
+    def uneven(a: Tensor, b: Tensor) -> Tensor:
+        return a @ b.T * torch.where(torch.arange(len(b)) < 12, 1, 1 + 2**-22)
+
+    monkeypatch.setattr(module, "_by_numpy", uneven)
+    monkeypatch.setattr(module, "_by_torch", uneven)
+    choose = module._cpu_product.__wrapped__
+    assert choose() is module._rounded
+    a, b = rows(5, 7, 0), rows(6, 7, 1)
+    assert torch.equal(
+        module._rounded(a, b), torch.from_numpy((a.numpy().astype(float) @ b.numpy().T.astype(float)).astype("f4"))
+    )
 
 
 @pytest.mark.parametrize("count", [1, 5, 19, 20, 40])
