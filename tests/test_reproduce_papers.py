@@ -21,7 +21,7 @@ from experiments.reproduce_papers.__main__ import CONFIGS, main, reproduce
 from experiments.reproduce_papers.lake import evaluate_lake, load_runs
 from experiments.reproduce_papers.papers import gray, lake_rows, rows_of_papers
 from experiments.reproduce_papers.rows import Row
-from experiments.reproduce_papers.tables import write_tables
+from experiments.reproduce_papers.tables import found_in, write_tables
 from pml_fewshot import (
     Conv4,
     Embedder,
@@ -39,6 +39,7 @@ from pml_fewshot import (
 )
 from pml_fewshot.checks import MissingFileError, UsageError
 from pml_fewshot.evaluation.statistics import average
+from pml_fewshot.experiment.comparison import compare_runs
 from pml_fewshot.trainers.base import FewShotTrainer
 from tests.tiny_experiments import TINY_EXPERIMENTS, tiny_set
 
@@ -167,13 +168,18 @@ def test_runs_of_another_recipe_are_not_mixed_in(made: Path) -> None:
     assert Row("tiny/protonet", "ProtoNet", (other,)).seeds(made / "runs") == []
 
 
-def test_figures_without_their_values_have_no_differences(made: Path, tmp_path: Path) -> None:
-    shutil.copytree(made / "runs", tmp_path / "runs")
-    (tmp_path / "runs" / "tiny" / "siamese" / "seed0" / "values.npz").unlink()
-    write_tables(tmp_path / "runs", ROWS, tmp_path)
-    pairs = {(line["method"], line["minus"]) for line in lines(tmp_path / "tiny_differences.csv")}
-    assert ("ProtoNet", "by size") in pairs
-    assert ("ProtoNet", "Siamese") not in pairs
+def test_figures_without_their_values_have_wider_means_and_no_differences(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "tables" / "trainings", tmp_path / "trainings")
+    (tmp_path / "trainings" / "tiny" / "siamese" / "seed0" / "values.npz").unlink()
+    write_tables(tmp_path / "none", ROWS, tmp_path)
+    pairs = {(line["method"], line["minus"]): line["seed"] for line in lines(tmp_path / "tiny_differences.csv")}
+    assert (pairs["ProtoNet", "by size"], pairs["ProtoNet", "Siamese"]) == ("0, 1", "1")
+    (siamese,) = (line for line in lines(tmp_path / "tiny.csv") if line["method"] == "Siamese")
+    first, second = values(made, "tiny/siamese")
+    episodes = 1.96 * (first.std() + second.std()) / 2 / len(first) ** 0.5
+    seeds = 12.7062 * abs(first.mean() - second.mean()) / 2  # Student's t of one degree of freedom
+    mean = (first.mean() + second.mean()) / 2
+    assert siamese["5-way 1-shot"] == f"{100 * mean:.2f} +- {100 * (episodes**2 + seeds**2) ** 0.5:.2f}"
 
 
 def test_what_is_finished_is_not_run_again(made: Path) -> None:
@@ -183,19 +189,28 @@ def test_what_is_finished_is_not_run_again(made: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in files} == before
 
 
-def test_lines_give_way_only_to_as_many_seeds(made: Path, tmp_path: Path) -> None:
-    one_seed, file = tmp_path / "one", tmp_path / "tiny.csv"
-    for name in ("protonet", "siamese"):
-        shutil.copytree(made / "runs" / "tiny" / name / "seed0", one_seed / "tiny" / name / "seed0")
-    write_tables(made / "runs", ROWS[:1], tmp_path)
-    both = file.read_text()
-    write_tables(one_seed, ROWS[:1], tmp_path)
-    assert file.read_text() == both
-    write_tables(one_seed, ROWS[:2], tmp_path)  # another method's, beside it
-    assert [line["seed"] for line in lines(file)] == ["0, 1", "", "0"]
-    file.write_text(both.replace('"0, 1"', "0"))
-    write_tables(made / "runs", ROWS[:1], tmp_path)
-    assert file.read_text() == both
+def test_what_other_machines_ran_is_kept_and_counts(made: Path, tmp_path: Path) -> None:
+    for seed in SEEDS:
+        runs = tmp_path / f"machine{seed}" / "tiny" / "protonet"
+        shutil.copytree(made / "runs" / "tiny" / "protonet" / f"seed{seed}", runs / f"seed{seed}")
+        write_tables(tmp_path / f"machine{seed}", ROWS[:1], tmp_path)
+        assert lines(tmp_path / "tiny.csv")[0]["seed"] == ("0", "0, 1")[seed]
+    assert lines(tmp_path / "tiny.csv")[0].items() <= lines(made / "tables" / "tiny.csv")[0].items()
+    other = Row("tiny/protonet", "ProtoNet", (swap(PROTONET, loss=partial(PrototypicalLoss, scale=2.0)),))
+    assert found_in(tmp_path / "trainings", ROWS[0])[0].seeds == [0, 1]
+    assert found_in(tmp_path / "trainings", other) == []
+
+
+def test_accuracies_of_single_episodes_are_kept(made: Path) -> None:
+    kept = made / "tables" / "trainings" / "tiny" / "protonet" / "seed1"
+    ours, theirs = (ResultTable.read(place).rows for place in (kept, made / "runs" / "tiny" / "protonet" / "seed1"))
+    assert ours == theirs
+    assert torch.equal(ours[0].values, theirs[0].values)
+    assert all((each.values is not None) == each.of_episodes for each in ours)
+    assert str(made) not in (kept / "config.json").read_text()
+    others = made / "runs" / "tiny" / "siamese" / "seed1"
+    expected = compare_runs([made / "runs" / "tiny" / "protonet" / "seed1", others])
+    assert compare_runs([kept, others]).differences[0] == expected.differences[0]
 
 
 def test_a_failure_is_a_line_that_says_why_until_it_is_gone(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from filelock import FileLock
 from pml_fewshot import ExperimentConfig, ResultTable, load_trained, run
 from pml_fewshot.checks import UsageError
 from pml_fewshot.experiment.prepare import instance
-from pml_fewshot.experiment.run_folder import changed_fields, finished_config
+from pml_fewshot.experiment.run_folder import changed_fields, finished_config, read_config, write_config
 from pml_fewshot.trainers.base import FewShotTrainer
 
 Evaluation = Callable[[FewShotTrainer, ExperimentConfig], ResultTable]
@@ -61,24 +61,25 @@ class Row:
         """The run folder that the figures' weights come from."""
         return (self.trained_by or self).place(folder, training, seed)
 
-    def seeds(self, folder: Path) -> list[int]:
-        """Seeds for which every training has figures."""
+    def seeds(self, folder: Path, *trainings: ExperimentConfig) -> list[int]:
+        """Seeds for which every training has figures; or each of those given."""
         places = (folder / self.name).rglob("seed*")
         found = sorted({int(place.name.removeprefix("seed")) for place in places if place.name[4:].isdigit()})
-        return [seed for seed in found if all(self.finished(folder, each, seed) for each in self.trainings)]
+        return [
+            seed for seed in found if all(self.finished(folder, each, seed) for each in trainings or self.trainings)
+        ]
 
     def finished(self, folder: Path, training: ExperimentConfig, seed: int) -> bool:
-        """Whether there are figures of this training, and of the weights that it ended with."""
-        figures, run_dir = self.place(folder, training, seed) / "figures.csv", self.run_dir(folder, training, seed)
-        if not figures.exists() or not (run_dir / "figures.csv").exists():
+        """Whether there are figures of this training, and of the weights that it ended with if it still stands."""
+        place, run_dir = self.place(folder, training, seed), self.run_dir(folder, training, seed)
+        if not (place / "figures.csv").exists():
             return False
         try:
-            stored = finished_config(run_dir)
+            stored = finished_config(place)
+            fresh = not (run_dir / "config.json").exists() or read_config(run_dir) == stored
         except UsageError:  # resumed for more steps, or damaged, which resuming it will say
             return False
-        if changed_fields(replace(training, seed=seed), stored):
-            return False
-        return figures.stat().st_mtime_ns >= (run_dir / "figures.csv").stat().st_mtime_ns
+        return fresh and not changed_fields(replace(training, seed=seed), stored)
 
     def make(self, folder: Path, training: ExperimentConfig, seed: int, data_root: Path | None) -> None:
         """Runs a training, or continues it, and evaluates; what is finished stays. Raises what `run` does.
@@ -97,3 +98,4 @@ class Row:
             with FileLock(place / ".lock"):
                 if not self.finished(folder, training, seed):
                     self.evaluate(load_trained(run_dir, config), config).write(place)
+                    write_config(place, read_config(run_dir))

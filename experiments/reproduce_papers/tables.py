@@ -1,19 +1,27 @@
-"""From run folders to the CSV files of docs/results: means over seeds, single runs and paired differences."""
+"""From run folders to the CSV files of docs/results: means over seeds, single runs and paired differences.
+
+What a finished run has found is kept in docs/results/trainings: its config, its figures, and the accuracies of all
+episodes, for paired differences with whatever is evaluated on the same ones. The tables are made of these files, so
+trainings of several machines add up, and the runs themselves may go.
+"""
 
 import csv
 import io
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from experiments.reproduce_papers.rows import Row
 from pml_fewshot import ResultTable
 from pml_fewshot.checks import UsageError
-from pml_fewshot.evaluation.statistics import average
+from pml_fewshot.evaluation.statistics import average, join_intervals
 from pml_fewshot.evaluation.table_formats import ResultRow, arrange
-from pml_fewshot.experiment.run_folder import read_config
+from pml_fewshot.experiment.run_folder import read_config, write_config
 from pml_fewshot.io.atomic import write_text
 from pml_fewshot.io.checkpoint import load_checkpoint
 from pml_fewshot.training.state import history_of
@@ -36,14 +44,47 @@ class Found:
     def seeds(self) -> list[int]:
         return list(self.trainings)
 
+    @property
+    def seeds_with_values(self) -> list[int]:
+        """Those whose accuracies were kept for each episode."""
+        figures = [by_seed for by_seed in self.figures.values() if next(iter(by_seed.values())).of_episodes]
+        return [
+            seed for seed in self.seeds if all(seed not in each or each[seed].values is not None for each in figures)
+        ]
 
-def found_in(folder: Path, row: Row) -> list[Found]:
-    """What the finished trainings of a row have found, a line for each way in which they were evaluated."""
+
+def keep(folder: Path, row: Row, kept: Path) -> None:
+    """Copies what the finished trainings of a row have found from below `folder` to below `kept`, 40 KB for each.
+
+    `pml-fewshot compare` takes such a copy as a run. It has no weights, no paths of this machine, and for retrieval no
+    values of single queries, which would be three times as much as all else.
+    """
+    for training in row.trainings:
+        for seed in row.seeds(folder, training):
+            source, place = (row.place(each, training, seed) for each in (folder, kept))
+            figures = [
+                each if each.of_episodes else replace(each, values=None) for each in ResultTable.read(source).rows
+            ]
+            stored = read_config(source)
+            history = history_of(load_checkpoint(row.run_dir(folder, training, seed) / "last.pt"))
+            stored |= {"commands": [], "steps": history.steps, "minutes": history.seconds / 60}
+            stored["config"] |= {"run_dir": None, "data_root": None}
+            place.mkdir(parents=True, exist_ok=True)
+            write_config(place, stored)
+            ResultTable(figures).write_figures(place)
+
+
+def found_in(kept: Path, row: Row) -> list[Found]:
+    """What was kept of the trainings of a row, a line for each way in which they were evaluated.
+
+    A seed counts when all trainings are there and have the configs of the row as it is now.
+    """
     lines: dict[str, Found] = {}
-    for seed in row.seeds(folder):
+    for seed in row.seeds(kept):
         for training in row.trainings:
-            how = _how_trained(row.run_dir(folder, training, seed))
-            for figure in ResultTable.read(row.place(folder, training, seed)).rows:
+            place = row.place(kept, training, seed)
+            how = _how_trained(read_config(place))
+            for figure in ResultTable.read(place).rows:
                 (title,) = arrange([figure])[0].values()
                 method = row.method + figure.method.removeprefix(training.name)
                 method += ", transductive" if figure.protocol == "transductive" else ""
@@ -57,13 +98,12 @@ def found_in(folder: Path, row: Row) -> list[Found]:
     return list(lines.values())
 
 
-def _how_trained(run: Path) -> Line:
-    stored, history = read_config(run), history_of(load_checkpoint(run / "last.pt"))
+def _how_trained(stored: Mapping[str, Any]) -> Line:
     commits = [session["git commit"] for session in stored["sessions"]]
     threads, device = (stored["sessions"][-1][name] for name in ("threads", "device"))
     return {
-        "steps": f"{history.steps:,}",
-        "minutes": str(history.seconds / 60),
+        "steps": f"{stored['steps']:,}",
+        "minutes": str(stored["minutes"]),
         "commit": ", ".join(dict.fromkeys(each[:7] + "-dirty" * each.endswith("-dirty") for each in commits)),
         "machine": f"{threads} CPU core{'s' * (threads != '1')}" if device == "cpu" else f"a GPU ({device})",
     }
@@ -72,9 +112,9 @@ def _how_trained(run: Path) -> Line:
 def write_tables(
     folder: Path, rows: Sequence[Row], tables: Path, failed: Mapping[str, str] | None = None, tried: Sequence[str] = ()
 ) -> None:
-    """Writes `<table>.csv`, `<table>_seeds.csv` and `<table>_differences.csv` of all finished runs below `folder`.
+    """Keeps all finished runs below `folder`, and writes three files a table: its own, `_seeds` and `_differences`.
 
-    Lines of methods that have none there, or fewer seeds than a file has, stay as they are in the file.
+    They have all that is kept below `tables`. Lines of other methods stay as they are in the files.
 
     Args:
         rows: all of them, in the order of the tables.
@@ -89,7 +129,8 @@ def write_tables(
         of_table = [row for row in rows if row.table == table]
         for row in of_table:
             try:
-                own = found_in(folder, row)
+                keep(folder, row, tables / "trainings")
+                own = found_in(tables / "trainings", row)
             except UsageError as error:
                 own, failed[f"{row.name}/"] = [], str(error)
             found += own
@@ -109,12 +150,20 @@ def _mean(found: Found) -> Line:
     for title, by_seed in found.figures.items():
         if list(by_seed) != found.seeds:  # a size of episodes that some seeds were not evaluated on
             continue
-        values = [each.values for each in by_seed.values() if each.values is not None]
-        line[title] = _shown(*average(values)) if len(values) == len(by_seed) else ""
+        line[title] = _shown(*_average(list(by_seed.values())))
         means = [each.value for each in by_seed.values()]
         spread += [f"{100 * (max(means) - min(means)):.2f}"] if next(iter(by_seed.values())).ways else []
     line[SPREAD] = " / ".join(spread) if len(found.seeds) > 1 else ""
     return line | _how(found, found.seeds, found.row.command())
+
+
+def _average(figures: Sequence[ResultRow]) -> tuple[float, float]:
+    """Mean over trainings and half its interval, without their values a little too wide: as if all had erred alike."""
+    values = [each.values for each in figures if each.values is not None]
+    if len(values) == len(figures):
+        return average(values)
+    means = torch.tensor([each.value for each in figures], dtype=torch.float64)
+    return means.mean().item(), join_intervals(sum(each.ci95 for each in figures) / len(figures), means)
 
 
 def _single(found: Found, seed: int) -> Line:
@@ -159,7 +208,7 @@ def _differences(found: Sequence[Found]) -> list[Line]:
     """For each pair of methods the first's accuracies minus the second's, on the same episodes, over common seeds."""
     lines = []
     for first, second in combinations(found, 2):
-        seeds = [seed for seed in first.seeds if seed in second.seeds]
+        seeds = [seed for seed in first.seeds_with_values if seed in second.seeds_with_values]
         line = {"method": first.method, "minus": second.method}
         for title in [title for title in first.figures if title in second.figures and seeds]:
             one_of, other_of = first.figures[title], second.figures[title]
@@ -189,7 +238,7 @@ def _write(
     always: Sequence[str] = (),
     cleared: Collection[str] = (),
 ) -> None:
-    """Writes lines into a CSV file in place of those of the same keys; none gives way to one of fewer seeds.
+    """Writes lines into a CSV file in place of those of the same keys.
 
     Failures of `cleared` methods go. Lines stand in the order of the methods that theirs begin with.
     """
@@ -198,11 +247,7 @@ def _write(
         with path.open(newline="", encoding="utf-8") as file:
             old = list(csv.DictReader(file))
     standing = [line for line in old if line.get("source") != FAILED or line["method"] not in cleared]
-    kept = {tuple(line[key] for key in keys): line for line in standing}
-    for line in lines:
-        before = kept.get(key := tuple(line[key] for key in keys), {})
-        if line.get("seed", "").count(",") >= before.get("seed", "").count(","):
-            kept[key] = line
+    kept = {tuple(line[key] for key in keys): line for line in (*standing, *lines)}
     if not lines and len(kept) == len(old):
         return
 

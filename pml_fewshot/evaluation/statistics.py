@@ -58,7 +58,7 @@ def average(trainings: Sequence[Tensor]) -> tuple[float, float]:
         raise UsageError(f"expected all trainings evaluated on the same episodes, got {sizes} of them; use one spec")
     values = torch.stack([values.double() for values in trainings])  # (S, N)
     ci95 = (1.96 * values.mean(dim=0).std() / values.shape[1] ** 0.5).item() if values.shape[1] > 1 else float("nan")
-    return values.mean().item(), _joined(ci95, values.mean(dim=1))
+    return values.mean().item(), join_intervals(ci95, values.mean(dim=1))
 
 
 def average_metric(metric: str, results: Sequence[RetrievalResult]) -> tuple[float, float]:
@@ -66,10 +66,10 @@ def average_metric(metric: str, results: Sequence[RetrievalResult]) -> tuple[flo
     if metric in results[0].per_query:
         return average([result.per_query[metric] for result in results])
     means = torch.tensor([result[metric] for result in results], dtype=torch.float64)
-    return means.mean().item(), _joined(float("nan") if len(means) == 1 else 0.0, means)
+    return means.mean().item(), join_intervals(float("nan") if len(means) == 1 else 0.0, means)
 
 
-def _joined(ci95: float, means: Tensor) -> float:
+def join_intervals(ci95: float, means: Tensor) -> float:
     """Half the interval over episodes, joined with that over the means (S,) of the trainings."""
     if len(means) == 1:
         return ci95

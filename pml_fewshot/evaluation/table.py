@@ -186,11 +186,15 @@ class ResultTable:
 
         values.npz holds the values of each row by its number, compressed; numpy can read it.
         """
+        write_text(Path(folder) / "results.csv", self.csv())
+        write_text(Path(folder) / "results.md", self.markdown())
+        self.write_figures(folder)
+
+    def write_figures(self, folder: str | Path) -> None:
+        """Writes what `read` reads, values.npz and last figures.csv."""
         values = {str(n): row.values.numpy() for n, row in enumerate(self.rows) if row.values is not None}
         with atomic_write(Path(folder) / "values.npz") as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **values)  # type: ignore[arg-type]  # it takes names for its option's
-        write_text(Path(folder) / "results.csv", self.csv())
-        write_text(Path(folder) / "results.md", self.markdown())
         write_text(Path(folder) / "figures.csv", self.figures_csv())
 
     def __str__(self) -> str:

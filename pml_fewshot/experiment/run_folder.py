@@ -107,8 +107,7 @@ class RunFolder:
         sessions = [[f"{name} {value}" for name, value in each.items()] for each in self.stored["sessions"]]
         parts = ["\n".join(part) for part in (lines, sets, *sessions, self.stored["changes"])]
         write_text(self.path / "config.txt", "\n\n".join(parts).strip() + "\n")
-        # last: it says that a run has begun here
-        write_text(self.path / "config.json", json.dumps({**self.stored, "checksum": _checksum(self.stored)}, indent=1))
+        write_config(self.path, stored)  # last: it says that a run has begun here
 
 
 @contextmanager
@@ -236,6 +235,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     if "sessions" not in stored:
         raise UsageError(f"expected a run of version 0.6 in {folder}, got an older one; use the version in config.txt")
     return stored
+
+
+def write_config(folder: Path, stored: Mapping[str, Any]) -> None:
+    """Writes config.json, which `read_config` reads."""
+    write_text(folder / "config.json", json.dumps({**stored, "checksum": _checksum(stored)}, indent=1))
 
 
 def finished_config(path: Path) -> dict[str, Any]:
