@@ -92,8 +92,8 @@ def test_a_flat_gallery_is_a_loop_over_pmls_distance(name: str, index: str):
     expected = by_pml(query, bank.embeddings, distance)
     larger_is_nearer = distance is not None and distance.is_inverted
     order = (-expected if larger_is_nearer else expected).argsort(axis=1, kind="stable")
-    for k in (1, 10, 90):  # by faiss and by tiles
-        for queries in (query, query[:3]):
+    for k in (1, 10, 90):
+        for queries in (query, query[:3]):  # by tiles and by faiss
             found = gallery.search(queries, k)
             np.testing.assert_array_equal(found.indices.numpy(), order[: len(queries), :k])
             values = np.take_along_axis(expected, order, axis=1)[: len(queries), :k]
