@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from experiments.omniglot_maml import UnitHead
-from experiments.reproduce_papers.__main__ import CONFIGS, main, reproduce
+from experiments.reproduce_papers.__main__ import CONFIGS, DOCS, main, reproduce
 from experiments.reproduce_papers.lake import evaluate_lake, load_runs
 from experiments.reproduce_papers.papers import gray, lake_rows, rows_of_papers
 from experiments.reproduce_papers.rows import Row
@@ -45,6 +45,7 @@ from tests.tiny_experiments import TINY_EXPERIMENTS, tiny_set
 
 SEEDS = (0, 1)
 PROTONET = replace(TINY_EXPERIMENTS["protonet"], steps=2, published={"A. and B. 2000": {"5-way 1-shot": "12.3"}})
+CHANGED = swap(PROTONET, loss=partial(PrototypicalLoss, scale=2.0))
 BY_SIZE = tuple(
     replace(PROTONET, name=f"{shots}shot", published=None, eval_specs=(EpisodeSpec(5, shots, 5),), retrieval=None)
     for shots in (1, 2)
@@ -164,8 +165,7 @@ def test_more_steps_make_older_figures_void(made: Path, tmp_path: Path) -> None:
 
 
 def test_runs_of_another_recipe_are_not_mixed_in(made: Path) -> None:
-    other = swap(PROTONET, loss=partial(PrototypicalLoss, scale=2.0))
-    assert Row("tiny/protonet", "ProtoNet", (other,)).seeds(made / "runs") == []
+    assert Row("tiny/protonet", "ProtoNet", (CHANGED,)).seeds(made / "runs") == []
 
 
 def test_figures_without_their_values_have_wider_means_and_no_differences(made: Path, tmp_path: Path) -> None:
@@ -196,9 +196,31 @@ def test_what_other_machines_ran_is_kept_and_counts(made: Path, tmp_path: Path) 
         write_tables(tmp_path / f"machine{seed}", ROWS[:1], tmp_path)
         assert lines(tmp_path / "tiny.csv")[0]["seed"] == ("0", "0, 1")[seed]
     assert lines(tmp_path / "tiny.csv")[0].items() <= lines(made / "tables" / "tiny.csv")[0].items()
-    other = Row("tiny/protonet", "ProtoNet", (swap(PROTONET, loss=partial(PrototypicalLoss, scale=2.0)),))
     assert found_in(tmp_path / "trainings", ROWS[0])[0].seeds == [0, 1]
-    assert found_in(tmp_path / "trainings", other) == []
+    row = Row("tiny/protonet", "ProtoNet", (CHANGED,))
+    assert found_in(tmp_path / "trainings", row) == []
+    assert reproduce([row], tmp_path / "changed", (1,)) == {}
+    write_tables(tmp_path / "changed", [row], tmp_path)
+    assert [line["seed"] for line in lines(tmp_path / "tiny_seeds.csv")] == ["1"]  # no longer mixed with the other's
+
+
+def test_an_interruption_leaves_no_figures_of_another_recipe(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    shutil.copytree(made / "tables" / "trainings", tmp_path / "trainings")
+    row = Row("tiny/protonet", "ProtoNet", (CHANGED,))
+    assert reproduce([row], tmp_path / "changed", (1,)) == {}
+    for part in ("ResultTable.write_figures", "write_config"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"experiments.reproduce_papers.tables.{part}", stop)
+            with pytest.raises(KeyboardInterrupt):
+                write_tables(tmp_path / "changed", [row], tmp_path)
+        assert found_in(tmp_path / "trainings", row) == []
+    write_tables(tmp_path / "changed", [row], tmp_path)
+    assert found_in(tmp_path / "trainings", row)[0].seeds == [1]
 
 
 def test_accuracies_of_single_episodes_are_kept(made: Path) -> None:
@@ -211,6 +233,21 @@ def test_accuracies_of_single_episodes_are_kept(made: Path) -> None:
     others = made / "runs" / "tiny" / "siamese" / "seed1"
     expected = compare_runs([made / "runs" / "tiny" / "protonet" / "seed1", others])
     assert compare_runs([kept, others]).differences[0] == expected.differences[0]
+
+
+def test_the_tables_of_the_docs_are_those_of_what_is_kept(tmp_path: Path) -> None:
+    results, rows = DOCS / "results", rows_of_papers()
+    shutil.copytree(results / "trainings", tmp_path / "trainings")
+    for file in results.glob("*.csv"):
+        shutil.copy(file, tmp_path)
+    for table in {row.table for row in rows}:
+        for part in ("seeds", "differences"):
+            (tmp_path / f"{table}_{part}.csv").unlink(missing_ok=True)
+    write_tables(tmp_path / "none", rows, tmp_path)
+    for file in tmp_path.glob("*.csv"):
+        assert file.read_text() == (results / file.name).read_text()
+    kept = {path.relative_to(results / "trainings").parts[:2] for path in (results / "trainings").rglob("figures.csv")}
+    assert kept <= {tuple(row.name.split("/")) for row in rows}
 
 
 def test_a_failure_is_a_line_that_says_why_until_it_is_gone(tmp_path: Path) -> None:
@@ -236,6 +273,10 @@ def test_a_damaged_run_is_a_line_that_says_so(made: Path, tmp_path: Path) -> Non
     write_tables(tmp_path / "runs", ROWS, tmp_path)
     shown = {(line["method"], line["source"]): line["note"] for line in lines(tmp_path / "tiny.csv")}
     assert "last.pt" in shown["Siamese", "failed"]
+    assert ("Siamese", "this library") not in shown
+    shutil.copytree(made / "tables" / "trainings", tmp_path / "kept" / "trainings")
+    write_tables(tmp_path / "runs", ROWS, tmp_path / "kept")
+    assert (tmp_path / "kept" / "tiny.csv").read_text() == (made / "tables" / "tiny.csv").read_text()
     assert ("ProtoNet", "this library") in shown
 
 

@@ -62,7 +62,7 @@ class Row:
         return (self.trained_by or self).place(folder, training, seed)
 
     def seeds(self, folder: Path, *trainings: ExperimentConfig) -> list[int]:
-        """Seeds for which every training has figures; or each of those given."""
+        """Seeds for which all trainings (or those given) have figures."""
         places = (folder / self.name).rglob("seed*")
         found = sorted({int(place.name.removeprefix("seed")) for place in places if place.name[4:].isdigit()})
         return [
@@ -70,16 +70,17 @@ class Row:
         ]
 
     def finished(self, folder: Path, training: ExperimentConfig, seed: int) -> bool:
-        """Whether there are figures of this training, and of the weights that it ended with if it still stands."""
+        """Whether there are figures of this training; if its run folder is there, of the weights that it ended with."""
         place, run_dir = self.place(folder, training, seed), self.run_dir(folder, training, seed)
         if not (place / "figures.csv").exists():
             return False
         try:
             stored = finished_config(place)
-            fresh = not (run_dir / "config.json").exists() or read_config(run_dir) == stored
+            if (run_dir / "last.pt").exists() and read_config(run_dir) != stored:
+                return False
         except UsageError:  # resumed for more steps, or damaged, which resuming it will say
             return False
-        return fresh and not changed_fields(replace(training, seed=seed), stored)
+        return not changed_fields(replace(training, seed=seed), stored)
 
     def make(self, folder: Path, training: ExperimentConfig, seed: int, data_root: Path | None) -> None:
         """Runs a training, or continues it, and evaluates; what is finished stays. Raises what `run` does.
@@ -97,5 +98,6 @@ class Row:
             place.mkdir(parents=True, exist_ok=True)
             with FileLock(place / ".lock"):
                 if not self.finished(folder, training, seed):
+                    stored = read_config(run_dir)
                     self.evaluate(load_trained(run_dir, config), config).write(place)
-                    write_config(place, read_config(run_dir))
+                    write_config(place, stored)

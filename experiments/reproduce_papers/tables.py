@@ -45,16 +45,13 @@ class Found:
         return list(self.trainings)
 
     @property
-    def seeds_with_values(self) -> list[int]:
-        """Those whose accuracies were kept for each episode."""
-        figures = [by_seed for by_seed in self.figures.values() if next(iter(by_seed.values())).of_episodes]
-        return [
-            seed for seed in self.seeds if all(seed not in each or each[seed].values is not None for each in figures)
-        ]
+    def accuracies(self) -> list[str]:
+        """The columns of accuracies over episodes."""
+        return [title for title, by_seed in self.figures.items() if all(each.of_episodes for each in by_seed.values())]
 
 
 def keep(folder: Path, row: Row, kept: Path) -> None:
-    """Copies what the finished trainings of a row have found from below `folder` to below `kept`, 40 KB for each.
+    """Copies what the finished trainings of a row have found from below `folder` to below `kept`, 30 KB for each.
 
     `pml-fewshot compare` takes such a copy as a run. It has no weights, no paths of this machine, and for retrieval no
     values of single queries, which would be three times as much as all else.
@@ -62,16 +59,19 @@ def keep(folder: Path, row: Row, kept: Path) -> None:
     for training in row.trainings:
         for seed in row.seeds(folder, training):
             source, place = (row.place(each, training, seed) for each in (folder, kept))
-            figures = [
-                each if each.of_episodes else replace(each, values=None) for each in ResultTable.read(source).rows
-            ]
             stored = read_config(source)
+            if row.finished(kept, training, seed) and read_config(place)["sessions"] == stored["sessions"]:
+                continue
             history = history_of(load_checkpoint(row.run_dir(folder, training, seed) / "last.pt"))
             stored |= {"commands": [], "steps": history.steps, "minutes": history.seconds / 60}
             stored["config"] |= {"run_dir": None, "data_root": None}
+            figures = [
+                each if each.of_episodes else replace(each, values=None) for each in ResultTable.read(source).rows
+            ]
             place.mkdir(parents=True, exist_ok=True)
-            write_config(place, stored)
+            (place / "figures.csv").unlink(missing_ok=True)
             ResultTable(figures).write_figures(place)
+            write_config(place, stored)  # last: it says whose figures these are
 
 
 def found_in(kept: Path, row: Row) -> list[Found]:
@@ -114,7 +114,7 @@ def write_tables(
 ) -> None:
     """Keeps all finished runs below `folder`, and writes three files a table: its own, `_seeds` and `_differences`.
 
-    They have all that is kept below `tables`. Lines of other methods stay as they are in the files.
+    The files are made of all that is kept below `tables`. What a table's own file has of other methods stays there.
 
     Args:
         rows: all of them, in the order of the tables.
@@ -130,18 +130,20 @@ def write_tables(
         for row in of_table:
             try:
                 keep(folder, row, tables / "trainings")
-                own = found_in(tables / "trainings", row)
             except UsageError as error:
-                own, failed[f"{row.name}/"] = [], str(error)
+                failed[f"{row.name}/"] = str(error)
+            own = found_in(tables / "trainings", row)
             found += own
             cleared |= {row.method} if own else set()
             means += [_mean(each) for each in own] + (_published(row, own[0].method) if own else [])
             means += _failures(row, failed)
         singles = [_single(each, seed) for each in found for seed in each.seeds]
         methods = [row.method for row in of_table]
-        _write(tables / f"{table}.csv", means, ("method", "source"), methods, (SPREAD,), cleared)
-        _write(tables / f"{table}_seeds.csv", singles, ("method", "seed"), methods)
-        _write(tables / f"{table}_differences.csv", _differences(found), ("method", "minus"), methods)
+        if found or means or cleared:
+            _write(tables / f"{table}.csv", _merged(tables / f"{table}.csv", means, methods, cleared), (SPREAD,))
+        if found:
+            _write(tables / f"{table}_seeds.csv", singles)
+            _write(tables / f"{table}_differences.csv", _differences(found), ("method", "minus", *found[0].accuracies))
 
 
 def _mean(found: Found) -> Line:
@@ -152,18 +154,23 @@ def _mean(found: Found) -> Line:
             continue
         line[title] = _shown(*_average(list(by_seed.values())))
         means = [each.value for each in by_seed.values()]
-        spread += [f"{100 * (max(means) - min(means)):.2f}"] if next(iter(by_seed.values())).ways else []
+        spread += [f"{100 * (max(means) - min(means)):.2f}"] if title in found.accuracies else []
     line[SPREAD] = " / ".join(spread) if len(found.seeds) > 1 else ""
     return line | _how(found, found.seeds, found.row.command())
 
 
 def _average(figures: Sequence[ResultRow]) -> tuple[float, float]:
-    """Mean over trainings and half its interval, without their values a little too wide: as if all had erred alike."""
+    """Mean over trainings and half its interval.
+
+    Where values are missing the interval is a little too wide, as if all trainings erred on the same episodes.
+    """
     values = [each.values for each in figures if each.values is not None]
     if len(values) == len(figures):
         return average(values)
     means = torch.tensor([each.value for each in figures], dtype=torch.float64)
-    return means.mean().item(), join_intervals(sum(each.ci95 for each in figures) / len(figures), means)
+    ci95 = sum(each.ci95 for each in figures) / len(figures)
+    no_items = math.isnan(ci95) and len(figures) > 1  # NMI and AMI
+    return means.mean().item(), join_intervals(0.0 if no_items else ci95, means)
 
 
 def _single(found: Found, seed: int) -> Line:
@@ -208,17 +215,20 @@ def _differences(found: Sequence[Found]) -> list[Line]:
     """For each pair of methods the first's accuracies minus the second's, on the same episodes, over common seeds."""
     lines = []
     for first, second in combinations(found, 2):
-        seeds = [seed for seed in first.seeds_with_values if seed in second.seeds_with_values]
-        line = {"method": first.method, "minus": second.method}
-        for title in [title for title in first.figures if title in second.figures and seeds]:
-            one_of, other_of = first.figures[title], second.figures[title]
-            pairs = [(one_of[seed], other_of[seed]) for seed in seeds if seed in one_of and seed in other_of]
-            apart = [a.values - b.values for a, b in pairs if a.values is not None and b.values is not None]
-            alike = all((a.episodes_hash, a.protocol) == (b.episodes_hash, b.protocol) for a, b in pairs)
-            if len(apart) == len(seeds) and alike and pairs[0][0].of_episodes:
-                difference, ci95 = average(apart)
+        line, seeds = {"method": first.method, "minus": second.method}, list[int]()
+        for title, of_first in first.figures.items():
+            pairs = {seed: (of_first[seed], b) for seed, b in second.figures.get(title, {}).items() if seed in of_first}
+            apart = {
+                seed: a.values - b.values
+                for seed, (a, b) in pairs.items()
+                if a.values is not None and b.values is not None
+                if (a.episodes_hash, a.protocol) == (b.episodes_hash, b.protocol)
+            }
+            seeds = seeds or list(apart)
+            if seeds and list(apart) == seeds:
+                difference, ci95 = average(list(apart.values()))
                 line[title] = f"{100 * difference:+.2f} +- {100 * ci95:.2f}"
-        if len(line) > 2:
+        if seeds:
             command = first.row.command(second.row.name)
             one, other = (_how(each, seeds, command) for each in (first, second))
             both = {name: ", ".join(dict.fromkeys((one[name], other[name]))) for name in ("commit", "machine")}
@@ -230,15 +240,8 @@ def _shown(value: float, ci95: float) -> str:
     return f"{100 * value:.2f}" + ("" if math.isnan(ci95) else f" +- {100 * ci95:.2f}")
 
 
-def _write(
-    path: Path,
-    lines: Sequence[Line],
-    keys: Sequence[str],
-    methods: Sequence[str],
-    always: Sequence[str] = (),
-    cleared: Collection[str] = (),
-) -> None:
-    """Writes lines into a CSV file in place of those of the same keys.
+def _merged(path: Path, lines: Sequence[Line], methods: Sequence[str], cleared: Collection[str]) -> list[Line]:
+    """A table's lines in place of those of the same methods and sources that are in its file, or after them.
 
     Failures of `cleared` methods go. Lines stand in the order of the methods that theirs begin with.
     """
@@ -246,20 +249,21 @@ def _write(
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
             old = list(csv.DictReader(file))
-    standing = [line for line in old if line.get("source") != FAILED or line["method"] not in cleared]
-    kept = {tuple(line[key] for key in keys): line for line in (*standing, *lines)}
-    if not lines and len(kept) == len(old):
-        return
+    standing = [line for line in old if line["source"] != FAILED or line["method"] not in cleared]
+    every = {(line["method"], line["source"]): line for line in (*standing, *lines)}
 
     def place(line: Line) -> tuple[int, bool]:
         own = max((method for method in methods if line["method"].startswith(method)), key=len, default="")
-        return methods.index(own) if own else len(methods), line.get("source", "this library") != "this library"
+        return methods.index(own) if own else len(methods), line["source"] != "this library"
 
-    every = sorted(kept.values(), key=place)
-    used = dict.fromkeys(name for line in every for name, value in line.items() if value)
+    return sorted(every.values(), key=place)
+
+
+def _write(path: Path, lines: Sequence[Line], always: Sequence[str] = ()) -> None:
+    used = dict.fromkeys(name for line in lines for name, value in line.items() if value)
     columns = [*(name for name in (*used, *always) if name not in BOOKKEEPING), *BOOKKEEPING]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, dict.fromkeys(columns), restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(every)
+    writer.writerows(lines)
     write_text(path, text.getvalue())
