@@ -67,57 +67,81 @@ CONFIG = ExperimentConfig(
     extra_evaluations=evaluate_inductive,
 )
 
-PAPER = {(5, 1): "98.7", (5, 5): "99.9", (20, 1): "95.8", (20, 5): "98.9"}
-TASKS_AND_STEPS = {(5, 1): (8, 4_000), (5, 5): (8, 2_500), (20, 1): (4, 2_500), (20, 5): (2, 1_500)}
-
 
 class UnitHead(nn.Linear):
     """A linear layer that begins at zero, on embeddings scaled to a fixed length.
 
-    One inner step from zero makes its logits cosines with the support images, less their mean. A head that begins with
-    random weights has to unlearn them first. While it is zero, the inner gradient of the trunk is zero too: the first
-    inner steps of a training change the head alone.
-
-    Args:
-        dim: dimensions of the embeddings.
-        ways: outputs. The length grows with their root, because the gradient of a class's weights shrinks with their
-            number: with an inner rate of 0.1 the cosines are multiplied by about 16.
+    By `summed_cross_entropy` an inner step from zero makes its logits, for any number of ways, cosines with the support
+    images, less their mean and times 16 (12.5 squared times an inner rate of 0.1). A head that begins with random
+    weights has to unlearn them first. While it is zero, the inner gradient of the trunk is zero too: the first inner
+    steps of a training change the head alone.
     """
 
     def __init__(self, dim: int, ways: int) -> None:
         super().__init__(dim, ways)
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
-        self.length = 12.5 * ways**0.5
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        return super().forward(self.length * F.normalize(embeddings, dim=1))
+        return super().forward(12.5 * F.normalize(embeddings, dim=1))
 
 
-def of_size(ways: int, shots: int) -> ExperimentConfig:
-    """The experiment for a size of episodes: a network of its own, whose last layer has as many outputs as ways."""
-    trunk = partial(Conv4, in_channels=1, last_relu=False)
-    tasks, steps = TASKS_AND_STEPS[ways, shots]
-    changed = swap(
+def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Each image has a gradient of its own size, which the mean would divide by their number."""
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def evaluate_more(trainer: MAMLTrainer, splits: Splits, config: ExperimentConfig) -> ResultTable:
+    """The same weights at 20 ways on a fifth of the episodes, which take 0.1 s each, and all with both batch norms."""
+    fewer = replace(
+        config,
+        eval_specs=tuple(EpisodeSpec(ways=20, shots=shots, queries=15) for shots in (1, 5)),
+        num_episodes=max(2, config.num_episodes // 5),
+    )
+    note = "trained on train and val classes" if config.train_on_validation else ""
+    transductive = benchmark(
+        {config.name: trainer},
+        splits,
+        fewer.eval_specs,
+        None,
+        fewer.num_episodes,
+        config.eval_seed,
+        timed=False,
+        note=note,
+    )
+    inductive = [evaluate_inductive(trainer, splits, each) for each in (config, fewer)]
+    return ResultTable([row for table in (transductive, *inductive) for row in table.rows])
+
+
+# One network for all sizes of episodes: what it learns from 120 classes at once serves for 5 of them, too, as Snell et
+# al. found for prototypical networks. On the validation characters, after 2.5 minutes on one core: 5-way 1-shot 95.0 +-
+# 0.5 by tasks of 5 ways (8 in a batch), 97.5 +- 0.4 by one of 60; 20-way 1-shot 90.5 by 60 ways, 91.8 by 120.
+MANY_WAYS = replace(
+    swap(
         CONFIG,
-        name=f"{CONFIG.name}_{ways}way_{shots}shot",
-        network=partial(nn.Sequential, trunk, partial(UnitHead, 64, ways)),
+        name="omniglot_maml_many_ways",
+        network=partial(
+            nn.Sequential, partial(Conv4, in_channels=1, last_relu=False), partial(UnitHead, dim=64, ways=120)
+        ),
         inner_lr=0.1,
+        inner_loss=summed_cross_entropy,
         eval_inner_steps=1,
-    )
-    return replace(
-        changed,
-        published={"Finn et al. 2017": {f"{ways}-way {shots}-shot": PAPER[ways, shots]}},
-        optimizer=partial(Adam, lr=2e-3),
-        train_spec=EpisodeSpec(ways=ways, shots=shots, queries=5),
-        episodes_per_batch=tasks,
-        eval_specs=(EpisodeSpec(ways=ways, shots=shots, queries=15),),
-        num_episodes=10_000 if ways < 20 else 2_000,  # an episode of 20 ways takes a tenth of a second on one core
-        steps=steps,
-    )
-
-
-BY_SIZE = tuple(of_size(*size) for size in PAPER)
+    ),
+    published={
+        "Finn et al. 2017": {
+            "5-way 1-shot": "98.7",
+            "5-way 5-shot": "99.9",
+            "20-way 1-shot": "95.8",
+            "20-way 5-shot": "98.9",
+        }
+    },
+    optimizer=partial(Adam, lr=3e-3),
+    train_spec=EpisodeSpec(ways=120, shots=1, queries=2),
+    episodes_per_batch=1,
+    eval_specs=tuple(EpisodeSpec(ways=5, shots=shots, queries=15) for shots in (1, 5)),
+    extra_evaluations=evaluate_more,
+    steps=4_000,
+)
 
 if __name__ == "__main__":
     main(CONFIG)

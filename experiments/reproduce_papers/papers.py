@@ -48,7 +48,7 @@ from pml_fewshot.embedders.full_context import FullContext
 from pml_fewshot.experiment.prepare import instance, load_data
 from pml_fewshot.trainers.base import FewShotTrainer
 
-ZERO_HEAD = "a linear layer that begins at zero, on embeddings of fixed length"
+MAML_NOTE = "one network, trained on tasks of 120 ways; its last layer begins at zero, on embeddings of fixed length"
 SQUARED_EUCLID = partial(LpDistance, normalize_embeddings=False, power=2)
 
 
@@ -73,12 +73,12 @@ def omniglot() -> list[Row]:
         Row("omniglot/matching_euclid_context", "Matching, Euclid, full context", (in_context(euclid),)),
         Row("omniglot/siamese", "Siamese", (omniglot_siamese.CONFIG,)),
         Row("omniglot/multi_similarity", "Multi-Similarity", (omniglot_metric.CONFIG,)),
-        Row("omniglot/maml", "MAML", omniglot_maml.BY_SIZE, note=ZERO_HEAD),
+        Row("omniglot/maml", "MAML", (omniglot_maml.MANY_WAYS,), note=MAML_NOTE),
         Row(
             "omniglot/maml_first_order",
             "MAML, first order",
-            tuple(map(in_first_order, omniglot_maml.BY_SIZE)),
-            note=ZERO_HEAD,
+            (in_first_order(omniglot_maml.MANY_WAYS),),
+            note=MAML_NOTE,
         ),
         Row("omniglot/strongest", "strongest recipe", (omniglot_strongest.CONFIG,)),
     ]

@@ -107,10 +107,12 @@ class InnerLoop(nn.Module):
         # where no gradient is wanted a network may fold batch norm with its running statistics into other weights
         with torch.enable_grad():
             outputs = run(self.network, weights, images, num_stat_items)
-        if self.gives_logits and outputs.shape[2:] != (ways,):
-            do = f"make its last layer {ways} wide, or give a head that classifies embeddings"
-            got = f"outputs of shape {tuple(outputs.shape[2:])}"
-            raise UsageError(f"expected a network with {ways} outputs, one for each way, got {got}; {do}")
+        if self.gives_logits:
+            if outputs.ndim != 3 or outputs.shape[2] < ways:
+                do = f"make its last layer at least {ways} wide, or give a head that classifies embeddings"
+                got = f"outputs of shape {tuple(outputs.shape[2:])}"
+                raise UsageError(f"expected a network with {ways} outputs, one for each way, got {got}; {do}")
+            outputs = outputs[:, :, :ways]
         return outputs[:, num_stat_items:].to(torch.promote_types(outputs.dtype, torch.float32))
 
     def steps(self, weights: Weights, support: Tensor, steps: int, second_order: bool) -> Iterator[Weights]:

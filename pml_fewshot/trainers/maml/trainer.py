@@ -43,7 +43,7 @@ class MAMLTrainer(FewShotTrainer):
 
     Args:
         network: module from images (B, *item) to logits (B, W), such as
-            `nn.Sequential(Conv4(in_channels=1), nn.Linear(64, 5))`.
+            `nn.Sequential(Conv4(in_channels=1), nn.Linear(64, 5))`. Tasks of fewer ways use its first outputs.
         inner_lr: learning rate of the inner loop; the paper has 0.4 for Omniglot and 0.01 for miniImageNet.
         inner_steps: gradient steps of the inner loop in training.
         eval_inner_steps: those at test time; `inner_steps` when None.

@@ -248,10 +248,25 @@ def test_a_network_is_checked_against_the_specs_without_a_trace() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"reptile": True}, {"batch_norm": "inductive"}], ids=str)
-@pytest.mark.parametrize("outputs", [1, 5])
-def test_a_network_of_the_wrong_width_is_refused(options: dict[str, Any], outputs: int) -> None:
+def test_a_network_with_too_few_outputs_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="expected a network with 2 outputs"):
-        trainer(partial(convolutions, outputs), **options)(episodes())
+        trainer(partial(convolutions, 1), **options)(episodes())
+
+
+@pytest.mark.parametrize("options", [{}, {"reptile": True}, {"parallel": "vmap"}, {"parallel": "loop"}], ids=str)
+def test_tasks_of_fewer_ways_use_the_first_outputs(options: dict[str, Any]) -> None:
+    wide, narrow = (trainer(partial(convolutions, outputs), **options) for outputs in (5, 2))
+    for own, of_wide in zip(narrow.parameters(), wide.parameters(), strict=True):
+        own.data = of_wide.data[: len(own)].clone()
+    losses = [maml(episodes()) for maml in (wide, narrow)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for own, of_wide in zip(narrow.parameters(), wide.parameters(), strict=True):
+        torch.testing.assert_close(of_wide.grad[: len(own)], own.grad)
+        assert not of_wide.grad[len(own) :].any()
+    logits = [maml.classify(episodes().support, episodes().query.flatten(1, 2)) for maml in (wide, narrow)]
+    torch.testing.assert_close(*logits)
 
 
 def test_an_inner_loss_that_learns_nothing_from_one_shot_is_refused() -> None:
