@@ -1,6 +1,7 @@
 """The tables of docs/results from run folders, on experiments of a fraction of a second."""
 
 import csv
+import json
 import shutil
 import signal
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from pml_fewshot import (
     Conv4,
     Embedder,
     EpisodeSpec,
+    EpisodicEvaluator,
     ExperimentConfig,
     FewShotDataset,
     MAMLTrainer,
@@ -34,13 +36,16 @@ from pml_fewshot import (
     ResultTable,
     Splits,
     benchmark,
+    load_trained,
     run,
     swap,
 )
 from pml_fewshot.checks import MissingFileError, UsageError
 from pml_fewshot.evaluation.statistics import average
 from pml_fewshot.experiment.comparison import compare_runs
+from pml_fewshot.io.checkpoint import load_checkpoint
 from pml_fewshot.trainers.base import FewShotTrainer
+from pml_fewshot.training.state import history_of
 from tests.tiny_experiments import TINY_EXPERIMENTS, tiny_set
 
 SEEDS = (0, 1)
@@ -151,6 +156,24 @@ def test_an_evaluation_that_fails_does_so_before_the_training(tmp_path: Path) ->
     with pytest.raises(UsageError, match="expected the runs"):
         row.make(tmp_path, PROTONET, 0, None)
     assert not list(tmp_path.iterdir())
+
+
+def test_networks_of_several_seeds_are_evaluated_as_one(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "runs" / "tiny" / "protonet", tmp_path / "runs" / "tiny" / "protonet")
+    row = Row("across/ensemble", "ensemble", (PROTONET,), PROTO, on_others, networks=2, published={})
+    assert reproduce([row], tmp_path / "runs", (1,)) == {}  # of seeds 1 and 2, which is trained for it
+    write_tables(tmp_path / "runs", [row], tmp_path)
+    runs = [tmp_path / "runs" / "tiny" / "protonet" / f"seed{seed}" for seed in (1, 2)]
+    others, spec = tiny_set("d", 7, 4), PROTONET.eval_specs[0]
+    trained = [load_trained(each, PROTONET) for each in runs]
+    both = torch.cat([F.normalize(each.bank(others), dim=1) / 2**0.5 for each in trained], dim=1)
+    together = EpisodicEvaluator(spec, 30).evaluate(trained[0], others, both)
+    (line,) = lines(tmp_path / "across.csv")
+    assert line["5-way 1-shot"].split()[0] == f"{100 * together.per_episode.mean():.2f}"
+    assert (line["seed"], line["steps"]) == ("1", "2")
+    kept = json.loads((tmp_path / "trainings" / "across" / "ensemble" / "seed1" / "config.json").read_text())
+    seconds = [history_of(load_checkpoint(run / "last.pt")).seconds for run in runs]
+    assert kept["minutes"] == sum(seconds) / 60
 
 
 def test_more_steps_make_older_figures_void(made: Path, tmp_path: Path) -> None:

@@ -80,10 +80,21 @@ def omniglot() -> list[Row]:
             (in_first_order(omniglot_maml.MANY_WAYS),),
             note=MAML_NOTE,
         ),
-        Row("omniglot/strongest", "strongest recipe", (omniglot_strongest.CONFIG,)),
+        STRONGEST,
+        Row(
+            "omniglot/strongest_ensemble",
+            "strongest recipe, three networks as one",
+            STRONGEST.trainings,
+            STRONGEST,
+            partial(on_test_classes, loader=omniglot_strongest.load_mirrored),
+            networks=3,
+            published={},
+            note="trained on train and val classes, by the seed and the next two",
+        ),
     ]
 
 
+STRONGEST = Row("omniglot/strongest", "strongest recipe", (omniglot_strongest.CONFIG,))
 PROTONET = Row("omniglot/protonet", "ProtoNet", (omniglot_protonet.CONFIG,))
 
 

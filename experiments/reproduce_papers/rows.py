@@ -1,13 +1,13 @@
 """Row: a line of a table of results, and the folders that its figures come from."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 
-from pml_fewshot import ExperimentConfig, ResultTable, load_trained, run
+from pml_fewshot import Embedder, Ensemble, ExperimentConfig, ResultTable, load_trained, run
 from pml_fewshot.checks import UsageError
 from pml_fewshot.experiment.prepare import instance
 from pml_fewshot.experiment.run_folder import changed_fields, finished_config, read_config, write_config
@@ -27,6 +27,7 @@ class Row:
         trainings: experiments, each run by every seed.
         trained_by: the row whose weights are evaluated here once more, by `evaluate`; the row's own when None.
         evaluate: called with such a trainer and its config for a table, which replaces that of the training.
+        networks: how many it evaluates as one (Ensemble): that of the seed and those of the next seeds.
         published: figures by column and source, from papers with the same setup; the trainings' own when None.
         note: what a reader must know of the data.
         options: what the command needs beside the row's name.
@@ -38,6 +39,7 @@ class Row:
     trainings: tuple[ExperimentConfig, ...]
     trained_by: "Row | None" = None
     evaluate: Evaluation | None = None
+    networks: int = 1
     published: Mapping[str, Mapping[str, str]] | None = None
     note: str = ""
     options: str = ""
@@ -92,12 +94,24 @@ class Row:
         if self.evaluate is not None and not (run_dir / "figures.csv").exists():
             with torch.random.fork_rng(devices=[]):
                 untrained = instance(training.trainer).eval()
-            self.evaluate(untrained, replace(config, num_episodes=2))
-        run(config, resume=True)
+            self.evaluate(self.as_one([untrained] * self.networks), replace(config, num_episodes=2))
+        configs = [
+            replace(config, seed=each, run_dir=self.run_dir(folder, training, each))
+            for each in range(seed, seed + self.networks)
+        ]
+        for each in configs:
+            run(each, resume=True)
         if self.evaluate is not None:
             place.mkdir(parents=True, exist_ok=True)
             with FileLock(place / ".lock"):
                 if not self.finished(folder, training, seed):
                     stored = read_config(run_dir)
-                    self.evaluate(load_trained(run_dir, config), config).write(place)
+                    trained = [load_trained(each.run_dir, each) for each in configs if each.run_dir is not None]
+                    self.evaluate(self.as_one(trained), config).write(place)
                     write_config(place, stored)
+
+    def as_one(self, trainers: Sequence[FewShotTrainer]) -> FewShotTrainer:
+        """A trainer whose embedder is the ensemble of those of all; the only one as it is."""
+        if len(trainers) > 1:
+            trainers[0].embedder = Embedder(Ensemble([each.embedder for each in trainers]))
+        return trainers[0]

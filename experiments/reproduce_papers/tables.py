@@ -62,8 +62,10 @@ def keep(folder: Path, row: Row, kept: Path) -> None:
             stored = read_config(source)
             if row.finished(kept, training, seed) and read_config(place)["sessions"] == stored["sessions"]:
                 continue
-            history = history_of(load_checkpoint(row.run_dir(folder, training, seed) / "last.pt"))
-            stored |= {"commands": [], "steps": history.steps, "minutes": history.seconds / 60}
+            runs = [row.run_dir(folder, training, each) for each in range(seed, seed + row.networks)]
+            histories = [history_of(load_checkpoint(run / "last.pt")) for run in runs]
+            seconds = sum(history.seconds for history in histories)
+            stored |= {"commands": [], "steps": histories[0].steps, "minutes": seconds / 60}
             stored["config"] |= {"run_dir": None, "data_root": None}
             figures = [
                 each if each.of_episodes else replace(each, values=None) for each in ResultTable.read(source).rows
