@@ -6,7 +6,7 @@ Measured on 1,692 unseen classes, 1,000 episodes of 15 queries a class, 5 inner 
 0.18 transductive, 93.18 +- 0.19 inductive; 8,000 steps of 2 episodes in 57.7 minutes on one CPU core, with other work
 beside it. The paper's 60,000 steps of 16 episodes are sixty times as many.
 
-Twenty ways need a network of their own, whose last layer has as many outputs. It is tested on 1,000 episodes instead of
+The network is one of its own, trained for 20 ways. It is tested on 1,000 episodes instead of
 10,000, because each adapts to 20 images in 5 steps and classifies 300, which takes a tenth of a second on a CPU core.
 """
 

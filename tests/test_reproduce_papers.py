@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from experiments.omniglot_maml import UnitHead, summed_cross_entropy
+from experiments.omniglot_maml import MANY_WAYS, UnitHead, evaluate_more, loss_of_each_way
 from experiments.reproduce_papers.__main__ import CONFIGS, DOCS, main, reproduce
 from experiments.reproduce_papers.lake import evaluate_lake, load_runs
 from experiments.reproduce_papers.papers import gray, lake_rows, rows_of_papers
@@ -26,7 +26,6 @@ from experiments.reproduce_papers.tables import found_in, write_tables
 from pml_fewshot import (
     Conv4,
     Embedder,
-    EpisodeSpec,
     EpisodicEvaluator,
     ExperimentConfig,
     FewShotDataset,
@@ -51,12 +50,8 @@ from tests.tiny_experiments import TINY_EXPERIMENTS, tiny_set
 SEEDS = (0, 1)
 PROTONET = replace(TINY_EXPERIMENTS["protonet"], steps=2, published={"A. and B. 2000": {"5-way 1-shot": "12.3"}})
 CHANGED = swap(PROTONET, loss=partial(PrototypicalLoss, scale=2.0))
-BY_SIZE = tuple(
-    replace(PROTONET, name=f"{shots}shot", published=None, eval_specs=(EpisodeSpec(5, shots, 5),), retrieval=None)
-    for shots in (1, 2)
-)
 NORMALIZED = partial(nn.Sequential, partial(nn.Flatten), partial(nn.BatchNorm1d, 16), partial(nn.Linear, 16, 5))
-PROTO = Row("tiny/protonet", "ProtoNet", (PROTONET,), note="of ten images")
+PROTO = Row("tiny/protonet", "ProtoNet", PROTONET, note="of ten images")
 
 
 def on_others(trainer: FewShotTrainer, config: ExperimentConfig) -> ResultTable:
@@ -65,10 +60,10 @@ def on_others(trainer: FewShotTrainer, config: ExperimentConfig) -> ResultTable:
 
 ROWS = [
     PROTO,
-    Row("tiny/siamese", "Siamese", (replace(TINY_EXPERIMENTS["siamese"], steps=2),)),
-    Row("tiny/by_size", "by size", BY_SIZE),
-    Row("tiny/maml", "MAML", (swap(replace(TINY_EXPERIMENTS["maml"], steps=2), network=NORMALIZED),)),
-    Row("across/elsewhere", "elsewhere", (PROTONET,), PROTO, on_others, published={}),
+    Row("tiny/siamese", "Siamese", replace(TINY_EXPERIMENTS["siamese"], steps=2)),
+    Row("tiny/matching", "Matching", replace(TINY_EXPERIMENTS["matching"], steps=2)),
+    Row("tiny/maml", "MAML", swap(replace(TINY_EXPERIMENTS["maml"], steps=2), network=NORMALIZED)),
+    Row("across/elsewhere", "elsewhere", PROTONET, PROTO, on_others, published={}),
 ]
 
 
@@ -92,7 +87,7 @@ def values(folder: Path, place: str, method: str = "") -> list[Any]:
 
 
 def test_a_line_is_the_mean_over_seeds_with_the_papers_below(made: Path) -> None:
-    ours, paper, siamese, by_size, maml = lines(made / "tables" / "tiny.csv")
+    ours, paper, siamese, _, maml = lines(made / "tables" / "tiny.csv")
     found = values(made, "tiny/protonet")
     mean, ci95 = average(found)
     assert ours["5-way 1-shot"] == f"{100 * mean:.2f} +- {100 * ci95:.2f}"
@@ -105,11 +100,7 @@ def test_a_line_is_the_mean_over_seeds_with_the_papers_below(made: Path) -> None
     assert ours["commit"]
     assert "CPU core" in ours["machine"]
     assert (paper["method"], paper["source"], paper["5-way 1-shot"]) == ("ProtoNet", "A. and B. 2000", "12.3")
-    assert (siamese["method"], by_size["method"]) == ("Siamese", "by size")
-    assert by_size["5-way 1-shot"]  # one line of two trainings
-    assert by_size["5-way 2-shot"]
-    assert (made / "runs" / "tiny" / "by_size" / "2shot" / "seed1" / "config.json").exists()
-    assert maml["method"] == "MAML, transductive"
+    assert (siamese["method"], maml["method"]) == ("Siamese", "MAML, transductive")
 
 
 def test_each_seed_has_its_line(made: Path) -> None:
@@ -130,14 +121,6 @@ def test_differences_are_paired_over_episodes_and_seeds_within_a_protocol(made: 
     assert not any("MAML" in line["method"] + line["minus"] for line in pairs)  # transductive among inductive ones
 
 
-def test_a_seed_counts_with_all_of_its_trainings(made: Path, tmp_path: Path) -> None:
-    shutil.copytree(made / "runs", tmp_path / "runs")
-    shutil.rmtree(tmp_path / "runs" / "tiny" / "by_size" / "2shot" / "seed1")
-    write_tables(tmp_path / "runs", ROWS, tmp_path)
-    by_size = next(line for line in lines(tmp_path / "tiny.csv") if line["method"] == "by size")
-    assert (by_size["seed"], by_size["spread of seeds"]) == ("0", "")
-
-
 def test_weights_are_evaluated_on_other_classes_without_training_again(made: Path) -> None:
     place = made / "runs" / "across" / "elsewhere" / "seed0"
     assert {each.name for each in place.iterdir()} >= {"figures.csv", "values.npz"}
@@ -152,43 +135,76 @@ def test_an_evaluation_that_fails_does_so_before_the_training(tmp_path: Path) ->
         assert (config.num_episodes, trainer.training) == (2, False)
         raise UsageError("expected the runs, got none")
 
-    row = Row("across/elsewhere", "elsewhere", (PROTONET,), PROTO, broken)
+    row = Row("across/elsewhere", "elsewhere", PROTONET, PROTO, broken)
     with pytest.raises(UsageError, match="expected the runs"):
-        row.make(tmp_path, PROTONET, 0, None)
+        row.make(tmp_path, 0, None)
     assert not list(tmp_path.iterdir())
 
 
 def test_networks_of_several_seeds_are_evaluated_as_one(made: Path, tmp_path: Path) -> None:
+    row = Row("across/ensemble", "ensemble", PROTONET, PROTO, on_others, networks=2, published={})
     shutil.copytree(made / "runs" / "tiny" / "protonet", tmp_path / "runs" / "tiny" / "protonet")
-    row = Row("across/ensemble", "ensemble", (PROTONET,), PROTO, on_others, networks=2, published={})
-    assert reproduce([row], tmp_path / "runs", (1,)) == {}  # of seeds 1 and 2, which is trained for it
+    assert reproduce([row], tmp_path / "runs", SEEDS) == {}  # of seeds 0 and 1, and of 2 and 3, trained for it
     write_tables(tmp_path / "runs", [row], tmp_path)
-    runs = [tmp_path / "runs" / "tiny" / "protonet" / f"seed{seed}" for seed in (1, 2)]
     others, spec = tiny_set("d", 7, 4), PROTONET.eval_specs[0]
-    trained = [load_trained(each, PROTONET) for each in runs]
-    both = torch.cat([F.normalize(each.bank(others), dim=1) / 2**0.5 for each in trained], dim=1)
-    together = EpisodicEvaluator(spec, 30).evaluate(trained[0], others, both)
-    (line,) = lines(tmp_path / "across.csv")
-    assert line["5-way 1-shot"].split()[0] == f"{100 * together.per_episode.mean():.2f}"
-    assert (line["seed"], line["steps"]) == ("1", "2")
-    kept = json.loads((tmp_path / "trainings" / "across" / "ensemble" / "seed1" / "config.json").read_text())
-    seconds = [history_of(load_checkpoint(run / "last.pt")).seconds for run in runs]
-    assert kept["minutes"] == sum(seconds) / 60
+    for line, seeds in zip(lines(tmp_path / "across_seeds.csv"), ((0, 1), (2, 3)), strict=True):
+        runs = [PROTO.place(tmp_path / "runs", seed) for seed in seeds]
+        trained = [load_trained(each, PROTONET) for each in runs]
+        both = torch.cat([F.normalize(each.bank(others), dim=1) / 2**0.5 for each in trained], dim=1)
+        together = EpisodicEvaluator(spec, 30).evaluate(trained[0], others, both)
+        assert line["5-way 1-shot"].split()[0] == f"{100 * together.per_episode.mean():.2f}"
+        kept = json.loads((row.place(tmp_path / "trainings", seeds[0] // 2) / "config.json").read_text())
+        assert (line["steps"], kept["config"]["networks"]) == ("2", 2)
+        assert kept["minutes"] == sum(history_of(load_checkpoint(run / "last.pt")).seconds for run in runs) / 60
+        assert str(tmp_path) not in json.dumps(kept)
+
+
+def test_figures_of_several_networks_are_of_those_that_there_are(made: Path, tmp_path: Path) -> None:
+    def broken(trainer: FewShotTrainer, config: ExperimentConfig) -> ResultTable:
+        raise UsageError("expected the runs, got none")
+
+    row = Row("across/ensemble", "ensemble", PROTONET, PROTO, on_others, networks=2, published={})
+    shutil.copytree(made / "runs" / "tiny" / "protonet", tmp_path / "tiny" / "protonet")
+    row.make(tmp_path, 0, None)
+    assert row.finished(tmp_path, 0)
+    assert not replace(row, networks=3).finished(tmp_path, 0)
+    shutil.rmtree(PROTO.place(tmp_path, 1))
+    with pytest.raises(UsageError, match="expected the runs"):  # before the second network is trained
+        replace(row, evaluate=broken).make(tmp_path, 0, None)
+    assert not PROTO.place(tmp_path, 1).exists()
+    run(replace(PROTONET, seed=1, steps=1, run_dir=PROTO.place(tmp_path, 1)))
+    assert not row.finished(tmp_path, 0)
+
+
+def test_one_maml_network_is_evaluated_in_all_sizes_by_both_batch_norms() -> None:
+    images = torch.randint(0, 256, (24 * 20, 1, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
+    letters = FewShotDataset(images, torch.arange(24).repeat_interleave(20), [f"c{number}" for number in range(24)])
+    config = replace(MANY_WAYS, num_episodes=10)
+    table = evaluate_more(MANY_WAYS.trainer().eval(), Splits(letters, None, letters, shared_classes=True), config)
+    found = [(row.ways, row.shots, row.protocol, row.count) for row in table.rows]
+    assert found == [
+        (20, 1, "transductive", 2),
+        (20, 5, "transductive", 2),
+        (5, 1, "inductive", 10),
+        (5, 5, "inductive", 10),
+        (20, 1, "inductive", 2),
+        (20, 5, "inductive", 2),
+    ]
 
 
 def test_more_steps_make_older_figures_void(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
     longer = replace(PROTONET, steps=3)
-    row = Row("tiny/protonet", "ProtoNet", (longer,))
-    rows = [row, Row("across/elsewhere", "elsewhere", (longer,), row, on_others, published={})]
-    run(replace(longer, run_dir=row.run_dir(tmp_path / "runs", longer, 0)), resume=True)
+    row = Row("tiny/protonet", "ProtoNet", longer)
+    rows = [row, Row("across/elsewhere", "elsewhere", longer, row, on_others, published={})]
+    run(replace(longer, run_dir=row.place(tmp_path / "runs", 0)), resume=True)
     assert [row.seeds(tmp_path / "runs") for row in rows] == [[0], []]  # seed 1 has two steps
     assert reproduce(rows, tmp_path / "runs", (0,)) == {}
     assert [row.seeds(tmp_path / "runs") for row in rows] == [[0], [0]]
 
 
 def test_runs_of_another_recipe_are_not_mixed_in(made: Path) -> None:
-    assert Row("tiny/protonet", "ProtoNet", (CHANGED,)).seeds(made / "runs") == []
+    assert Row("tiny/protonet", "ProtoNet", CHANGED).seeds(made / "runs") == []
 
 
 def test_figures_without_their_values_have_wider_means_and_no_differences(made: Path, tmp_path: Path) -> None:
@@ -196,7 +212,7 @@ def test_figures_without_their_values_have_wider_means_and_no_differences(made: 
     (tmp_path / "trainings" / "tiny" / "siamese" / "seed0" / "values.npz").unlink()
     write_tables(tmp_path / "none", ROWS, tmp_path)
     pairs = {(line["method"], line["minus"]): line["seed"] for line in lines(tmp_path / "tiny_differences.csv")}
-    assert (pairs["ProtoNet", "by size"], pairs["ProtoNet", "Siamese"]) == ("0, 1", "1")
+    assert (pairs["ProtoNet", "Matching"], pairs["ProtoNet", "Siamese"]) == ("0, 1", "1")
     (siamese,) = (line for line in lines(tmp_path / "tiny.csv") if line["method"] == "Siamese")
     first, second = values(made, "tiny/siamese")
     episodes = 1.96 * (first.std() + second.std()) / 2 / len(first) ** 0.5
@@ -220,7 +236,7 @@ def test_what_other_machines_ran_is_kept_and_counts(made: Path, tmp_path: Path) 
         assert lines(tmp_path / "tiny.csv")[0]["seed"] == ("0", "0, 1")[seed]
     assert lines(tmp_path / "tiny.csv")[0].items() <= lines(made / "tables" / "tiny.csv")[0].items()
     assert found_in(tmp_path / "trainings", ROWS[0])[0].seeds == [0, 1]
-    row = Row("tiny/protonet", "ProtoNet", (CHANGED,))
+    row = Row("tiny/protonet", "ProtoNet", CHANGED)
     assert found_in(tmp_path / "trainings", row) == []
     assert reproduce([row], tmp_path / "changed", (1,)) == {}
     write_tables(tmp_path / "changed", [row], tmp_path)
@@ -234,7 +250,7 @@ def test_an_interruption_leaves_no_figures_of_another_recipe(
         raise KeyboardInterrupt
 
     shutil.copytree(made / "tables" / "trainings", tmp_path / "trainings")
-    row = Row("tiny/protonet", "ProtoNet", (CHANGED,))
+    row = Row("tiny/protonet", "ProtoNet", CHANGED)
     assert reproduce([row], tmp_path / "changed", (1,)) == {}
     for part in ("ResultTable.write_figures", "write_config"):
         with monkeypatch.context() as patch:
@@ -277,7 +293,7 @@ def test_a_failure_is_a_line_that_says_why_until_it_is_gone(tmp_path: Path) -> N
     def broken() -> Splits:
         raise RuntimeError("no\nsuch set")
 
-    rows = [Row("tiny/broken", "broken", (replace(PROTONET, data=broken),)), PROTO]
+    rows = [Row("tiny/broken", "broken", replace(PROTONET, data=broken)), PROTO]
     failed = reproduce(rows, tmp_path / "runs", (0,))
     assert failed == {"tiny/broken/seed0": "RuntimeError: no\nsuch set"}
     write_tables(tmp_path / "runs", rows, tmp_path, failed)
@@ -304,7 +320,7 @@ def test_a_damaged_run_is_a_line_that_says_so(made: Path, tmp_path: Path) -> Non
 
 
 def test_the_budget_saves_the_training_at_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    long = Row("tiny/long", "long", (replace(PROTONET, steps=10**6, validate_every=10**6),))
+    long = Row("tiny/long", "long", replace(PROTONET, steps=10**6, validate_every=10**6))
     handler = signal.getsignal(signal.SIGTERM)
     assert reproduce([long, PROTO], tmp_path, (0,), minutes=0.1) == {}
     assert "the 0.1 minutes are up; the same command again continues" in capsys.readouterr().out
@@ -316,19 +332,17 @@ def test_the_rows_have_names_of_their_own_and_ordinary_configs() -> None:
     rows = [*rows_of_papers(), *lake_rows(Path("lake"))]
     assert len({row.name for row in rows}) == len(rows) > 15
     assert {row.name for row in rows} >= {row.trained_by.name for row in rows if row.trained_by}
-    for row in rows:  # no two trainings of a line give one figure
-        sizes = [spec for training in row.trainings for spec in training.eval_specs]
-        assert len(set(sizes)) == len(sizes)
     assert len({config.name for config in CONFIGS}) > 15
 
 
 def test_one_inner_step_from_a_head_of_zeros_gives_cosines() -> None:
     generator = torch.Generator().manual_seed(0)
     support, query = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (20, 3))
-    trainer = MAMLTrainer(partial(UnitHead, 6, 20), inner_lr=0.1, inner_loss=summed_cross_entropy).double()
-    for ways in (20, 7):
-        found = trainer.classify(support[None, :ways, None], query[None])[0]
-        cosines = F.normalize(query, dim=1) @ F.normalize(support[:ways], dim=1).T
+    trainer = MAMLTrainer(partial(UnitHead, 6, 20), inner_lr=0.1, inner_loss=loss_of_each_way).double()
+    for ways, shots in ((20, 1), (7, 1), (5, 4)):
+        found = trainer.classify(support[None, : ways * shots].unflatten(1, (ways, shots)), query[None])[0]
+        cosines = F.normalize(query, dim=1) @ F.normalize(support[: ways * shots], dim=1).T
+        cosines = cosines.unflatten(1, (ways, shots)).mean(dim=2)
         torch.testing.assert_close(found, 12.5**2 / 10 * (cosines - cosines.mean(dim=1, keepdim=True)))
 
 

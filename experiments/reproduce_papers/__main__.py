@@ -32,7 +32,7 @@ from pml_fewshot.checks import LockedError, UsageError, check_choice
 from pml_fewshot.experiment.command_line import one_line_errors, program
 
 DOCS = Path(__file__).parents[2] / "docs"
-CONFIGS = [training for row in rows_of_papers() for training in row.trainings]  # which `pml-fewshot evaluate` looks for
+CONFIGS = [row.training for row in rows_of_papers()]  # which `pml-fewshot evaluate` looks for
 
 
 def reproduce(
@@ -56,18 +56,17 @@ def reproduce(
     failed = {} if failed is None else failed
     with budget(minutes) as over:
         for seed, row in product(seeds, rows):
-            for training in row.trainings:
-                if over.is_set():
-                    break
-                name = row.place(folder, training, seed).relative_to(folder).as_posix()
-                print(f"\n{name}", flush=True)
-                try:
-                    row.make(folder, training, seed, data_root)
-                except LockedError:
-                    print("another process is running it")
-                except Exception as error:  # noqa: BLE001 (whatever it is, it must not cost the others' hours)
-                    traceback.print_exc()
-                    failed[name] = f"{type(error).__name__}: {error}"
+            if over.is_set():
+                break
+            name = row.place(folder, seed).relative_to(folder).as_posix()
+            print(f"\n{name}", flush=True)
+            try:
+                row.make(folder, seed, data_root)
+            except LockedError:
+                print("another process is running it")
+            except Exception as error:  # noqa: BLE001 (whatever it is, it must not cost the others' hours)
+                traceback.print_exc()
+                failed[name] = f"{type(error).__name__}: {error}"
     if over.is_set():
         print(f"\nthe {minutes:g} minutes are up; the same command again continues")
     return failed
@@ -139,10 +138,9 @@ def main(
     rows = [row for row in every if row.name in only or (row in wide and (not only or row.table in only))]
     if list_only:
         for row, seed in product(rows, seeds):
-            for training in row.trainings:
-                place = row.place(folder, training, seed)
-                state = "begun" if place.exists() else "to do"
-                print(f"{'finished' if row.finished(folder, training, seed) else state:9} {place.relative_to(folder)}")
+            place = row.place(folder, seed)
+            state = "finished" if row.finished(folder, seed) else "begun" if place.exists() else "to do"
+            print(f"{state:9} {place.relative_to(folder)}")
         return
     for made in (folder, tables or DOCS / "results"):
         made.mkdir(parents=True, exist_ok=True)

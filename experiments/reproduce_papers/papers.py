@@ -67,35 +67,36 @@ def omniglot() -> list[Row]:
     )
     return [
         PROTONET,
-        Row("omniglot/matching", "Matching", (matching,)),
-        Row("omniglot/matching_context", "Matching, full context", (in_context(matching),)),
-        Row("omniglot/matching_euclid", "Matching, Euclid", (euclid,)),
-        Row("omniglot/matching_euclid_context", "Matching, Euclid, full context", (in_context(euclid),)),
-        Row("omniglot/siamese", "Siamese", (omniglot_siamese.CONFIG,)),
-        Row("omniglot/multi_similarity", "Multi-Similarity", (omniglot_metric.CONFIG,)),
-        Row("omniglot/maml", "MAML", (omniglot_maml.MANY_WAYS,), note=MAML_NOTE),
+        Row("omniglot/matching", "Matching", matching),
+        Row("omniglot/matching_context", "Matching, full context", in_context(matching)),
+        Row("omniglot/matching_euclid", "Matching, Euclid", euclid),
+        Row("omniglot/matching_euclid_context", "Matching, Euclid, full context", in_context(euclid)),
+        Row("omniglot/siamese", "Siamese", omniglot_siamese.CONFIG),
+        Row("omniglot/multi_similarity", "Multi-Similarity", omniglot_metric.CONFIG),
+        Row("omniglot/maml", "MAML", omniglot_maml.MANY_WAYS, note=MAML_NOTE),
         Row(
             "omniglot/maml_first_order",
             "MAML, first order",
-            (in_first_order(omniglot_maml.MANY_WAYS),),
+            in_first_order(omniglot_maml.MANY_WAYS),
             note=MAML_NOTE,
         ),
         STRONGEST,
         Row(
             "omniglot/strongest_ensemble",
             "strongest recipe, three networks as one",
-            STRONGEST.trainings,
+            STRONGEST.training,
             STRONGEST,
             partial(on_test_classes, loader=omniglot_strongest.load_mirrored),
             networks=3,
             published={},
-            note="trained on train and val classes, by the seed and the next two",
+            note="trained on train and val classes",
+            long=True,
         ),
     ]
 
 
-STRONGEST = Row("omniglot/strongest", "strongest recipe", (omniglot_strongest.CONFIG,))
-PROTONET = Row("omniglot/protonet", "ProtoNet", (omniglot_protonet.CONFIG,))
+STRONGEST = Row("omniglot/strongest", "strongest recipe", omniglot_strongest.CONFIG)
+PROTONET = Row("omniglot/protonet", "ProtoNet", omniglot_protonet.CONFIG)
 
 
 def in_context(config: ExperimentConfig) -> ExperimentConfig:
@@ -136,12 +137,12 @@ def mini_imagenet() -> list[Row]:
         "FRN, ResNet12": swap(mini_imagenet_frn.CONFIG, "mini_imagenet_resnet12_frn", embedder=maps),
     }
     return [
-        Row("mini_imagenet/protonet", "ProtoNet", (protonet,)),
-        Row("mini_imagenet/matching", "Matching", (matching,)),
-        Row("mini_imagenet/metric", "NT-Xent", (metric,)),
-        Row("mini_imagenet/maml", "MAML, first order", (mini_imagenet_maml.CONFIG,)),
+        Row("mini_imagenet/protonet", "ProtoNet", protonet),
+        Row("mini_imagenet/matching", "Matching", matching),
+        Row("mini_imagenet/metric", "NT-Xent", metric),
+        Row("mini_imagenet/maml", "MAML, first order", mini_imagenet_maml.CONFIG),
         *(
-            Row(f"mini_imagenet/{each.name.removeprefix('mini_imagenet_')}", name, (each,), long=True)
+            Row(f"mini_imagenet/{each.name.removeprefix('mini_imagenet_')}", name, each, long=True)
             for name, each in resnet12.items()
         ),
     ]
@@ -149,7 +150,7 @@ def mini_imagenet() -> list[Row]:
 
 def across() -> list[Row]:
     """Trained on one set of classes, evaluated on the test classes of another; gray images of 28 x 28."""
-    letters = Row("across/letters", "letters", (quickstart.CONFIG,))
+    letters = Row("across/letters", "letters", quickstart.CONFIG)
     on_both = "trained on train and val classes"
     greek = f"{on_both}; Greek letters, and Omniglot's training characters have a Greek alphabet too"
     pairs: list[tuple[str, str, Row, Callable[..., Splits]]] = [
@@ -160,7 +161,7 @@ def across() -> list[Row]:
     rows = [letters]
     for method, note, trained_by, loader in pairs:
         evaluate, name = partial(on_test_classes, loader=loader), f"across/{method.lower().replace(' ', '_')}"
-        rows.append(Row(name, method, trained_by.trainings, trained_by, evaluate, published={}, note=note))
+        rows.append(Row(name, method, trained_by.training, trained_by, evaluate, published={}, note=note))
     return rows
 
 
@@ -188,8 +189,8 @@ def official() -> list[Row]:
     protonet = of_background(omniglot_protonet.CONFIG, load_rotated_for_training)
     strongest = of_background(omniglot_strongest.CONFIG, load_mirrored_for_training)
     return [
-        Row("omniglot_official/protonet", "ProtoNet", (protonet,)),
-        Row("omniglot_official/strongest", "strongest recipe", (strongest,)),
+        Row("omniglot_official/protonet", "ProtoNet", protonet),
+        Row("omniglot_official/strongest", "strongest recipe", strongest),
     ]
 
 
@@ -218,7 +219,7 @@ def lake_rows(folder: Path) -> list[Row]:
         Row(
             row.name.replace("omniglot_official", "lake"),
             row.method,
-            row.trainings,
+            row.training,
             row,
             partial(evaluate_lake, folder=folder),
             published=papers if number == 0 else {},

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -19,16 +20,17 @@ PAPER_SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Row:
-    """A method in a table: one training for all sizes of episodes, or one for each size whose figures make one line.
+    """A method in a table.
 
     Args:
         name: `table/method`, the folder of its runs; the table is the file of docs/results.
         method: as the table shows it.
-        trainings: experiments, each run by every seed.
+        training: experiment, run by every seed.
         trained_by: the row whose weights are evaluated here once more, by `evaluate`; the row's own when None.
         evaluate: called with such a trainer and its config for a table, which replaces that of the training.
-        networks: how many it evaluates as one (Ensemble): that of the seed and those of the next seeds.
-        published: figures by column and source, from papers with the same setup; the trainings' own when None.
+        networks: how many are evaluated as one (Ensemble): seed 0 is the first so many seeds of `trained_by`, seed 1
+            the next ones, so that no two share a network.
+        published: figures by column and source, from papers with the same setup; the training's own when None.
         note: what a reader must know of the data.
         options: what the command needs beside the row's name.
         long: takes days without a GPU, so that without one it is run only where its own name asks for it.
@@ -36,7 +38,7 @@ class Row:
 
     name: str
     method: str
-    trainings: tuple[ExperimentConfig, ...]
+    training: ExperimentConfig
     trained_by: "Row | None" = None
     evaluate: Evaluation | None = None
     networks: int = 1
@@ -54,64 +56,73 @@ class Row:
         names = " ".join(dict.fromkeys((self.name, *others)))
         return f"python -m experiments.reproduce_papers --data-root DIR {self.options}--only {names}"
 
-    def place(self, folder: Path, training: ExperimentConfig, seed: int) -> Path:
-        """The folder of the figures of a training by a seed, below that of all runs."""
-        part = training.name if len(self.trainings) > 1 else ""
-        return folder / self.name / part / f"seed{seed}"
+    def place(self, folder: Path, seed: int) -> Path:
+        """The folder of the figures of a seed, below that of all runs."""
+        return folder / self.name / f"seed{seed}"
 
-    def run_dir(self, folder: Path, training: ExperimentConfig, seed: int) -> Path:
-        """The run folder that the figures' weights come from."""
-        return (self.trained_by or self).place(folder, training, seed)
+    def runs(self, folder: Path, seed: int) -> list[Path]:
+        """The run folders that the figures' weights come from."""
+        first = seed * self.networks
+        return [(self.trained_by or self).place(folder, each) for each in range(first, first + self.networks)]
 
-    def seeds(self, folder: Path, *trainings: ExperimentConfig) -> list[int]:
-        """Seeds for which all trainings (or those given) have figures."""
-        places = (folder / self.name).rglob("seed*")
-        found = sorted({int(place.name.removeprefix("seed")) for place in places if place.name[4:].isdigit()})
-        return [
-            seed for seed in found if all(self.finished(folder, each, seed) for each in trainings or self.trainings)
-        ]
+    def seeds(self, folder: Path) -> list[int]:
+        """Seeds that have figures."""
+        places = (folder / self.name).glob("seed*")
+        found = sorted(int(place.name.removeprefix("seed")) for place in places if place.name[4:].isdigit())
+        return [seed for seed in found if self.finished(folder, seed)]
 
-    def finished(self, folder: Path, training: ExperimentConfig, seed: int) -> bool:
-        """Whether there are figures of this training; if its run folder is there, of the weights that it ended with."""
-        place, run_dir = self.place(folder, training, seed), self.run_dir(folder, training, seed)
+    def finished(self, folder: Path, seed: int) -> bool:
+        """Whether there are figures of this row; if its run folders are there, of the weights that they ended with."""
+        place, runs = self.place(folder, seed), self.runs(folder, seed)
         if not (place / "figures.csv").exists():
             return False
         try:
             stored = finished_config(place)
-            if (run_dir / "last.pt").exists() and read_config(run_dir) != stored:
+            if all((each / "last.pt").exists() for each in runs) and self.made_by(folder, seed) != stored:
                 return False
         except UsageError:  # resumed for more steps, or damaged, which resuming it will say
             return False
-        return not changed_fields(replace(training, seed=seed), stored)
+        first = replace(self.training, seed=seed * self.networks)
+        return len(stored.get("others", ())) == self.networks - 1 and not changed_fields(first, stored)
 
-    def make(self, folder: Path, training: ExperimentConfig, seed: int, data_root: Path | None) -> None:
-        """Runs a training, or continues it, and evaluates; what is finished stays. Raises what `run` does.
+    def made_by(self, folder: Path, seed: int) -> dict[str, Any]:
+        """What config.json beside the figures has: that of the run; of several, the others' too, and their number."""
+        stored, *others = map(read_config, self.runs(folder, seed))
+        if others:
+            stored["config"]["networks"] = self.networks  # which tells it from one network where runs are compared
+            stored["others"] = others
+        return stored
+
+    def make(self, folder: Path, seed: int, data_root: Path | None) -> None:
+        """Runs the training, or continues it, and evaluates; what is finished stays. Raises what `run` does.
 
         `evaluate` is tried before a training, by an untrained trainer and 2 episodes, as `run` tries all else.
         """
-        place, run_dir = self.place(folder, training, seed), self.run_dir(folder, training, seed)
-        config = replace(training, seed=seed, data_root=data_root, run_dir=run_dir, report=False)
-        if self.evaluate is not None and not (run_dir / "figures.csv").exists():
-            with torch.random.fork_rng(devices=[]):
-                untrained = instance(training.trainer).eval()
-            self.evaluate(self.as_one([untrained] * self.networks), replace(config, num_episodes=2))
+        place, runs = self.place(folder, seed), self.runs(folder, seed)
         configs = [
-            replace(config, seed=each, run_dir=self.run_dir(folder, training, each))
-            for each in range(seed, seed + self.networks)
+            replace(
+                self.training, seed=int(each.name.removeprefix("seed")), data_root=data_root, run_dir=each, report=False
+            )
+            for each in runs
         ]
-        for each in configs:
-            run(each, resume=True)
+        if self.evaluate is not None and not all((each / "figures.csv").exists() for each in runs):
+            with torch.random.fork_rng(devices=[]):
+                untrained = [instance(self.training.trainer).eval() for _ in runs]
+            self.evaluate(as_one(untrained), replace(configs[0], num_episodes=2))
+        for config in configs:
+            run(config, resume=True)
         if self.evaluate is not None:
             place.mkdir(parents=True, exist_ok=True)
             with FileLock(place / ".lock"):
-                if not self.finished(folder, training, seed):
-                    stored = read_config(run_dir)
-                    trained = [load_trained(each.run_dir, each) for each in configs if each.run_dir is not None]
-                    self.evaluate(self.as_one(trained), config).write(place)
+                if not self.finished(folder, seed):
+                    stored = self.made_by(folder, seed)
+                    trained = [load_trained(each, config) for each, config in zip(runs, configs, strict=True)]
+                    self.evaluate(as_one(trained), configs[0]).write(place)
                     write_config(place, stored)
 
-    def as_one(self, trainers: Sequence[FewShotTrainer]) -> FewShotTrainer:
-        """A trainer whose embedder is the ensemble of those of all; the only one as it is."""
-        if len(trainers) > 1:
-            trainers[0].embedder = Embedder(Ensemble([each.embedder for each in trainers]))
-        return trainers[0]
+
+def as_one(trainers: Sequence[FewShotTrainer]) -> FewShotTrainer:
+    """The first trainer, whose embedder becomes the ensemble of those of all where there are several."""
+    if len(trainers) > 1:
+        trainers[0].embedder = Embedder(Ensemble([each.embedder for each in trainers]))
+    return trainers[0]

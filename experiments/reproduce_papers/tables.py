@@ -38,7 +38,7 @@ class Found:
     row: Row
     method: str
     figures: dict[str, dict[int, ResultRow]] = field(default_factory=dict)
-    trainings: dict[int, dict[str, Line]] = field(default_factory=dict)
+    trainings: dict[int, Line] = field(default_factory=dict)
 
     @property
     def seeds(self) -> list[int]:
@@ -56,53 +56,51 @@ def keep(folder: Path, row: Row, kept: Path) -> None:
     `pml-fewshot compare` takes such a copy as a run. It has no weights, no paths of this machine, and for retrieval no
     values of single queries, which would be three times as much as all else.
     """
-    for training in row.trainings:
-        for seed in row.seeds(folder, training):
-            source, place = (row.place(each, training, seed) for each in (folder, kept))
-            stored = read_config(source)
-            if row.finished(kept, training, seed) and read_config(place)["sessions"] == stored["sessions"]:
-                continue
-            runs = [row.run_dir(folder, training, each) for each in range(seed, seed + row.networks)]
-            histories = [history_of(load_checkpoint(run / "last.pt")) for run in runs]
-            seconds = sum(history.seconds for history in histories)
-            stored |= {"commands": [], "steps": histories[0].steps, "minutes": seconds / 60}
-            stored["config"] |= {"run_dir": None, "data_root": None}
-            figures = [
-                each if each.of_episodes else replace(each, values=None) for each in ResultTable.read(source).rows
-            ]
-            place.mkdir(parents=True, exist_ok=True)
-            (place / "figures.csv").unlink(missing_ok=True)
-            ResultTable(figures).write_figures(place)
-            write_config(place, stored)  # last: it says whose figures these are
+    for seed in row.seeds(folder):
+        source, place = (row.place(each, seed) for each in (folder, kept))
+        stored = read_config(source)
+        for each in (stored, *stored.get("others", ())):
+            each["commands"] = []
+            each["config"] |= {"run_dir": None, "data_root": None}
+        if row.finished(kept, seed) and read_config(place).items() >= stored.items():
+            continue
+        histories = [history_of(load_checkpoint(run / "last.pt")) for run in row.runs(folder, seed)]
+        seconds = sum(history.seconds for history in histories)
+        stored |= {"steps": histories[0].steps, "minutes": seconds / 60}
+        figures = [each if each.of_episodes else replace(each, values=None) for each in ResultTable.read(source).rows]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "figures.csv").unlink(missing_ok=True)
+        ResultTable(figures).write_figures(place)
+        write_config(place, stored)  # last: it says whose figures these are
 
 
 def found_in(kept: Path, row: Row) -> list[Found]:
     """What was kept of the trainings of a row, a line for each way in which they were evaluated.
 
-    A seed counts when all trainings are there and have the configs of the row as it is now.
+    A seed counts when it has the config of the row as it is now.
     """
     lines: dict[str, Found] = {}
     for seed in row.seeds(kept):
-        for training in row.trainings:
-            place = row.place(kept, training, seed)
-            how = _how_trained(read_config(place))
-            for figure in ResultTable.read(place).rows:
-                (title,) = arrange([figure])[0].values()
-                method = row.method + figure.method.removeprefix(training.name)
-                method += ", transductive" if figure.protocol == "transductive" else ""
-                line = lines.setdefault(method, Found(row, method))
-                by_seed = line.figures.setdefault(title, {})
-                if seed in by_seed or any(each.episodes_hash != figure.episodes_hash for each in by_seed.values()):
-                    wanted = f"{title} of {row.name} once a seed, on the same episodes"
-                    raise UsageError(f"expected {wanted}, got another by seed {seed}; evaluate alike")
-                by_seed[seed] = figure
-                line.trainings.setdefault(seed, {})[training.name] = how
+        place = row.place(kept, seed)
+        how = _how_trained(read_config(place))
+        for figure in ResultTable.read(place).rows:
+            (title,) = arrange([figure])[0].values()
+            method = row.method + figure.method.removeprefix(row.training.name)
+            method += ", transductive" if figure.protocol == "transductive" else ""
+            line = lines.setdefault(method, Found(row, method))
+            by_seed = line.figures.setdefault(title, {})
+            if seed in by_seed or any(each.episodes_hash != figure.episodes_hash for each in by_seed.values()):
+                wanted = f"{title} of {row.name} once a seed, on the same episodes"
+                raise UsageError(f"expected {wanted}, got another by seed {seed}; evaluate alike")
+            by_seed[seed] = figure
+            line.trainings[seed] = how
     return list(lines.values())
 
 
 def _how_trained(stored: Mapping[str, Any]) -> Line:
-    commits = [session["git commit"] for session in stored["sessions"]]
-    threads, device = (stored["sessions"][-1][name] for name in ("threads", "device"))
+    sessions = [session for each in (stored, *stored.get("others", ())) for session in each["sessions"]]
+    commits = [session["git commit"] for session in sessions]
+    threads, device = (sessions[-1][name] for name in ("threads", "device"))
     return {
         "steps": f"{stored['steps']:,}",
         "minutes": str(stored["minutes"]),
@@ -183,7 +181,7 @@ def _single(found: Found, seed: int) -> Line:
 
 
 def _how(found: Found, seeds: Sequence[int], command: str) -> Line:
-    runs = [run for seed in seeds for run in found.trainings[seed].values()]
+    runs = [found.trainings[seed] for seed in seeds]
     figures = [figure for by_seed in found.figures.values() for figure in by_seed.values()]
     together = {name: ", ".join(dict.fromkeys(run[name] for run in runs)) for name in ("steps", "commit", "machine")}
     return {
@@ -198,11 +196,8 @@ def _how(found: Found, seeds: Sequence[int], command: str) -> Line:
 
 def _published(row: Row, method: str) -> list[Line]:
     """The papers' lines of a method."""
-    papers: dict[str, Line] = {}
-    for published in [row.published] if row.published is not None else [each.published for each in row.trainings]:
-        for source, figures in (published or {}).items():
-            papers.setdefault(source, {"method": method, "source": source}).update(figures)
-    return list(papers.values())
+    papers = row.training.published if row.published is None else row.published
+    return [{"method": method, "source": source, **figures} for source, figures in (papers or {}).items()]
 
 
 def _failures(row: Row, failed: Mapping[str, str]) -> list[Line]:

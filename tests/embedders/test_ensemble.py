@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pml_fewshot import Conv4, Embedder, Ensemble
-from pml_fewshot.checks import UsageError
+from pml_fewshot.checks import UsageError, UsageTypeError
 from pml_fewshot.embedders.preprocessing import Preprocessing
 
 
@@ -37,6 +37,16 @@ def test_trunks_of_other_images_and_none_are_refused(sizes: tuple[int, ...]) -> 
         trunk.preprocessing = Preprocessing(size=(size, size), scale_to=size)
     with pytest.raises(UsageError, match="expected trunks that take images of the same preprocessing"):
         Ensemble(trunks)
+
+
+def test_a_trunk_alone_is_refused() -> None:
+    with pytest.raises(UsageTypeError, match="expected a sequence of trunks, got a Sequential"):
+        Ensemble(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
+
+
+def test_long_embeddings_of_16_bits_keep_their_direction() -> None:
+    found = Ensemble([nn.Flatten()]).half()(torch.full((1, 1, 16, 16), 2e4, dtype=torch.float16))
+    torch.testing.assert_close(found, torch.full((1, 256), 1 / 16))
 
 
 def test_it_has_the_preprocessing_of_its_trunks() -> None:

@@ -33,7 +33,7 @@ class InnerLoop(nn.Module):
     """Runs a network by the weights of T tasks, and adapts them to each task's support set.
 
     The network itself stays as it is: it is called functionally, by weights that are passed in. `loss` is that of a
-    support set, and `gives_logits` says that the outputs must be one for each way; the rest is as for MAMLTrainer.
+    support set, and `gives_logits` says that there must be an output for each way; the rest is as for MAMLTrainer.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class InnerLoop(nn.Module):
             if outputs.ndim != 3 or outputs.shape[2] < ways:
                 do = f"make its last layer at least {ways} wide, or give a head that classifies embeddings"
                 got = f"outputs of shape {tuple(outputs.shape[2:])}"
-                raise UsageError(f"expected a network with {ways} outputs, one for each way, got {got}; {do}")
+                raise UsageError(f"expected a network with at least {ways} outputs, one a way, got {got}; {do}")
             outputs = outputs[:, :, :ways]
         return outputs[:, num_stat_items:].to(torch.promote_types(outputs.dtype, torch.float32))
 

@@ -65,7 +65,7 @@ class MAMLTrainer(FewShotTrainer):
         reptile: move the weights towards the adapted ones instead of along MAML's gradient (Nichol et al. 2018). The
             inner loop then takes support and queries together, all of them in each step.
         head: classifies queries by adapted embeddings, for a network that gives those (`nearest_prototype` and others);
-            None where it gives logits.
+            None where it gives logits: a forgotten head takes the first dimensions for those.
         parallel: how tasks are run, with the same gradients: in "threads" that each have a copy of the network with the
             same tensors, at once by "vmap", or one after the other in a "loop"; "auto" is vmap on a GPU and threads on
             a CPU where network, loss and head can be copied and draw no numbers, else the loop. One of them that counts
@@ -263,7 +263,7 @@ class MAMLTrainer(FewShotTrainer):
         return self._last_accuracy
 
     def check(self, splits: Splits, specs: Sequence[EpisodeSpec | BatchSpec]) -> None:
-        """Raises a UsageError where the network, made for so many ways, does not fit the episodes of a spec."""
+        """Raises a UsageError where the network, made for at most so many ways, does not fit the episodes of a spec."""
         for spec in specs:
             if not isinstance(spec, EpisodeSpec):
                 raise UsageError(f"expected train_spec as an EpisodeSpec, got {spec}; MAML trains on episodes")
