@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from experiments.omniglot_maml import MANY_WAYS, UnitHead, evaluate_more, loss_of_each_way
+from experiments.omniglot_maml import CONFIG, UnitHead, evaluate_more, loss_of_each_way
 from experiments.reproduce_papers.__main__ import CONFIGS, DOCS, main, reproduce
 from experiments.reproduce_papers.lake import evaluate_lake, load_runs
 from experiments.reproduce_papers.papers import gray, lake_rows, rows_of_papers
@@ -179,8 +179,8 @@ def test_figures_of_several_networks_are_of_those_that_there_are(made: Path, tmp
 def test_one_maml_network_is_evaluated_in_all_sizes_by_both_batch_norms() -> None:
     images = torch.randint(0, 256, (24 * 20, 1, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
     letters = FewShotDataset(images, torch.arange(24).repeat_interleave(20), [f"c{number}" for number in range(24)])
-    config = replace(MANY_WAYS, num_episodes=10)
-    table = evaluate_more(MANY_WAYS.trainer().eval(), Splits(letters, None, letters, shared_classes=True), config)
+    config = replace(CONFIG, num_episodes=10)
+    table = evaluate_more(CONFIG.trainer().eval(), Splits(letters, None, letters, shared_classes=True), config)
     found = [(row.ways, row.shots, row.protocol, row.count) for row in table.rows]
     assert found == [
         (20, 1, "transductive", 2),

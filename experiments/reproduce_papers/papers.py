@@ -73,11 +73,11 @@ def omniglot() -> list[Row]:
         Row("omniglot/matching_euclid_context", "Matching, Euclid, full context", in_context(euclid)),
         Row("omniglot/siamese", "Siamese", omniglot_siamese.CONFIG),
         Row("omniglot/multi_similarity", "Multi-Similarity", omniglot_metric.CONFIG),
-        Row("omniglot/maml", "MAML", omniglot_maml.MANY_WAYS, note=MAML_NOTE),
+        Row("omniglot/maml", "MAML", omniglot_maml.CONFIG, note=MAML_NOTE),
         Row(
             "omniglot/maml_first_order",
             "MAML, first order",
-            in_first_order(omniglot_maml.MANY_WAYS),
+            in_first_order(omniglot_maml.CONFIG),
             note=MAML_NOTE,
         ),
         STRONGEST,
