@@ -75,7 +75,7 @@ CONFIG = replace(
     data=load_rotated_for_training,
     trainer=partial(
         SiameseTrainer,
-        embedder=partial(Embedder, trunk=partial(Conv4, in_channels=1, last_relu=False)),
+        embedder=partial(Embedder, trunk=partial(Conv4, in_channels=1, channels=(32, 64, 128, 128), last_relu=False)),
         # a small MLP in place of the weighted sum, which has 75 % of all characters where this has 81
         loss=partial(
             PairVerificationLoss,

@@ -17,6 +17,7 @@ from experiments import (
     omniglot_metric,
     omniglot_protonet,
     omniglot_siamese,
+    omniglot_siamese_official,
     omniglot_strongest,
     quickstart,
 )
@@ -190,6 +191,7 @@ def official() -> list[Row]:
     strongest = of_background(omniglot_strongest.CONFIG, load_mirrored_for_training)
     return [
         Row("omniglot_official/protonet", "ProtoNet", protonet),
+        Row("omniglot_official/siamese", "Siamese", omniglot_siamese_official.CONFIG),
         Row("omniglot_official/strongest", "strongest recipe", strongest),
     ]
 
