@@ -19,11 +19,11 @@ from pytorch_metric_learning.miners import MultiSimilarityMiner
 from pml_fewshot import (
     Conv4,
     DenseNTXentLoss,
+    DihedralViews,
     Embedder,
     ExperimentConfig,
     PrototypicalLoss,
     RandomAffine,
-    ShiftAverage,
     Splits,
     load_omniglot,
     swap,
@@ -46,7 +46,7 @@ def load_mirrored(root: Path) -> Splits:
 
 
 def embedder(trunk: "partial[Conv4]") -> "partial[Embedder]":
-    return partial(Embedder, trunk=partial(ShiftAverage, trunk=trunk))
+    return partial(Embedder, trunk=partial(DihedralViews, trunk=trunk))
 
 
 TRUNK = partial(Conv4, in_channels=1, channels=(32, 64, 128, 256), last_relu=False)
@@ -65,7 +65,7 @@ CONFIGS = [
     replace(CONFIG, name="no mirror images", data=load_plain),
     replace(CONFIG, name="stronger distortions", augment=RandomAffine(16, 0.16, 8, 0.08, probability=0.7)),
     replace(CONFIG, name="no distortions", augment=None),
-    changed("no shifts at test time", embedder=partial(Embedder, trunk=TRUNK)),
+    changed("no views at test time", embedder=partial(Embedder, trunk=TRUNK)),
     changed("64 filters in all blocks", embedder=embedder(partial(TRUNK, channels=64))),
     changed("twice as many filters", embedder=embedder(partial(TRUNK, channels=(64, 128, 256, 512)))),
     changed("last ReLU", embedder=embedder(partial(TRUNK, last_relu=True))),

@@ -8,8 +8,8 @@ Its figures are in docs/results, from `python -m experiments.reproduce_papers --
 It consists of pytorch-metric-learning's NT-Xent loss with a learned temperature, on batches of 60 classes with 6
 images each, in which every image is compared with the other 359; a Conv4 whose blocks grow wider as their maps get
 smaller, without its last ReLU; mirror images of the rotated characters as classes of their own, in training; half of
-the images slightly distorted; Adam with cosine decay; and at test time the mean embedding of an image and of its eight
-shifts by a pixel (ShiftAverage).
+the images slightly distorted; Adam with cosine decay; and at test time the embeddings of an image, of its quarter turns
+and of their mirror images side by side (DihedralViews), which makes eight networks of one.
 
 Chosen on the validation characters: `python -m experiments.omniglot_recipes` shows what each part brings.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pytorch_metric_learning.distances import CosineSimilarity
 
-from pml_fewshot import Conv4, DenseNTXentLoss, Embedder, MetricTrainer, ShiftAverage, Splits, load_omniglot, main
+from pml_fewshot import Conv4, DenseNTXentLoss, DihedralViews, Embedder, MetricTrainer, Splits, load_omniglot, main
 
 from . import omniglot_metric
 
@@ -49,7 +49,7 @@ CONFIG = replace(
         embedder=partial(
             Embedder,
             trunk=partial(
-                ShiftAverage,
+                DihedralViews,
                 trunk=partial(Conv4, in_channels=1, channels=(32, 64, 128, 256), last_relu=False),
             ),
         ),

@@ -28,6 +28,7 @@ from .embedders.bank import EmbeddingBank as EmbeddingBank
 from .embedders.bank import load_bank as load_bank
 from .embedders.bank import save_bank as save_bank
 from .embedders.conv4 import Conv4 as Conv4
+from .embedders.dihedral_views import DihedralViews as DihedralViews
 from .embedders.embedder import Embedder as Embedder
 from .embedders.embedder import encode_to_file as encode_to_file
 from .embedders.ensemble import Ensemble as Ensemble
@@ -35,7 +36,6 @@ from .embedders.image_embedder import ImageEmbedder as ImageEmbedder
 from .embedders.preprocessing import Preprocessing as Preprocessing
 from .embedders.resnet12 import ResNet12 as ResNet12
 from .embedders.set_to_set import SetToSet as SetToSet
-from .embedders.shift_average import ShiftAverage as ShiftAverage
 from .embedders.timm_trunk import TimmTrunk as TimmTrunk
 from .embedders.torchvision_trunk import TorchvisionTrunk as TorchvisionTrunk
 from .embedders.transformers_trunk import TransformersTrunk as TransformersTrunk
