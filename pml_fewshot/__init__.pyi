@@ -8,6 +8,7 @@ from .classify.export import update_onnx as update_onnx
 from .classify.leave_one_out import leave_one_out as leave_one_out
 from .data.augmentation import PerImage as PerImage
 from .data.augmentation import RandomAffine as RandomAffine
+from .data.augmentation import RandomWarp as RandomWarp
 from .data.dataset import FewShotDataset as FewShotDataset
 from .data.dataset import Splits as Splits
 from .data.glyphs import load_glyphs as load_glyphs

@@ -237,7 +237,7 @@ def of_benchmark(given: Given, folder: Path) -> Any:
 
 def of_streams(given: Given, folder: Path) -> Any:
     each = p.PerImage(lambda image: image * torch.rand(()))
-    episodes = p.EpisodeStream(images(), SPEC, 0, [RandomAffine(), each])
+    episodes = p.EpisodeStream(images(), SPEC, 0, [RandomAffine(), p.RandomWarp(), each])
     batches = p.BatchStream(images(), p.BatchSpec(4, 2), 0, RandomAffine())
     index = p.EpisodeSampler(LABELS, SPEC, torch.Generator().manual_seed(0)).sample(5)
     return [next(episodes).support, next(batches).images, index.support, index.query]
@@ -287,7 +287,9 @@ FIGURES: dict[str, Callable[[Given, Path], Any]] = {
     "Gallery": of_gallery,
     "build_gallery": of_sharded_gallery,
     "benchmark": of_benchmark,
-    **dict.fromkeys(("EpisodeStream", "BatchStream", "EpisodeSampler", "RandomAffine", "PerImage"), of_streams),
+    **dict.fromkeys(
+        ("EpisodeStream", "BatchStream", "EpisodeSampler", "RandomAffine", "RandomWarp", "PerImage"), of_streams
+    ),
     **dict.fromkeys(("RandomResizedCrop", "RandomHorizontalFlip", "ColorJitter"), of_photo_augmentation),
 }
 WITHOUT_FIGURES = {
