@@ -72,7 +72,7 @@ CONFIG = replace(
     trainer=partial(
         SiameseTrainer,
         embedder=partial(Embedder, trunk=partial(Conv4, in_channels=1, channels=(32, 64, 128, 128), last_relu=False)),
-        # a small MLP in place of the weighted sum, which has 75 % of all characters where this has 81
+        # a small MLP in place of the weighted sum, which has 75 % of all characters where this has 84
         loss=partial(
             PairVerificationLoss,
             distance=partial(WeightedL1Similarity, hidden=64),

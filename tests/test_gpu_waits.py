@@ -32,6 +32,7 @@ from pml_fewshot import (
     ProtoNetTrainer,
     PrototypicalLoss,
     RandomAffine,
+    RandomWarp,
     SiameseTrainer,
 )
 from pml_fewshot.distances.weighted_l1 import WeightedL1Similarity
@@ -180,7 +181,7 @@ def test_fit_waits_at_its_log_steps_alone(name: str, device: str, monkeypatch: p
     trainer = (EPISODIC | OF_BATCHES)[name]().to(device)
     stream: Any = EpisodeStream(m.tiny_set(), SPEC, 0, RandomAffine(flip=True), episodes_per_batch=2)
     if name in OF_BATCHES:
-        stream = BatchStream(m.tiny_set(), BatchSpec(3, 2), 0, RandomAffine(flip=True))
+        stream = BatchStream(m.tiny_set(), BatchSpec(3, 2), 0, RandomWarp(flip=True))
     next(stream)  # draws many on the CPU
     stream.dataset, stream._block = stream.dataset.to(device), stream._block.to(device)
     optimizer = Adam(trainer.parameters())

@@ -252,17 +252,18 @@ class RandomAffine:
 class RandomWarp(RandomAffine):
     """RandomAffine that also bends an image: its points are shifted by a smooth random field.
 
-    Writers draw a character not only larger or more slanted than others do, but some strokes of it longer or rounder.
-    360 images of 28 x 28 pixels take about 6 ms of a CPU core, with RandomAffine 4.
+    Writers do not only slant a character more than others do, they also draw some of its strokes longer or rounder. A
+    batch takes about 1.4 times as long as with RandomAffine, 6 in place of 4 ms for 360 images of 28 x 28 pixels.
 
     Args:
         warp: standard deviation of the shift at a node, as a fraction of the size, along each axis; 0.04 is 1.1 of 28
             pixels.
-        nodes: the field is drawn at nodes x nodes points, from corner to corner, and is a bicubic curve between them:
-            more nodes bend finer details.
+        nodes: the field is drawn at nodes x nodes points, from corner to corner, and is a bicubic curve between them.
+            More nodes bend finer details and want a lower warp: at 0.04 some images fold over themselves with 6 nodes,
+            nearly all with 8.
 
     Raises:
-        UsageError: a negative warp, or fewer than two nodes.
+        UsageError: a warp out of [0, 1), or fewer than two nodes.
 
     Source: after the elastic distortions of Simard, Steinkraus and Platt 2003, section 2, whose field is noise that is
     smoothed at every pixel.
@@ -273,15 +274,15 @@ class RandomWarp(RandomAffine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.warp >= 0:
-            raise UsageError(f"expected warp >= 0, got {self.warp}; give a fraction of the size")
-        if self.nodes < 2:
-            raise UsageError(f"expected nodes >= 2, got {self.nodes}; there is one in each corner")
+        if not 0 <= self.warp < 1:
+            raise UsageError(f"expected warp from 0 to below 1, got {self.warp}; give a fraction of the size")
+        if not isinstance(self.nodes, int) or self.nodes < 2:
+            raise UsageError(f"expected nodes as a whole number from 2, got {self.nodes}; there is one in each corner")
 
     def _bent(self, grid: Tensor, distorted: Tensor, generator: torch.Generator) -> Tensor:
         at_nodes = torch.randn(len(grid), 2, self.nodes, self.nodes, generator=generator, device=generator.device)
         at_nodes = at_nodes.to(grid.device, non_blocking=True) * (2 * self.warp) * distorted.view(-1, 1, 1, 1)
-        # each node's share of a shift, along an axis; torch's own bicubic curve of the whole field takes thrice as long
+        # each node's share of a shift, along an axis: interpolating the whole field makes a call twice as long
         share = torch.eye(self.nodes, device=grid.device).expand(1, 1, -1, -1)
         of_rows, of_columns = (
             F.interpolate(share, (size, self.nodes), mode="bicubic", align_corners=True)[0, 0]
