@@ -1,10 +1,11 @@
 """DihedralViews against images turned and mirrored pixel by pixel."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pml_fewshot import Conv4, DihedralViews, Embedder
+from pml_fewshot import Conv4, DihedralViews, Embedder, UsageError
 
 
 def turned(image: Tensor) -> Tensor:
@@ -40,6 +41,29 @@ def test_a_cosine_is_the_mean_of_those_of_all_views() -> None:
             pairs = zip(all_views(a), all_views(b), strict=True)
             cosines = [F.cosine_similarity(trunk(one[None]), trunk(other[None])).item() for one, other in pairs]
             torch.testing.assert_close((of_a @ of_b).item(), sum(cosines) / 8)
+
+
+def shifted(image: Tensor, down: int, right: int) -> Tensor:
+    made = torch.zeros_like(image)
+    for y in range(image.shape[1]):
+        for x in range(image.shape[2]):
+            if 0 <= y + down < image.shape[1] and 0 <= x + right < image.shape[2]:
+                made[:, y + down, x + right] = image[:, y, x]
+    return made
+
+
+def test_a_shifted_views_embedding_is_the_mean_over_five_images() -> None:
+    image = torch.rand(1, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    trunk = nn.Sequential(nn.Flatten(), nn.Linear(36, 5)).double()
+    found = DihedralViews(trunk, shift=2).eval()(image[None])[0].view(8, 5) * 8**0.5
+    expected = []
+    for view in all_views(image):
+        moved = [shifted(view, *by) for by in ((0, 0), (2, 0), (-2, 0), (0, 2), (0, -2))]
+        expected.append(F.normalize(sum(F.normalize(trunk(each[None])[0], dim=0) for each in moved), dim=0))
+    for each in expected:
+        assert min((each - block).abs().max() for block in found) < 1e-9
+    with pytest.raises(UsageError, match="expected shift >= 0, got -1"):
+        DihedralViews(trunk, shift=-1)
 
 
 def test_a_turned_image_has_the_same_blocks_in_another_order() -> None:
