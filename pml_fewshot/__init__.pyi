@@ -32,7 +32,6 @@ from .embedders.conv4 import Conv4 as Conv4
 from .embedders.dihedral_views import DihedralViews as DihedralViews
 from .embedders.embedder import Embedder as Embedder
 from .embedders.embedder import encode_to_file as encode_to_file
-from .embedders.ensemble import Ensemble as Ensemble
 from .embedders.image_embedder import ImageEmbedder as ImageEmbedder
 from .embedders.preprocessing import Preprocessing as Preprocessing
 from .embedders.resnet12 import ResNet12 as ResNet12

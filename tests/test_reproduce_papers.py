@@ -26,7 +26,6 @@ from experiments.reproduce_papers.tables import found_in, write_tables
 from pml_fewshot import (
     Conv4,
     Embedder,
-    EpisodicEvaluator,
     ExperimentConfig,
     FewShotDataset,
     MAMLTrainer,
@@ -35,7 +34,6 @@ from pml_fewshot import (
     ResultTable,
     Splits,
     benchmark,
-    load_trained,
     run,
     swap,
 )
@@ -141,39 +139,23 @@ def test_an_evaluation_that_fails_does_so_before_the_training(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_networks_of_several_seeds_are_evaluated_as_one(made: Path, tmp_path: Path) -> None:
-    row = Row("across/ensemble", "ensemble", PROTONET, PROTO, on_others, networks=2, published={})
-    shutil.copytree(made / "runs" / "tiny" / "protonet", tmp_path / "runs" / "tiny" / "protonet")
-    assert reproduce([row], tmp_path / "runs", SEEDS) == {}  # of seeds 0 and 1, and of 2 and 3, trained for it
-    write_tables(tmp_path / "runs", [row], tmp_path)
-    others, spec = tiny_set("d", 7, 4), PROTONET.eval_specs[0]
-    for line, seeds in zip(lines(tmp_path / "across_seeds.csv"), ((0, 1), (2, 3)), strict=True):
-        runs = [PROTO.place(tmp_path / "runs", seed) for seed in seeds]
-        trained = [load_trained(each, PROTONET) for each in runs]
-        both = torch.cat([F.normalize(each.bank(others), dim=1) / 2**0.5 for each in trained], dim=1)
-        together = EpisodicEvaluator(spec, 30).evaluate(trained[0], others, both)
-        assert line["5-way 1-shot"].split()[0] == f"{100 * together.per_episode.mean():.2f}"
-        kept = json.loads((row.place(tmp_path / "trainings", seeds[0] // 2) / "config.json").read_text())
-        assert (line["steps"], kept["config"]["networks"]) == ("2", 2)
-        assert kept["minutes"] == sum(history_of(load_checkpoint(run / "last.pt")).seconds for run in runs) / 60
-        assert str(tmp_path) not in json.dumps(kept)
-
-
-def test_figures_of_several_networks_are_of_those_that_there_are(made: Path, tmp_path: Path) -> None:
-    def broken(trainer: FewShotTrainer, config: ExperimentConfig) -> ResultTable:
-        raise UsageError("expected the runs, got none")
-
-    row = Row("across/ensemble", "ensemble", PROTONET, PROTO, on_others, networks=2, published={})
-    shutil.copytree(made / "runs" / "tiny" / "protonet", tmp_path / "tiny" / "protonet")
-    row.make(tmp_path, 0, None)
+def test_figures_count_while_they_are_of_the_weights_that_there_are(made: Path, tmp_path: Path) -> None:
+    row = Row("across/elsewhere", "elsewhere", PROTONET, PROTO, on_others)
+    for each in ("across/elsewhere/seed0", "tiny/protonet/seed0"):
+        shutil.copytree(made / "runs" / each, tmp_path / each)
     assert row.finished(tmp_path, 0)
-    assert not replace(row, networks=3).finished(tmp_path, 0)
-    shutil.rmtree(PROTO.place(tmp_path, 1))
-    with pytest.raises(UsageError, match="expected the runs"):  # before the second network is trained
-        replace(row, evaluate=broken).make(tmp_path, 0, None)
-    assert not PROTO.place(tmp_path, 1).exists()
-    run(replace(PROTONET, seed=1, steps=1, run_dir=PROTO.place(tmp_path, 1)))
+    shutil.rmtree(PROTO.place(tmp_path, 0))
+    assert row.finished(tmp_path, 0)
+    run(replace(PROTONET, seed=0, steps=1, run_dir=PROTO.place(tmp_path, 0)))
     assert not row.finished(tmp_path, 0)
+
+
+def test_what_is_kept_has_the_minutes_and_no_path(made: Path) -> None:
+    for row, run_folder in ((PROTO.name, PROTO.name), ("across/elsewhere", PROTO.name)):
+        text = (made / "tables" / "trainings" / row / "seed0" / "config.json").read_text()
+        seconds = history_of(load_checkpoint(made / "runs" / run_folder / "seed0" / "last.pt")).seconds
+        assert json.loads(text)["minutes"] == seconds / 60
+        assert str(made) not in text
 
 
 def test_one_maml_network_is_evaluated_in_all_sizes_by_both_batch_norms() -> None:

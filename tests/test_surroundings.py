@@ -181,10 +181,7 @@ def of_other_trunks(given: Given, folder: Path) -> Any:
     layers = nn.Flatten, partial(nn.Linear, 3 * 48 * 48, 6), partial(nn.BatchNorm1d, 6), partial(nn.Linear, 6, 2)
     model = built(lambda: nn.Sequential(*(layer() for layer in layers)))
     views = built(lambda: p.Embedder(p.DihedralViews(nn.Sequential(nn.Flatten(), nn.Linear(3 * 48 * 48, 6))))).train()
-    ensemble = built(
-        lambda: p.Embedder(p.Ensemble([p.Conv4(in_channels=3, channels=4), p.Conv4(3, channels=8)]))
-    ).train()
-    others = (views, ensemble, p.Embedder(p.TorchvisionTrunk(model.train())))
+    others = (views, p.Embedder(p.TorchvisionTrunk(model.train())))
     return [embedder.encode(color).embeddings for embedder in (resnet, *others)]
 
 
@@ -278,7 +275,7 @@ FIGURES: dict[str, Callable[[Given, Path], Any]] = {
     "sweep": of_sweep,
     "search": of_search,
     **dict.fromkeys(("Embedder", "Conv4"), of_encode),
-    **dict.fromkeys(("DihedralViews", "Ensemble", "ResNet12", "TorchvisionTrunk"), of_other_trunks),
+    **dict.fromkeys(("DihedralViews", "ResNet12", "TorchvisionTrunk"), of_other_trunks),
     **dict.fromkeys(("save_bank", "load_bank", "export_embedder", "load_embedder"), of_files),
     "EmbeddingBank": of_bank,
     **dict.fromkeys(("EpisodicEvaluator", "compare"), of_evaluator),

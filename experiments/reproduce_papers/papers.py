@@ -82,17 +82,6 @@ def omniglot() -> list[Row]:
             note=MAML_NOTE,
         ),
         STRONGEST,
-        Row(
-            "omniglot/strongest_ensemble",
-            "strongest recipe, three networks as one",
-            STRONGEST.training,
-            STRONGEST,
-            partial(on_test_classes, loader=omniglot_strongest.load_mirrored),
-            networks=3,
-            published={},
-            note="trained on train and val classes",
-            long=True,
-        ),
     ]
 
 

@@ -59,14 +59,12 @@ def keep(folder: Path, row: Row, kept: Path) -> None:
     for seed in row.seeds(folder):
         source, place = (row.place(each, seed) for each in (folder, kept))
         stored = read_config(source)
-        for each in (stored, *stored.get("others", ())):
-            each["commands"] = []
-            each["config"] |= {"run_dir": None, "data_root": None}
+        stored["commands"] = []
+        stored["config"] |= {"run_dir": None, "data_root": None}
         if row.finished(kept, seed) and read_config(place).items() >= stored.items():
             continue
-        histories = [history_of(load_checkpoint(run / "last.pt")) for run in row.runs(folder, seed)]
-        seconds = sum(history.seconds for history in histories)
-        stored |= {"steps": histories[0].steps, "minutes": seconds / 60}
+        history = history_of(load_checkpoint(row.run_folder(folder, seed) / "last.pt"))
+        stored |= {"steps": history.steps, "minutes": history.seconds / 60}
         figures = [each if each.of_episodes else replace(each, values=None) for each in ResultTable.read(source).rows]
         place.mkdir(parents=True, exist_ok=True)
         (place / "figures.csv").unlink(missing_ok=True)
@@ -98,7 +96,7 @@ def found_in(kept: Path, row: Row) -> list[Found]:
 
 
 def _how_trained(stored: Mapping[str, Any]) -> Line:
-    sessions = [session for each in (stored, *stored.get("others", ())) for session in each["sessions"]]
+    sessions = stored["sessions"]
     commits = [session["git commit"] for session in sessions]
     threads, device = (sessions[-1][name] for name in ("threads", "device"))
     return {
