@@ -48,7 +48,7 @@ def load_mirrored(root: Path) -> Splits:
 
 
 def embedder(trunk: "partial[Conv4]") -> "partial[Embedder]":
-    return partial(Embedder, trunk=partial(DihedralViews, trunk=trunk))
+    return partial(Embedder, trunk=partial(DihedralViews, trunk=trunk, shift=1))
 
 
 TRUNK = partial(Conv4, in_channels=1, channels=(32, 64, 128, 256), last_relu=False)
@@ -70,6 +70,7 @@ CONFIGS = [
     replace(CONFIG, name="no distortions", augment=None),
     replace(CONFIG, name="learning rate 0.001", optimizer=partial(Adam, lr=1e-3)),
     changed("no views at test time", embedder=partial(Embedder, trunk=TRUNK)),
+    changed("no shifts at test time", embedder=partial(Embedder, trunk=partial(DihedralViews, trunk=TRUNK))),
     changed("64 filters in all blocks", embedder=embedder(partial(TRUNK, channels=64))),
     changed("twice as many filters", embedder=embedder(partial(TRUNK, channels=(64, 128, 256, 512)))),
     changed("last ReLU", embedder=embedder(partial(TRUNK, last_relu=True))),

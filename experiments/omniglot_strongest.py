@@ -9,7 +9,8 @@ It consists of pytorch-metric-learning's NT-Xent loss with a learned temperature
 images each, in which every image is compared with the other 359; a Conv4 whose blocks grow wider as their maps get
 smaller, without its last ReLU; mirror images of the rotated characters as classes of their own, in training; half of
 the images slightly distorted and bent (RandomWarp); Adam with cosine decay; and at test time the embeddings of an
-image, of its quarter turns and of their mirror images side by side (DihedralViews), which makes eight networks of one.
+image, of its quarter turns and of their mirror images side by side, each the mean over shifts by a pixel
+(DihedralViews), which makes eight networks of one.
 
 Chosen on the validation characters: `python -m experiments.omniglot_recipes` shows what each part brings.
 """
@@ -62,6 +63,7 @@ CONFIG = replace(
             trunk=partial(
                 DihedralViews,
                 trunk=partial(Conv4, in_channels=1, channels=(32, 64, 128, 256), last_relu=False),
+                shift=1,
             ),
         ),
         loss=partial(DenseNTXentLoss, temperature=0.1, learn_temperature=True, distance=CosineSimilarity),
