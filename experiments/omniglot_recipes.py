@@ -15,6 +15,7 @@ from pathlib import Path
 from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner
+from torch.optim import Adam
 
 from pml_fewshot import (
     Conv4,
@@ -24,6 +25,7 @@ from pml_fewshot import (
     ExperimentConfig,
     PrototypicalLoss,
     RandomAffine,
+    RandomWarp,
     Splits,
     load_omniglot,
     swap,
@@ -46,7 +48,7 @@ def load_mirrored(root: Path) -> Splits:
 
 
 def embedder(trunk: "partial[Conv4]") -> "partial[Embedder]":
-    return partial(Embedder, trunk=partial(DihedralViews, trunk=trunk))
+    return partial(Embedder, trunk=partial(DihedralViews, trunk=trunk, shift=1))
 
 
 TRUNK = partial(Conv4, in_channels=1, channels=(32, 64, 128, 256), last_relu=False)
@@ -63,9 +65,12 @@ def changed(name: str, **parts: object) -> ExperimentConfig:
 CONFIGS = [
     replace(CONFIG, name="strongest recipe"),
     replace(CONFIG, name="no mirror images", data=load_plain),
-    replace(CONFIG, name="stronger distortions", augment=RandomAffine(16, 0.16, 8, 0.08, probability=0.7)),
+    replace(CONFIG, name="stronger distortions", augment=RandomWarp(16, 0.16, 8, 0.08, probability=0.7, warp=0.06)),
+    replace(CONFIG, name="distortions that do not bend", augment=RandomAffine(probability=0.5)),
     replace(CONFIG, name="no distortions", augment=None),
+    replace(CONFIG, name="learning rate 0.001", optimizer=partial(Adam, lr=1e-3)),
     changed("no views at test time", embedder=partial(Embedder, trunk=TRUNK)),
+    changed("no shifts at test time", embedder=partial(Embedder, trunk=partial(DihedralViews, trunk=TRUNK))),
     changed("64 filters in all blocks", embedder=embedder(partial(TRUNK, channels=64))),
     changed("twice as many filters", embedder=embedder(partial(TRUNK, channels=(64, 128, 256, 512)))),
     changed("last ReLU", embedder=embedder(partial(TRUNK, last_relu=True))),

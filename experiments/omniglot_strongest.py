@@ -8,8 +8,9 @@ Its figures are in docs/results, from `python -m experiments.reproduce_papers --
 It consists of pytorch-metric-learning's NT-Xent loss with a learned temperature, on batches of 60 classes with 6
 images each, in which every image is compared with the other 359; a Conv4 whose blocks grow wider as their maps get
 smaller, without its last ReLU; mirror images of the rotated characters as classes of their own, in training; half of
-the images slightly distorted; Adam with cosine decay; and at test time the embeddings of an image, of its quarter turns
-and of their mirror images side by side (DihedralViews), which makes eight networks of one.
+the images slightly distorted and bent (RandomWarp); Adam with cosine decay; and at test time the embeddings of an
+image, of its quarter turns and of their mirror images side by side, each the mean over shifts by a pixel
+(DihedralViews), which makes eight networks of one.
 
 Chosen on the validation characters: `python -m experiments.omniglot_recipes` shows what each part brings.
 """
@@ -19,8 +20,19 @@ from functools import partial
 from pathlib import Path
 
 from pytorch_metric_learning.distances import CosineSimilarity
+from torch.optim import Adam
 
-from pml_fewshot import Conv4, DenseNTXentLoss, DihedralViews, Embedder, MetricTrainer, Splits, load_omniglot, main
+from pml_fewshot import (
+    Conv4,
+    DenseNTXentLoss,
+    DihedralViews,
+    Embedder,
+    MetricTrainer,
+    RandomWarp,
+    Splits,
+    load_omniglot,
+    main,
+)
 
 from . import omniglot_metric
 
@@ -51,11 +63,14 @@ CONFIG = replace(
             trunk=partial(
                 DihedralViews,
                 trunk=partial(Conv4, in_channels=1, channels=(32, 64, 128, 256), last_relu=False),
+                shift=1,
             ),
         ),
         loss=partial(DenseNTXentLoss, temperature=0.1, learn_temperature=True, distance=CosineSimilarity),
     ),
-    steps=16_000,
+    optimizer=partial(Adam, lr=3e-3),
+    augment=RandomWarp(probability=0.5),
+    steps=24_000,
 )
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 import signal
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from experiments.omniglot_maml import CONFIG, UnitHead, evaluate_more, loss_of_each_way
+from experiments.omniglot_maml import CONFIG, PrototypeHead, evaluate_more, one_against_all
 from experiments.reproduce_papers.__main__ import CONFIGS, DOCS, main, reproduce
 from experiments.reproduce_papers.lake import evaluate_lake, load_runs
 from experiments.reproduce_papers.papers import gray, lake_rows, rows_of_papers
@@ -317,15 +318,17 @@ def test_the_rows_have_names_of_their_own_and_ordinary_configs() -> None:
     assert len({config.name for config in CONFIGS}) > 15
 
 
-def test_one_inner_step_from_a_head_of_zeros_gives_cosines() -> None:
+def test_one_inner_step_makes_the_head_a_classifier_by_class_means() -> None:
     generator = torch.Generator().manual_seed(0)
     support, query = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (20, 3))
-    trainer = MAMLTrainer(partial(UnitHead, 6, 20), inner_lr=0.1, inner_loss=loss_of_each_way).double()
+    rate = CONFIG.trainer.keywords["inner_lr"]
+    trainer = MAMLTrainer(partial(PrototypeHead, 6, 20), rate, inner_loss=one_against_all).double()
     for ways, shots in ((20, 1), (7, 1), (5, 4)):
         found = trainer.classify(support[None, : ways * shots].unflatten(1, (ways, shots)), query[None])[0]
-        cosines = F.normalize(query, dim=1) @ F.normalize(support[: ways * shots], dim=1).T
-        cosines = cosines.unflatten(1, (ways, shots)).mean(dim=2)
-        torch.testing.assert_close(found, 12.5**2 / 10 * (cosines - cosines.mean(dim=1, keepdim=True)))
+        means = 12.5 * F.normalize(support[: ways * shots].unflatten(0, (ways, shots)), dim=2).mean(dim=1)
+        means = means - means.sum(dim=0) / (1 + math.exp(8))  # the other classes push a little
+        expected = -0.05 * torch.cdist(12.5 * F.normalize(query, dim=1), means).square()
+        torch.testing.assert_close(found.log_softmax(dim=1), expected.log_softmax(dim=1))
 
 
 def test_an_unknown_row_is_named(tmp_path: Path) -> None:

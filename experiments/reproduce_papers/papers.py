@@ -49,7 +49,7 @@ from pml_fewshot.embedders.full_context import FullContext
 from pml_fewshot.experiment.prepare import instance, load_data
 from pml_fewshot.trainers.base import FewShotTrainer
 
-MAML_NOTE = "one network, trained on tasks of 120 ways; its last layer begins at zero, on embeddings of fixed length"
+MAML_NOTE = "one network, trained on tasks of 120 ways; one step makes its last layer a classifier by class means"
 SQUARED_EUCLID = partial(LpDistance, normalize_embeddings=False, power=2)
 
 
