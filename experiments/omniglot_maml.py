@@ -10,8 +10,8 @@ Trained on the training and validation characters. The paper has a network for e
 test help, as Snell et al. 2017 found for prototypical networks. One inner step makes its last layer a classifier by
 class means (`PrototypeHead`), its inner learning rates are trained too, one a layer (Antoniou et al. 2019, MAML++),
 half of the images are slightly distorted, and the learning rate falls along a cosine. The trunk grows wider as its
-maps get smaller, which takes no longer than 64 filters in every block, and mirror images are trained on as characters
-of their own.
+maps get smaller, which takes a tenth longer than 64 filters in every block, and mirror images are trained on as
+characters of their own.
 """
 
 from dataclasses import replace
