@@ -266,7 +266,7 @@ class RandomWarp(RandomAffine):
         UsageError: a warp out of [0, 1), or fewer than two nodes.
 
     Source: after the elastic distortions of Simard, Steinkraus and Platt 2003, section 2, whose field is noise that is
-    smoothed at every pixel.
+    smoothed at every pixel. torchvision's ElasticTransform bends all images of a batch alike.
     """
 
     warp: float = 0.04
