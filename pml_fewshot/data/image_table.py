@@ -1,4 +1,4 @@
-"""Images listed in a table (load_image_table): a CSV or DataFrame of paths, classes and perhaps splits."""
+"""Images listed in a table (load_image_table): a CSV or DataFrame of paths, classes and optionally splits."""
 
 import csv
 import hashlib
@@ -15,7 +15,7 @@ from pml_fewshot.data.image_folder import divided
 from pml_fewshot.data.images import Form, Resize, Size
 from pml_fewshot.data.listing import Classes, Listing, note_twins
 
-# how people call these columns, the first that is there counts
+# common names of these columns; the first one present counts
 PATH_COLUMNS = ("path", "filename", "file", "filepath", "file_name", "image", "image_path")
 LABEL_COLUMNS = ("label", "class", "class_name", "category", "target")
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
@@ -40,25 +40,27 @@ def load_image_table(
     depth: int = 8,
     shared_classes: bool = False,
 ) -> Splits:
-    """Reads images that a table lists, a row each: its path, its class and, as you like, its split.
+    """Reads images listed in a table, one per row: its path, its class and, optionally, its split.
 
     Args:
         table: a .csv (a .tsv, or with semicolons), a .parquet where pandas is installed, or a DataFrame.
-        root: the folder that the paths are relative to; the file's own when None, the working one for a DataFrame.
-        path: the column of the paths; when None the first of path, filename, file, filepath, file_name, image.
-        label: that of the classes; when None label, class, class_name, category, target.
-        split: that of the splits, train, val (valid, validation) and test; when None split, set, subset, partition.
-            Where there is no such column, or `splits` are given, the classes are divided as in load_image_folder.
+        root: the folder that the paths are relative to; when None, the file's, or the working folder for a DataFrame.
+        path: the path column; when None, the first of path, filename, file, filepath, file_name, image, ...
+        label: the class column; when None, the first of label, class, class_name, category, target.
+        split: the column of train, val (valid, validation) and test; when None, split, set, subset, partition. Without
+            such a column, or with `splits` instead, the classes are divided as in load_image_folder.
         image_size, channels, val_fraction, test_fraction, seed, skip_broken, memory_map: as in load_image_folder.
         cache_dir, splits, resize, depth, shared_classes: as in load_image_folder.
 
-    A warning counts rows that are there twice, which are read once.
+    A warning counts duplicate rows, which are read once.
 
     Raises:
-        UsageError: no table, column or image (MissingFileError) where one should be, an empty cell, an unknown split, a
-            path with two classes or splits; and what load_image_folder raises.
+        UsageError: a missing table, column or image (MissingFileError), an empty cell, an unknown split, both `split`
+            and `splits`, or a path with two classes or splits; also as in load_image_folder.
     """
     form = Form.of(image_size, channels, resize, depth)
+    if split is not None and splits is not None:
+        raise UsageError(f"expected a column of splits or `splits`, got {split!r} and `splits`; leave one of them out")
     rows, name = _rows(table)
     folder = Path(root if root is not None else name.parent if isinstance(table, str | Path) else ".").resolve()
     if not rows:
@@ -108,7 +110,7 @@ def load_image_table(
 
 
 def _rows(table: Any) -> tuple[Sequence[Mapping[str, Any]], Path]:
-    """The table's rows, and what to call it."""
+    """Returns the table's rows and its name."""
     if hasattr(table, "to_dict") and hasattr(table, "columns"):
         return table.to_dict("records"), Path("the table")
     if not isinstance(table, str | Path):
@@ -134,7 +136,7 @@ def _column(given: str | None, usual: Sequence[str], row: Mapping[str, Any], arg
 
 def _cell(row: Mapping[str, Any], column: str, number: int, table: Path) -> str:
     value = row.get(column)
-    if value is None or value != value or not str(value).strip():  # NaN is what pandas makes of an empty cell
+    if value is None or value != value or not str(value).strip():  # pandas reads an empty cell as NaN
         wanted = f"a value of {column!r} in every row of {table}"
         raise UsageError(f"expected {wanted}, got none in row {number}; fill it in")
     return str(value).strip()
@@ -148,7 +150,7 @@ def _by_class(
     test_fraction: float,
     seed: int,
 ) -> tuple[dict[str, Classes], str]:
-    """Split -> class -> images, classes sorted, and what to note."""
+    """Returns split -> class -> images, classes sorted, and a note."""
     found: dict[str, Classes] = {}
     for image in sorted(place):
         role, name = place[image]

@@ -92,6 +92,14 @@ def test_without_a_split_column_classes_are_drawn_or_listed(tmp_path: Path):
     assert len(entries(tmp_path / "cache")) == 1
 
 
+def test_a_column_of_splits_and_lists_of_splits_exclude_each_other(tmp_path: Path):
+    path = table(tmp_path / "set")
+    with pytest.raises(UsageError, match="expected a column of splits or `splits`, got 'split' and `splits`"):
+        load(path, split="split", splits={"train": ["d"], "test": ["a"]})
+    listed = load(path, splits={"train": ["d"], "test": ["a"]})  # a column that was not named does not count
+    assert (listed.train.class_names, listed.test.class_names) == (("d",), ("a",))
+
+
 def test_rows_that_are_there_twice_are_counted_aloud(tmp_path: Path):
     with pytest.warns(UserWarning, match="set: 2 rows name an image that an earlier one names; it is read once"):
         assert shades(load(table(tmp_path / "set", *ROWS, ROWS[0], ROWS[5]))) == EXPECTED
