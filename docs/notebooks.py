@@ -1,4 +1,4 @@
-"""Makes the notebooks in docs/notebooks/ from pages of the documentation; what a page shows as printed is their output.
+"""Makes the notebooks in docs/notebooks/ from documentation pages, with the output that the pages show.
 
 python docs/notebooks.py            writes them
 python docs/notebooks.py --check    only says which are stale, with exit code 1
@@ -14,13 +14,13 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 PAGES = ("tutorials/first-training.md", "how-to/evaluate-embeddings.md")
-# code, and what it prints where the page shows that right below
+# code, and its output if the page shows it right below
 BLOCK = re.compile(r"^```python\n(.*?)\n```\n(?:\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")  # the start of a Markdown link or picture, up to its anchor
 
 
 def notebook(text: str, folder: str) -> dict[str, Any]:
-    """The notebook (nbformat 4.5) of a page's Markdown, whose links start from `folder` below docs."""
+    """Returns the notebook (nbformat 4.5) of a page's Markdown, whose links start from `folder` below docs."""
     cells: list[dict[str, Any]] = []
 
     def add(kind: str, source: str, **more: Any) -> None:
@@ -43,7 +43,7 @@ def notebook(text: str, folder: str) -> dict[str, Any]:
 
 
 def contents() -> dict[Path, str]:
-    """The text of each notebook's file, as its page makes it."""
+    """Returns the text of each notebook's file, as generated from its page."""
     pages = {page: notebook((DOCS / page).read_text("utf-8"), posixpath.dirname(page)) for page in PAGES}
     return {
         DOCS / "notebooks" / f"{Path(page).stem}.ipynb": f"{json.dumps(made, ensure_ascii=False, indent=1)}\n"
@@ -52,7 +52,7 @@ def contents() -> dict[Path, str]:
 
 
 def stale() -> dict[Path, str]:
-    """Those whose files are not so, or not there."""
+    """Returns the notebooks whose files differ or are missing."""
     return {path: text for path, text in contents().items() if not path.exists() or path.read_text("utf-8") != text}
 
 

@@ -1,10 +1,10 @@
-"""Draws the pictures of README and pages, light and dark, from runs of the repository: `make pictures`.
+"""Draws the pictures of the README and pages, light and dark, from the repository's runs: `make pictures`.
 
     python docs/pictures.py
     python docs/pictures.py --only demo speed --runs runs/pictures
 
 The first call trains the quickstart and MAML on the built-in letters (1 and 6 minutes on two quiet cores) and evaluates
-them; both stay in the folder of runs, and later calls only draw. The numbers that the pictures show are written beside
+them; both stay in the folder of runs, and later calls only draw. The numbers that the pictures show are written next to
 them, to figures.json. Seeds are 0 throughout.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-sys.path.insert(0, str(Path(__file__).parent.parent))  # of the experiments
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for the experiments
 
 import matplotlib.pyplot as plt
 import torch
@@ -64,7 +64,7 @@ PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 
 
 class Runs:
-    """The trainings that the pictures are of, and what was measured on them; each is made once and then kept."""
+    """The trainings behind the pictures, and the measurements on them; each is made once and then kept."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -92,14 +92,14 @@ class Runs:
         self.measured_in.write_text(json.dumps(kept, indent=1))
 
     def measured(self, name: str, measure: Callable[[], Any]) -> Any:
-        """What `measure` returns, or returned in an earlier call."""
+        """Returns the result of `measure`, or of an earlier call."""
         if not self.known().get(name):
             value = measure()
             self.measured_in.write_text(json.dumps(self.known() | {name: value}, indent=1))
         return self.known()[name]
 
     def results(self, name: str, evaluate: Callable[[], list[EpisodicResult]]) -> list[EpisodicResult]:
-        """Means and intervals of results, which are evaluated in the first call."""
+        """Returns the means and intervals of results, which are evaluated in the first call."""
 
         def measure() -> list[dict[str, Any]]:
             kept = ("mean", "ci95", "seed", "episodes_hash")
@@ -120,7 +120,7 @@ class Runs:
 
 
 def new_figure(width: int, height: int, title: str, subtitle: str = "", caption: str = "") -> Figure:
-    """A figure of so many pixels, with a title and below it a line that explains, and a line at its foot."""
+    """Returns a figure of the given size in pixels, with a title, a subtitle below it, and a caption at its foot."""
     figure = plt.figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     left = 30 / width
     figure.text(left, 1 - 24 / height, title, size=21, weight="bold", va="top")
@@ -130,13 +130,13 @@ def new_figure(width: int, height: int, title: str, subtitle: str = "", caption:
 
 
 def axes_at(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Axes at a place in pixels from the figure's upper left corner."""
+    """Adds axes at a position in pixels from the figure's upper left corner."""
     across, down = figure.get_size_inches() * DPI
     return figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
 
 
 def write_at(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
-    """Text whose upper left corner is so many pixels from the figure's."""
+    """Writes text whose upper left corner is x and y pixels from the figure's."""
     across, down = figure.get_size_inches() * DPI
     figure.text(x / across, 1 - y / down, text, **{"va": "top", **style})
 
@@ -146,7 +146,7 @@ def quickstart_bank(trainer: Any, dataset: FewShotDataset) -> EmbeddingBank:
 
 
 def demo(runs: Runs, out: Path) -> dict[str, Any]:
-    """The picture that the demo leaves in its report, whose accuracy is in the table."""
+    """Copies the picture from the demo's report; its accuracy is in the table."""
     table = runs.quickstart()[0]
     row = next(row for row in table.rows if (row.ways, row.shots, row.queries) == (5, 1, 15))
     for style, end in (("light", ""), ("dark", "-dark")):
@@ -156,7 +156,7 @@ def demo(runs: Runs, out: Path) -> dict[str, Any]:
 
 
 def embedding_map(runs: Runs) -> tuple[Callable[[], Figure], dict[str, Any]]:
-    """t-SNE of the letters of today's Greek alphabet without accents, whose shapes a reader knows."""
+    """t-SNE of the modern Greek letters without accents, whose shapes a reader knows."""
     trainer = runs.quickstart()[1]
     names = [f"GREEK {case} LETTER {letter}" for case in ("CAPITAL", "SMALL") for letter in ALPHABET.split()]
     letters = runs.test.select_classes(names)
@@ -245,7 +245,7 @@ def maml_adaptation(runs: Runs) -> tuple[Callable[[], Figure], dict[str, Any]]:
 
 
 def speed(runs: Runs) -> tuple[Callable[[], Figure], dict[str, Any]]:
-    """What is measured in episodes per second, a group of bars for each thing that was measured."""
+    """Everything measured in episodes per second, as one group of bars for each measurement."""
     with SPEED.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["this library"].endswith(PER_SECOND)]
     groups: dict[str, list[dict[str, str]]] = {}

@@ -1,15 +1,15 @@
-"""Fills the tables of README and pages from the CSV files in docs/results: `make tables`.
+"""Fills the tables of the README and pages from the CSV files in docs/results: `make tables`.
 
     python docs/render.py            # writes the pages whose tables changed, and names them
     python docs/render.py --check    # writes nothing; exits with 1 and names the stale pages
 
-A marker names a file, as seen from docs/results, and if wanted rows and columns. What stands above its end is replaced:
+A marker names a file, relative to docs/results, and optionally rows and columns. The text up to its end is replaced:
 
     <!-- table: omniglot.csv | where: method=ProtoNet;Matching, source=this library | columns: method, 5-way 1-shot -->
     <!-- end of table -->
 
 A name with a comma is quoted, as in CSV. Commands and commits become code; rows that look alike are shown once. A row
-is what one run gave, and BOOKKEEPING says how. A published figure has its paper as `source` and no command.
+holds the results of one run, and BOOKKEEPING says how. A published figure has its paper as `source` and no command.
 """
 
 import csv
@@ -23,18 +23,18 @@ START, END = "<!-- table: ", "<!-- end of table -->"
 
 
 def names(text: str) -> list[str]:
-    """The parts of a list that is separated by commas."""
+    """Returns the parts of a comma-separated list."""
     return next(csv.reader([text], skipinitialspace=True), [])
 
 
 def check(wanted: list[str], present: list[str], what: str, marker: str) -> None:
-    """Raises ValueError where something wanted is not there."""
+    """Raises ValueError if something wanted is missing."""
     if missing := [name for name in wanted if name not in present]:
         raise ValueError(f"{marker}: expected {what}, got {missing}; use some of {sorted(set(present))}")
 
 
 def table(marker: str, results: Path, page: str) -> list[str]:
-    """The lines of the table that a marker asks for."""
+    """Returns the lines of the table that a marker asks for."""
     file, *parts = (part.strip() for part in marker.removeprefix(START).removesuffix("-->").split("|"))
     marker = f"{page}: {marker}"
     options = {key: names(value.strip()) for key, _, value in (part.partition(":") for part in parts)}
@@ -57,7 +57,7 @@ def table(marker: str, results: Path, page: str) -> list[str]:
 
 
 def render(text: str, results: Path, page: str) -> str:
-    """A page's text with its tables filled. Markers in fenced code stay as they are."""
+    """Returns a page's text with its tables filled. Markers in fenced code stay as they are."""
     lines: list[str] = []
     marker = fence = ""
     for line in text.split("\n"):
@@ -78,7 +78,7 @@ def render(text: str, results: Path, page: str) -> str:
 
 
 def main(arguments: list[str], root: Path = Path(__file__).parent.parent) -> int:
-    """Writes README and pages, or with --check only names the stale ones. The exit code."""
+    """Writes the README and pages, or with --check only names the stale ones; returns the exit code."""
     if arguments not in ([], ["--check"]):
         raise ValueError(f"expected no argument or --check, got {arguments}; leave the others out")
     stale = []

@@ -1,8 +1,8 @@
-"""Photographs reports for the pages, light and dark, with a headless Chromium: what docs/how-to/reports.md shows.
+"""Takes the screenshots of reports in docs/how-to/reports.md, light and dark, with a headless Chromium.
 
     python docs/screenshots.py report=runs/quickstart report-maml=runs/glyphs_maml report-sweep=runs/losses
 
-Names are those of the pictures; each shows its report from the section on that SECTIONS gives.
+Names are those of the pictures; each shows its report starting at the section that SECTIONS gives.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # of the tests
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for the tests
 
 from tests.browser import browser, set_theme, set_width
 

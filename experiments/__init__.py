@@ -1,3 +1,3 @@
-"""Runnable experiments, one a file; `python -m experiments.NAME`."""
+"""Runnable experiments, one per file: `python -m experiments.NAME`."""
 
-import pml_fewshot as pml_fewshot  # first: it makes the import of PML half a second shorter
+import pml_fewshot as pml_fewshot  # first: it makes importing PML half a second faster

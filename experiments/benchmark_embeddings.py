@@ -1,11 +1,11 @@
-"""Evaluates embeddings made by any tool: few-shot accuracy and retrieval in one table, within seconds.
+"""Evaluates embeddings from any tool: few-shot accuracy and retrieval in one table, within seconds.
 
     python -m experiments.benchmark_embeddings --bank FILE
     python -m experiments.benchmark_embeddings --bank test.npz --train-bank train.npz --normalize --cosine
     python -m experiments.benchmark_embeddings --bank test.npy --reference gallery.npy --index hnsw
 
 FILE is .npy (labels in FILE_labels.npy, or --labels), .npz, .pt or .safetensors with embeddings (M, D) and labels (M,).
-Every head is a line of the table, on the same episodes.
+Each head is a row of the table; all are evaluated on the same episodes.
 """
 
 from functools import partial
@@ -32,13 +32,13 @@ from pml_fewshot.experiment.command_line import one_line_errors, program
 
 
 def heads(distance: BaseDistance, fewest: int = 3) -> dict[str, Head]:
-    """Classifiers that compare by the distance, and linear ones fitted to each support.
+    """Returns classifiers that compare by the distance, and linear ones fitted to each support set.
 
     Args:
-        distance: that the former compare by.
-        fewest: support items of the smallest episode.
+        distance: used by the classifiers that compare.
+        fewest: support items in the smallest episode.
     """
-    temperature = 0.1 if distance.is_inverted else 1.0  # a bounded similarity needs a low one to be sharp
+    temperature = 0.1 if distance.is_inverted else 1.0  # a bounded similarity needs a low temperature to be sharp
     k = min(3, fewest)
     return {
         "nearest prototype": partial(nearest_prototype, distance=distance),
@@ -71,19 +71,19 @@ def main(
 
     Args:
         bank: embeddings and labels to evaluate.
-        labels: file of the labels where they are not in the bank's.
-        reference: gallery that retrieval searches; the bank itself, each item without itself, when not given.
-        train_bank: embeddings of the training classes, whose mean is subtracted (SimpleShot).
-        normalize: scale embeddings to length 1.
+        labels: file with the labels, if they are not in the bank's file.
+        reference: gallery for retrieval; when not given, the bank itself, where no item finds itself.
+        train_bank: embeddings of the training classes; their mean is subtracted (SimpleShot).
+        normalize: L2-normalize the embeddings.
         cosine: compare by cosine similarity; by Euclidean distance when not given.
-        ways: classes in an episode, in every combination with shots.
-        shots: support items of each class.
-        queries: query items of each class.
-        num_episodes: of each size.
-        seed: of the episodes.
-        metrics: of retrieval; also recall_at_<k>, mean_average_precision, mean_reciprocal_rank, NMI, AMI.
-        index: of retrieval: flat (exact), ivf, ivfpq, hnsw, or a description for faiss's index factory.
-        write: existing folder for the table as files.
+        ways: classes per episode, in every combination with shots.
+        shots: support items per class.
+        queries: query items per class.
+        num_episodes: episodes of each size.
+        seed: seed of the episodes.
+        metrics: retrieval metrics; also recall_at_<k>, mean_average_precision, mean_reciprocal_rank, NMI, AMI.
+        index: retrieval index: flat (exact), ivf, ivfpq, hnsw, or a description for faiss's index factory.
+        write: existing folder to write the table's files to.
     """
     if write is not None and not write.is_dir():
         raise MissingFileError(f"expected an existing folder to write to, got {write}; make it first")
@@ -98,7 +98,7 @@ def main(
     specs = [EpisodeSpec(ways=w, shots=k, queries=queries) for w in ways for k in shots]
     table = ResultTable()
     for name, head in heads(distance, min(ways) * min(shots)).items():
-        # retrieval does not depend on the head: it is in the first line alone
+        # retrieval does not depend on the head, so only the first row has it
         retrieval = tester if not table.rows else None
         table.rows += benchmark(
             {name: test}, None, specs, retrieval, num_episodes, seed, head, gallery, note=str(bank)

@@ -1,11 +1,11 @@
-"""How well the teaching page's network tells drawn classes: people's drawings, and shaken shapes with "none of these".
+"""How well the teaching page's network classifies drawings: people's characters, and shaky shapes with "none of these".
 
     python -m experiments.drawn_classes --data-root DIR
     python -m experiments.drawn_classes                      # the shapes alone
 
-Omniglot's 659 evaluation characters, 105 x 105 pixels, drawn with a mouse by 20 people each: by the preprocessing of
-`pml-fewshot app`, and with the whole picture scaled to 28 x 28. Shapes are polylines whose corners, size, place, slant
-and turn are drawn at random: ten that are taught and five that are not.
+The characters are Omniglot's 659 evaluation characters, 105 x 105 pixels, each drawn with a mouse by 20 people. They
+are preprocessed as in `pml-fewshot app`, and also with the whole picture scaled to 28 x 28. The shapes are polylines
+with random corners, size, place, slant and rotation: ten are taught and five are not.
 """
 
 import argparse
@@ -51,11 +51,11 @@ OTHERS: dict[str, list[Stroke]] = {
     "spiral": [SPIRAL],
     "Y": [[(0.2, 0.15), (0.5, 0.5), (0.8, 0.15)], [(0.5, 0.5), (0.5, 0.85)]],
 }
-SIDE, PEN, FINER = 320, 13, 3  # of the page's canvas in pixels; drawn this many times larger, then scaled down
+SIDE, PEN, FINER = 320, 13, 3  # the page's canvas and pen in pixels; drawn FINER times larger, then scaled down
 
 
 def drawing(strokes: list[Stroke], rng: np.random.Generator) -> bytes:
-    """A PNG of a shape, as a shaky hand draws it on the page."""
+    """Returns a PNG of a shape as a shaky hand would draw it on the page."""
     size, turn = rng.uniform(0.45, 1), np.radians(rng.normal(0, 6))
     slant, stretch = rng.normal(0, 0.1), np.exp(rng.normal(0, 0.08))
     rotated = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
@@ -75,7 +75,7 @@ def drawing(strokes: list[Stroke], rng: np.random.Generator) -> bytes:
 
 
 def shapes(embedder: PictureEmbedder, shots: int, sets: int) -> str:
-    """A line of the table: new drawings of shapes that were taught, and of others, over several taught sets."""
+    """Returns a table row: results on new drawings of taught shapes and of others, over several taught sets."""
 
     def seen(strokes: list[Stroke], rng: np.random.Generator) -> tuple[Picture, np.ndarray]:
         picture = embedder.picture(drawing(strokes, rng), "drawing")
@@ -98,13 +98,13 @@ def shapes(embedder: PictureEmbedder, shots: int, sets: int) -> str:
 
 
 def interval(groups: list[np.ndarray]) -> str:
-    """Mean and 95 % interval over taught sets, in %."""
+    """Formats the mean and 95 % interval over taught sets, in %."""
     means = np.array([100 * np.mean(group) for group in groups])
     return f"{means.mean():.1f} +- {1.96 * means.std(ddof=1) / len(means) ** 0.5:.1f}"
 
 
 def characters(dataset: FewShotDataset, embedder: ImageEmbedder, num_episodes: int) -> str:
-    # dark ink on light paper, as it is drawn
+    # dark ink on light paper, as drawn
     pages = [Image.fromarray(255 - image) for image in dataset.images[:, 0].numpy()]
     bank = EmbeddingBank(torch.from_numpy(embedder.transform(pages)), dataset.labels)
     return str(EpisodicEvaluator(EpisodeSpec(5, 2, 5), num_episodes).evaluate(bank))
@@ -133,7 +133,7 @@ def main() -> None:
 
 
 class Inverted(Preprocessing):
-    """The whole picture, ink high, as letters are."""
+    """Preprocessing of the whole picture, with high values for ink, like the letters."""
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         return 255 - super().__call__(image)

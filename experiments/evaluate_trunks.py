@@ -3,8 +3,8 @@
     python -m experiments.evaluate_trunks --photos DIR --trunk timm/resnet18 torchvision/resnet50 runs/mine
     python -m experiments.evaluate_trunks --photos DIR --trunk timm/tf_efficientnet_lite0=FILE --transform unit centered
 
-DIR has a subfolder of photos a class. A trunk is LIBRARY/NAME, whose weights are downloaded unless =FILE gives them, or
-the folder of a run. Each photo is embedded once a trunk, and nothing is trained. The best is the first line.
+DIR has one subfolder of photos per class. A trunk is LIBRARY/NAME, whose weights are downloaded unless =FILE gives
+them, or the folder of a run. Each photo is embedded once per trunk, and nothing is trained. The best trunk comes first.
 """
 
 import csv
@@ -34,21 +34,21 @@ from pml_fewshot.experiment.prepare import resolve_device
 from pml_fewshot.io.atomic import write_text
 
 Transform = Literal["unit", "centered", "pca", "whitened", "power"]
-FITTED = ("centered", "pca", "whitened")  # to all photos, so that the queries of an episode inform each other
+FITTED = ("centered", "pca", "whitened")  # fitted to all photos, so that the queries of an episode inform each other
 RETRIEVAL = RetrievalTester(("precision_at_1", "mean_average_precision_at_r"))
 
 
 def transformed(bank: EmbeddingBank, kind: Transform, dims: int = 64) -> EmbeddingBank:
-    """The bank with its rows transformed, then scaled to length 1; its note says how, and what was fitted to what.
+    """Returns the bank with transformed, then L2-normalized rows; its note says how, and what was fitted to what.
 
     Args:
         bank: the photos' embeddings.
-        kind: "unit": nothing before. "centered": minus the mean (CL2N of Wang et al. 2019, SimpleShot). "pca",
-            "whitened": the first principal components, for the latter of variance 1. "power": square roots (Hu et al.
+        kind: "unit": nothing else. "centered": minus the mean (CL2N of Wang et al. 2019, SimpleShot). "pca",
+            "whitened": the first principal components, with variance 1 for the latter. "power": square roots (Hu et al.
             2021, "Leveraging the feature distribution in transfer-based few-shot learning"), which keep the sign for
             trunks that do not end in a ReLU.
-        dims: principal components; fewer where the bank has no more than so many photos or dimensions. Whitened to one
-            fewer than photos, all photos are equally far from each other, whatever they show.
+        dims: number of principal components; fewer if the bank has too few photos or dimensions. With one whitened
+            component fewer than photos, all photos are equally far from each other, whatever they show.
     """
     rows, photos = bank.embeddings, f"all {len(bank):,} photos without their labels, length 1"
     notes = {"unit": "length 1", "power": "signed roots, length 1", "centered": f"minus the mean of {photos}"}
@@ -65,13 +65,13 @@ def transformed(bank: EmbeddingBank, kind: Transform, dims: int = 64) -> Embeddi
 
 
 def sizes(labels: np.ndarray, least: int, spec: EpisodeSpec, shots: Sequence[int]) -> tuple[np.ndarray, Any, str]:
-    """The photos of classes that have enough of them, the episodes that these can give, and a note of those left out.
+    """Returns the photos of classes with enough of them, the episodes they allow, and a note of the classes left out.
 
     Args:
         labels: (n,) class names.
-        least: photos of a class, 2 or more: one of the support and one query.
-        spec: ways and queries that are wanted.
-        shots: that are wanted, each for a size.
+        least: fewest photos per class, at least 2: one for the support and one query.
+        spec: desired ways and queries.
+        shots: desired shots, one for each episode size.
     """
     names, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
     least = max(least, 2)
@@ -87,7 +87,7 @@ def sizes(labels: np.ndarray, least: int, spec: EpisodeSpec, shots: Sequence[int
 
 
 def embedded(trunk: str, photos: Sequence[PhotoFile], device: torch.device) -> tuple[np.ndarray, dict[str, float]]:
-    """A trunk's embeddings (n, D) of the photos; its speed, reading and decoding included, its weights and D."""
+    """Returns a trunk's embeddings (n, D) of the photos; its speed with reading and decoding; its weights and D."""
     name, _, checkpoint = trunk.partition("=")
     made = trunk_of(name, Path(checkpoint) if checkpoint else None)
     embedder = made if isinstance(made, ImageEmbedder) else ImageEmbedder(made)
@@ -101,7 +101,7 @@ def embedded(trunk: str, photos: Sequence[PhotoFile], device: torch.device) -> t
 
 
 def shown(table: ResultTable, facts: dict[str, dict[str, float]], path: Path | None) -> str:
-    """The table as Markdown, with each line's facts and its paired differences to the first; the same as a CSV file."""
+    """Returns Markdown with each line's facts and paired differences from the first; writes the same as a CSV file."""
     columns, lines = arrange(table.rows)
     first = next(iter(lines.values()))
     (head, *cells), conditions = layout(table.rows, table.failures)
@@ -145,18 +145,18 @@ def main(
     """Prints the table.
 
     Args:
-        photos: folder, or zip, with a subfolder of photos a class.
-        trunk: timm/NAME, torchvision/NAME, either with =FILE for weights of a file, transformers/NAME, or a run folder.
-        transform: lines for transformed embeddings below those of embeddings as they are.
-        dims: principal components of pca and whitened; whitened ones need several photos each.
-        ways: classes in an episode; fewer where there are fewer.
-        shots: support photos of each class, the first ranks; fewer where the smallest class has too few.
-        queries: query photos of each class; fewer where the smallest class has too few.
-        least: leave out classes of fewer photos, lest a small one makes all episodes small.
-        num_episodes: of each size.
-        seed: of the episodes.
-        device: where to embed.
-        write: a file for the table at full precision.
+        photos: folder or zip with one subfolder of photos per class.
+        trunk: timm/NAME or torchvision/NAME (with =FILE, weights from a file), transformers/NAME, or a run folder.
+        transform: also evaluate transformed embeddings, in lines of their own.
+        dims: principal components of pca and whitened; whitening needs several photos per component.
+        ways: classes per episode; fewer if there are fewer.
+        shots: support photos per class, the first ranks the trunks; fewer if the smallest class has too few.
+        queries: query photos per class; fewer if the smallest class has too few.
+        least: leave out classes with fewer photos, so that no small class makes all episodes small.
+        num_episodes: episodes of each size.
+        seed: seed of the episodes.
+        device: device for embedding.
+        write: file for the table at full precision.
     """
     if write is not None and not write.parent.is_dir():
         raise MissingFileError(f"expected an existing folder for {write}, got none; make it first")
@@ -172,7 +172,7 @@ def main(
         for text in dict.fromkeys(trunk):
             try:
                 rows, about = embedded(text, [found[item] for item in items], where)
-            except BrokenImageError:  # of a photo, which no trunk could read
+            except BrokenImageError:  # a broken photo, which no trunk could read
                 raise
             except UsageError as error:
                 failures[text] = str(error)

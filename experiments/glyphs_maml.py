@@ -2,9 +2,9 @@
 
     python -m experiments.glyphs_maml
 
-Measured on 303 Greek letters (30 of which look like a training letter), 10,000 episodes of 15 queries a class, 3 inner
-steps, seed 0, 95 % intervals: 95.75 +- 0.16 at 5-way 1-shot with transductive batch norm, 95.40 +- 0.17 with inductive;
-2,400 steps in 5.9 minutes on one CPU core.
+Measured on 303 Greek letters (30 of which look like a training letter), 10,000 episodes with 15 queries per class, 3
+inner steps, seed 0, 95 % intervals: 95.75 +- 0.16 at 5-way 1-shot with transductive batch norm, 95.40 +- 0.17 with
+inductive; 2,400 steps in 5.9 minutes on one CPU core.
 """
 
 from functools import partial

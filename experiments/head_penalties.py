@@ -1,10 +1,10 @@
-"""Do the linear heads' default penalties suit your embeddings? Beside heads without one, over ways, shots, lengths.
+"""Do the linear heads' default penalties suit your embeddings? Next to heads without one, over ways, shots, lengths.
 
     python -m experiments.head_penalties                                    # built-in letters, untrained network
-    python -m experiments.head_penalties --embedder RUN/embedder.safetensors      # the same by a run of the quickstart
+    python -m experiments.head_penalties --embedder RUN/embedder.safetensors      # the same, quickstart's network
     python -m experiments.head_penalties --bank FILE --shots 1 5 10 --num-episodes 1000
 
-FILE is as for experiments.benchmark_embeddings. A number as penalty, the last column, does something else at each
+FILE is as in experiments.benchmark_embeddings. A fixed number as the penalty (the last column) acts differently at each
 length of the embeddings; the defaults give the same figure whatever the bank is multiplied by.
 """
 
@@ -41,7 +41,7 @@ HEADS: dict[str, Head] = {
 
 
 def glyph_bank(embedder: Path | None = None) -> EmbeddingBank:
-    """The built-in test letters, embedded by the Conv4 in a file or by an untrained one."""
+    """Embeds the built-in test letters with the Conv4 in a file or with an untrained one."""
     torch.manual_seed(0)
     network = Embedder(Conv4(in_channels=1))
     if embedder is not None:
@@ -58,16 +58,16 @@ def main(
     num_episodes: int = 200,
     seed: int = 0,
 ) -> None:
-    """Prints the table, in half a minute.
+    """Prints the table; takes half a minute.
 
     Args:
         bank: embeddings and labels; the built-in letters when not given.
-        embedder: weights of the Conv4 that embeds the built-in letters; an untrained one when not given.
-        ways: classes in an episode, in every combination with shots.
-        shots: support items of each class.
-        queries: query items of each class.
-        num_episodes: of each size.
-        seed: of the episodes.
+        embedder: weights of the Conv4 that embeds the built-in letters; untrained when not given.
+        ways: classes per episode, in every combination with shots.
+        shots: support items per class.
+        queries: query items per class.
+        num_episodes: episodes of each size.
+        seed: seed of the episodes.
     """
     raw = glyph_bank(embedder) if bank is None else load_bank(bank)
     lengths = {"raw": raw, "x 0.01": EmbeddingBank(raw.embeddings * 0.01, raw.labels), "length 1": raw.normalized()}

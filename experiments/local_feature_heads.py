@@ -1,11 +1,11 @@
-"""Does comparing feature maps pay on one's trunk? Heads for maps beside the prototype head, on the same episodes.
+"""Does comparing feature maps pay off on your trunk? Heads for maps and the prototype head, on the same episodes.
 
     python -m experiments.local_feature_heads --embedder RUN/embedder.safetensors --data-root ../shared/data
     python -m experiments.local_feature_heads --bank FILE --nodes 25
 
-RUN is one of mini_imagenet_protonet, or of another experiment whose embedder is Conv4 on miniImageNet; FILE holds
-feature maps, flattened channels first.
-`--structured N` adds DeepEMD's structured prototypes at 5 shots on N episodes, about 2 s each.
+RUN is a run of mini_imagenet_protonet or of another experiment whose embedder is Conv4 on miniImageNet; FILE holds
+feature maps, flattened with the channels first. `--structured N` adds DeepEMD's structured prototypes at more than one
+shot on N episodes, about 2 s each.
 """
 
 from functools import partial
@@ -37,7 +37,7 @@ from pml_fewshot.experiment.command_line import one_line_errors
 
 
 def bank_of(embedder: Path, data_root: Path) -> EmbeddingBank:
-    """The test images of miniImageNet by the Conv4 in a file."""
+    """Embeds the test images of miniImageNet with the Conv4 in a file."""
     network = Embedder(Conv4(in_channels=3))
     load_embedder(embedder, network)
     return network.encode(load_mini_imagenet(data_root).test)
@@ -57,13 +57,13 @@ def main(
 
     Args:
         bank: feature maps and labels.
-        embedder: weights of a Conv4 for color images, where no bank is given.
+        embedder: weights of a Conv4 for color images, when no bank is given.
         data_root: folder of miniImageNet.
-        nodes: of a feature map.
-        shots: support items of each of 5 classes.
-        num_episodes: of 15 queries a class.
-        structured: episodes for DeepEMD's structured prototypes, with more than one shot; none at 0.
-        seed: of the episodes.
+        nodes: nodes per feature map.
+        shots: support items for each of the 5 classes.
+        num_episodes: episodes with 15 queries per class.
+        structured: episodes for DeepEMD's structured prototypes, at more than one shot; 0 for none.
+        seed: seed of the episodes.
     """
     if bank is not None:
         tested = load_bank(bank)

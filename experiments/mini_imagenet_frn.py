@@ -1,13 +1,13 @@
-"""FRN on miniImageNet: feature maps of queries rebuilt from those of each class's support (Wertheimer et al. 2021).
+"""FRN on miniImageNet: query feature maps reconstructed from each class's support maps (Wertheimer et al. 2021).
 
     python -m experiments.mini_imagenet_frn --data-root ../shared/data
 
-The paper reports 66.45 +- 0.19 % at 5-way 1-shot and 82.83 +- 0.13 % at 5 shots, by a ResNet12 that is pre-trained on
-84 x 84 images of 600 a class. Here Conv4 is trained from the start by the recipe of mini_imagenet_protonet.
+The paper reports 66.45 +- 0.19 % at 5-way 1-shot and 82.83 +- 0.13 % at 5 shots, with a ResNet12 pre-trained on 84 x 84
+images, 600 per class. Here Conv4 is trained from scratch with the recipe of mini_imagenet_protonet.
 
-Measured with 150 of the 600 images of each class, 500 of 1,800 steps, on the 20 test classes, 10,000 episodes of 15
-queries a class, seed 0, 95 % intervals: 37.90 +- 0.17 at 5-way 1-shot, 50.74 +- 0.17 at 5-way 5-shot; 24 minutes on one
-busy CPU core. The loss was still falling.
+Measured with 150 of the 600 images of each class, 500 of 1,800 steps, on the 20 test classes, 10,000 episodes with 15
+queries per class, seed 0, 95 % intervals: 37.90 +- 0.17 at 5-way 1-shot, 50.74 +- 0.17 at 5-way 5-shot; 24 minutes on
+one busy CPU core. The loss was still falling.
 """
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ CONFIG = replace(
         loss=partial(ReconstructionLoss, nodes=25),
         support_rotations=2,
     ),
-    loss_lr=1e-2,  # of its three numbers, which are logarithms: with the network's 0.001 they hardly move in an hour
+    loss_lr=1e-2,  # of its three parameters, which are logarithms: at the network's 0.001 they hardly move in an hour
 )
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""First-order MAML on miniImageNet, 5-way 1-shot, Ravi-Larochelle split. Finn et al. 2017, table 1: 48.07 % first order
-and 48.70 % second order, with all 600 images of each class (transductive batch norm).
+"""First-order MAML on miniImageNet, 5-way 1-shot, Ravi-Larochelle split.
 
     python -m experiments.mini_imagenet_maml --data-root ../shared/data
 
-Measured on a copy with 150 of the 600 images of each class, 20 unseen classes, 1,000 episodes of 15 queries a class, 10
-inner steps, seed 0, 95 % intervals: 32.94 +- 0.55 transductive, 31.77 +- 0.52 inductive; 2,000 steps of 4 episodes in
-64.2 minutes on one busy CPU core. That is only the beginning of a training: the validation
-accuracy was 33.0, 34.8, 36.7 and 37.1 after 500, 1,000, 1,500 and 2,000 steps, and the paper had 60,000 steps.
+Finn et al. 2017, table 1, report 48.07 % first order and 48.70 % second order, with all 600 images of each class
+(transductive batch norm). Second order takes 3.5 times as long on a CPU, for a difference of half a point in the paper.
 
-Second order takes 3.5 times as long on a CPU, for a difference of half a point in the paper.
+Measured on a copy with 150 of the 600 images of each class, 20 unseen classes, 1,000 episodes with 15 queries per
+class, 10 inner steps, seed 0, 95 % intervals: 32.94 +- 0.55 transductive, 31.77 +- 0.52 inductive; 2,000 steps of 4
+episodes in 64.2 minutes on one busy CPU core. This is only the beginning of training: the validation accuracy was 33.0,
+34.8, 36.7 and 37.1 after 500, 1,000, 1,500 and 2,000 steps, and the paper had 60,000 steps.
 """
 
 from functools import partial

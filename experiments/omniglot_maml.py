@@ -3,15 +3,15 @@
     python -m experiments.omniglot_maml --data-root ../shared/data
     python -m experiments.omniglot_maml --steps 100 --seed 3
 
-Its figures are in docs/results, from `python -m experiments.reproduce_papers --only omniglot/maml`.
+Results are in docs/results, from `python -m experiments.reproduce_papers --only omniglot/maml`.
 
-Trained on the training and validation characters. The paper has a network for each size of episodes, each trained for
-60,000 steps of 16 or 32 tasks. Here one network is trained for 4,000 steps of one task of 120 ways: more ways than at
-test help, as Snell et al. 2017 found for prototypical networks. One inner step makes its last layer a classifier by
-class means (`PrototypeHead`), its inner learning rates are trained too, one a layer (Antoniou et al. 2019, MAML++),
-half of the images are slightly distorted, and the learning rate falls along a cosine. The trunk grows wider as its
+Trained on the training and validation characters. The paper has one network per episode size, each trained for 60,000
+steps of 16 or 32 tasks. Here one network is trained for 4,000 steps of one 120-way task: more ways than at test time
+help, as Snell et al. 2017 found for prototypical networks. One inner step turns its last layer into a classifier by
+class means (`PrototypeHead`), its inner learning rates are learned too, one per layer (Antoniou et al. 2019, MAML++),
+half of the images are slightly distorted, and the learning rate follows a cosine decay. The trunk gets wider as its
 maps get smaller, which takes a tenth longer than 64 filters in every block, and mirror images are trained on as
-characters of their own.
+separate characters.
 """
 
 from dataclasses import replace
@@ -38,28 +38,28 @@ from .omniglot_strongest import load_mirrored
 
 
 def evaluate_by(config: ExperimentConfig, name: str, trainer: MAMLTrainer, splits: Splits) -> ResultTable:
-    """A trainer on the episodes of a config; MAML has no embeddings to retrieve by."""
+    """Evaluates a trainer on the episodes of a config; MAML has no embeddings to retrieve by."""
     note = "trained on train and val classes" if config.train_on_validation else ""
     sizes = config.eval_specs, None, config.num_episodes, config.eval_seed
     return benchmark({name: trainer}, splits, *sizes, timed=False, note=note)
 
 
 def evaluate_inductive(trainer: MAMLTrainer, splits: Splits, config: ExperimentConfig) -> ResultTable:
-    """The same weights on the same episodes, with batch norm by the support set's statistics."""
+    """Evaluates the same weights on the same episodes, with batch norm by the support set's statistics."""
     return evaluate_by(config, f"{config.name}, inductive", trainer.with_batch_norm("inductive"), splits)
 
 
 class PrototypeHead(nn.Linear):
-    """A linear layer that one inner step makes a classifier by the nearest class mean; learning goes on from there.
+    """A linear layer that one inner step turns into a nearest-class-mean classifier; learning continues from there.
 
-    For embeddings x of length 12.5, weights w and biases b its logits are w . x - 5 |w|^2 + b. It begins with weights
-    of zero and biases of -8, as if every class were rare. A step of `one_against_all` at a rate of 0.1 then makes w a
-    tenth of the mean of the class's support images, and the logits -0.05 |x - mean|^2, for any number of ways and
-    shots, up to a number that all classes share and to 0.03 % of the sum of all means. A head that begins with random
-    weights has to unlearn them first. While it is zero, the inner gradient of the trunk is zero too: the first inner
-    steps of a training change the head alone.
+    For embeddings x of norm 12.5, weights w and biases b, the logits are w . x - 5 |w|^2 + b. The weights start at zero
+    and the biases at -8, as if every class were rare. A step of `one_against_all` at a learning rate of 0.1 then makes
+    w a tenth of the mean of the class's support embeddings, and the logits -0.05 |x - mean|^2, for any number of ways
+    and shots, up to a number shared by all classes and 0.03 % of the sum of all means. A head with random initial
+    weights has to unlearn them first. While the weights are zero, the inner gradient of the trunk is zero too: the
+    first inner steps of training change only the head.
 
-    Source: Triantafillou et al. 2020, "Meta-Dataset" (Proto-MAML), which sets such weights without a step.
+    Source: Triantafillou et al. 2020, "Meta-Dataset" (Proto-MAML), which sets such weights directly.
     """
 
     def __init__(self, dim: int, ways: int) -> None:
@@ -72,10 +72,10 @@ class PrototypeHead(nn.Linear):
 
 
 def one_against_all(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy of every class, the mean over the shots and the sum over the ways.
+    """Binary cross-entropy of every class, averaged over the shots and summed over the ways.
 
-    A class's step is as long for any number of ways, and does not depend on the other classes while these have a low
-    probability.
+    A class's step is equally long for any number of ways, and does not depend on the other classes while their
+    probability is low.
     """
     ways = logits.shape[1]
     targets = F.one_hot(labels, ways).to(logits.dtype)
@@ -83,7 +83,7 @@ def one_against_all(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def evaluate_more(trainer: MAMLTrainer, splits: Splits, config: ExperimentConfig) -> ResultTable:
-    """20 ways on a fifth of the episodes, which take 0.1 s each, and every size with inductive batch norm, too."""
+    """Also evaluates 20 ways on a fifth of the episodes, at 0.1 s each, and every size with inductive batch norm."""
     fewer = replace(
         config,
         eval_specs=tuple(EpisodeSpec(ways=20, shots=shots, queries=15) for shots in (1, 5)),

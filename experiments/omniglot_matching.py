@@ -3,11 +3,11 @@
     python -m experiments.omniglot_matching --data-root ../shared/data
     python -m experiments.omniglot_matching --steps 200 --seed 3
 
-Its figures are in docs/results, from `python -m experiments.reproduce_papers --only omniglot/matching`.
+Results are in docs/results, from `python -m experiments.reproduce_papers --only omniglot/matching`.
 
-Trained on the training and validation characters. Unlike the paper, the cosine has a learned scale, because a softmax
-over a bounded similarity cannot get sharp; the trunk has no last ReLU, after which cosines would all be positive; an
-episode has 60 ways, and its images make six (`support_rotations`).
+Trained on the training and validation characters. Unlike in the paper, the cosine has a learned scale, because a
+softmax over a bounded similarity cannot get sharp; the trunk has no final ReLU, which would make all cosines positive;
+and an episode has 60 ways, with its images used for six episodes (`support_rotations`).
 """
 
 from functools import partial

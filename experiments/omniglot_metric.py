@@ -3,15 +3,15 @@
     python -m experiments.omniglot_metric --data-root ../shared/data
     python -m experiments.omniglot_metric --steps 200 --train-spec.classes 64 --train-spec.per-class 4
 
-Measured on the 1,692 test classes, 10,000 episodes of 15 queries a class each, seed 0, 95 % intervals; 3,000 steps in
-9.7 minutes on one CPU core:
+Measured on the 1,692 test classes, 10,000 episodes each with 15 queries per class, seed 0, 95 % intervals; 3,000 steps
+in 9.7 minutes on one CPU core:
 
     5-way 1-shot   98.72 +- 0.05        P@1          81.17 +- 0.42
     5-way 5-shot   99.72 +- 0.02        R-precision  55.58 +- 0.24
     20-way 1-shot  95.91 +- 0.05        MAP@R        46.83 +- 0.28
     20-way 5-shot  99.09 +- 0.02        (33,840 images among themselves)
 
-Trained on the training and validation characters, 360 images a batch.
+Trained on the training and validation characters, with 360 images per batch.
 """
 
 from functools import partial

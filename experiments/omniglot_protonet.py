@@ -3,12 +3,12 @@
     python -m experiments.omniglot_protonet --data-root ../shared/data
     python -m experiments.omniglot_protonet --steps 200 --seed 3
 
-Its figures are in docs/results, from `python -m experiments.reproduce_papers --only omniglot/protonet`.
+Results are in docs/results, from `python -m experiments.reproduce_papers --only omniglot/protonet`.
 
-Trained on the training and validation characters, as in the paper. Unlike the paper, embeddings are scaled to length 1
-before the squared distance, which has a learned scale, and the trunk has no last ReLU; each episode's images make six
-episodes (`support_rotations`); half of the images are slightly distorted; and the learning rate falls along a cosine.
-What the first two bring: `python -m experiments.omniglot_recipes`.
+Trained on the training and validation characters, as in the paper. Unlike in the paper, embeddings are L2-normalized
+before the squared distance, which has a learned scale, and the trunk has no final ReLU; each episode's images are used
+for six episodes (`support_rotations`); half of the images are slightly distorted; and the learning rate follows a
+cosine decay. `python -m experiments.omniglot_recipes` shows what the first two contribute.
 """
 
 from functools import partial

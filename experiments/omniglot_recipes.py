@@ -1,11 +1,11 @@
-"""What each part of the strongest recipe for Omniglot brings: one changed at a time, in one table, the best first.
+"""Ablation of the strongest recipe for Omniglot: one part changed at a time, in one table with the best first.
 
     python -m experiments.omniglot_recipes --data-root ../shared/data
     python -m experiments.omniglot_recipes --data-root ../shared/data --steps 100 --only "strongest recipe" "last ReLU"
 
 Trained on the training characters of the Vinyals split and evaluated on its validation characters, so that nothing is
-chosen by the test characters. After an interruption the same command continues. All have the same number of steps, of
-360 images each.
+chosen on the test characters. After an interruption the same command continues. All variants have the same number of
+steps, of 360 images each.
 """
 
 from dataclasses import replace
@@ -36,13 +36,13 @@ from . import omniglot_protonet, omniglot_strongest
 
 
 def load_plain(root: Path) -> Splits:
-    """Training characters, and validation characters in the place of test characters."""
+    """Loads the training characters, and the validation characters in place of the test characters."""
     splits = load_omniglot(root, split="vinyals", rotations=True)
     return Splits(splits.train, splits.val, None)  # type: ignore[arg-type]
 
 
 def load_mirrored(root: Path) -> Splits:
-    """The same; training characters are also there as their mirror images."""
+    """Loads the same, with the mirror images of training characters as additional classes."""
     splits = load_plain(root)
     return Splits(splits.train.with_mirrors_as_classes(), splits.val, None)  # type: ignore[arg-type]
 

@@ -1,12 +1,12 @@
-"""Siamese networks as in Koch et al. 2015: 105 x 105 pixels, their convolutional trunk, affine distortions, early stop.
+"""Siamese networks as in Koch et al. 2015: 105 x 105 pixels, convolutional trunk, affine distortions, early stopping.
 
     python -m experiments.omniglot_siamese_koch --data-root ../shared/data
 
 Measured after 150 steps of 80 images, 6.3 minutes on one CPU core, seed 0, 95 % intervals: 67.19 +- 0.25 at 5-way
-1-shot and 39.92 +- 0.22 at 20-way 1-shot with one query a class (10,000 episodes of all 659 characters), 9.84 +- 0.12
-of all characters at once with 5 shots (5 episodes), 55.32 +- 0.25 of the first ten (1,000 episodes). That is only the
-beginning of a training: the paper's had up to 200 epochs of 90,000 pairs, and reached 92.0 % at 20-way 1-shot within an
-alphabet.
+1-shot and 39.92 +- 0.22 at 20-way 1-shot with one query per class (10,000 episodes of all 659 characters), 9.84 +- 0.12
+on all characters at once with 5 shots (5 episodes), 55.32 +- 0.25 on the first ten (1,000 episodes). This is only the
+beginning of training: the paper trained for up to 200 epochs of 90,000 pairs and reached 92.0 % at 20-way 1-shot within
+an alphabet.
 """
 
 from dataclasses import replace

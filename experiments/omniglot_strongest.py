@@ -1,18 +1,18 @@
-"""The strongest recipe for Omniglot that this library knows, inductive; Vinyals split, 28 x 28.
+"""This library's strongest recipe for Omniglot, inductive; Vinyals split, 28 x 28.
 
     python -m experiments.omniglot_strongest --data-root ../shared/data
     python -m experiments.omniglot_strongest --steps 200 --seed 3
 
-Its figures are in docs/results, from `python -m experiments.reproduce_papers --only omniglot/strongest`.
+Results are in docs/results, from `python -m experiments.reproduce_papers --only omniglot/strongest`.
 
-It consists of pytorch-metric-learning's NT-Xent loss with a learned temperature, on batches of 60 classes with 6
-images each, in which every image is compared with the other 359; a Conv4 whose blocks grow wider as their maps get
-smaller, without its last ReLU; mirror images of the rotated characters as classes of their own, in training; half of
-the images slightly distorted and bent (RandomWarp); Adam with cosine decay; and at test time the embeddings of an
-image, of its quarter turns and of their mirror images side by side, each the mean over shifts by a pixel
-(DihedralViews), which makes eight networks of one.
+It consists of pytorch-metric-learning's NT-Xent loss with a learned temperature, on batches of 60 classes with 6 images
+each, in which every image is compared with the other 359; a Conv4 whose blocks get wider as their maps get smaller,
+without its final ReLU; mirror images of the rotated characters as separate classes, in training; half of the images
+slightly distorted and bent (RandomWarp); Adam with cosine decay; and at test time the concatenated embeddings of an
+image, its quarter turns and their mirror images, each the mean over shifts by a pixel (DihedralViews), which turns one
+network into eight.
 
-Chosen on the validation characters: `python -m experiments.omniglot_recipes` shows what each part brings.
+Chosen on the validation characters: `python -m experiments.omniglot_recipes` shows what each part contributes.
 """
 
 from dataclasses import replace
@@ -38,7 +38,7 @@ from . import omniglot_metric
 
 
 def load_mirrored(root: Path) -> Splits:
-    """The Vinyals split; characters to train on are also there as their mirror images."""
+    """Loads the Vinyals split, with the mirror images of characters to train on as additional classes."""
     splits = load_omniglot(root, split="vinyals", rotations=True)
     val = None if splits.val is None else splits.val.with_mirrors_as_classes()
     return Splits(splits.train.with_mirrors_as_classes(), val, splits.test)

@@ -3,9 +3,9 @@
     python -m experiments.quickstart
     python -m experiments.quickstart --steps 100 --seed 1
 
-Measured on 303 Greek letters (30 of which look like a training letter), 10,000 episodes of 15 queries a class, seed 0,
-95 % intervals: 98.45 +- 0.07 at 5-way 1-shot, 99.43 +- 0.05 at 5-way 5-shot, 93.91 +- 0.07 at 20-way 1-shot; P@1 77.57
-+- 1.05, MAP@R 46.60 +- 0.71. 600 steps in 1.1 to 1.7 minutes on 2 CPU cores. (The last digits are the processor's.)
+Measured on 303 Greek letters (30 of which look like a training letter), 10,000 episodes with 15 queries per class, seed
+0, 95 % intervals: 98.45 +- 0.07 at 5-way 1-shot, 99.43 +- 0.05 at 5-way 5-shot, 93.91 +- 0.07 at 20-way 1-shot; P@1
+77.57 +- 1.05, MAP@R 46.60 +- 0.71. 600 steps in 1.1 to 1.7 minutes on 2 CPU cores. (Last digits depend on the CPU.)
 """
 
 from functools import partial

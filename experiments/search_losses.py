@@ -4,12 +4,12 @@
     python -m experiments.search_losses --trials 40 --run-dir runs/losses    # in two terminals: two workers
     python -m experiments.search_losses --trials 40 --run-dir runs/losses --storage postgresql+psycopg2://me@host/optuna
 
-After an interruption the same command continues. Latin and Cyrillic letters are trained and validated on; the Greek
-ones are evaluated once, for the best trial.
+After an interruption the same command continues. Training and validation use Latin and Cyrillic letters; the Greek ones
+are evaluated once, for the best trial.
 
-Measured: 12 trials of 200 steps by two workers in 6.4 minutes on 2 CPU cores that others used too, seed 0. The best is
-NTXentLoss at temperature 0.37 with Adam at 0.0031: 97.19 +- 0.30 % on 1,000 validation episodes of 5-way 1-shot, and on
-10,000 test episodes 97.18 +- 0.11 % at 5-way 1-shot, 89.16 +- 0.09 % at 20-way 1-shot.
+Measured: 12 trials of 200 steps by two workers in 6.4 minutes on 2 shared CPU cores, seed 0. The best is NTXentLoss at
+temperature 0.37 with Adam at 0.0031: 97.19 +- 0.30 % on 1,000 validation episodes of 5-way 1-shot, and on 10,000 test
+episodes 97.18 +- 0.11 % at 5-way 1-shot, 89.16 +- 0.09 % at 20-way 1-shot.
 """
 
 from collections.abc import Callable
@@ -50,12 +50,12 @@ BASE = ExperimentConfig(
     train_spec=BatchSpec(classes=32, per_class=4),
     eval_specs=tuple(EpisodeSpec(ways=ways, shots=shots, queries=15) for ways, shots in ((5, 1), (5, 5), (20, 1))),
     steps=200,
-    validate_every=40,  # each of them may end a trial
+    validate_every=40,  # each validation may end a trial
 )
 
 
 def config_of_trial(trial: "optuna.Trial") -> ExperimentConfig:
-    """The experiment with the loss, its margin or temperature, and the learning rate that a trial suggests."""
+    """Returns the experiment with the loss, margin or temperature, and learning rate that a trial suggests."""
     name = trial.suggest_categorical("loss", ("triplet", "contrastive", "nt-xent"))
     loss: Callable[[], nn.Module]
     if name == "triplet":

@@ -1,13 +1,13 @@
-"""Do queries that inform each other pay, and what is left of it where classes have unequal numbers of queries?
+"""Does transductive inference pay off, and what is left of it when classes have unequal numbers of queries?
 
     python -m experiments.transductive_heads                                  # built-in letters, untrained network
     python -m experiments.transductive_heads --embedder runs/quickstart/embedder.safetensors
     python -m experiments.transductive_heads --queries 15 --data-root ../shared/data --embedder RUN/embedder.safetensors
     python -m experiments.transductive_heads --bank FILE --train-bank FILE --shots 5
 
-Every head on the same episodes of one bank, with its difference to the nearest prototype. Unbalanced episodes have as
-many queries, shared out among the classes at random (Dirichlet; Veilleux et al. 2021). A run of mini_imagenet_protonet
-or the like (a Conv4 of color images) is evaluated on miniImageNet's test classes. FILE is as for
+Evaluates every head on the same episodes of one bank, with its difference from the nearest prototype. Unbalanced
+episodes have as many queries in total, divided among the classes at random (Dirichlet; Veilleux et al. 2021). A run of
+mini_imagenet_protonet or the like (a Conv4 for color images) is evaluated on miniImageNet's test classes. FILE is as in
 experiments.benchmark_embeddings.
 """
 
@@ -56,15 +56,15 @@ INDUCTIVE: tuple[AnyHead, ...] = (
     logistic_regression,
     fine_tuning,
 )
-TIM = partial(alpha_tim, alpha=1.0, support_weight=0.1, conditional_weight=0.1)  # its authors' setting
+TIM = partial(alpha_tim, alpha=1.0, support_weight=0.1, conditional_weight=0.1)  # the authors' setting
 TRANSDUCTIVE: tuple[AnyHead, ...] = (bd_cspn, laplacian_shot, transductive_fine_tuning, alpha_tim, TIM, pt_map)
-RAW = (pt_map,)  # transforms for itself
+RAW = (pt_map,)  # transforms the embeddings itself
 
 
 def banks(
     bank: Path | None, train_bank: Path | None, embedder: Path | None, data_root: Path | None
 ) -> tuple[EmbeddingBank, EmbeddingBank | None]:
-    """The bank to evaluate, and that of the training classes where there is one."""
+    """Returns the bank to evaluate, and that of the training classes if there is one."""
     if bank is not None:
         return load_bank(bank), None if train_bank is None else load_bank(train_bank)
     torch.manual_seed(0)
@@ -78,14 +78,14 @@ def banks(
 def timed(
     head: Callable[..., Tensor], spec: EpisodeSpec, bank: EmbeddingBank, count: int, seed: int
 ) -> tuple[EpisodicResult, float]:
-    """A result, and how many episodes a second."""
+    """Returns a result and the episodes per second."""
     start = time.perf_counter()
     result = EpisodicEvaluator(spec, count, seed, head=head).evaluate(bank)
     return result, count / (time.perf_counter() - start)
 
 
 def figures(result: EpisodicResult, base: EpisodicResult) -> str:
-    """Accuracy and difference to the base, of two columns."""
+    """Formats the accuracy and its difference from the base as two columns."""
     against = compare(result, base)
     difference = "" if result is base else f"{100 * against.difference:+.2f} +- {100 * against.ci95:.2f}"
     return f"{100 * result.mean:.2f} +- {100 * result.ci95:.2f} | {difference}"
@@ -107,16 +107,16 @@ def main(
 
     Args:
         bank: embeddings and labels; the built-in letters when not given.
-        train_bank: embeddings of other classes, whose mean is taken away.
-        embedder: weights of the Conv4 that embeds; an untrained one when not given.
-        data_root: where miniImageNet is; the built-in letters when not given.
-        ways: classes in an episode.
-        shots: support items of each class.
-        queries: query items of each class, on average where they are unbalanced: one class may then have them all, and
-            letters have 20 images; 15 are usual.
-        alpha: of the Dirichlet distribution; 2 in the paper, and the larger the nearer to balance.
-        num_episodes: of each size.
-        seed: of the episodes.
+        train_bank: embeddings of other classes, whose mean is subtracted.
+        embedder: weights of the Conv4 that embeds; untrained when not given.
+        data_root: folder of miniImageNet; the built-in letters when not given.
+        ways: classes per episode.
+        shots: support items per class.
+        queries: query items per class, on average if unbalanced: one class may then have them all, and letters have 20
+            images; 15 is usual.
+        alpha: parameter of the Dirichlet distribution; 2 in the paper; larger is closer to balanced.
+        num_episodes: episodes of each size.
+        seed: seed of the episodes.
     """
     sizes = {}
     for count in shots:

@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--version", action="version", version=importlib.import_module("pml_fewshot").__version__)
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
     name = parser.parse_args(sys.argv[1:2]).command
-    if not sys.flags.safe_path:  # last: a run's own module is looked for there, and nothing that is installed
+    if not sys.flags.safe_path:  # last: only a run's own module is looked up there, nothing installed
         sys.path.append(str(Path.cwd()))
     sys.argv = [f"pml-fewshot {name}", *sys.argv[2:]]
     if name == "demo":
@@ -63,18 +63,18 @@ def main() -> None:
 
 
 def package() -> str:
-    """The package with the experiments: in the wheel it is one of ours, in a plain checkout it stands beside ours."""
+    """The name of the experiments package: inside ours in the wheel, next to ours in a plain checkout."""
     inside = importlib.util.find_spec("pml_fewshot.experiments")
     return "pml_fewshot.experiments" if inside is not None else "experiments"
 
 
 def run_experiment(name: str) -> None:
-    """Runs a shipped experiment as a program, so that a run folder records the module in which others find it."""
+    """Runs a shipped experiment as a program, so that its run folder records the module where others find it."""
     runpy.run_module(f"{package()}.{name}", run_name="__main__", alter_sys=True)
 
 
 def experiments() -> None:
-    """The command: lists the experiment files with their first lines, or copies some with all that they import."""
+    """The command: lists the experiment files with their first lines, or copies some with everything they import."""
     parser = argparse.ArgumentParser(sys.argv[0], description=COMMANDS["experiments"])
     parser.add_argument("--copy", nargs="*", metavar="NAME", help="copy these and those that they import; all if none")
     parser.add_argument("--to", type=Path, default=Path("experiments"), help="folder of the copies (%(default)s)")
@@ -93,7 +93,7 @@ def experiments() -> None:
 
 
 def copies(files: dict[str, Path], wanted: list[str]) -> list[Path]:
-    """The files of these names, and of those that they import."""
+    """The files with these names, and the experiment files that they import."""
     found = dict.fromkeys(["__init__"])
     while wanted:
         name, *wanted = wanted
@@ -105,7 +105,7 @@ def copies(files: dict[str, Path], wanted: list[str]) -> list[Path]:
 
 
 def copy_new(source: Path, target: Path) -> None:
-    """Copies a file unless another one is there, which may be the user's own by now."""
+    """Copies a file, but never over a different one, which the user may have edited."""
     text = source.read_text("utf-8")
     with translate_write_errors(target):
         if not target.exists():

@@ -1,4 +1,4 @@
-"""Errors for a user's mistake, and the checks that many places need: "expected .., got ..; do .."."""
+"""Errors for user mistakes, and checks shared across the library: "expected .., got ..; do .."."""
 
 import difflib
 import importlib
@@ -15,37 +15,37 @@ BLOCK_ROWS = 2**14
 
 
 class UsageError(ValueError):
-    """What was given cannot be used; the message says what was expected, what came and what to do.
+    """The input cannot be used; the message says what was expected, what was given and what to do.
 
-    Commands show it as one line. The classes below are also the built-in error that Python programs would catch.
+    Commands show it as one line. The subclasses below are also the built-in errors that Python programs would catch.
     """
 
 
 class UsageTypeError(UsageError, TypeError):
-    """An argument of another type."""
+    """An argument has the wrong type."""
 
 
 class MissingFileError(UsageError, FileNotFoundError):
-    """A file or folder that should be there is not."""
+    """A required file or folder does not exist."""
 
 
 class ExistingFileError(UsageError, FileExistsError):
-    """A file or folder that must not be overwritten."""
+    """A file or folder exists and must not be overwritten."""
 
 
 class LockedError(UsageError, BlockingIOError):
-    """Another process is writing there."""
+    """Another process is writing to the same place."""
 
 
 class MissingPackageError(UsageError, ImportError):
-    """A package that an extra of this library installs is not installed."""
+    """A package from one of this library's extras is not installed."""
 
 
 def import_extra(extra: str, what: str, *packages: str) -> Any:
     """Imports packages that come with an extra, and returns the first.
 
     Raises:
-        MissingPackageError: one is not installed; it says what they are for and which extra installs them.
+        MissingPackageError: one is not installed; the message says what they are for and which extra installs them.
     """
     try:
         first, *_ = [importlib.import_module(name) for name in packages]
@@ -63,7 +63,7 @@ def check_at_least_one(name: str, value: int) -> None:
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raises a UsageError that suggests the nearest choice unless value is one of them."""
+    """Raises a UsageError that suggests the closest choice unless value is one of the choices."""
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         do = f"did you mean {near[0]!r}?" if near else "choose one of them"
@@ -74,41 +74,41 @@ def check_finite(values: Tensor, what: str, do: str = "") -> None:
     """Raises a UsageError that counts the rows of `values` holding NaN or infinity and names the first."""
     if not values.is_floating_point():
         return
-    # One sum instead of a mask of the whole tensor: NaN and infinity survive it, and only then are rows searched. In
-    # blocks, because torch's sum copies where it changes the type, and `values` may be a memory map larger than memory.
+    # A sum instead of a mask of the whole tensor: NaN and infinity survive it, and only then are rows searched. In
+    # blocks, because torch's sum copies when it changes the dtype, and `values` may be a memory map larger than memory.
     dtype = torch.promote_types(values.dtype, torch.float32)
     sums = [block.sum(dtype=dtype) for block in values.split(BLOCK_ROWS)]
     if torch.isfinite(torch.stack(sums)).all():
         return
     finite = torch.cat([torch.isfinite(block.flatten(1)).all(dim=1) for block in values.unsqueeze(1).split(BLOCK_ROWS)])
     bad = (~finite).nonzero().flatten().tolist()
-    if bad:  # none: the sum of finite values overflowed
+    if bad:  # empty if the sum of finite values overflowed
         got = f"got NaN or infinity in {len(bad)} of {len(values)} rows, first in row {bad[0]}"
         do = do or "look at what produced them (a diverged training, a division by zero)"
         raise UsageError(f"expected finite {what}, {got}; {do}")
 
 
 def as_labels(labels: Any, length: int, what: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Labels as an int64 tensor (length,), and where they are texts their class names, numbered in alphabetical order.
+    """Labels as an int64 tensor (length,) and, if they are strings, their class names, numbered alphabetically.
 
     Args:
-        labels: integers or texts, as a tensor, numpy array, list, or anything that numpy takes for one.
-        length: how many there must be.
-        what: whose they are, for messages: "the bank's".
+        labels: integers or strings, as a tensor, NumPy array, list, or anything that NumPy accepts as an array.
+        length: the required number of labels.
+        what: whose labels they are, for messages: "the bank's".
 
     Raises:
-        UsageError: another type (UsageTypeError) or number, or an integer that int64 cannot hold.
+        UsageError: the wrong type (UsageTypeError) or number of labels, or an integer that does not fit in int64.
     """
     names: tuple[str, ...] = ()
     if not isinstance(labels, Tensor) or labels.dtype == torch.uint64:
         try:
             array = np.asarray(labels)
-        except ValueError as error:  # of lists in lists
+        except ValueError as error:  # from nested lists
             got = f"a {type(labels).__name__} of {type(labels[0]).__name__}s of different lengths"
             raise UsageError(f"expected one of {what} labels for each item, got {got}; give one each") from error
         if array.dtype == object and all(isinstance(label, str) for label in array.flat):
             array = array.astype(str)
-        elif array.dtype.kind in "US" and not isinstance(labels, np.ndarray):  # numpy makes texts of all beside a text
+        elif array.dtype.kind in "US" and not isinstance(labels, np.ndarray):  # NumPy makes all strings if one is
             for row, label in enumerate(labels):
                 if not isinstance(label, str | bytes) or isinstance(label, str) != (array.dtype.kind == "U"):
                     got = f"{label!r} in row {row} beside texts"
@@ -133,10 +133,10 @@ def as_labels(labels: Any, length: int, what: str) -> tuple[Tensor, tuple[str, .
 
 
 def as_names(class_names: Any) -> tuple[str, ...]:
-    """Class names in order, of a sequence, or of a mapping of names to numbers or the other way round.
+    """Class names in order, from a sequence or from a mapping of names to numbers or numbers to names.
 
     Raises:
-        UsageError: a set, which has no order, a repeated name, or numbers other than from 0 on (UsageTypeError).
+        UsageError: a set, which has no order (UsageTypeError), a repeated name, or numbers that do not count from 0.
     """
     if isinstance(class_names, Mapping):
         number_of = {name: number for name, number in class_names.items() if isinstance(number, Integral)}
@@ -154,7 +154,7 @@ def as_names(class_names: Any) -> tuple[str, ...]:
 
 
 def renumbered(labels: Tensor, texts: Sequence[str], names: Sequence[str]) -> Tensor:
-    """Labels that are indices into `texts`, as indices into `names`, which hold all of these."""
+    """Converts labels from indices into `texts` to indices into `names`, which must contain all of `texts`."""
     place = {name: number for number, name in enumerate(names)}
     if unknown := [name for name in texts if name not in place]:
         raise UsageError(f"expected labels among the class names, got {unknown[0]!r}; add it to class_names")
@@ -162,7 +162,7 @@ def renumbered(labels: Tensor, texts: Sequence[str], names: Sequence[str]) -> Te
 
 
 def check_enough_items(labels: Tensor, counts: Tensor, needed: int, what: str, class_names: Sequence[str] = ()) -> None:
-    """Raises a UsageError naming the first class (by its label, where there are no names) with too few items."""
+    """Raises a UsageError naming the first class (by its label if there are no names) with too few items."""
     short = (counts < needed).nonzero().flatten()
     if len(short):
         count, label = int(counts[short[0]]), int(labels[short[0]])

@@ -6,7 +6,7 @@ from pml_fewshot.experiment.comparison import main
 
 if __name__ == "__main__":
     main()
-else:  # `import pml_fewshot.compare` must not put this module in the place of the function of that name
+else:  # `import pml_fewshot.compare` must not replace the function of that name with this module
     from pml_fewshot.evaluation.statistics import compare
 
     sys.modules[__name__] = compare  # type: ignore[assignment]

@@ -1,7 +1,7 @@
-"""Several processes, started by `torchrun`, that train and evaluate as one would: their shares, and what they tell.
+"""Training and evaluation across processes that `torchrun` started, as in a single one: shares and messages.
 
 All processes draw the same batches and episodes. Each embeds or scores its share, and all then have the whole: losses,
-miners and memories see what one process would have seen, and whatever does not share its work is merely done by all.
+miners and memories see what a single process would see, and work that is not shared is simply done by all.
 """
 
 import hashlib
@@ -29,12 +29,12 @@ from torch.nn.parameter import is_lazy
 from pml_fewshot.checks import UsageError
 from pml_fewshot.sampling.randomness import restored, seed_quickly
 
-MINUTES = 10.0  # that a process waits for the others, unless PML_FEWSHOT_TIMEOUT_MINUTES says otherwise
+MINUTES = 10.0  # a process waits this long for the others, unless PML_FEWSHOT_TIMEOUT_MINUTES is set
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that share the work: `size` of them, of which this one is number `rank`."""
+    """The processes that share the work: there are `size` of them, and this one is number `rank`."""
 
     rank: int = 0
     size: int = 1
@@ -42,48 +42,48 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes files and reports, of which one is enough."""
+        """Whether this is the one process that writes files and reports."""
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """Which of `count` items are this process's: every `size`-th, so that each has some of all classes."""
+        """This process's share of `count` items: every `size`-th, so that each process has some of all classes."""
         return slice(self.rank, count, self.size)
 
 
 class ProcessLost(RuntimeError):
-    """Another process did not answer: it was killed, has ended with an error, or waits for something else."""
+    """Another process did not answer: it was killed, ended with an error, or is waiting for something else."""
 
     def __init__(self, reason: object) -> None:
-        text = shorten(re.sub(r"\[\S+:\d+\] ", "", str(reason)), 200)  # without places in gloo's source
+        text = shorten(re.sub(r"\[\S+:\d+\] ", "", str(reason)), 200)  # without locations in gloo's source
         do = "look for its own error, and resume the run by --run-dir and --resume"
         super().__init__(f"expected an answer of all processes, got none of one of them ({text}); {do}")
 
 
 _world = World()
-_opened = False  # whether this is within `processes`
-_lost = ""  # why nobody answers any more
-_step, _calls = 0, 0  # the step of a training, and the draws of a process's own in it
+_opened = False  # whether a `processes` block is open
+_lost = ""  # why the others no longer answer
+_step, _calls = 0, 0  # the training step, and the number of `own_draws` blocks in it
 
 
 def world() -> World:
-    """The processes that share the work of this block: this one alone, but within `processes`."""
+    """The processes that share the current work: only this one, except within `processes`."""
     return _world
 
 
 @contextmanager
 def processes(device: str = "auto", sync_batch_norm: bool = False) -> Iterator[World]:
-    """Within this block the processes that `torchrun` has started share the work; without torchrun there is one.
+    """Context manager in which the processes that `torchrun` started share the work; without torchrun there is one.
 
-    `run` opens it by itself. A script of one's own calls `fit`, `encode`, evaluators and testers within it, in the same
-    order in all processes, from one thread. All but the first print nothing and give no warnings.
+    `run` enters it automatically. Your own script calls `fit`, `encode`, evaluators and testers within it, in the same
+    order in all processes, from one thread. All processes but the first print nothing and issue no warnings.
 
     Args:
-        device: "cpu" (gloo), "cuda" (NCCL, one GPU for each process of a machine) or "auto".
-        sync_batch_norm: batch norm takes its statistics over all processes in training, so that N of them train as one
-            does, up to rounding; by default over each process's own share. Two more messages for each layer.
+        device: "cpu" (gloo), "cuda" (NCCL, one GPU for each process on a machine) or "auto".
+        sync_batch_norm: compute batch norm's statistics over all processes in training, so that N of them train as one
+            does, up to rounding; by default over each process's own share. Costs two more messages per layer.
 
     Raises:
-        UsageError: a process without a GPU of its own, a port in use, no answer of the others in time.
+        UsageError: a process without its own GPU, a port in use, or no answer from the others in time.
     """
     started = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     global _opened
@@ -105,7 +105,7 @@ def processes(device: str = "auto", sync_batch_norm: bool = False) -> Iterator[W
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within this block each process works for itself, for what not all of them do, or what each must do whole."""
+    """Context manager in which each process works alone, for work that not all of them do or that each does in full."""
     with _as(World(sync_batch_norm=_world.sync_batch_norm)):
         yield
 
@@ -122,15 +122,15 @@ def _as(other: World) -> Iterator[World]:
 
 @cache
 def _join(on_gpu: bool) -> None:
-    """Makes this process one of the group that torchrun started, until it ends."""
+    """Adds this process to the group that torchrun started, until it exits."""
     timeout = timedelta(minutes=float(os.environ.get("PML_FEWSHOT_TIMEOUT_MINUTES", MINUTES)))
     local, address = local_rank(), f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     if on_gpu and local < torch.cuda.device_count():  # else `resolve_device` refuses it, in all processes
         torch.cuda.set_device(local)
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # small messages go by the CPU, for which no GPU waits
-    meeting: dict[str, Any] = {}  # the environment says where
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # small messages go over the CPU, so that no GPU waits
+    meeting: dict[str, Any] = {}  # by default taken from the environment
     try:
-        if (memory := launch_memory()) is not None:  # it still has the addresses of processes that were before these
+        if (memory := launch_memory()) is not None:  # it still has the addresses of the processes before these
             store = dist.PrefixStore(f"pml_fewshot/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", memory)
             rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
             meeting = {"store": store, "rank": rank, "world_size": size}
@@ -142,19 +142,19 @@ def _join(on_gpu: bool) -> None:
 
 
 def check_no_torchrun(what: str) -> None:
-    """Raises a UsageError where torchrun has started several processes, for work that independent ones share better."""
+    """Raises a UsageError if torchrun started several processes, for work that independent ones share better."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         do = "start the same command once for each, without torchrun"
         raise UsageError(f"expected workers of {what} that are started one by one, got torchrun; {do}")
 
 
 def local_rank() -> int:
-    """The number of this process among those of its machine, which is that of its GPU."""
+    """The number of this process on its machine, which is also that of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0")) if _world.size > 1 or "RANK" in os.environ else 0
 
 
 def launch_memory() -> "dist.TCPStore | None":
-    """What outlives a process that torchrun starts again (--max-restarts): a store that its agent holds."""
+    """The store held by torchrun's agent, which outlives a process that torchrun restarts (--max-restarts)."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -164,17 +164,17 @@ def launch_memory() -> "dist.TCPStore | None":
 @contextmanager
 def _answered() -> Iterator[None]:
     global _lost
-    if _lost:  # a process that went on would meet another message of the others
+    if _lost:  # a process that continued would receive another message of the others
         raise ProcessLost(_lost)
     try:
         yield
-    except RuntimeError as error:  # of gloo or NCCL, whose texts name sockets
+    except RuntimeError as error:  # from gloo or NCCL, whose messages name sockets
         _lost = str(error)
         raise ProcessLost(error) from error
 
 
 def told_by_all(value: Any) -> list[Any]:
-    """What each process gives, in their order: numbers, texts, containers of them."""
+    """The values of all processes, in their order: numbers, strings, or containers of them."""
     if _world.size == 1:
         return [value]
     told = [None] * _world.size
@@ -200,7 +200,7 @@ def summed(tensor: Tensor) -> Tensor:
 
 
 def everyones(own: Tensor) -> list[Tensor]:
-    """The tensors, of one shape, of all processes in their order."""
+    """The tensors of all processes, in their order; all have the same shape."""
     if _world.size == 1:
         return [own]
     each = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(_world.size)]
@@ -210,19 +210,19 @@ def everyones(own: Tensor) -> list[Tensor]:
 
 
 def gathered(own: Tensor, count: int) -> Tensor:
-    """All `count` rows in their order, of which each process gives its share, `rows[world().share(count)]`."""
+    """All `count` rows in order, gathered from each process's share, `rows[world().share(count)]`."""
     if _world.size == 1:
         return own
-    missing = -(-count // _world.size) - len(own)  # one at most, where the number of processes does not divide `count`
+    missing = -(-count // _world.size) - len(own)  # at most one, if the number of processes does not divide `count`
     padded = torch.cat([own, own.new_zeros(missing, *own.shape[1:])]) if missing else own
     return torch.stack(everyones(padded), dim=1).flatten(0, 1)[:count]
 
 
 class _Gathered(torch.autograd.Function):
-    """`gathered`, where all processes compute one loss of all rows.
+    """`gathered` for when all processes compute the same loss of all rows.
 
-    The gradient of a process's own rows is whole, as no other process has it: times the number of processes, as
-    gradients are averaged in the end. A loss's own weights get the same gradient in all processes, and keep it.
+    The gradient of a process's own rows is complete, and no other process has it; it is multiplied by the number of
+    processes, because gradients are averaged at the end. A loss's own weights get and keep the same gradient in all.
     """
 
     @staticmethod
@@ -237,7 +237,7 @@ class _Gathered(torch.autograd.Function):
 
 
 class Summed(torch.autograd.Function):
-    """`summed`, of a copy, whose gradient is summed too."""
+    """`summed` of a copy; its gradient is summed too."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -250,12 +250,12 @@ class Summed(torch.autograd.Function):
 
 
 def shared(module: Callable[[Tensor], Tensor], items: Tensor) -> Tensor:
-    """module(items) for rows (B, *item), of which each process runs its share; in training too.
+    """Computes module(items) for rows (B, *item), each process running its share; also in training.
 
-    Dropout draws in each process what is its own.
+    Dropout draws differently in each process.
 
     Raises:
-        UsageError: fewer items than processes, or than two for each where batch norm takes its statistics of them.
+        UsageError: fewer items than processes, or than two per process if batch norm computes its statistics on them.
     """
     if _world.size == 1:
         return module(items)
@@ -272,10 +272,10 @@ def shared(module: Callable[[Tensor], Tensor], items: Tensor) -> Tensor:
 
 @contextmanager
 def own_draws(device: torch.device) -> Iterator[None]:
-    """Within this block the global generators of each process are its own; after it, they are alike, and as before.
+    """Gives each process its own global generators within this block, and restores the common ones after it.
 
-    A loss, miner or context then draws what it would in one process. The seed is that of torch's generator, with the
-    step of the training, so that a run resumes with the same draws.
+    A loss, miner or context then draws what it would in a single process. The seed is that of torch's generator with
+    the training step, so that a resumed run makes the same draws.
     """
     global _calls
     if _world.size == 1:
@@ -289,16 +289,16 @@ def own_draws(device: torch.device) -> Iterator[None]:
 
 
 def begin_step(step: int) -> None:
-    """Tells which step of a training the next draws of a process's own are for."""
+    """Sets the training step that the next `own_draws` are for."""
     global _step, _calls
     _step, _calls = step, 0
 
 
 def average_step(trainer: nn.Module, loss: Tensor) -> tuple[Tensor, bool]:
-    """Averages a step's gradients over the processes: the loss, and whether any of them has learned something.
+    """Averages a step's gradients over the processes; returns the mean loss, and whether any of them has learned.
 
-    With them the running statistics of batch norm, so that all processes have the same weights and buffers, bit for
-    bit, after each step. One message on the device, as large as the weights, and one of the CPU.
+    The running statistics of batch norm are averaged too, so that all processes have the same weights and buffers, bit
+    for bit, after each step. Costs one message on the device, as large as the weights, and one on the CPU.
     """
     weights = [weight for weight in trainer.parameters() if weight.requires_grad]
     has = summed(torch.tensor([loss.requires_grad, *(weight.grad is not None for weight in weights)]).float())
@@ -312,14 +312,14 @@ def average_step(trainer: nn.Module, loss: Tensor) -> tuple[Tensor, bool]:
 
 
 def _of_shares(trainer: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules that see a process's share alone: PML's losses and distances, and what is in them, see all items."""
+    """The modules that see only a process's share; PML's losses and distances, and modules in them, see all items."""
     modules = dict(trainer.named_modules())
     of_all = tuple(f"{name}." for name, module in modules.items() if isinstance(module, ModuleWithRecords))
     return [(name, module) for name, module in modules.items() if not f"{name}.".startswith(of_all)]
 
 
 def lazy_parts(trainer: nn.Module) -> list[str]:
-    """The names of weights that have no shape before the first share has come."""
+    """The names of lazy weights, which have no shape before the first share arrives."""
     weights = [
         (f"{name}.{key}", each) for name, module in _of_shares(trainer) for key, each in module._parameters.items()
     ]
@@ -327,7 +327,7 @@ def lazy_parts(trainer: nn.Module) -> list[str]:
 
 
 def _own_buffers(trainer: nn.Module) -> list[Tensor]:
-    """What a process computes of its share: the running statistics of batch norm, where it is trained."""
+    """Buffers that a process computes from its share: the running statistics of batch norm, where it is trained."""
     modules = [each for _, each in _of_shares(trainer) if isinstance(each, _NormBase) and each.training]
     statistics = [each for module in modules for each in (module.running_mean, module.running_var)]
     return list({id(each): each for each in statistics if each is not None}.values())
@@ -343,14 +343,14 @@ def _average(tensors: list[Tensor]) -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """An error of any process within this block, which holds no messages, is raised by all at its end.
+    """Raises an error of any process in all processes at the end of this block, which must send no messages.
 
-    The first process raises its own or, named, another's; `reported_elsewhere` tells the others that it is shown.
+    The first raises its own error or, naming the process, another's; `reported_elsewhere` tells the others it is shown.
     """
     error: BaseException | None = None
     try:
         yield
-    except Exception as own:  # it is raised below
+    except Exception as own:  # raised below
         if _world.size == 1:
             raise
         error = own
@@ -369,7 +369,7 @@ def together() -> Iterator[None]:
 
 
 def check_same(what: dict[str, Any], do: str) -> None:
-    """Raises a UsageError, in all processes, that names in which of these one process differs from the first."""
+    """Raises a UsageError in all processes, naming the entries in which a process differs from the first."""
     first, *others = told_by_all(what)
     for number, other in enumerate(others, start=1):
         if differ := [name for name in {**first, **other} if first.get(name) != other.get(name)]:

@@ -1,12 +1,12 @@
-"""Every method against its paper, on real data: trains what is missing, and writes the tables of docs/results.
+"""Compares every method with its paper on real data: trains what is missing and writes the tables of docs/results.
 
     python -m experiments.reproduce_papers --data-root ../shared/data --list
     python -m experiments.reproduce_papers --data-root ../shared/data --only omniglot/protonet
     python -m experiments.reproduce_papers --data-root ../shared/data --budget-minutes 120
 
-Each training is an ordinary run folder below --folder, one for each method and seed. The same command again continues:
-what is finished is not run again, and what was interrupted is resumed. Started several times, on machines that share
-the folder, it divides the trainings among them. All of them take days on two cores.
+Each training is an ordinary run folder below --folder, one for each method and seed. Running the same command again
+skips finished trainings and resumes interrupted ones. Started several times, on machines that share the folder, it
+divides the trainings among them. All of the trainings take days on two cores.
 """
 
 import signal
@@ -32,7 +32,7 @@ from pml_fewshot.checks import LockedError, UsageError, check_choice
 from pml_fewshot.experiment.command_line import one_line_errors, program
 
 DOCS = Path(__file__).parents[2] / "docs"
-CONFIGS = [row.training for row in rows_of_papers()]  # which `pml-fewshot evaluate` looks for
+CONFIGS = [row.training for row in rows_of_papers()]  # `pml-fewshot evaluate` looks for this name
 
 
 def reproduce(
@@ -43,15 +43,15 @@ def reproduce(
     minutes: float | None = None,
     failed: dict[str, str] | None = None,
 ) -> dict[str, str]:
-    """Runs what is not finished, one training after the other: a first seed of every row before a second of any.
+    """Runs the unfinished trainings one after another: the first seed of every row before the second of any.
 
     Args:
-        minutes: after this many the current training is saved, as after Ctrl-C, and no other one begins; never when
-            None.
-        failed: takes up the result as it grows, so that an interruption does not lose it.
+        minutes: after this many the current training is saved, as after Ctrl-C, and no other one starts; None for no
+            limit.
+        failed: collects the result as it grows, so that an interruption does not lose it.
 
     Returns:
-        Why some failed, by the folders of their figures below `folder`.
+        The reasons for failures, by the folders of their figures below `folder`.
     """
     failed = {} if failed is None else failed
     with budget(minutes) as over:
@@ -74,7 +74,7 @@ def reproduce(
 
 @contextmanager
 def budget(minutes: float | None) -> Iterator[threading.Event]:
-    """Interrupts what runs within after this many minutes, as SIGTERM does, and ends it; the event says that it did."""
+    """Interrupts and ends the block after this many minutes, as SIGTERM does; the event says whether it did."""
     over = threading.Event()
     if minutes is None:
         yield over
@@ -117,17 +117,17 @@ def main(
     tables: Path | None = None,
     list_only: Annotated[bool, tyro.conf.arg(name="list")] = False,
 ) -> None:
-    """Runs what is not finished of the trainings behind docs/results, then writes the tables of what is.
+    """Runs the unfinished trainings behind docs/results, then writes the tables of the finished ones.
 
     Args:
-        only: rows, like omniglot/protonet, or whole tables, like omniglot; when not given all but what needs a GPU
-        seeds: of the trainings
-        budget_minutes: stop after this many and save the current training; the same command continues
+        only: rows, like omniglot/protonet, or whole tables, like omniglot; when not given, all that need no GPU
+        seeds: seeds of the trainings
+        budget_minutes: stop after this many and save the current training; the same command resumes it
         data_root: folder of the data; PML_FEWSHOT_DATA, else data/, when not given
-        folder: of the runs
+        folder: folder of the runs
         lake: unpacked all_runs.zip of Lake et al. 2015, for their one-shot task within alphabets
-        tables: folder of the CSV files; docs/results of this checkout when not given, whose pages are filled too
-        list_only: show what there is and what is finished, and run nothing
+        tables: folder of the CSV files; when not given, docs/results of this checkout, with the pages filled too
+        list_only: list the trainings and which are finished, and run nothing
     """
     every = [*rows_of_papers(), *(lake_rows(lake.resolve()) if lake else ())]
     if lake is None and any(wanted.split("/")[0] == "lake" for wanted in only):

@@ -21,15 +21,16 @@ LABELS = "class_labels.txt"
 def load_runs(folder: Path, image_size: int) -> tuple[FewShotDataset, Tensor]:
     """Reads the unpacked `all_runs.zip` of Lake et al.: run01/training/class01.png, run01/test/item01.png and so on.
 
-    Each run's class_labels.txt has a line an item of its test: "run01/test/item01.png run01/training/class14.png".
+    Each run's class_labels.txt has one line per test item: "run01/test/item01.png run01/training/class14.png".
 
     Returns:
-        For R runs of W characters the images (R * 2 W, ...), of each run its W training drawings and its W items, ink
-        high; and which of the run's drawings each item shows, (R, W).
+        For R runs of W characters, the images (R * 2 W, ...), for each run its W training drawings and its W items,
+        with high values for ink; and the index (R, W) of the run's drawing that each item shows.
 
     Raises:
-        MissingFileError: no run in the folder, or a file that one names is missing.
-        UsageError: runs of different sizes, or an item of none of the run's drawings.
+        MissingFileError: no run in the folder, or a file named in one is missing.
+        UsageError: runs of different sizes, a line or an item that matches none of the run's drawings, or another
+            number of items than drawings.
     """
     files: list[Path] = []
     answers: list[list[int]] = []
@@ -59,7 +60,7 @@ def load_runs(folder: Path, image_size: int) -> tuple[FewShotDataset, Tensor]:
 
 
 def evaluate_lake(trainer: FewShotTrainer, config: ExperimentConfig, folder: Path) -> ResultTable:
-    """One-shot accuracy within alphabets, each item by itself: the mean over the runs."""
+    """Evaluates one-shot accuracy within alphabets, each item by itself, averaged over the runs."""
     items, answers = load_runs(folder, image_size=28)
     runs, ways = answers.shape
     bank = trainer.bank(items).unflatten(0, (runs, 2, ways))  # (R, 2, W, D)

@@ -1,4 +1,4 @@
-"""The rows of the tables: every method with its paper, on Omniglot, miniImageNet and across data sets."""
+"""The rows of the tables: every method with its paper, on Omniglot, miniImageNet and across datasets."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -54,12 +54,12 @@ SQUARED_EUCLID = partial(LpDistance, normalize_embeddings=False, power=2)
 
 
 def rows_of_papers() -> list[Row]:
-    """All but those of `lake_rows`."""
+    """Returns all rows except those of `lake_rows`."""
     return [*omniglot(), *mini_imagenet(), *across(), *official()]
 
 
 def omniglot() -> list[Row]:
-    """The split of Vinyals et al. 2016, 28 x 28."""
+    """Returns the rows on the split of Vinyals et al. 2016, 28 x 28."""
     matching = omniglot_matching.CONFIG
     euclid = swap(
         matching,
@@ -90,17 +90,17 @@ PROTONET = Row("omniglot/protonet", "ProtoNet", omniglot_protonet.CONFIG)
 
 
 def in_context(config: ExperimentConfig) -> ExperimentConfig:
-    """Matching networks with full-context embeddings."""
+    """Returns a matching network with full-context embeddings."""
     return swap(config, name=f"{config.name}_context", context=partial(FullContext, dim=64))
 
 
 def in_first_order(config: ExperimentConfig) -> ExperimentConfig:
-    """MAML without second derivatives, of which Finn et al. 2017 have no figures on Omniglot."""
+    """Returns MAML without second derivatives, for which Finn et al. 2017 have no figures on Omniglot."""
     return swap(config, name=f"{config.name}_first_order", first_order=True)
 
 
 def mini_imagenet() -> list[Row]:
-    """The split of Ravi and Larochelle 2017, 84 x 84, by Conv4; and by ResNet12, which takes a GPU."""
+    """Returns the rows on the split of Ravi and Larochelle 2017, 84 x 84: Conv4, and ResNet12, which needs a GPU."""
     protonet, conv4 = mini_imagenet_protonet.CONFIG, partial(Conv4, in_channels=3)
     matching = replace(
         protonet,
@@ -139,7 +139,7 @@ def mini_imagenet() -> list[Row]:
 
 
 def across() -> list[Row]:
-    """Trained on one set of classes, evaluated on the test classes of another; gray images of 28 x 28."""
+    """Returns the rows trained on one set of classes and tested on another's test classes; gray 28 x 28 images."""
     letters = Row("across/letters", "letters", quickstart.CONFIG)
     on_both = "trained on train and val classes"
     greek = f"{on_both}; Greek letters, and Omniglot's training characters have a Greek alphabet too"
@@ -156,26 +156,26 @@ def across() -> list[Row]:
 
 
 def on_test_classes(trainer: FewShotTrainer, config: ExperimentConfig, loader: Callable[..., Splits]) -> ResultTable:
-    """A trained network on the test classes of other data, by the sizes of episodes that its config has."""
+    """Evaluates a trained network on the test classes of other data, with the episode sizes of its config."""
     test = load_data(replace(config, data=loader)).test
     sizes = config.eval_specs, instance(config.retrieval), config.num_episodes, config.eval_seed
     return benchmark({config.name: trainer}, test, *sizes, timed=False)
 
 
 def gray_mini_imagenet(root: Path) -> Splits:
-    """miniImageNet as the networks of drawings take it: gray, 28 x 28."""
+    """Loads miniImageNet in the form that the networks for drawings expect: gray, 28 x 28."""
     return load_mini_imagenet(root, image_size=28).map(gray)
 
 
 def gray(photos: FewShotDataset) -> FewShotDataset:
-    """The luma of color images (ITU-R BT.601)."""
+    """Converts color images to luma (ITU-R BT.601)."""
     weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     images = (photos.images * weights).sum(dim=1, keepdim=True).round().to(torch.uint8)
     return FewShotDataset(images, photos.labels, photos.class_names, photos.note)
 
 
 def official() -> list[Row]:
-    """Omniglot's own split, background and evaluation characters, for the one-shot task of Lake et al. 2015."""
+    """Returns the rows on Omniglot's own split, background and evaluation, for the task of Lake et al. 2015."""
     protonet = of_background(omniglot_protonet.CONFIG, load_rotated_for_training)
     strongest = of_background(omniglot_strongest.CONFIG, load_mirrored_for_training)
     return [
@@ -186,13 +186,13 @@ def official() -> list[Row]:
 
 
 def load_mirrored_for_training(root: Path) -> Splits:
-    """The official split; training characters rotated, and their mirror images too, as classes of their own."""
+    """Loads the official split, with the rotated training characters and their mirror images as separate classes."""
     splits = load_rotated_for_training(root)
     return Splits(splits.train.with_mirrors_as_classes(), None, splits.test)
 
 
 def of_background(config: ExperimentConfig, data: Callable[..., Splits]) -> ExperimentConfig:
-    """An experiment trained on the background set alone; also evaluated on all 659 characters at once."""
+    """Returns an experiment trained on the background set alone; also evaluated on all 659 characters at once."""
     return replace(
         config,
         name=config.name.replace("omniglot", "omniglot_official"),
@@ -204,7 +204,7 @@ def of_background(config: ExperimentConfig, data: Callable[..., Splits]) -> Expe
 
 
 def lake_rows(folder: Path) -> list[Row]:
-    """One-shot classification within alphabets by the networks of `official`."""
+    """Returns the rows of one-shot classification within alphabets by the networks of `official`."""
     papers = {"people, Lake et al. 2015": {"20-way 1-shot": "95.5"}, "BPL, Lake et al. 2015": {"20-way 1-shot": "96.7"}}
     return [
         Row(

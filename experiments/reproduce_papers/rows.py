@@ -1,4 +1,4 @@
-"""Row: a line of a table of results, and the folders that its figures come from."""
+"""Row: a line of a results table, and the folders that its figures come from."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,15 +22,15 @@ class Row:
     """A method in a table.
 
     Args:
-        name: `table/method`, the folder of its runs; the table is the file of docs/results.
-        method: as the table shows it.
-        training: experiment, run by every seed.
-        trained_by: the row whose weights are evaluated here once more, by `evaluate`; the row's own when None.
-        evaluate: called with such a trainer and its config for a table, which replaces that of the training.
+        name: `table/method`, the folder of its runs; `table` names the file in docs/results.
+        method: the method's name in the table.
+        training: experiment, run with every seed.
+        trained_by: the row whose weights are evaluated again here, by `evaluate`; the row itself when None.
+        evaluate: called with the trained trainer and its config; the table it returns replaces the training's.
         published: figures by column and source, from papers with the same setup; the training's own when None.
-        note: what a reader must know of the data.
-        options: what the command needs beside the row's name.
-        long: takes days without a GPU, so that without one it is run only where its own name asks for it.
+        note: what a reader must know about the data.
+        options: what the command needs besides the row's name.
+        long: takes days without a GPU, so without one it runs only if requested by its own name.
     """
 
     name: str
@@ -48,26 +48,26 @@ class Row:
         return self.name.split("/")[0]
 
     def command(self, *others: str) -> str:
-        """What computes its figures again."""
+        """Returns the command that recomputes its figures."""
         names = " ".join(dict.fromkeys((self.name, *others)))
         return f"python -m experiments.reproduce_papers --data-root DIR {self.options}--only {names}"
 
     def place(self, folder: Path, seed: int) -> Path:
-        """The folder of the figures of a seed, below that of all runs."""
+        """Returns the folder of a seed's figures, below that of all runs."""
         return folder / self.name / f"seed{seed}"
 
     def run_folder(self, folder: Path, seed: int) -> Path:
-        """The run folder that the figures' weights come from."""
+        """Returns the run folder of the weights behind the figures."""
         return (self.trained_by or self).place(folder, seed)
 
     def seeds(self, folder: Path) -> list[int]:
-        """Seeds that have figures."""
+        """Returns the seeds that have figures."""
         places = (folder / self.name).glob("seed*")
         found = sorted(int(place.name.removeprefix("seed")) for place in places if place.name[4:].isdigit())
         return [seed for seed in found if self.finished(folder, seed)]
 
     def finished(self, folder: Path, seed: int) -> bool:
-        """Whether there are figures of this row; if its run folder is there, of the weights that it ended with."""
+        """Whether this row has figures and, if its run folder exists, whether they are of its final weights."""
         place, run_folder = self.place(folder, seed), self.run_folder(folder, seed)
         if not (place / "figures.csv").exists():
             return False
@@ -75,14 +75,14 @@ class Row:
             stored = finished_config(place)
             if (run_folder / "last.pt").exists() and read_config(run_folder) != stored:
                 return False
-        except UsageError:  # resumed for more steps, or damaged, which resuming it will say
+        except UsageError:  # resumed for more steps, or damaged, which resuming it will report
             return False
         return not changed_fields(replace(self.training, seed=seed), stored)
 
     def make(self, folder: Path, seed: int, data_root: Path | None) -> None:
-        """Runs the training, or continues it, and evaluates; what is finished stays. Raises what `run` does.
+        """Runs or resumes the training, and evaluates; what is finished is kept. Raises what `run` does.
 
-        `evaluate` is tried before a training, by an untrained trainer and 2 episodes, as `run` tries all else.
+        `evaluate` is tried before training, with an untrained trainer and 2 episodes, as `run` tries everything else.
         """
         place, run_folder = self.place(folder, seed), self.run_folder(folder, seed)
         config = replace(self.training, seed=seed, data_root=data_root, run_dir=run_folder, report=False)

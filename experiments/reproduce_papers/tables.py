@@ -1,8 +1,8 @@
-"""From run folders to the CSV files of docs/results: means over seeds, single runs and paired differences.
+"""Makes the CSV files of docs/results from run folders: means over seeds, single runs and paired differences.
 
-What a finished run has found is kept in docs/results/trainings: its config, its figures, and the accuracies of all
-episodes, for paired differences with whatever is evaluated on the same ones. The tables are made of these files, so
-trainings of several machines add up, and the runs themselves may go.
+The results of a finished run are kept in docs/results/trainings: its config, its figures, and the accuracies of all
+episodes, for paired differences with anything evaluated on the same ones. The tables are made from these files, so
+trainings from several machines add up, and the runs themselves may be deleted.
 """
 
 import csv
@@ -33,7 +33,7 @@ SPREAD, FAILED = "spread of seeds", "failed"
 
 @dataclass
 class Found:
-    """What the runs of a line have found: figures by column title and seed, and how they were trained."""
+    """Results of the runs of a line: figures by column title and seed, and how they were trained."""
 
     row: Row
     method: str
@@ -51,10 +51,10 @@ class Found:
 
 
 def keep(folder: Path, row: Row, kept: Path) -> None:
-    """Copies what the finished trainings of a row have found from below `folder` to below `kept`, 30 KB for each.
+    """Copies the results of a row's finished trainings from below `folder` to below `kept`, 30 KB each.
 
-    `pml-fewshot compare` takes such a copy as a run. It has no weights, no paths of this machine, and for retrieval no
-    values of single queries, which would be three times as much as all else.
+    `pml-fewshot compare` accepts such a copy as a run. It has no weights, no paths of this machine, and for retrieval
+    no values of single queries, which would take three times as much space as everything else.
     """
     for seed in row.seeds(folder):
         source, place = (row.place(each, seed) for each in (folder, kept))
@@ -73,9 +73,9 @@ def keep(folder: Path, row: Row, kept: Path) -> None:
 
 
 def found_in(kept: Path, row: Row) -> list[Found]:
-    """What was kept of the trainings of a row, a line for each way in which they were evaluated.
+    """Returns the kept results of a row's trainings, one line for each way in which they were evaluated.
 
-    A seed counts when it has the config of the row as it is now.
+    A seed counts only if its config is the row's current one.
     """
     lines: dict[str, Found] = {}
     for seed in row.seeds(kept):
@@ -110,14 +110,14 @@ def _how_trained(stored: Mapping[str, Any]) -> Line:
 def write_tables(
     folder: Path, rows: Sequence[Row], tables: Path, failed: Mapping[str, str] | None = None, tried: Sequence[str] = ()
 ) -> None:
-    """Keeps all finished runs below `folder`, and writes three files a table: its own, `_seeds` and `_differences`.
+    """Keeps all finished runs below `folder`, and writes three files per table: its own, `_seeds` and `_differences`.
 
-    The files are made of all that is kept below `tables`. What a table's own file has of other methods stays there.
+    The files are made from everything kept below `tables`. A table's own file keeps its lines of other methods.
 
     Args:
-        rows: all of them, in the order of the tables.
+        rows: all rows, in the order of the tables.
         failed: why a training failed, by the place of its figures below `folder`.
-        tried: names of the rows that were run. What the files say of earlier failures of these goes.
+        tried: names of the rows that were run. Their earlier failures are removed from the files.
     """
     failed = dict(failed or {})
     for table in dict.fromkeys(row.table for row in rows):
@@ -148,7 +148,7 @@ def _mean(found: Found) -> Line:
     """The line of a method: each figure's mean over its seeds, with the interval over episodes and seeds."""
     line, spread = {"method": found.method, "source": "this library"}, []
     for title, by_seed in found.figures.items():
-        if list(by_seed) != found.seeds:  # a size of episodes that some seeds were not evaluated on
+        if list(by_seed) != found.seeds:  # an episode size that some seeds were not evaluated on
             continue
         line[title] = _shown(*_average(list(by_seed.values())))
         means = [each.value for each in by_seed.values()]
@@ -158,9 +158,9 @@ def _mean(found: Found) -> Line:
 
 
 def _average(figures: Sequence[ResultRow]) -> tuple[float, float]:
-    """Mean over trainings and half its interval.
+    """Returns the mean over trainings and half its interval.
 
-    Where values are missing the interval is a little too wide, as if all trainings erred on the same episodes.
+    If values are missing, the interval is a little too wide, as if all trainings erred on the same episodes.
     """
     values = [each.values for each in figures if each.values is not None]
     if len(values) == len(figures):
@@ -172,7 +172,7 @@ def _average(figures: Sequence[ResultRow]) -> tuple[float, float]:
 
 
 def _single(found: Found, seed: int) -> Line:
-    """The line of a method's training by one seed."""
+    """The line of a method's training with one seed."""
     own = {title: by_seed[seed] for title, by_seed in found.figures.items() if seed in by_seed}
     figures = {title: _shown(figure.value, figure.ci95) for title, figure in own.items()}
     return {"method": found.method, **figures, **_how(found, [seed], f"{found.row.command()} --seeds {seed}")}
@@ -193,7 +193,7 @@ def _how(found: Found, seeds: Sequence[int], command: str) -> Line:
 
 
 def _published(row: Row, method: str) -> list[Line]:
-    """The papers' lines of a method."""
+    """Returns the lines of a method's published figures."""
     papers = row.training.published if row.published is None else row.published
     return [{"method": method, "source": source, **figures} for source, figures in (papers or {}).items()]
 
@@ -207,7 +207,7 @@ def _failures(row: Row, failed: Mapping[str, str]) -> list[Line]:
 
 
 def _differences(found: Sequence[Found]) -> list[Line]:
-    """For each pair of methods the first's accuracies minus the second's, on the same episodes, over common seeds."""
+    """For each pair of methods, the first's accuracies minus the second's, on the same episodes, over common seeds."""
     lines = []
     for first, second in combinations(found, 2):
         line, seeds = {"method": first.method, "minus": second.method}, list[int]()
@@ -236,9 +236,9 @@ def _shown(value: float, ci95: float) -> str:
 
 
 def _merged(path: Path, lines: Sequence[Line], methods: Sequence[str], cleared: Collection[str]) -> list[Line]:
-    """A table's lines in place of those of the same methods and sources that are in its file, or after them.
+    """Returns the lines of a table's file, with those of the same method and source replaced and new ones added.
 
-    Failures of `cleared` methods go. Lines stand in the order of the methods that theirs begin with.
+    Failures of `cleared` methods are dropped. Lines are in the order of the methods that theirs begin with.
     """
     old: list[Line] = []
     if path.exists():

@@ -1,14 +1,14 @@
-"""All that is compared with other libraries: one command, one table.
+"""All comparisons with other libraries: one command, one table.
 
     pip install -c constraints.txt -e '.[bench]'
     python -m experiments.speed --quick                  # 3 to 4 minutes on two cores, smaller sizes
     python -m experiments.speed --csv speed.csv
     python -m experiments.speed --only maml-second-order protonet-step --rounds 9
 
-Every benchmark runs with one thread and with all of them, with glibc's own allocator settings, as in a user's own
-script, and with freed memory kept, for all contenders alike. Each of these settings is a process of its own, in which
-this library and a peer are checked to do the same and then take turns. Figures are medians over the rounds. The ratio
-is the peer's time by this library's in the same round, its median and its extremes. Memory is by how much this
+Every benchmark runs with one thread and with all of them, with glibc's default allocator settings, as in a user's own
+script, and with freed memory kept, for all contenders alike. Each of these settings runs in a separate process, in
+which this library and a peer are checked to do the same and then take turns. Figures are medians over the rounds. The
+ratio is the peer's time divided by this library's in the same round, as median and extremes. Memory is how much this
 library's first run makes the process grow. Nothing else should run on the machine.
 """
 
@@ -49,7 +49,7 @@ KEPT = {f"MALLOC_{name.upper()}{'_' * (name != 'arena_max')}": str(value) for na
 
 @dataclass(frozen=True)
 class Condition:
-    """What a process has from its start: the number of its threads, and whether its allocator keeps freed memory."""
+    """Settings of a process from its start: its number of threads, and whether its allocator keeps freed memory."""
 
     threads: int
     kept: bool
@@ -59,23 +59,23 @@ class Condition:
         return "freed memory kept" if self.kept else "as the system has it"
 
     def environment(self) -> dict[str, str]:
-        """This process's, changed."""
+        """Returns this process's environment, with the settings changed."""
         own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
         allocator = KEPT if self.kept else {"PML_FEWSHOT_KEEP_MEMORY": "0"}
         return own | dict.fromkeys(THREADS, str(self.threads)) | allocator
 
 
 def all_conditions() -> list[Condition]:
-    """One thread and all of them; the allocator both ways where it is glibc's."""
+    """Returns one thread and all of them, with the allocator both ways if it is glibc's."""
     kept = (False, True) if platform.libc_ver()[0] == "glibc" else (False,)
     return [Condition(*each) for each in product(sorted({1, torch.get_num_threads()}), kept)]
 
 
 def work(condition: Condition, job: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
-    """What a process of that condition measures, each as soon as it is there."""
+    """Yields the measurements of a process with these settings as they arrive."""
     command = [sys.executable, "-m", "experiments.speed.benchmark_worker", json.dumps(job)]
     pipe: Any = {"stdout": subprocess.PIPE, "text": True, "env": condition.environment()}
-    with subprocess.Popen(command, start_new_session=True, **pipe) as process:  # a group, with all that it starts
+    with subprocess.Popen(command, start_new_session=True, **pipe) as process:  # a group, with everything it starts
         try:
             yield from map(json.loads, process.stdout or ())
             if code := process.wait():
@@ -86,7 +86,7 @@ def work(condition: Condition, job: Mapping[str, Any]) -> Generator[dict[str, An
 
 
 def cells(condition: Condition, measured: Mapping[str, Any]) -> dict[str, str]:
-    """A line of the table."""
+    """Returns a line of the table."""
     ours, theirs, memory = (measured[name] for name in ("ours", "theirs", "memory"))
     ratios = [their / own for own, their in zip(ours, theirs, strict=True)] if theirs else []
     texts = [f"{each(ratios):.2f}" if ratios else "" for each in (median, min, max)]
@@ -97,13 +97,13 @@ def cells(condition: Condition, measured: Mapping[str, Any]) -> dict[str, str]:
 
 
 def figure(seconds: float, unit: str) -> str:
-    """Seconds of one, or how many a second, in three digits."""
+    """Formats the seconds of one, or the number per second, with three digits."""
     value = seconds if unit == "s" else 1 / seconds
     return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
 def append(path: Path, row: Mapping[str, str]) -> None:
-    """Adds a row to a CSV file, which it starts where there is none."""
+    """Appends a row to a CSV file, which is created if missing."""
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, (*COLUMNS, *BOOKKEEPING), lineterminator="\n")
@@ -113,7 +113,7 @@ def append(path: Path, row: Mapping[str, str]) -> None:
 
 
 def check_csv(path: Path) -> None:
-    """Raises a UsageError where rows could not be added to a file."""
+    """Raises a UsageError if rows could not be added to a file."""
     if not path.parent.is_dir():
         raise UsageError(f"expected --csv in a folder, got {path}; make {path.parent}")
     wanted = [*COLUMNS, *BOOKKEEPING]
@@ -124,7 +124,7 @@ def check_csv(path: Path) -> None:
 
 
 def bookkeeping(options: Sequence[str]) -> dict[str, str]:
-    """How the rows came about: command, commit and machine."""
+    """Returns how the rows were made: command, commit and machine."""
     command = " ".join(("python -m experiments.speed", *options))
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = ""
@@ -140,7 +140,7 @@ def compare(
     sizes: Sizes,
     data_root: Path | None = None,
 ) -> Generator[dict[str, str], None, None]:
-    """The lines of the table, each as soon as it is there; progress goes to stderr."""
+    """Yields the lines of the table as they arrive; progress goes to stderr."""
     job = {"names": list(names), "rounds": rounds, "sizes": asdict(sizes), "data_root": data_root and str(data_root)}
     start, done, total = time.monotonic(), 0, len(conditions) * len(names)
     for condition in conditions:
@@ -161,13 +161,13 @@ def main(
     csv: Path | None = None,
     data_root: Path | None = None,
 ) -> None:
-    """Prints the table, a line as soon as it is there.
+    """Prints the table, line by line as results arrive.
 
     Args:
         quick: smaller sizes: 3 minutes on two cores.
-        rounds: in which this library and a peer take turns; 5, or 2 of quick ones, when None.
-        only: some of the benchmarks; all when none is named.
-        csv: file that the rows are added to, in the form of docs/results.
+        rounds: rounds in which this library and a peer take turns; when None, 5, or 2 if quick.
+        only: benchmarks to run; all when none is named.
+        csv: file to append the rows to, in the format of docs/results.
         data_root: folder of Omniglot; random images of its size when None.
     """
     with one_line_errors():

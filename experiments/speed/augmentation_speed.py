@@ -1,11 +1,11 @@
-"""Times the augmentation of photos beside a training step of ResNet12 at 84 x 84. One command, one table.
+"""Times photo augmentation relative to a training step of ResNet12 at 84 x 84. One command, one table.
 
     python -m experiments.speed.augmentation_speed
 
 A step is all of it: drawing a 5-way 5-shot 15-query episode (100 images of random pixels), augmentation, forward,
 backward, SGD. The contenders take turns for `rounds` rounds. The overhead is the median time of an augmentation alone,
-on such a batch, by the median time of the plain step: the difference of two whole steps is smaller than what steps vary
-by, and is in the table for comparison. Nothing else should run on the machine.
+on such a batch, divided by the median time of the plain step: the difference between two whole steps, which are in the
+table for comparison, is smaller than the variation of steps. Nothing else should run on the machine.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,10 @@ from pml_fewshot.data.photo_augmentation import ColorJitter, RandomHorizontalFli
 from pml_fewshot.environment import keep_freed_memory
 
 # isort: split
-from torchvision.transforms import v2  # whose import pml_fewshot's has prepared
+from torchvision.transforms import v2  # importing pml_fewshot has prepared this import
 
 SPEC = EpisodeSpec(ways=5, shots=5, queries=15)
-SIZE, LARGE = 84, 92  # of what is trained on, and of what some load and crop from
+SIZE, LARGE = 84, 92  # the size trained on, and the size that some settings load and crop from
 JITTER = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation and hue
 
 
@@ -45,8 +45,8 @@ def main(rounds: int = 3, threads: int = 2) -> None:
     """Prints the table.
 
     Args:
-        rounds: in which the contenders take turns; one takes half a minute to a minute on two cores.
-        threads: of torch.
+        rounds: rounds in which the contenders take turns, each half a minute to a minute on two cores.
+        threads: torch's number of threads.
     """
     torch.set_num_threads(threads)
     keep_freed_memory()  # as in every training

@@ -1,6 +1,6 @@
-"""Some benchmarks of `python -m experiments.speed` under one setting of threads and allocator, which a process keeps.
+"""Runs benchmarks of `python -m experiments.speed` with one setting of threads and allocator, fixed for a process.
 
-Takes a job as JSON and prints a line of JSON for each benchmark: what was measured, and the seconds of every run.
+Accepts a job as JSON and prints a line of JSON per benchmark: what was measured, and the seconds of every run.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def with_memory(action: Callable[[], Any]) -> tuple[Any, float | None]:
-    """What an action returns, and the MiB by which the process grows meanwhile; None where the system does not tell."""
+    """Returns an action's result and the MiB by which the process grows meanwhile, None if the system does not tell."""
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what was freed does not count
         Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
@@ -37,7 +37,7 @@ def with_memory(action: Callable[[], Any]) -> tuple[Any, float | None]:
 
 
 def resident(name: str) -> float:
-    """MiB, as Linux counts them for this process."""
+    """Returns a memory figure of this process in MiB, as Linux counts it."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(found[1]) / 1024 if found else 0.0
 
@@ -57,10 +57,10 @@ def measure(contest: Contest, rounds: int) -> dict[str, Any]:
 
 
 def main(job: dict[str, Any]) -> None:
-    """Measures what a job names."""
+    """Runs the benchmarks named in a job."""
     sizes, data_root = Sizes(**job["sizes"]), Path(job["data_root"]) if job["data_root"] else None
     for name in job["names"]:
-        random.seed(0)  # from which easyfsl draws
+        random.seed(0)  # easyfsl draws from it
         with ExitStack() as stack, redirect_stdout(sys.stderr):
             measured = measure(BENCHMARKS[name](sizes, data_root, stack), job["rounds"])
         print(json.dumps(measured), flush=True)

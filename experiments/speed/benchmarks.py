@@ -1,7 +1,7 @@
-"""What `python -m experiments.speed` measures: each function makes a contest of this library with a peer.
+"""Benchmarks of `python -m experiments.speed`: each function makes a contest between this library and a peer.
 
-Peers are called as their docs say, or are the code that most repositories have, written here. What both do is checked
-to be the same before a clock runs, or by the results of their first run.
+Peers are called as their docs say, or are the code that most repositories have, written here. Both are checked to do
+the same before the clock starts, or by the results of their first run.
 """
 
 import json
@@ -46,38 +46,38 @@ from pml_fewshot import (
 from pml_fewshot.evaluation.episodic import EpisodicResult
 
 SPEC = EpisodeSpec(ways=5, shots=1, queries=15)
-SAME_LOSS = 1e-4  # relative, in float32; and how far logits in float64 may lie apart
+SAME_LOSS = 1e-4  # relative, in float32; also the largest difference between logits in float64
 
 
 @dataclass(frozen=True)
 class Sizes:
     """How much each benchmark does."""
 
-    tasks: int = 32  # of a MAML step
-    adapted: int = 200  # episodes of MAML
-    episodes: int = 10_000  # from a 64-d bank
-    wide_episodes: int = 10_000  # from a 1,600-d bank
-    wide_items: int = 12_000  # in it
-    peer_episodes: int = 1000  # from it by easyfsl
+    tasks: int = 32  # per MAML step
+    adapted: int = 200  # episodes evaluated by MAML
+    episodes: int = 10_000  # episodes from a 64-d bank
+    wide_episodes: int = 10_000  # episodes from a 1,600-d bank
+    wide_items: int = 12_000  # items in that bank
+    peer_episodes: int = 1000  # episodes from that bank by easyfsl
     retrieved: int = 60_502  # items searched among themselves
-    drawn: int = 300  # episodes of many queries
-    ways: int = 1692  # of one episode
-    steps: int = 5  # of training, timed together
+    drawn: int = 300  # episodes with many queries
+    ways: int = 1692  # ways of one episode
+    steps: int = 5  # training steps, timed together
 
 
 QUICK = Sizes(tasks=4, adapted=6, wide_episodes=2000, wide_items=2000, peer_episodes=200, retrieved=8000, steps=1)
 
 
 def unchecked(ours: Any, theirs: Any) -> None:
-    """For what was compared before, or has no result."""
+    """Accepts results that were compared before, or do not exist."""
 
 
 @dataclass(frozen=True)
 class Contest:
-    """Two actions that do the same; `theirs` is None where nobody is there to compare with.
+    """Two actions that do the same; `theirs` is None if there is no peer to compare with.
 
-    A run of ours does `work` steps, episodes or searches and one of theirs `their_work`. `wanted` is the ratio that is
-    aimed at, times as fast as the peer, or says what else is. `check(ours, theirs)` raises where results disagree.
+    A run of ours does `work` steps, episodes or searches, and one of theirs `their_work`. `wanted` is the target ratio,
+    times as fast as the peer, or describes another target. `check(ours, theirs)` raises if results disagree.
     """
 
     what: str
@@ -85,7 +85,7 @@ class Contest:
     peer: str
     theirs: Callable[[], Any] | None
     wanted: str
-    unit: str = "s"  # of one; or episodes/s
+    unit: str = "s"  # seconds for one; or episodes/s
     work: int = 1
     their_work: int = 1
     check: Callable[[Any, Any], None] = unchecked
@@ -97,7 +97,7 @@ class Benchmark(Protocol):
 
 
 def characters(data_root: Path | None) -> FewShotDataset:
-    """Omniglot's test classes, or where there is no data set random images of their size."""
+    """Returns Omniglot's test classes, or random images of their size if there is no dataset."""
     return load_omniglot(data_root, rotations=False).test if data_root else random_images(100, 20, 28, 1)
 
 
@@ -150,7 +150,7 @@ def maml_evaluated(sizes: Sizes, data_root: Path | None, stack: ExitStack) -> Co
 
 
 def episodes_beside_busy(sizes: Sizes, data_root: Path | None, stack: ExitStack) -> Contest:
-    """By one thread that has the machine to itself, and by all threads beside one busy process."""
+    """Compares one thread that has the machine to itself with all threads next to one busy process."""
     generator = torch.Generator().manual_seed(0)
     bank = EmbeddingBank(torch.randn(33_840, 64, generator=generator), torch.arange(33_840) // 20)
     evaluator, threads = EpisodicEvaluator(SPEC, sizes.episodes), torch.get_num_threads()
@@ -201,7 +201,7 @@ def wide_episodes(sizes: Sizes, data_root: Path | None, stack: ExitStack) -> Con
 
 @contextmanager
 def in_turns(*arguments: str) -> Iterator[Callable[[], Any]]:
-    """An action of retrieval_worker, in a process of its own, whose faiss has the BLAS that it was installed with."""
+    """Yields an action of retrieval_worker, in a separate process whose faiss has the BLAS it was installed with."""
     command = [sys.executable, "-m", "experiments.speed.retrieval_worker", *arguments, "--turns"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin
@@ -213,7 +213,7 @@ def in_turns(*arguments: str) -> Iterator[Callable[[], Any]]:
             return json.loads(figures.readline())["figures"]
 
         try:
-            figures.readline()  # of the first run, which is slower
+            figures.readline()  # the first run is slower
             yield action
         finally:
             process.kill()
@@ -224,7 +224,7 @@ def retrieval(
 ) -> Contest:
     items, dims, classes, noise = sizes.retrieved, 512, max(2, sizes.retrieved * 11_318 // 60_502), 2.0
     bank = clusters(items, dims, classes, noise)
-    if contender == "faiss":  # whose BLAS this library has set right in this process
+    if contender == "faiss":  # this library has set its BLAS right in this process
         most = int(torch.bincount(bank.labels).max()) - 1
         theirs: Callable[[], Any] = partial(neighbors, bank, most)
     else:
@@ -270,7 +270,7 @@ def protonet_step(sizes: Sizes, data_root: Path | None, stack: ExitStack) -> Con
     target = torch.arange(spec.ways).repeat_interleave(spec.queries)
 
     def plain_loss(support: Tensor, query: Tensor) -> Tensor:
-        """Of support (W, K, *item) and query (W, Q, *item)."""
+        """Loss of support (W, K, *item) and query (W, Q, *item)."""
         embedded = plain(torch.cat([support.flatten(0, 1), query.flatten(0, 1)]))
         prototypes = embedded[: spec.ways * spec.shots].unflatten(0, (spec.ways, spec.shots)).mean(dim=1)
         queries = embedded[spec.ways * spec.shots :]

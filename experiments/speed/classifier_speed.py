@@ -1,9 +1,9 @@
-"""FewShotClassifier's speed after embedding: teach, ask, add a class; and a million examples through a Gallery.
+"""Speed of FewShotClassifier after embedding: fit, predict, add a class; and a million examples through a Gallery.
 
     python -m experiments.speed.classifier_speed                     # 1,000 classes of 5, 1,280-d
     python -m experiments.speed.classifier_speed --million           # also 1,000,000 examples of 64-d
 
-Milliseconds are medians of several calls on a quiet machine; embeddings are random, which speed does not depend on.
+Milliseconds are medians of several calls on a quiet machine; embeddings are random, which does not affect the speed.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python -m experiments.speed.embed_photos               # makes 60 photos first, 120 MB; six minutes
 
-The first table is a user's own script at glibc's own settings: batches of each size by hand, and ours. The second
+The first table is a user's own script at glibc's default settings: batches of each size by hand, and ours. The second
 compares ImageEmbedder on files with what two processes could do: the trunk alone on ready tensors, while another
 process decodes the files as torchvision's transform does. Weights are random, which costs the same.
 """
@@ -33,12 +33,12 @@ MEGAPIXELS = (3000, 4000)
 
 
 def main(photos: int = 60, images: int = 192, repeats: int = 3) -> None:
-    """Prints images a second of each way, and how the process grows.
+    """Prints the images per second of each method, and how the process grows.
 
     Args:
         photos: JPEG files to make
-        images: tensors of 224 x 224 that are embedded
-        repeats: rounds in which the ways take turns
+        images: tensors of 224 x 224 to embed
+        repeats: rounds in which the methods take turns
     """
     torch.manual_seed(0)
     trunk = TimmTrunk("tf_efficientnet_lite0").eval()
@@ -51,7 +51,7 @@ def main(photos: int = 60, images: int = 192, repeats: int = 3) -> None:
 
 
 def batch_sizes(trunk: TimmTrunk, images: int, repeats: int) -> str:
-    """Lines of a table; by hand first, because ours has the allocator keep freed memory from then on."""
+    """Returns table lines; by hand first, because ours makes the allocator keep freed memory from then on."""
     pixels = torch.randint(256, (images, 3, 224, 224), generator=torch.Generator().manual_seed(0)).byte()
     dataset = FewShotDataset(pixels, torch.zeros(images).long(), ["any"])
     embedder, floats = Embedder(trunk), pixels / 255
@@ -90,7 +90,7 @@ def from_files(trunk: TimmTrunk, paths: Sequence[Path], repeats: int) -> str:
             for batch in ready.split(at_once):
                 trunk(batch)
 
-    two_processes()  # the process starts
+    two_processes()  # starts the process
     start = anonymous_memory()
     with Peak() as peak:
         embedder.transform(paths)
@@ -106,7 +106,7 @@ def from_files(trunk: TimmTrunk, paths: Sequence[Path], repeats: int) -> str:
 
 
 def decode(paths: Sequence[str], rounds: int, go: Any, queue: Any) -> None:
-    """The second process: all files to 224 x 224, each round when told so."""
+    """The second process: decodes all files to 224 x 224, each round when told to."""
     torch.set_num_threads(1)
     from torchvision.transforms import InterpolationMode, v2
 
@@ -122,7 +122,7 @@ def decode(paths: Sequence[str], rounds: int, go: Any, queue: Any) -> None:
 
 
 def make_photos(folder: Path, count: int) -> list[Path]:
-    """Photo-like JPEGs of 12 megapixels, 2 MB each: soft shapes of every size, with grain."""
+    """Makes photo-like JPEGs of 12 megapixels, 2 MB each: soft shapes of every size, with grain."""
     generator, (height, width) = np.random.default_rng(0), MEGAPIXELS
     paths = []
     for number in range(count):
@@ -138,7 +138,7 @@ def make_photos(folder: Path, count: int) -> list[Path]:
 
 
 class Peak(threading.Thread):
-    """The most memory that the process holds within a `with` block, looked at every 5 ms."""
+    """Peak memory of the process within a `with` block, sampled every 5 ms."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)

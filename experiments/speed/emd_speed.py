@@ -1,10 +1,10 @@
-"""The earth mover's distance: episodes a minute by each solver and by OpenCV in a loop; and a large chunk's memory.
+"""Earth mover's distance: episodes per minute of each solver and of OpenCV in a loop, and a large chunk's memory.
 
     python -m experiments.speed.emd_speed                # two minutes; OpenCV: pip install opencv-python-headless
 
-5-way 1-shot episodes of 15 queries a class, each of 375 comparisons of two maps of 25 nodes, from a bank of random maps
-of 64 channels (Conv4 at 84 x 84). Masses and costs come from the maps as in DeepEMD. OpenCV's line is what the authors'
-evaluation does for each pair, given our masses and costs.
+5-way 1-shot episodes with 15 queries per class, each with 375 comparisons of two maps of 25 nodes, from a bank of
+random maps with 64 channels (Conv4 at 84 x 84). Masses and costs come from the maps as in DeepEMD. OpenCV's line does
+what the authors' evaluation does for each pair, given our masses and costs.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SPEC = EpisodeSpec(ways=5, shots=1, queries=15)
 
 
 def maps(classes: int, each: int, channels: int) -> EmbeddingBank:
-    """Feature maps after a ReLU, random around a map of each class."""
+    """Returns feature maps after a ReLU, random around one map per class."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(classes).repeat_interleave(each)
     centers = torch.randn(classes, channels * NODES, generator=generator)
@@ -42,7 +42,7 @@ def maps(classes: int, each: int, channels: int) -> EmbeddingBank:
 
 
 def by_opencv(costs: Tensor, a: Tensor, b: Tensor, *_: object) -> Tensor:
-    """What transport_value gives, by one call of OpenCV for each problem."""
+    """Returns the result of transport_value, with one OpenCV call per problem."""
     cv2 = import_extra("bench", "to compare with", "cv2")
     a, b = (masses / masses.sum(dim=1, keepdim=True) for masses in (a, b))
     problems = zip(costs.numpy(), a.unsqueeze(2).numpy(), b.unsqueeze(2).numpy(), strict=True)
@@ -50,8 +50,8 @@ def by_opencv(costs: Tensor, a: Tensor, b: Tensor, *_: object) -> Tensor:
 
 
 def measure(name: str, bank: EmbeddingBank, head: Head, episodes: int) -> float:
-    """Prints a line, and gives the accuracy."""
-    EpisodicEvaluator(SPEC, 10, head=head).evaluate(bank)  # threads and memory are there then
+    """Prints a line and returns the accuracy."""
+    EpisodicEvaluator(SPEC, 10, head=head).evaluate(bank)  # warms up threads and memory
     start = time.perf_counter()
     result = EpisodicEvaluator(SPEC, episodes, head=head).evaluate(bank)
     seconds = time.perf_counter() - start

@@ -65,7 +65,7 @@ class Counts:
 
 
 class Subject:
-    """A data set and an embedder in the forms that ours and the peers take, made before any clock runs."""
+    """A dataset and an embedder in the forms that ours and the peers accept, made before any clock runs."""
 
     def __init__(self, dataset: FewShotDataset, embedder: Embedder) -> None:
         self.dataset = dataset
@@ -79,7 +79,7 @@ class Subject:
         self.size = f"{len(dataset):,} images of {' x '.join(map(str, dataset.item_shape[1:]))}"
 
     def ours_and_easyfsl(self, counts: Counts) -> dict[str, Callable[[], Any]]:
-        """Ours and easyfsl, from images and from ready embeddings."""
+        """Returns ours and easyfsl, from images and from ready embeddings."""
         evaluator = EpisodicEvaluator(SPEC, counts.episodes)
         features = peers.easyfsl_features(self.bank, self.labels, self.dataset.class_names)
         images, of_features, workers = counts.peer_episodes, counts.peer_feature_episodes, counts.workers
@@ -92,7 +92,7 @@ class Subject:
         }
 
     def other_peers(self, counts: Counts) -> dict[str, Callable[[], Any]]:
-        """The peers of small images only, and our retrieval."""
+        """Returns the peers that run on small images only, and our retrieval."""
         dataset, episodes = self.dataset, counts.peer_episodes
         by_class = [self.floats[dataset.labels == c] for c in range(len(dataset.class_names))]
         names = [dataset.class_names[label] for label in self.labels]
@@ -187,14 +187,14 @@ def main(
     Args:
         data_root: folder of Omniglot.
         repeats: rounds in which the contenders take turns.
-        episodes: that ours evaluates on.
-        peer_episodes: that a peer evaluates on from small images.
-        peer_feature_episodes: that easyfsl evaluates on from ready embeddings.
-        peer_episodes_84: that easyfsl evaluates on from 84 x 84 images.
+        episodes: episodes that ours evaluates on.
+        peer_episodes: episodes that a peer evaluates on, from small images.
+        peer_feature_episodes: episodes that easyfsl evaluates on, from ready embeddings.
+        peer_episodes_84: episodes that easyfsl evaluates on, from 84 x 84 images.
         images_84: random 84 x 84 images in each of 20 classes.
-        workers: of easyfsl's data loader; starting them is in its time, so give it more episodes then.
+        workers: workers of easyfsl's data loader; starting them counts as its time, so give it more episodes then.
         embedder: exported Conv4 for Omniglot; untrained weights from seed 0 when None.
-        system_allocator: leave glibc's allocator as it is, which is what the peers' users have.
+        system_allocator: leave glibc's allocator as it is, as the peers' users have it.
     """
     allocator_set = keep_freed_memory() if not system_allocator else False
     torch.manual_seed(0)

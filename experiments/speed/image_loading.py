@@ -1,10 +1,10 @@
-"""Reading 10,000 JPEGs of 500 x 375 to 84 x 84, beside torchvision's ImageFolder in a DataLoader of two workers.
+"""Times reading 10,000 JPEGs, 500 x 375 to 84 x 84, against torchvision's ImageFolder in a DataLoader of two workers.
 
     python -m experiments.speed.image_loading                # makes the images first, half a gigabyte, in a minute
-    python -m experiments.speed.image_loading --folder DIR   # of your own, a subfolder a class
+    python -m experiments.speed.image_loading --folder DIR   # your own images, one subfolder per class
 
-Both decode every image and resize its middle by the same filter; ours also writes its cache. The memory is what the
-process holds beyond the start when half of the images and when all are read: flat, as they are left in the cache.
+Both decode every image and resize its center with the same filter; ours also writes its cache. The memory is what the
+process holds beyond the start after half and after all of the images are read: flat, as they are left in the cache.
 """
 
 import re
@@ -31,8 +31,8 @@ def main(images: int = 10_000, folder: Path | None = None, repeats: int = 3) -> 
     """Prints the seconds of both, and how the process grows.
 
     Args:
-        images: to make where no folder is given
-        folder: of images to read, a subfolder a class
+        images: images to make when no folder is given
+        folder: folder of images to read, one subfolder per class
         repeats: rounds in which the two take turns
     """
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(str(folder)) as given:
@@ -55,7 +55,7 @@ def main(images: int = 10_000, folder: Path | None = None, repeats: int = 3) -> 
 
 
 def make_images(root: Path, count: int) -> None:
-    """Photo-like JPEGs: soft random shapes with grain, about 50 kB each, in 100 classes."""
+    """Makes photo-like JPEGs: soft random shapes with grain, about 50 kB each, in 100 classes."""
     generator = np.random.default_rng(0)
     for number in range(count):
         coarse = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
@@ -78,7 +78,7 @@ def by_torchvision(root: Path) -> None:
 
 
 def growth(root: Path, cache: Path) -> tuple[float, float]:
-    """MiB that the process holds beyond the start, without the pages of mapped files, in the middle and at the end."""
+    """Returns the MiB held beyond the start, without the pages of mapped files, in the middle and at the end."""
     decode, held = listing.read_images, []
 
     def watched(names: list[str], *rest: object) -> object:
@@ -95,7 +95,7 @@ def growth(root: Path, cache: Path) -> tuple[float, float]:
 
 
 def anonymous_memory() -> float:
-    """MiB of the process's own; where the system does not say, the largest so far."""
+    """Returns the process's own memory in MiB; if the system does not report it, the peak so far."""
     status = Path("/proc/self/status")
     if status.exists() and (match := re.search(r"RssAnon:\s+(\d+) kB", status.read_text())):
         return int(match[1]) / 1024

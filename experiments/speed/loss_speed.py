@@ -3,8 +3,8 @@
     python -m experiments.speed.loss_speed
 
 A figure is the median time of a forward and a backward pass. All contenders run once first, and their values must
-agree; then they take turns for `rounds` rounds. Nothing else should run on the machine: where one of torch's threads
-waits for its core, every operation waits milliseconds for that thread. Else measure with `--threads 1`.
+agree; then they take turns for `rounds` rounds. Nothing else should run on the machine: if one of torch's threads waits
+for its core, every operation waits milliseconds for that thread. Otherwise measure with `--threads 1`.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from experiments.speed.side_by_side import check_equal, conditions, median_seconds
 from pml_fewshot.losses.dense import DenseNTXentLoss, DenseTripletMarginLoss
 
-REPEATS = 5  # of a dense loss in each of its turns; it takes milliseconds
+REPEATS = 5  # runs of a dense loss per turn; one takes milliseconds
 KINDS = ((NTXentLoss, DenseNTXentLoss), (TripletMarginLoss, DenseTripletMarginLoss))
 
 
 def forward_backward(
     loss: nn.Module, embeddings: Tensor, *arguments: Tensor | None, repeats: int = 1
 ) -> Callable[[], float]:
-    """Value and gradient of a loss, `repeats` times; returns the value."""
+    """Returns a step that computes a loss and its gradient `repeats` times and returns the value."""
 
     def step() -> float:
         for _ in range(repeats):
@@ -36,7 +36,7 @@ def forward_backward(
 
 
 def compare(what: str, rounds: int, embeddings: Tensor, *arguments: Tensor | None) -> None:
-    """Prints the lines of one kind of input."""
+    """Prints the lines for one kind of input."""
     contenders = {}
     for stock, dense in KINDS:
         contenders[stock.__name__] = forward_backward(stock(), embeddings, *arguments)
@@ -54,10 +54,10 @@ def main(rounds: int = 9, threads: int = 2, dims: int = 128, classes: int = 64, 
     """Prints the table.
 
     Args:
-        rounds: in which the contenders take turns.
-        threads: of torch.
-        dims: of the embeddings, float32.
-        classes: in the batch.
+        rounds: rounds in which the contenders take turns.
+        threads: torch's number of threads.
+        dims: dimensions of the embeddings, float32.
+        classes: classes in the batch.
         per_class: items of each class in the batch.
     """
     torch.set_num_threads(threads)

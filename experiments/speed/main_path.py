@@ -4,7 +4,8 @@
     python -m experiments.speed.main_path --data-root ../shared/data --system-allocator
     python -m experiments.speed.main_path --data-root ../shared/data --busy 2
 
-Each line is the median of `repeats` runs after a warm-up, in seconds; nothing else should run on the machine.
+Lines are medians after a warm-up, in seconds, of `repeats` runs, or of 3 for retrieval and next to busy processes; the
+first reading is a single run. Nothing else should run on the machine.
 """
 
 import os
@@ -65,7 +66,7 @@ def training_step(trainer: ProtoNetTrainer, stream: EpisodeStream) -> Callable[[
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """So many other processes that each want a core."""
+    """Runs `count` other processes, each of which wants a core."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield processes
@@ -82,7 +83,7 @@ def main(data_root: Path, repeats: int = 11, system_allocator: bool = False, bus
         data_root: folder of Omniglot.
         repeats: timed runs of each line.
         system_allocator: leave glibc's allocator as it is, to see what it costs.
-        busy: processes that want the cores too, for lines of their own: episodes with one thread and with all threads.
+        busy: processes that want the cores too, for extra lines: episodes with one thread and with all threads.
     """
     if not system_allocator:
         keep_freed_memory()

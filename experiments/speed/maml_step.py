@@ -2,16 +2,16 @@
 
     python -m experiments.speed.maml_step
 
-A figure is one meta-step: inner steps, queries' loss and backward pass of all tasks. The contenders' gradients must
-agree in float64; then, in float32, they take turns for `rounds` rounds, and figures are medians, under the same
-settings of the allocator. Nothing else should run on the machine.
+A figure is one meta-step: inner steps, query loss and backward pass of all tasks. The contenders' gradients must agree
+in float64; then, in float32, they take turns for `rounds` rounds with the same allocator settings, and figures are
+medians. Nothing else should run on the machine.
 
-learn2learn does not install on current Python. Its `MAML` (Arnold et al. 2020) is measured as the algorithm that it
-publishes: a task after the other, the network called with weights that are results of the inner steps, `backward()` for
-each task. Peers run the network as their users write it, convolution, batch norm, ReLU and pooling, and once more our
-Conv4, which pools before the ReLU.
+learn2learn does not install on current Python. Its `MAML` (Arnold et al. 2020) is measured as its published algorithm:
+one task after another, the network called with the weights that result from the inner steps, `backward()` for each
+task. Peers run the network as their users write it (convolution, batch norm, ReLU, pooling), and also our Conv4, which
+pools before the ReLU.
 
-Memory is the peak of what torch has allocated within a step, by its profiler (on a GPU by its allocator).
+Memory is torch's peak allocation within a step, from its profiler (on a GPU, from its allocator).
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ INNER_LR = 0.4
 PEERS = ("learn2learn's algorithm", "higher")
 SAME_GRADIENT = 1e-8  # relative, in float64: in float32 rounding alone makes them differ by 1e-3 and more
 
-SETTINGS = ((1, False, 1.4), (1, True, 1.6), (5, False, 1.4))  # inner steps, first order, times as fast as wanted
+SETTINGS = ((1, False, 1.4), (1, True, 1.6), (5, False, 1.4))  # inner steps, first order, wanted ratio
 MEMORY_SETTINGS = ((5, 5, 1), (10, 5, 1), (5, 1, 15))  # inner steps, shots, queries
 
 Step = Callable[[], Tensor]  # one meta-step; returns the gradient as a vector
@@ -44,7 +44,7 @@ def ours() -> nn.Module:
 
 
 def usual() -> nn.Module:
-    """The same network as most code writes it; its parameters come in the same order."""
+    """Returns the same network as most code writes it, with its parameters in the same order."""
     blocks: list[nn.Module] = []
     for channels in (1, 64, 64, 64):
         convolution = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
@@ -73,7 +73,7 @@ def step_by_step(
 
 
 def learn2learn(network: nn.Module, batch: Episode, inner_steps: int, first_order: bool) -> Tensor:
-    """A meta-step by learn2learn's algorithm."""
+    """Runs a meta-step of learn2learn's algorithm."""
     network.zero_grad()
     for support, query in zip(batch.support, batch.query, strict=True):
         loss = F.cross_entropy(*step_by_step(network, support, query, inner_steps, first_order))
@@ -82,8 +82,8 @@ def learn2learn(network: nn.Module, batch: Episode, inner_steps: int, first_orde
 
 
 def by_higher(network: nn.Module, batch: Episode, inner_steps: int, first_order: bool) -> Tensor:
-    """A meta-step by `higher`."""
-    import higher  # which only this contender needs
+    """Runs a meta-step of `higher`."""
+    import higher  # only this contender needs it
 
     network.zero_grad()
     optimizer = torch.optim.SGD(network.parameters(), lr=INNER_LR)
@@ -98,7 +98,7 @@ def by_higher(network: nn.Module, batch: Episode, inner_steps: int, first_order:
             if not first_order:
                 loss.backward()
                 continue
-            # without the graph of its steps the last weights are leaves, whose gradient is that of first order
+            # without the graph of its steps, the last weights are leaves, whose gradient is the first-order one
             for parameter, gradient in zip(
                 network.parameters(), torch.autograd.grad(loss, copy.parameters()), strict=True
             ):
@@ -107,14 +107,14 @@ def by_higher(network: nn.Module, batch: Episode, inner_steps: int, first_order:
 
 
 def by_us(trainer: MAMLTrainer, batch: Episode) -> Tensor:
-    """A meta-step by MAMLTrainer."""
+    """Runs a meta-step of MAMLTrainer."""
     trainer.zero_grad()
     trainer(batch).backward()
     return flat_gradient(trainer.network)
 
 
 def contenders(networks: dict[str, nn.Module], batch: Episode, inner_steps: int, first_order: bool) -> dict[str, Step]:
-    """All that take part, by name."""
+    """Returns all contenders by name."""
     peers = dict(zip(PEERS, (learn2learn, by_higher), strict=True))
     trainer = MAMLTrainer(networks["Conv4"], INNER_LR, inner_steps, first_order=first_order)
     steps: dict[str, Step] = {"MAMLTrainer": partial(by_us, trainer, batch)}
@@ -129,7 +129,7 @@ def episodes(tasks: int, shots: int, queries: int, device: str) -> Episode:
 
 
 def both_networks(device: str) -> dict[str, nn.Module]:
-    """Conv4 and the usual form of it with the same weights."""
+    """Returns Conv4 and its usual form with the same weights."""
     torch.manual_seed(0)
     networks = {"Conv4": ours().to(device), "usual network": usual().to(device)}
     for own, same in zip(networks["Conv4"].parameters(), networks["usual network"].parameters(), strict=True):
@@ -138,7 +138,7 @@ def both_networks(device: str) -> dict[str, nn.Module]:
 
 
 def check_gradients(batch: Episode, inner_steps: int, first_order: bool, peers: tuple[str, ...] = PEERS) -> None:
-    """Raises where the meta-gradient of one of the `peers` is not ours."""
+    """Raises if the meta-gradient of one of the `peers` differs from ours."""
     device = batch.support.device.type
     networks = {name: network.double() for name, network in both_networks(device).items()}
     doubles = Episode(batch.support.double(), batch.query.double())
@@ -152,7 +152,7 @@ def check_gradients(batch: Episode, inner_steps: int, first_order: bool, peers: 
 
 
 def compare(what: str, steps: dict[str, Step], rounds: int, wanted: float) -> None:
-    """Prints the lines of one setting."""
+    """Prints the lines for one setting."""
     if torch.cuda.is_available():
         steps = {name: partial(finished, step) for name, step in steps.items()}
     for step in steps.values():  # the first run of each is slower
@@ -163,14 +163,14 @@ def compare(what: str, steps: dict[str, Step], rounds: int, wanted: float) -> No
 
 
 def finished(step: Step) -> Tensor:
-    """The step, with all that it has given the GPU to do."""
+    """Runs a step and waits until the GPU has finished it."""
     gradient = step()
     torch.cuda.synchronize()
     return gradient
 
 
 def peak_memory(step: Step, device: str) -> float:
-    """MiB of tensors that a step has at its peak, beyond those that were there before it."""
+    """Returns the MiB of a step's tensors at its peak, beyond those that existed before it."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -187,10 +187,10 @@ def main(rounds: int = 7, threads: int = 2, tasks: int = 32, queries: int = 15, 
     """Prints the tables.
 
     Args:
-        rounds: in which the contenders take turns.
-        threads: of torch.
-        tasks: in a meta-step.
-        queries: of each of the five classes.
+        rounds: rounds in which the contenders take turns.
+        threads: torch's number of threads.
+        tasks: tasks per meta-step.
+        queries: queries for each of the five classes.
         device: cpu or cuda.
     """
     torch.set_num_threads(threads)
@@ -224,7 +224,7 @@ def print_memory(device: str) -> None:
             trainer = MAMLTrainer(networks["Conv4"], INNER_LR, inner_steps, task_chunk=1, checkpoint_steps=recompute)
             steps[name] = partial(by_us, trainer, batch)
         for name, step in steps.items():
-            step()  # the first has more to do
+            step()  # the first run has more to do
             peaks.setdefault(name, []).append(peak_memory(step, device))
     for name, figures in peaks.items():
         print(f"| {name} | " + " | ".join(f"{figure:,.0f}" for figure in figures) + " |", flush=True)

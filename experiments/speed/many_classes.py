@@ -1,9 +1,9 @@
-"""What grows with the number of classes and items: drawing of episodes, and losses with weights of every class.
+"""Costs that grow with the number of classes and items: drawing episodes, and losses with weights for every class.
 
     python -m experiments.speed.many_classes                          # a minute on two cores, 3 GB
     python -m experiments.speed.many_classes --items 100_000_000      # 10 GB
 
-Each line is a process of its own, so that its peak of memory is its own; other programs on the machine change seconds.
+Each line runs in a separate process, so that its peak memory is its own; other programs on the machine change seconds.
 """
 
 import multiprocessing
@@ -24,7 +24,7 @@ LOSSES = {"ArcFaceLoss": ArcFaceLoss, "ProxyAnchorLoss": ProxyAnchorLoss}
 
 
 def draw(what: str, items: int, classes: int, times: int) -> tuple[float, float]:
-    """Seconds to make a sampler of shuffled labels, and to draw `times` episodes or batches."""
+    """Returns the seconds to make a sampler of shuffled labels, and to draw `times` episodes or batches."""
     generator = torch.Generator().manual_seed(0)
     labels = (torch.arange(items) % classes)[torch.randperm(items, generator=generator)]
     start = time.perf_counter()
@@ -42,7 +42,7 @@ def draw(what: str, items: int, classes: int, times: int) -> tuple[float, float]
 
 
 def step(loss: str, dims: int, classes: int, batch: int) -> tuple[float, float]:
-    """Seconds to make a loss and Adam, and of the fastest of three steps of a batch."""
+    """Returns the seconds to make a loss and Adam, and those of the fastest of three steps on a batch."""
     generator = torch.Generator().manual_seed(0)
     start = time.perf_counter()
     made = LOSSES[loss](num_classes=classes, embedding_size=dims)
@@ -66,7 +66,7 @@ def apart(action: Callable[..., tuple[float, float]], given: tuple[Any, ...], ou
 
 
 def line(what: str, action: Callable[..., tuple[float, float]], *given: Any) -> None:
-    """Runs an action in a process of its own and prints its line of the table."""
+    """Runs an action in a separate process and prints its line of the table."""
     context = multiprocessing.get_context("spawn")
     out = context.Queue()
     process = context.Process(target=apart, args=(action, given, out))
@@ -88,11 +88,11 @@ def main(
 
     Args:
         items: labels to draw from, shuffled.
-        classes: that they are of.
-        times: episodes, and batches, drawn at once.
-        dims: of embeddings and class weights.
-        batch: of a step of the losses.
-        loss_classes: that they have weights of.
+        classes: classes of the items.
+        times: episodes and batches drawn in one call.
+        dims: dimensions of embeddings and class weights.
+        batch: batch size for the losses.
+        loss_classes: numbers of classes that they have weights for.
     """
     print("\n".join(f"- {each}" for each in conditions(("torch", "pytorch-metric-learning"))))
     print("\n| what | to make, s | to use, s | memory, MB |\n|---|---|---|---|", flush=True)

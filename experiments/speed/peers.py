@@ -1,4 +1,4 @@
-"""Other libraries' ways to evaluate an embedder, each as an action that evaluation_speed times.
+"""Evaluation of an embedder by other libraries, each as an action that evaluation_speed times.
 
 easyfsl and pytorch-metric-learning are called as their docs say. The code of Snell et al. 2017 and learn2learn do not
 run on current torch and Python, so what they do for each episode is written here from the paper and from
@@ -49,7 +49,7 @@ def plain_conv4(embedder: Embedder) -> nn.Module:
     """The usual Conv4 (Vinyals et al. 2016) with the weights of ours, in eval mode.
 
     Args:
-        embedder: of a Conv4 trunk without projection.
+        embedder: embedder with a Conv4 trunk and no projection.
     """
     state = embedder.trunk.state_dict()
     widths = [value.shape for name, value in state.items() if value.ndim == 4]  # of each convolution (out, in, 3, 3)
@@ -65,7 +65,7 @@ def plain_conv4(embedder: Embedder) -> nn.Module:
 
 
 class InMemory(FewShotDataset):
-    """Images and labels as easyfsl wants them, and at the lowest cost: an item is looked up in a list."""
+    """Images and labels as easyfsl expects them, at the lowest cost: an item is looked up in a list."""
 
     def __init__(self, images: Tensor, labels: Sequence[int]) -> None:
         self.labels = list(labels)
@@ -82,14 +82,14 @@ class InMemory(FewShotDataset):
 
 
 class TakesDataSource(Sampler):
-    """A Sampler whose `__init__` still takes `data_source`, as torch's did up to 2.12."""
+    """A Sampler whose `__init__` still accepts `data_source`, as torch's did up to 2.12."""
 
     def __init__(self, data_source: object = None) -> None:
         super().__init__()
 
 
 class FixedTaskSampler(TaskSampler, TakesDataSource):
-    """easyfsl's TaskSampler, whose `super().__init__(data_source=None)` now finds a base class that takes it."""
+    """easyfsl's TaskSampler, whose `super().__init__(data_source=None)` now finds a base class that accepts it."""
 
 
 def easyfsl_episodes(
@@ -103,19 +103,19 @@ def easyfsl_episodes(
 
 
 def easyfsl_features(bank: Tensor, labels: Sequence[int], class_names: Sequence[str]) -> FeaturesDataset:
-    """A ready bank as easyfsl's features path takes it."""
+    """Returns a ready bank in the form of easyfsl's features path."""
     return FeaturesDataset(list(labels), bank, list(class_names))
 
 
 def easyfsl_embedding(embedder: nn.Module, images: Tensor, names: Sequence[str]) -> Callable[[], FeaturesDataset]:
-    """easyfsl's `predict_embeddings` and the FeaturesDataset made of its data frame, as in its notebook.
+    """easyfsl's `predict_embeddings` and the FeaturesDataset made from its data frame, as in its notebook.
 
     Args:
         embedder: in eval mode.
         images: (M, C, H, W) floats.
         names: class name of each image.
     """
-    items: Any = list(zip(images.unbind(), names, strict=True))  # a list does as a map-style data set
+    items: Any = list(zip(images.unbind(), names, strict=True))  # a list works as a map-style dataset
     loader: DataLoader = DataLoader(items, batch_size=BATCH)
     return lambda: FeaturesDataset.from_dataframe(predict_embeddings(loader, embedder, device="cpu"))
 
@@ -127,13 +127,13 @@ def easyfsl_embedding(embedder: nn.Module, images: Tensor, names: Sequence[str])
 def snell_way(
     embedder: nn.Module, by_class: Sequence[Tensor], spec: EpisodeSpec, episodes: int, generator: torch.Generator
 ) -> float:
-    """Mean accuracy, an episode at a time: support and query through the encoder together, loss and accuracy read off.
+    """Mean accuracy, one episode at a time: support and query are encoded together, loss and accuracy are read off.
 
     Args:
         embedder: in eval mode.
         by_class: (items, C, H, W) images of each class.
         spec: size of the episodes.
-        episodes: how many.
+        episodes: number of episodes.
         generator: draws the episodes.
     """
     accuracies = []
@@ -145,7 +145,7 @@ def snell_way(
         squared = (embedded[len(support) :].unsqueeze(1) - prototypes).square().sum(dim=2)
         log_probability = F.log_softmax(-squared, dim=1)
         target = torch.arange(spec.ways).repeat_interleave(spec.queries)
-        F.nll_loss(log_probability, target).item()  # that code reports the loss of each episode beside its accuracy
+        F.nll_loss(log_probability, target).item()  # that code reports each episode's loss with its accuracy
         accuracies.append((log_probability.argmax(dim=1) == target).float().mean().item())
     return sum(accuracies) / episodes
 
@@ -164,7 +164,7 @@ def _snell_images(by_class: Sequence[Tensor], spec: EpisodeSpec, generator: torc
 
 @dataclass(frozen=True)
 class Described:
-    """One item of a task: its place in the data set and, once loaded, image and label."""
+    """One item of a task: its index in the dataset and, once loaded, its image and label."""
 
     index: int
     image: Tensor | None = None
@@ -204,7 +204,7 @@ def k_shots(labels: Sequence[int], count: int, generator: torch.Generator) -> Tr
 
 
 def load_data(dataset: InMemory) -> Transform:
-    """Loads one image after the other."""
+    """Loads one image after another."""
 
     def transform(items: list[Described]) -> list[Described]:
         loaded = ((item, *dataset[item.index]) for item in items)
@@ -223,7 +223,7 @@ def relabel(items: list[Described]) -> list[Described]:
 def learn2learn_way(
     embedder: nn.Module, dataset: InMemory, spec: EpisodeSpec, episodes: int, generator: torch.Generator
 ) -> float:
-    """Mean accuracy, a task at a time: transforms make it, a mask parts support from query after the embedding."""
+    """Mean accuracy, one task at a time: transforms make it, and a mask separates support and query embeddings."""
     per_class = spec.shots + spec.queries
     make_ways = n_ways(dataset.labels, spec.ways, generator)
     transforms = (make_ways, k_shots(dataset.labels, per_class, generator), load_data(dataset), relabel)
@@ -246,7 +246,7 @@ def learn2learn_way(
 
 
 def pml_retrieval(embedder: nn.Module, dataset: InMemory) -> Callable[[], dict[str, float]]:
-    """PML's tester from images to the retrieval figures, with ours' neighbors, batches and unnormalized embeddings."""
+    """PML's tester from images to retrieval figures, with neighbors, batches and unnormalized embeddings as in ours."""
     cpu = torch.device("cpu")
     tester = GlobalEmbeddingSpaceTester(
         normalize_embeddings=False,

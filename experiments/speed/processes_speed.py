@@ -1,11 +1,11 @@
-"""Several processes against one: seconds of a step, of embedding and of evaluation, and whether figures are equal.
+"""Compares several processes with one: seconds of a step, embedding and evaluation, and whether figures are equal.
 
     python -m experiments.speed.processes_speed                    # eight minutes on two cores
 
-All ways take turns, each in programs of its own, three times; medians. Built-in letters, networks of 64 channels, on a
-CPU. A step is one of `fit`: 4 tasks of second-order MAML (5-way 1-shot, 15 queries a class), and a 20-way 1-shot
-ProtoNet with 5 queries a class, batch norm over each process's share. Embedded are all 6,060 test images by Conv4, and
-evaluated 10,000 episodes (5-way 1-shot, 15 queries a class) from these embeddings, and 40 of MAML.
+All setups take turns three times, each in its own programs; figures are medians, for the built-in letters and networks
+of 64 channels on a CPU. A step is one of `fit`: 4 tasks of second-order MAML (5-way 1-shot, 15 queries per class), and
+a 20-way 1-shot ProtoNet with 5 queries per class, batch norm over each process's share. Conv4 embeds all 6,060 test
+images; 10,000 episodes (5-way 1-shot, 15 queries per class) are evaluated from these embeddings, and 40 with MAML.
 """
 
 import argparse
@@ -51,13 +51,13 @@ SPEC = EpisodeSpec(ways=5, shots=1, queries=15)
 
 
 def seconds_of(work: Callable[[], object], times: int) -> float:
-    """The median of some times that it takes, all processes beginning together, after one that is not counted."""
+    """Returns the median seconds of `times` runs, with all processes starting together, after one uncounted run."""
     work()
     measured = []
     for _ in range(times):
         told_by_all(None)
         start = time.perf_counter()
-        work()  # at whose end all have told each other what they have
+        work()  # at its end all have told each other their results
         measured.append(time.perf_counter() - start)
     return statistics.median(measured)
 
@@ -70,7 +70,7 @@ def step_of(trainer: nn.Module, stream: EpisodeStream) -> Callable[[], object]:
 
 
 def measured() -> dict[str, float | str]:
-    """Seconds by what was done, and checksums of what must be equal."""
+    """Returns seconds by what was done, and checksums of what must be equal."""
     keep_memory(torch.device("cpu"))
     glyphs = load_glyphs()
     torch.manual_seed(0)
@@ -93,7 +93,7 @@ def measured() -> dict[str, float | str]:
 
 
 def run_way(number: int, threads: int) -> dict[str, float | str]:
-    """What one way measured, in programs of its own."""
+    """Returns the measurements of one setup, run in its own programs."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "measured.json"
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)] if number else []

@@ -1,10 +1,10 @@
-"""What trying all that comes after a training costs before it, as a share of 600 training steps.
+"""Cost of trying, before a training, everything that comes after it, as a share of 600 training steps.
 
     for name in quickstart glyphs_maml; do python -m experiments.speed.rehearsal $name; done
     python -m experiments.speed.rehearsal omniglot_protonet --data-root DIR
 
-One experiment a process: the first use of networks, faiss and threads, which training or evaluation would pay for
-otherwise, is in the seconds of the rehearsal.
+Run one experiment per process: the seconds of the rehearsal include the first use of networks, faiss and threads, which
+training or evaluation would otherwise pay for.
 """
 
 import importlib
@@ -24,10 +24,10 @@ STEPS = 600
 
 
 def main(name: Annotated[str, tyro.conf.Positional], data_root: Path | None = None, timed: int = 30) -> None:
-    """Prints the seconds of a rehearsal, of a training step, and the share.
+    """Prints the seconds of a rehearsal and of a training step, and the share.
 
     Args:
-        name: of the experiment, like quickstart
+        name: name of the experiment, like quickstart
         data_root: folder of the data; PML_FEWSHOT_DATA, else data/, when not given
         timed: training steps to time, after 3 more
     """

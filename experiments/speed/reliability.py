@@ -1,8 +1,8 @@
-"""What a checkpoint costs at the Omniglot setting, and whether memory grows over ten thousand steps on glyphs.
+"""Measures a checkpoint's cost in the Omniglot setting, and memory growth over ten thousand steps on glyphs.
 
     python -m experiments.speed.reliability --data-root ../shared/data
 
-The training that is watched is that of `quickstart`, with episodes of 20 ways in place of 60 to save time; validation,
+Memory is watched in the training of `quickstart`, with episodes of 20 ways instead of 60 to save time; validation,
 records and checkpoints are its own. Nothing else should run on the machine.
 """
 
@@ -32,7 +32,7 @@ EVERY, LAST = 1_000, 10_000  # memory is read every 1,000 steps, and must not gr
 
 
 def resident_mib() -> float:
-    """Memory of the process that lies in RAM."""
+    """Returns the process's memory in RAM, in MiB."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
@@ -40,7 +40,7 @@ def resident_mib() -> float:
 
 
 def checkpoint_cost(data_root: Path, steps: int = 40, repeats: int = 21) -> None:
-    """Prints the seconds of a step and of all that is written every `checkpoint_every` steps."""
+    """Prints the seconds of a step and of everything written every `checkpoint_every` steps."""
     config = omniglot_protonet.CONFIG
     assert isinstance(config.train_spec, EpisodeSpec)
     torch.manual_seed(0)
@@ -58,7 +58,7 @@ def checkpoint_cost(data_root: Path, steps: int = 40, repeats: int = 21) -> None
         optimizer.step()
         step_seconds.append(time.perf_counter() - start)
     step = statistics.median(step_seconds[steps // 4 :])
-    state.keep_weights()  # the best weights are written beside the last
+    state.keep_weights()  # the best weights are written along with the last
     saving_seconds = []
     with tempfile.TemporaryDirectory() as folder:
         recorder = Recorder(folder)
@@ -80,7 +80,7 @@ def checkpoint_cost(data_root: Path, steps: int = 40, repeats: int = 21) -> None
 
 
 class WatchedStream(EpisodeStream):
-    """Notes the resident set before every thousandth step."""
+    """Records the resident set after every thousand steps."""
 
     drawn = 0
     resident: dict[int, float]

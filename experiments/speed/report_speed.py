@@ -29,7 +29,7 @@ def first_paint(path: Path, driver: Any, rounds: int = 5) -> str:
     for _ in range(rounds):
         driver.get(path.as_uri())
         times.append(driver.execute_script(FIRST_PAINT))
-    seen = [each for each in times if each is not None]  # none where the page was read before it was painted
+    seen = [each for each in times if each is not None]  # None if the page was read before it was painted
     return f"{statistics.median(seen):.0f} ms" if seen else ""
 
 
@@ -44,7 +44,7 @@ def main() -> None:
         started = time.perf_counter()
         path = report_run(folder, subject)
         lines.append((folder.name, f"{time.perf_counter() - started:.1f}", f"{path.stat().st_size / 1e6:.1f}", path))
-    from tests.browser import MISSING, browser  # of the checkout
+    from tests.browser import MISSING, browser  # from the checkout
 
     paints = [""] * len(lines)
     if not MISSING:

@@ -3,9 +3,9 @@
     pip install -c constraints.txt -e '.[bench]'
     python -m experiments.speed.retrieval_speed
 
-Every contender runs in a process of its own, in turns for `repeats` rounds; figures are medians. faiss's OpenBLAS may
-take the processor for an older one, so PML and faiss run as installed and with the kernels that pml_fewshot chooses.
-About 25 minutes on 2 cores, most of them for building the graph index of the large gallery.
+Every contender runs in a separate process, taking turns for `repeats` rounds; figures are medians. faiss's OpenBLAS may
+mistake the processor for an older one, so PML and faiss run as installed and with the kernels that pml_fewshot chooses.
+Takes about 25 minutes on 2 cores, mostly for building the graph index of the large gallery.
 """
 
 import json
@@ -24,19 +24,19 @@ from experiments.speed.retrieval_worker import clusters
 from experiments.speed.side_by_side import conditions
 
 PACKAGES = ("torch", "pytorch-metric-learning", "faiss-cpu", "numpy", "scikit-learn")
-SAME_FIGURE = 1e-6  # neighbors whose distances differ by less than float32 holds may change places
+SAME_FIGURE = 1e-6  # neighbors whose distances differ by less than float32 resolves may change places
 INDEXES = ("hnsw|efSearch=48", "ivfpq|nprobe=1024", "IVF4096,SQ8|nprobe=512")
 
 
 def work(arguments: Sequence[str]) -> dict[str, Any]:
-    """What one process measured."""
+    """Returns the measurements of one process."""
     command = [sys.executable, "-m", "experiments.speed.retrieval_worker", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def take_turns(contenders: dict[str, list[str]], arguments: Sequence[str], repeats: int) -> dict[str, dict[str, Any]]:
-    """Medians of what each contender measured over `repeats` rounds."""
+    """Returns the medians of each contender's measurements over `repeats` rounds."""
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, own in contenders.items():
@@ -48,7 +48,7 @@ def take_turns(contenders: dict[str, list[str]], arguments: Sequence[str], repea
 
 
 def among_itself(what: str, kind: str, size: tuple[int, int, int, float], repeats: int) -> None:
-    """Prints the table of one set that is searched among itself, and raises where ours and PML's figures differ."""
+    """Prints the table of one set searched among itself, and raises if our figures and PML's differ."""
     items, dims, classes, noise = size
     arguments = [f"--items={items}", f"--dims={dims}", f"--classes={classes}", f"--noise={noise}"]
     contenders = {
@@ -105,10 +105,10 @@ def main(
 
     Args:
         repeats: rounds in which the contenders take turns.
-        items: of the set searched among itself; the size of Stanford Online Products' test set.
+        items: items of the set searched among itself; the size of Stanford Online Products' test set.
         gallery: items of the large gallery; 0 leaves it out.
-        queries: into it.
-        indexes: of it, as "description|parameters".
+        queries: queries into the large gallery.
+        indexes: indexes of the large gallery, as "description|parameters".
     """
     print("\n".join(f"- {line}" for line in (*conditions(PACKAGES), f"medians of {repeats} rounds")), flush=True)
     among_itself("P@1, R-precision and MAP@R", "", (items, 512, max(2, items * 11_318 // 60_502), 2.0), repeats)

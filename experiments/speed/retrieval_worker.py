@@ -1,6 +1,6 @@
-"""One contender of retrieval_speed in a process of its own, so that its BLAS and its memory are its own.
+"""One contender of retrieval_speed in a separate process, with its own BLAS and memory.
 
-Prints one line of JSON: seconds, figures, and how far the process's memory grew above what it started with.
+Prints one line of JSON: seconds, figures, and how much the process's memory grew from its start.
 """
 
 import json
@@ -30,7 +30,7 @@ NEIGHBORS = 10  # searched in the large gallery
 
 
 def clusters(items: int, dims: int, classes: int, noise: float, seed: int = 0) -> EmbeddingBank:
-    """Rows of length 1 around `classes` random centers, with Gaussian noise of `noise` times their own spread."""
+    """Returns L2-normalized rows around `classes` random centers, with Gaussian noise of `noise` times their spread."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (items,), generator=generator)
     rows = torch.randn(items, dims, generator=generator) * noise
@@ -39,7 +39,7 @@ def clusters(items: int, dims: int, classes: int, noise: float, seed: int = 0) -
 
 
 def timed(action: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
-    """What an action returns, its seconds, and by how many MB the process's memory grew at most."""
+    """Returns an action's result, its seconds, and the MB by which the process's peak memory grew."""
     before = peak_mb()
     start = time.perf_counter()
     result = action()
@@ -51,7 +51,7 @@ def peak_mb() -> float:
 
 
 def blas_core() -> str:
-    """The processor that faiss's OpenBLAS has chosen its kernels for; empty where faiss has another BLAS."""
+    """Returns the processor that faiss's OpenBLAS has chosen kernels for; empty if faiss has another BLAS."""
     return "".join(
         each["architecture"] for each in threadpool_info() if "faiss" in each["filepath"] and "architecture" in each
     )
@@ -63,7 +63,7 @@ def pml(bank: EmbeddingBank, metrics: tuple[str, ...]) -> dict[str, float]:
 
 
 def neighbors(bank: EmbeddingBank, k: int) -> None:
-    """The neighbors alone by faiss's flat index, no figures."""
+    """Searches the neighbors alone, with faiss's flat index and no figures."""
     import faiss
 
     index = faiss.IndexFlatL2(bank.embeddings.shape[1])
@@ -72,7 +72,7 @@ def neighbors(bank: EmbeddingBank, k: int) -> None:
 
 
 def figures(contender: str, items: int, dims: int, classes: int, noise: float) -> Callable[[], dict[str, Any]]:
-    """An action that finds retrieval or clustering figures of one set among itself."""
+    """Returns an action that computes retrieval or clustering figures of one set among itself."""
     bank = clusters(items, dims, classes, noise)
     largest = int(torch.bincount(bank.labels).max()) - 1
     metrics = CLUSTERING if "clustering" in contender else KNN
@@ -92,7 +92,7 @@ def figures(contender: str, items: int, dims: int, classes: int, noise: float) -
 
 
 def search(contender: str, folder: Path, queries: int, build: bool) -> dict[str, Any]:
-    """Neighbors of queries in the large gallery that lies in `folder`; `build` makes and saves an index instead."""
+    """Searches the large gallery in `folder` for neighbors of queries; `build` makes and saves an index instead."""
     gallery, query = load_bank(folder / "gallery.npy"), load_bank(folder / "query.npy").embeddings[:queries]
     saved = folder / contender.replace(",", "_")
     if build:
@@ -133,17 +133,17 @@ def main(
     """Prints one line of JSON, and another for each turn.
 
     Args:
-        contender: ours, pml or faiss, with "-clustering" for NMI and AMI; in a folder exact, faiss or an index of ours
-            as "description|parameters".
-        items: of the set searched among itself.
-        dims: of it.
-        classes: of it.
-        noise: of it.
-        folder: of the large gallery.
-        queries: into it.
+        contender: ours, pml or faiss, with "-clustering" for NMI and AMI; with a folder: exact, faiss or our index as
+            "description|parameters".
+        items: items of the set searched among itself.
+        dims: dimensions of that set.
+        classes: classes of that set.
+        noise: noise of that set.
+        folder: folder of the large gallery.
+        queries: queries into the large gallery.
         build: make and save the index.
         as_installed: import faiss before this library, which would choose its kernels.
-        turns: measure the set once more for each line of the standard input.
+        turns: measure the set once more for each line of standard input.
     """
     if folder is None:
         measure = figures(contender, items, dims, classes, noise)

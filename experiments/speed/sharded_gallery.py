@@ -1,11 +1,12 @@
-"""Builds galleries from a memory-mapped bank by one worker and by several, and prints their time, memory and recall.
+"""Builds galleries from a memory-mapped bank with one worker and several, and prints their time, memory and recall.
 
     python -m experiments.speed.sharded_gallery                # 1,000,000 x 64: about six minutes of each core
     python -m experiments.speed.sharded_gallery --items 10_000_000 --shards 32 --indexes "IVF4096,SQ8|nprobe=512"
 
-Rows of length 1 lie around random centers, one for every 20 of them, and the queries around the same. Each worker is a
-process with one thread; exact search and queries have all cores. A worker's own memory is what the system cannot take
-back (RssAnon); pages of mapped files, which it can, are resident besides. Both are read ten times a second.
+L2-normalized rows lie around random centers, one for every 20 rows, and the queries around the same centers. Each
+worker is a process with one thread, and so are exact search and queries unless OMP_NUM_THREADS is set. A worker's own
+memory is what the system cannot reclaim (RssAnon); pages of mapped files, which it can, are resident too. Both are read
+ten times a second.
 """
 
 import multiprocessing
@@ -17,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the workers, which inherit it
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the workers, which inherit it
 
 import numpy as np
 import torch
@@ -29,12 +30,12 @@ from pml_fewshot.evaluation.search import Ranking, exact_search
 from pml_fewshot.evaluation.sharded_gallery import PLAN, build_gallery
 
 INDEXES = ("ivf|nprobe=512", "ivfpq|nprobe=1024", "IVF4096,SQ8|nprobe=512", "IVF4096,PQ32|nprobe=512")
-ROWS = 2**18  # made at a time
+ROWS = 2**18  # rows made at a time
 NEIGHBORS = 10
 
 
 def write_bank(path: Path, items: int, dims: int, queries: int) -> torch.Tensor:
-    """Writes a .npy of rows with labels beside it, a block at a time, and returns queries (N, dims)."""
+    """Writes a .npy of rows with labels next to it, a block at a time, and returns queries (N, dims)."""
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(max(10, items // 20), dims, generator=generator)
 
@@ -54,7 +55,7 @@ def write_bank(path: Path, items: int, dims: int, queries: int) -> torch.Tensor:
 
 
 def build(bank: str, folder: str, index: str, shards: int, gate: Any, done: Any) -> None:
-    """One worker; it reads the bank and waits for the others, so that imports are not in the time."""
+    """One worker: reads the bank and waits for the others, so that imports are not timed."""
     name, parameters = index.split("|")
     own = load_bank(bank)
     gate.wait()
@@ -63,7 +64,7 @@ def build(bank: str, folder: str, index: str, shards: int, gate: Any, done: Any)
 
 
 def memory(pid: int | None) -> tuple[float, float]:
-    """MB of a process's own, and all that is resident; 0 where it has ended."""
+    """Returns the MB of a process's own memory and of all that is resident; 0 if it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -74,13 +75,13 @@ def memory(pid: int | None) -> tuple[float, float]:
 
 
 def cpu_seconds(pid: int | None) -> float:
-    """That a process has computed, in user and system mode: unlike the clock, hardly changed by other programs."""
+    """CPU seconds of a process in user and system mode: unlike the clock, hardly affected by other programs."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def measured(bank: Path, folder: Path, index: str, workers: int, shards: int) -> dict[str, Any]:
-    """Seconds of a build, from when all workers have opened the bank, and of its training; MB of the largest worker."""
+    """Seconds of a build, once all workers have opened the bank, and of its training; MB of the largest worker."""
     context = multiprocessing.get_context("spawn")
     gate, done = (context.Barrier(workers + 1) for _ in range(2))
     given = (str(bank), str(folder), index, shards, gate, done)
@@ -105,7 +106,7 @@ def measured(bank: Path, folder: Path, index: str, workers: int, shards: int) ->
     done.wait()
     for each in started:
         each.join()
-    training = (folder / PLAN).stat().st_mtime - began  # with the bank's checksum, before it
+    training = (folder / PLAN).stat().st_mtime - began  # with the bank's checksum before it
     return {"seconds": seconds, "training": training, "cpu": cpu, "before": before, "own": own, "resident": resident}
 
 
@@ -121,13 +122,13 @@ def main(
     """Prints the table.
 
     Args:
-        items: references.
-        dims: of each.
-        queries: of the recall and of the time of a search.
-        shards: of every gallery.
-        workers: how many processes, one round each.
-        indexes: as "description|parameters".
-        folder: for the bank and one gallery at a time, up to three times the bank's size; a temporary one when None.
+        items: number of references.
+        dims: dimensions of each reference.
+        queries: queries for the recall and the time of a search.
+        shards: shards of every gallery.
+        workers: numbers of processes, one round each.
+        indexes: indexes as "description|parameters".
+        folder: place for the bank and one gallery at a time, up to three times the bank's size; temporary when None.
     """
     print("\n".join(f"- {line}" for line in conditions(("torch", "faiss-cpu", "numpy"))), flush=True)
     with tempfile.TemporaryDirectory(dir=folder) as name:

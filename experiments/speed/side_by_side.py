@@ -1,4 +1,4 @@
-"""What a comparison with other libraries needs: a fair clock, checks that all do the same, and lines of a table."""
+"""Tools for comparisons with other libraries: a fair clock, checks that all do the same, and lines of a table."""
 
 import os
 import platform
@@ -15,13 +15,13 @@ from threadpoolctl import threadpool_info
 from pml_fewshot.data.dataset import FewShotDataset
 from pml_fewshot.evaluation.episodic import EpisodicResult
 
-SLACK = 1.5  # times the two 95 % intervals together: how far accuracies on different episodes may lie apart
-SAME_FIGURE = 1e-3  # how far retrieval figures of the same images may lie apart, from rounding alone
+SLACK = 1.5  # times the sum of the two 95 % intervals: how far accuracies on different episodes may differ
+SAME_FIGURE = 1e-3  # how far retrieval figures of the same images may differ, from rounding alone
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; rates are episodes per second, more is better, else seconds, less is better."""
+    """One line of the table, in episodes per second (more is better) or seconds (less is better)."""
 
     what: str
     ours: float
@@ -39,9 +39,9 @@ class Row:
 
 
 def check_accuracy(peer: str, accuracy: float, episodes: int, ours: EpisodicResult) -> None:
-    """Raises where a peer's mean over `episodes` episodes and ours disagree by more than chance explains.
+    """Raises if a peer's mean over `episodes` episodes and ours disagree by more than chance explains.
 
-    A peer's interval is from the spread of our episodes, for its own are of the same kind and easyfsl gives no spread.
+    A peer's interval uses the spread of our episodes: its own are of the same kind, and easyfsl returns no spread.
     """
     interval = 1.96 * ours.per_episode.std().item() / episodes**0.5
     allowed = SLACK * (interval + ours.ci95) + 1e-6
@@ -53,7 +53,7 @@ def check_accuracy(peer: str, accuracy: float, episodes: int, ours: EpisodicResu
 
 
 def check_equal(peer: str, theirs: Mapping[str, float], ours: Mapping[str, float]) -> None:
-    """Raises where figures of the same images differ by more than rounding."""
+    """Raises if figures of the same images differ by more than rounding."""
     for name, value in ours.items():
         if abs(theirs[name] - value) > SAME_FIGURE:
             raise AssertionError(f"{peer}: {name} {theirs[name]:.5f}, ours {value:.5f}: the two do not do the same")
@@ -70,7 +70,7 @@ def random_images(classes: int, per_class: int, size: int, channels: int, seed: 
 
 
 def median_seconds(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each contender over `repeats` rounds in which they take turns."""
+    """Returns the median seconds of each contender over `repeats` rounds in which they take turns."""
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, action in contenders.items():
@@ -81,14 +81,14 @@ def median_seconds(contenders: Mapping[str, Callable[[], object]], repeats: int)
 
 
 def conditions(packages: Sequence[str]) -> list[str]:
-    """Versions, machine and threads, for the head of a table."""
+    """Returns versions, machine and threads, for the head of a table."""
     pools = {f"{pool['prefix']} {pool['num_threads']}" for pool in threadpool_info()}
     threads = f"threads: torch {torch.get_num_threads()}, {', '.join(sorted(pools))}"
     return [versions(packages), f"{processor()}; {threads}"]
 
 
 def versions(packages: Sequence[str]) -> str:
-    """Of Python and of packages, which need not be there."""
+    """Returns the versions of Python and of packages, which need not be installed."""
     found = []
     for name in packages:
         try:
@@ -99,7 +99,7 @@ def versions(packages: Sequence[str]) -> str:
 
 
 def processor() -> str:
-    """Its model, the number of its cores, and the instructions that torch uses."""
+    """Returns the processor's model, its number of cores, and the instructions that torch uses."""
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -3,10 +3,10 @@
     pip install -c constraints.txt -e '.[bench]'
     python -m experiments.speed.transductive_speed
 
-Made-up overlapping classes, 5-way 15-query. Each head has the hyper-parameters and steps of easyfsl's method. easyfsl
-classifies an episode at a time, on one thread (two would wait for each other in its small operations); ours as the
-evaluator calls a head: chunks of 2**20 floats, one in each of two threads. The two take turns for `rounds`; figures are
-medians. Queries that the two predict differently are counted.
+Synthetic overlapping classes, 5-way 15-query. Each head has the hyperparameters and steps of easyfsl's method. easyfsl
+classifies one episode at a time, on one thread (two would wait for each other in its small operations); ours runs as
+the evaluator calls a head: chunks of 2**20 floats, one in each of two threads. The two take turns for `rounds` rounds;
+figures are medians. Queries that the two predict differently are counted.
 """
 
 import statistics
@@ -28,7 +28,7 @@ from pml_fewshot.experiment.command_line import one_line_errors
 
 TIM = partial(alpha_tim, alpha=1.0, conditional_weight=0.1, similarity="cosine", temperature=10.0, steps=50)
 TUNED = partial(fine_tuning, similarity="cosine", temperature=1.0, steps=200, learning_rate=1e-4)
-# easyfsl's name: ours at its setting, how many of its episodes take less than a second
+# easyfsl's name: our head with its settings, how many of its episodes take less than a second
 PAIRS: dict[str, tuple[Callable[..., Tensor], int]] = {
     "BDCSPN": (partial(bd_cspn, scale=1.0), 200),
     "LaplacianShot": (partial(laplacian_shot, scale=1.0), 100),
@@ -43,9 +43,9 @@ PAIRS: dict[str, tuple[Callable[..., Tensor], int]] = {
 
 
 def episodes(count: int, shots: int, dims: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Support (E, 5, K, D) and query (E, 75, D) of length 1."""
+    """Returns L2-normalized support (E, 5, K, D) and query (E, 75, D)."""
     randn = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
-    spread = (dims / 16) ** 0.5  # as hard at any number of dimensions
+    spread = (dims / 16) ** 0.5  # equally hard at any number of dimensions
     items = F.normalize(randn(count, 5, 1, dims) + spread * randn(count, 5, shots + 15, dims), dim=3)
     return items[:, :, :shots].contiguous(), items[:, :, shots:].flatten(1, 2)
 
@@ -81,7 +81,7 @@ def main(dims: tuple[int, ...] = (64, 640), shots: tuple[int, ...] = (1, 5), rou
         dims: numbers of dimensions.
         shots: support items of each class.
         rounds: how often each is timed.
-        threads: in which ours runs.
+        threads: threads in which ours runs.
     """
     methods = import_extra("bench", "to compare with", "easyfsl.methods")
     keep_freed_memory()
@@ -92,11 +92,11 @@ def main(dims: tuple[int, ...] = (64, 640), shots: tuple[int, ...] = (1, 5), rou
             many = episodes(max(200, 4 * CPU_CHUNK // ((count + 15) * 5 * size)), count, size)
             for name, (head, few) in PAIRS.items():
                 support, query = many
-                if name == "PTMAP":  # which underflows where squared distances of the roots are above 6
+                if name == "PTMAP":  # underflows where squared distances of the roots are above 6
                     support, query = (each.relu() * (64 / size) ** 0.5 for each in many)
                 method = getattr(methods, name)
                 taken: tuple[list[float], list[float]] = ([], [])
-                for turn in range(rounds + 1):  # the first warms both up
+                for turn in range(rounds + 1):  # the first turn warms both up
                     start = time.perf_counter()
                     peer = theirs(method, support[:few], query[:few])
                     middle = time.perf_counter()

@@ -1,4 +1,4 @@
-"""python -m pml_fewshot.app: teach classes on a page of one's own machine."""
+"""python -m pml_fewshot.app: teach classes on a page of your own machine."""
 
 from pml_fewshot.app.command import main
 

@@ -1,4 +1,4 @@
-"""pml-fewshot app: a page in the browser on which one teaches classes oneself; nothing leaves the machine."""
+"""pml-fewshot app: a page in the browser on which you teach classes yourself; nothing leaves the machine."""
 
 import argparse
 import socket
@@ -26,10 +26,10 @@ def _serve(given: argparse.Namespace) -> None:
     uvicorn = import_extra("app", "for the page", "uvicorn", "starlette", "python_multipart")
     from pml_fewshot.app.server import application, is_loopback
 
-    # Pillow refuses what has twice as many, before it is decoded, and warns below that
+    # Pillow refuses an image with twice as many before decoding it, and warns below that
     Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    listening = _bound(given.host, given.port)  # before the network is loaded: a port in use is the likeliest mistake
+    listening = _bound(given.host, given.port)  # before loading the network: a port in use is the likeliest mistake
     with listening:
         embedder = PictureEmbedder.of(given.embedder, given.checkpoint, given.image_size)
         app = application(embedder, given.sets, given.host, given.most_megabytes, given.most_examples)
@@ -46,12 +46,12 @@ def _serve(given: argparse.Namespace) -> None:
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3, server_header=False)
         try:
             uvicorn.Server(config).run(sockets=[listening])
-        except KeyboardInterrupt:  # uvicorn raises it again once it has shut down, and that is how one ends it
+        except KeyboardInterrupt:  # uvicorn raises it again after shutting down, which is the way to end it
             return
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    if not 0 <= port < 2**16:  # the system would take the remainder
+    if not 0 <= port < 2**16:  # the system would use the remainder
         raise UsageError(f"expected a port from 0 to 65535, got {port}; give another --port")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]

@@ -1,4 +1,4 @@
-"""Drawings, and photos of writing, as the images that the glyph network was trained on: 28 x 28, ink high."""
+"""Converts drawings and photos of writing to images like those the glyph network was trained on: 28 x 28, ink high."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,10 @@ from pml_fewshot.io.checkpoint import load_embedder
 # The embedder of `python -m experiments.quickstart`, seed 0: ProtoNet, 600 steps on Latin and Cyrillic letters.
 WEIGHTS = Path(__file__).with_name("glyphs.safetensors")
 FRAME = 28  # side of the network's input
-FINE = 8  # a letter is drawn this many times larger, and area-averaged at last
-FAINT = 24  # of 255: less contrast than that to the paper is no ink
-SPECK = 0.02  # of the largest blot's pixels: what is smaller than that is dirt
-LARGEST = 512  # side up to which the ink is looked for
+FINE = 8  # a letter is drawn this many times larger, then area-averaged
+FAINT = 24  # of 255: less contrast than that to the paper is not ink
+SPECK = 0.02  # of the largest blot's pixels: smaller blots are dirt
+LARGEST = 512  # longest side of the picture in which the ink is found
 
 
 class NoInkError(UsageError):
@@ -32,12 +32,12 @@ class NoInkError(UsageError):
 class InkPreprocessing(Preprocessing):
     """Finds the ink of a drawing or a photo of writing, and gives it the place, size and stroke of a training letter.
 
-    Dark ink on light paper or light on dark, by what the border has. On Omniglot's 659 evaluation characters, drawn
-    with a mouse by 20 people, 5-way 2-shot accuracy is 96.9 %, and 93.7 % where the whole picture is scaled.
+    Ink may be dark on light paper or light on dark, according to the border. On Omniglot's 659 evaluation characters,
+    drawn with a mouse by 20 people, 5-way 2-shot accuracy is 96.9 %, and 93.7 % if the whole picture is scaled.
 
     Args:
-        letter: pixels of the longer side of a letter in the frame; training letters have 18 to 26, 23 in the middle.
-        stroke: pixels of a pen's stroke in it; training letters have 2.2 to 4.2.
+        letter: pixels of a letter's longer side in the frame; training letters have 18 to 26, 23 in the middle.
+        stroke: width in pixels of a pen's stroke in it; training letters have 2.2 to 4.2.
     """
 
     size: tuple[int, int] = (FRAME, FRAME)
@@ -50,7 +50,7 @@ class InkPreprocessing(Preprocessing):
         """(1, 28, 28) uint8.
 
         Raises:
-            NoInkError: all is paper.
+            NoInkError: there is no ink.
         """
         gray = to_8_bits(image, "L")
         gray.thumbnail((LARGEST, LARGEST))
@@ -59,11 +59,11 @@ class InkPreprocessing(Preprocessing):
 
 
 def ink_of(gray: np.ndarray) -> np.ndarray:
-    """The letter's box (h, w) of ink, from 0 to 1, in a gray picture (H, W), 0 to 255."""
+    """The ink, from 0 to 1, in the letter's bounding box (h, w) of a gray picture (H, W), 0 to 255."""
     border = np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])
     paper = float(np.median(border))
     darker, lighter = paper - gray, gray - paper
-    # what covers less is ink: on a photo of writing the light may differ, but most of it is paper
+    # the side with more contrast is ink: on a photo of writing the light may vary, but most of it is paper
     ink = darker if _sum_beyond(darker) >= _sum_beyond(lighter) else lighter
     if ink.max() < FAINT:
         raise NoInkError("expected a picture with something drawn on it, got an empty one; draw first")
@@ -74,26 +74,26 @@ def ink_of(gray: np.ndarray) -> np.ndarray:
     kept = (areas >= SPECK * areas.max())[blots] & (blots > 0)
     rows, columns = np.flatnonzero(kept.any(axis=1)), np.flatnonzero(kept.any(axis=0))
     box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    # edges stay gray, so that a stroke's width is known better than to a pixel
+    # edges stay gray, so that a stroke's width is known to better than a pixel
     near = ndimage.binary_dilation(kept[box])
     return np.where(near, (ink[box] / (2 * threshold)).clip(0, 1), 0)
 
 
 def scaled(ink: np.ndarray, side: int) -> np.ndarray:
-    """The same with a longer side of so many pixels."""
+    """The ink, scaled so that its longer side has `side` pixels."""
     height, width = (max(1, round(length * side / max(ink.shape))) for length in ink.shape)
     image = Image.fromarray(ink.astype(np.float32))
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
 
 
 def with_stroke(ink: np.ndarray, width: float) -> np.ndarray:
-    """The same with strokes of that width on average, in a frame as much wider.
+    """The ink with strokes of the given average width, padded by as much.
 
     A small drawing has thick strokes once it is enlarged, a large one thin ones. The edge of the ink is moved along
     its signed distance; within a stroke of width w the mean distance to the edge is w / 4.
     """
     ink = np.pad(ink, int(width)) > 0.5
-    if not ink.any():  # a hair that scaling lost
+    if not ink.any():  # a hairline lost in scaling
         ink[ink.shape[0] // 2, ink.shape[1] // 2] = True
     inside, outside = ndimage.distance_transform_edt(ink), ndimage.distance_transform_edt(~ink)
     move = min((4 * inside[ink].mean() - width) / 2, inside.max() / 2)  # the middle of the thickest stroke stays
@@ -101,7 +101,7 @@ def with_stroke(ink: np.ndarray, width: float) -> np.ndarray:
 
 
 def framed(ink: np.ndarray) -> np.ndarray:
-    """(28, 28) uint8 of an ink FINE times as large, in the middle."""
+    """(28, 28) uint8 image of ink that is FINE times as large, centered."""
     side = FRAME * FINE
     canvas = np.zeros((side, side), np.float32)
     height, width = min(side, ink.shape[0]), min(side, ink.shape[1])
@@ -124,7 +124,7 @@ def _sum_beyond(values: np.ndarray) -> float:
 
 
 def _otsu(values: np.ndarray) -> float:
-    """The threshold that parts values from 0 to 255 into two groups with the least variance within (Otsu 1979)."""
+    """The threshold that splits values from 0 to 255 into two groups with the least variance within (Otsu 1979)."""
     counts = np.bincount(values.astype(np.uint8).ravel(), minlength=256).astype(np.float64)
     below, levels = counts.cumsum(), np.arange(256)
     total, sums = below[-1], (counts * levels).cumsum()

@@ -1,4 +1,4 @@
-"""Pictures as they are kept, and the embedder that sees them."""
+"""Pictures as they are stored, and the embedder that reads them."""
 
 import threading
 from io import BytesIO
@@ -17,18 +17,18 @@ from pml_fewshot.embedders.preprocessing import Preprocessing
 from pml_fewshot.io.tensors import checksum_of
 
 MOST_PIXELS = 50_000_000
-SIDE = 512  # of what is kept, at most; twice the embedder's own where that is more
-SMALL_PNG = 100_000  # bytes up to which a picture is kept without loss; drawings have 10,000, photos 400,000
+SIDE = 512  # of a stored picture, at most; twice the embedder's if that is more
+SMALL_PNG = 100_000  # bytes up to which a picture is stored losslessly; drawings have 10,000, photos 400,000
 GRAY = ("1", "L", "LA", "I", "I;16", "F")
 
 
 class Picture(NamedTuple):
-    """An image file that is kept: what is shown, saved, and embedded, so that saving changes no embedding."""
+    """A stored image file, which is shown, saved and embedded, so that saving changes no embedding."""
 
     content: bytes
     suffix: str  # ".png" or ".jpg"
 
-    def read_bytes(self) -> bytes:  # by which ImageEmbedder reads it as it would a file
+    def read_bytes(self) -> bytes:  # so that ImageEmbedder reads it like a file
         return self.content
 
     @property
@@ -37,10 +37,10 @@ class Picture(NamedTuple):
 
 
 class PictureEmbedder:
-    """Makes pictures of what was uploaded, and embeddings of pictures, one at a time and so always the same.
+    """Turns uploads into pictures, and embeds pictures one at a time, so that the embedding is always the same.
 
     Args:
-        name: how it is called on the page.
+        name: its name on the page.
         embedder: the network.
     """
 
@@ -54,11 +54,11 @@ class PictureEmbedder:
         weights = {key: value.detach().cpu() for key, value in network.state_dict().items()}
         self.fingerprint = f"{checksum_of(weights)} {form!r}"
         self._decoding = threading.Lock()
-        self._lock = threading.Lock()  # two threads that share the cores would take longer than one after the other
+        self._lock = threading.Lock()  # two threads sharing the cores would take longer than one after the other
 
     @classmethod
     def of(cls, text: str, checkpoint: Path | None = None, image_size: int | None = None) -> "PictureEmbedder":
-        """By "glyphs", "timm/NAME", "torchvision/NAME" or the folder of a run; see `classify.trunks.trunk_of`."""
+        """From "glyphs", "timm/NAME", "torchvision/NAME" or the folder of a run; see `classify.trunks.trunk_of`."""
         if text == "glyphs" and checkpoint is None and image_size is None:
             return cls(text, glyph_embedder())
         trunk = trunk_of(text, checkpoint, image_size)
@@ -68,10 +68,10 @@ class PictureEmbedder:
         return cls(text, ImageEmbedder(Embedder(trunk, normalize=True).eval(), progress=False))
 
     def picture(self, content: bytes, name: str) -> Picture:
-        """What is kept of an uploaded file: upright, 8 bits, no larger than needed.
+        """The stored form of an uploaded file: upright, 8 bits, no larger than needed.
 
         Raises:
-            BrokenImageError: it is no image, a broken one, or has too many pixels.
+            BrokenImageError: it is not an image, is broken, or has too many pixels.
         """
         try:
             # one at a time: 50 million pixels are 0.2 GB, and there may be 40 threads
@@ -91,13 +91,13 @@ class PictureEmbedder:
         return encoded(plain)
 
     def __call__(self, picture: Picture) -> np.ndarray:
-        """(D,) float32; a NoInkError where nothing is drawn, for the embedder of glyphs."""
+        """(D,) float32; the glyph embedder raises a NoInkError if nothing is drawn."""
         with self._lock:
             return self.embedder.transform([picture])[0]
 
 
 def encoded(image: Image.Image) -> Picture:
-    """As PNG where that is small, else as JPEG."""
+    """The image as PNG if that is small, otherwise as JPEG."""
     file = BytesIO()
     image.save(file, "PNG")
     if file.tell() <= SMALL_PNG:

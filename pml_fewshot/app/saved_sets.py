@@ -1,4 +1,4 @@
-"""Taught sets in folders: set.json, examples.safetensors, and the pictures, a folder a class."""
+"""Saves and loads taught sets: set.json, examples.safetensors, and the pictures, one folder per class."""
 
 import json
 import re
@@ -27,7 +27,7 @@ RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|thumbs\.db|desktop\
 
 
 class Saved(NamedTuple):
-    """What a folder holds."""
+    """The contents of a set's folder."""
 
     labels: Sequence[str]
     pictures: Sequence[Picture]
@@ -36,11 +36,11 @@ class Saved(NamedTuple):
 
 
 class SavedSets:
-    """The sets in a folder. One thread at a time; a set is there whole, in its old or its new version.
+    """The sets in a folder. One thread at a time; a set is always complete, in its old or its new version.
 
     Args:
-        folder: of the sets; made at the first save.
-        embedder: whose sets can be loaded.
+        folder: of the sets; created at the first save.
+        embedder: only sets taught with it can be loaded.
     """
 
     def __init__(self, folder: Path, embedder: PictureEmbedder) -> None:
@@ -55,12 +55,12 @@ class SavedSets:
         return sorted((name for name in found if is_safe(name)), key=str.casefold)
 
     def save(self, name: str, known: Known, replace: bool = False) -> str:
-        """Writes what is known under a name, which it returns; a set of that name is replaced only if asked for.
+        """Writes what is known under a name, which it returns; a set of that name is replaced only if requested.
 
         Raises:
-            ExistingFileError: there is one of that name.
-            CannotWriteError: the disk is full or the folder read-only; what was there is unharmed.
-            UsageError: a name that is none, or nothing to save.
+            ExistingFileError: there is a set of that name.
+            CannotWriteError: the disk is full or the folder read-only; the earlier contents are unharmed.
+            UsageError: an invalid name, or nothing to save.
         """
         name = checked_set_name(name)
         if not known.examples:
@@ -83,11 +83,11 @@ class SavedSets:
         return name
 
     def load(self, name: str) -> Saved:
-        """Reads a set, its embeddings too.
+        """Reads a set, including its embeddings.
 
         Raises:
-            MissingFileError: there is none of that name.
-            UsageError: it is damaged, or was taught with another embedder.
+            MissingFileError: there is no set of that name.
+            UsageError: the set is damaged, or was taught with another embedder.
         """
         with self._lock:
             folder = self._existing(name)
@@ -115,7 +115,7 @@ class SavedSets:
         with self._lock:
             folder = self._existing(name)
             with translate_write_errors(folder):
-                (folder / ABOUT).unlink()  # first: what is half deleted is no set
+                (folder / ABOUT).unlink()  # first: a half-deleted folder is not a set
                 shutil.rmtree(folder)
 
     def _existing(self, name: str) -> Path:
@@ -126,7 +126,7 @@ class SavedSets:
         return self.folder / name
 
     def _recover(self, name: str) -> None:
-        """Ends what a killed process began: the old version comes back where the new one did not take its place."""
+        """Completes what a killed process began: restores the old version if the new one did not take its place."""
         target, old = self.folder / name, self.folder / f".{name}.old"
         if (old / ABOUT).is_file():
             if target.exists():
@@ -164,10 +164,10 @@ class SavedSets:
 
 
 def checked_set_name(text: Any) -> str:
-    """A name under which a set can be saved: a safe name of a file.
+    """A name under which a set can be saved: a safe file name.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is not.
     """
     name = checked_name(text)
     if len(name) > LONGEST_NAME or not is_safe(name):
@@ -177,13 +177,13 @@ def checked_set_name(text: Any) -> str:
 
 
 def is_safe(name: str) -> bool:
-    """Whether a file of that name can be made on every system, in the folder where it is made."""
+    """Whether a file of that name can be created on every system, within its folder."""
     plain = not re.search(r'[\x00-\x1f/\\:*?"<>|]', name) and name == name.strip(" .") and name != ""
     return plain and not name.startswith("~") and not RESERVED.fullmatch(name) and len(name.encode()) <= MOST_BYTES
 
 
 def _folder_for(label: str, number: int, used: set[str]) -> str:
-    """The class's name where a folder can have it, else class-N; some systems do not tell a from A."""
+    """The class's name if a folder can have it, otherwise class-N; some systems do not distinguish a from A."""
     place = label if is_safe(label) else f"class-{number}"
     while place.casefold() in used:
         place, number = f"class-{number}", number + 1

@@ -1,4 +1,4 @@
-"""The web application: the page's three files, and what the page asks of the taught set."""
+"""The web application: serves the page's three files, and answers its requests to the taught set."""
 
 from collections.abc import Awaitable, Callable
 from ipaddress import ip_address
@@ -31,7 +31,7 @@ FILES = {
     "/page.js": ("page.js", "text/javascript"),
     "/page.css": ("page.css", "text/css"),
 }
-MOST_FILES = 100  # a request; the page sends a folder in several
+MOST_FILES = 100  # per request; the page sends a folder in several
 MOST_FIELDS = 10
 STATUS: tuple[tuple[type[Exception], int], ...] = (
     (BrokenImageError, 415),
@@ -63,11 +63,11 @@ def application(
     """The app, with nothing taught yet.
 
     Args:
-        embedder: sees the pictures.
+        embedder: embeds the pictures.
         sets: folder of saved sets.
-        host: where it is served, the only name but the loopback's that a request may give.
-        most_megabytes: of a request.
-        most_examples: in all.
+        host: where it is served, the only name except the loopback's that a request may give.
+        most_megabytes: the limit of a request.
+        most_examples: the limit in total.
     """
     service = Service(TaughtSet(most_examples), embedder, SavedSets(sets, embedder), most_megabytes)
     guard = Middleware(Guard, host=host, most_bytes=int(most_megabytes * 2**20))
@@ -76,19 +76,19 @@ def application(
 
 
 class Fields(dict[str, Any]):
-    """What a request gives by name; what is missing is its sender's mistake."""
+    """The fields of a request by name; a missing one is the sender's mistake."""
 
     def __missing__(self, name: str) -> Any:
         raise UsageError(f"expected {name!r} in the request, got none; add it")
 
 
 class Service:
-    """What can be asked; each answer that changes something gives the whole state, by which the page is drawn."""
+    """The requests; each one that changes something returns the whole state, from which the page is drawn."""
 
     def __init__(self, taught: TaughtSet, embedder: PictureEmbedder, sets: SavedSets, most_megabytes: float) -> None:
         self.taught, self.embedder, self.sets, self.most_megabytes = taught, embedder, sets, most_megabytes
-        self.session = token_hex(8)  # by which a page that is left open sees that the program was started again
-        self.saved: tuple[str, int] | None = None  # name and version of what was last saved or loaded
+        self.session = token_hex(8)  # shows a page that was left open that the program was restarted
+        self.saved: tuple[str, int] | None = None  # name and version of the set last saved or loaded
 
     def routes(self) -> list[Route]:
         posts = {
@@ -131,7 +131,7 @@ class Service:
         return JSONResponse(await run_in_threadpool(self.state))
 
     async def _teach(self, request: Request) -> Response:
-        """Examples of one class; of several files those that can be read are taught, the others named."""
+        """Teaches examples of one class; of several files the readable ones are taught, the others named."""
         label, files = await _form(request)
 
         def teach() -> dict[str, Any]:
@@ -188,10 +188,10 @@ class Service:
 
 
 class Guard:
-    """Before the app: whose requests are answered, and how long they may be.
+    """Wraps the app and decides whose requests are answered, and how long they may be.
 
-    A page elsewhere can send requests to this machine by its visitor's browser. Its name then is in Origin, or, where
-    it has its name lead to this machine (DNS rebinding), in Host. Programs that are no browsers send no Origin.
+    A page elsewhere can send requests to this machine through its visitor's browser. Its name is then in Origin or, if
+    it makes its name resolve to this machine (DNS rebinding), in Host. Programs other than browsers send no Origin.
     """
 
     def __init__(self, app: ASGIApp, host: str, most_bytes: int) -> None:
@@ -223,8 +223,8 @@ class Guard:
         await self.app(scope, replay, sealed)
 
     async def _body(self, receive: Receive) -> bytes | None:
-        """The whole body, or None of one that is too long: it is read to its end all the same, for a browser that is
-        still sending shows a broken connection in place of the answer."""
+        """The whole body, or None if it is too long: it is still read to its end, because a browser that is still
+        sending shows a broken connection in place of the answer."""
         parts: list[bytes] = []
         total, more = 0, True
         while more:
@@ -264,7 +264,7 @@ class Guard:
             return True
         if is_loopback(self.host):
             return False
-        try:  # served to other machines: those have no name of it, and an address cannot be rebound
+        try:  # served to other machines: they have no name for it, and an address cannot be rebound
             ip_address(name)
         except ValueError:
             return False
@@ -272,7 +272,7 @@ class Guard:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or an address can only be this machine's own."""
+    """Whether a name or an address can only be that of this machine."""
     if host.lower() == "localhost":
         return True
     try:
@@ -291,7 +291,7 @@ def _file(name: str, media_type: str) -> Callable[[Request], Awaitable[Response]
 
 
 async def _form(request: Request) -> tuple[str, list[tuple[str, bytes]]]:
-    """The class's name, empty without one, and name and content of each file."""
+    """The class's name, empty if there is none, and the name and content of each file."""
     _check_type(request, "multipart/form-data")
     async with request.form(max_files=MOST_FILES, max_fields=MOST_FIELDS) as form:
         label = form.get("name", "")
@@ -306,7 +306,7 @@ async def _json(request: Request) -> dict[str, Any]:
     _check_type(request, "application/json")
     try:
         given = await request.json()
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or lists in lists in lists
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
         raise HTTPException(400, f"expected JSON, got something else ({error}); correct it") from error
     if not isinstance(given, dict):
         raise HTTPException(400, "expected a JSON object, got something else; correct it")

@@ -1,4 +1,4 @@
-"""TaughtSet: examples that come, go and change their class while others ask; the classifier follows at once."""
+"""TaughtSet: examples that are added, removed and relabeled while other threads query a classifier kept up to date."""
 
 import threading
 import unicodedata
@@ -17,11 +17,11 @@ from pml_fewshot.evaluation.heads import nearest_prototype
 LONGEST_NAME = 200
 JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
 NEAREST = 5  # examples that an answer shows
-FALSE_REJECTIONS = 0.05  # FewShotClassifier's own default
+FALSE_REJECTIONS = 0.05  # FewShotClassifier's default
 
 
 class ConflictError(UsageError):
-    """What was asked does not go with what there is now."""
+    """The request does not fit the current state."""
 
 
 class TooMuchError(UsageError):
@@ -29,7 +29,7 @@ class TooMuchError(UsageError):
 
 
 class UnknownExampleError(UsageError):
-    """An example or a class that is not there, perhaps any more."""
+    """An example or a class that does not exist, or no longer does."""
 
 
 class Example(NamedTuple):
@@ -40,7 +40,7 @@ class Example(NamedTuple):
 
 
 class Known(NamedTuple):
-    """All that is known at one moment; a change makes a new one, so that readers need no lock."""
+    """Everything known at one moment; a change creates a new one, so that readers need no lock."""
 
     version: int
     examples: tuple[Example, ...]
@@ -49,7 +49,7 @@ class Known(NamedTuple):
 
     @property
     def classes(self) -> dict[str, list[Example]]:
-        """In the order of their first examples."""
+        """Examples by class, in the order of the classes' first examples."""
         classes: dict[str, list[Example]] = {}
         for example in self.examples:
             classes.setdefault(example.label, []).append(example)
@@ -59,11 +59,11 @@ class Known(NamedTuple):
 class TaughtSet:
     """Examples with their embeddings, and the classifier fitted to them: FewShotClassifier(reject="auto")'s model.
 
-    Many threads may use it. Nothing is embedded here: a change of classes fits the classifier again to embeddings that
-    are there, in milliseconds.
+    Many threads may use it. Nothing is embedded here: a change of classes refits the classifier to the existing
+    embeddings, in milliseconds.
 
     Args:
-        most_examples: of all classes together.
+        most_examples: the limit for all classes together.
     """
 
     def __init__(self, most_examples: int = 2000) -> None:
@@ -73,7 +73,7 @@ class TaughtSet:
         self._next = 1
 
     def add(self, label: str, pictures: Sequence[Picture], embeddings: Sequence[np.ndarray]) -> list[int]:
-        """Teaches examples of one class, a new one or one that there is; returns their numbers."""
+        """Teaches examples of one class, new or existing; returns their numbers."""
         label = checked_name(label)
         with self._lock:
             self.check_room(len(pictures))
@@ -82,7 +82,7 @@ class TaughtSet:
             return [each.number for each in new]
 
     def rename(self, label: str, new: str) -> None:
-        """Gives a class another name; that of another class merges them."""
+        """Renames a class; taking the name of another class merges them."""
         new = checked_name(new)
         with self._lock:
             self._check_class(label)
@@ -101,13 +101,13 @@ class TaughtSet:
             self._set(each._replace(label=label) if each.number == number else each for each in self.known.examples)
 
     def remove(self, number: int) -> None:
-        """Forgets an example, and its class with the last one."""
+        """Forgets an example, and its class if it was the last one."""
         with self._lock:
             self.example(number)
             self._set(each for each in self.known.examples if each.number != number)
 
     def replace(self, labels: Sequence[str], pictures: Sequence[Picture], embeddings: Sequence[np.ndarray]) -> int:
-        """Forgets all, and takes these instead; returns the version that they are."""
+        """Replaces all examples with these; returns the new version."""
         if len(labels) > self.most_examples:
             raise TooMuchError(f"expected at most {self.most_examples} examples, got {len(labels)}; raise the limit")
         with self._lock:
@@ -115,12 +115,12 @@ class TaughtSet:
             return self.known.version
 
     def answer(self, row: np.ndarray) -> dict[str, Any]:
-        """What the classifier says of the embedding (D,) of a picture, as data for the page.
+        """The classifier's answer for the embedding (D,) of a picture, as data for the page.
 
         Returns:
-            label (None where it is none of the classes), rejected, similarity, threshold (None where nothing can be
-            rejected yet), calibrated, classes with probability and similarity, the likeliest first, nearest examples
-            with number, label and cosine, and the version of what was known.
+            label (None if it is none of the classes), rejected, similarity, threshold (None if nothing can be rejected
+            yet), calibrated, classes with probability and similarity, the likeliest first, nearest examples with
+            number, label and cosine, and the version of what was known.
 
         Raises:
             ConflictError: nothing is taught yet.
@@ -180,22 +180,22 @@ class TaughtSet:
 
 
 def known_of(version: int, examples: tuple[Example, ...]) -> Known:
-    """What follows from examples. A picture that is twice in a class counts once: left out, it would find itself, and
-    all that is not the very same would be rejected."""
+    """What is known from these examples. A picture that is in a class twice counts once: left out, it would find its
+    copy, and everything that is not identical would be rejected."""
     distinct = {(each.label, each.embedding.tobytes()): each for each in examples}.values()
     if not distinct:
         return Known(version, (), None, ("Teach a first class: draw, drop or choose an example, and name it.",))
     rows = torch.from_numpy(np.stack([each.embedding for each in distinct]))
     labels = np.array([each.label for each in distinct])
     taught = Taught.of(rows, labels, [str(each.number) for each in distinct])
-    # FewShotClassifier keeps no sources beside embeddings, and warns by Python's warnings, which threads share
+    # FewShotClassifier keeps no sources with embeddings, and uses Python's warnings, which threads share
     reject = "auto" if max(taught.sizes) > 1 else None
     model = Model(taught, fit_of(nearest_prototype), reject, FALSE_REJECTIONS)
     return Known(version, examples, model, tuple(advice_on(model, len(examples) - len(distinct))))
 
 
 def advice_on(model: Model, repeated: int) -> list[str]:
-    """What is missing before the answers can be trusted, for the page."""
+    """Advice for the page on what is missing before the answers can be trusted."""
     advice, names = [], model.taught.classes.tolist()
     if len(names) == 1:
         advice.append("Teach a second class: with one alone there is nothing to choose from.")
@@ -212,13 +212,13 @@ def advice_on(model: Model, repeated: int) -> list[str]:
 
 
 def checked_name(text: Any) -> str:
-    """The name of a class as it is kept: NFC, no blanks around it, no lines and no invisible marks within.
+    """The name of a class as it is stored: NFC, without surrounding blanks, line breaks or invisible marks.
 
     Raises:
-        UsageError: none, too long, or with characters that cannot be seen or written to a file.
+        UsageError: no name, one that is too long, or characters that cannot be seen or written to a file.
     """
     name = unicodedata.normalize("NFC", " ".join(text.split())) if isinstance(text, str) else ""
-    # marks of direction would turn around what stands beside the name; joiners belong to emoji and to Persian
+    # direction marks would reverse text next to the name; joiners belong to emoji and to Persian
     name = "".join(each for each in name if each in JOINERS or unicodedata.category(each) != "Cf")
     kinds = {unicodedata.category(character) for character in name}
     if not any(kind[0] not in "CZ" for kind in kinds):

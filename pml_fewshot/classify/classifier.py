@@ -1,4 +1,4 @@
-"""FewShotClassifier: the class of a new image, by a few examples of each class and a network that is not trained."""
+"""FewShotClassifier: classifies images by a few examples of each class, with a network that is not trained."""
 
 import threading
 import warnings
@@ -25,44 +25,44 @@ from pml_fewshot.evaluation.neighbors import Neighbors
 
 
 class Answer(NamedTuple):
-    """What a classifier says of one image."""
+    """A classifier's answer for one image."""
 
-    label: Any  # "unknown" where `reject` says so
-    probability: float  # of the likeliest of the classes
-    similarity: float  # to the most similar of the classes, from -1 to 1
-    nearest: str  # where the most similar example came from; empty where nobody said
+    label: Any  # "unknown" if rejected
+    probability: float  # of the most likely class
+    similarity: float  # to the most similar class, from -1 to 1
+    nearest: str  # where the most similar example came from; empty if not known
     nearest_label: Any
 
 
-_teaching = threading.RLock()  # examples that two threads teach at the same time are both kept
+_teaching = threading.RLock()  # so that examples taught by two threads at the same time are both kept
 
 
 class FewShotClassifier(ClassifierMixin, BaseEstimator):
-    """Classifies images, or embeddings, by a few examples of each class; a scikit-learn classifier.
+    """Classifies images or embeddings by a few examples of each class; a scikit-learn classifier.
 
     Nothing is trained: a head (by default the nearest mean of a class's embeddings) is fitted to the examples, in
-    milliseconds. Classes may have different numbers of examples, from one on. Threads may call `predict` and the like
-    at the same time, also while another teaches: each call uses the examples that there were when it began.
+    milliseconds. Classes may have different numbers of examples, at least one. Threads may call `predict` and the like
+    at the same time, even while another teaches: each call uses the examples that were known when it began.
 
     Args:
-        embedder: makes embeddings of images: an Embedder or a trunk (TimmTrunk, TorchvisionTrunk, ..), which read
-            images as their own preprocessing says, or an ImageEmbedder. X is then a list of paths, PIL images, arrays
-            or tensors. When None X are embeddings (n, D).
+        embedder: computes embeddings of images: an Embedder or a trunk (TimmTrunk, TorchvisionTrunk, ..), which apply
+            their own preprocessing, or an ImageEmbedder. X is then a list of paths, PIL images, arrays or tensors. When
+            None, X contains embeddings (n, D).
         head: a head of this library, with options as `partial(ridge_regression, penalty=3.0)`, or any function from
-            support (1, W, K, D) and query (1, n, D) to logits (1, n, W), which is shown all of X at once and wants
-            classes of one size. A transductive head too is shown all of X at once, so that the label of one depends on
-            the others; it gives no probabilities.
-        reject: "auto" or a similarity: what is less similar than that to every class is predicted as "unknown".
-            "auto" chooses it by the examples, each left out in turn; it needs a class with two. `similarity(X)` gives
-            the values.
-        false_rejections: share of photos of the known classes that "auto" may take for unknown.
+            support (1, W, K, D) and query (1, n, D) to logits (1, n, W), which receives all of X at once and requires
+            classes of equal size. A transductive head also receives all of X at once, so that each label depends on the
+            other items; it gives no probabilities.
+        reject: "auto" or a similarity: an item less similar than that to every class is predicted as "unknown".
+            "auto" chooses it from the examples, each left out in turn; this needs a class with two examples.
+            `similarity(X)` returns the values.
+        false_rejections: share of photos of known classes that "auto" may reject as unknown.
 
     Attributes:
-        model_: what is known, as a whole: `classify.classifier.Model`.
+        model_: everything that is known: a `classify.model.Model`.
         classes_: (W,) the labels, sorted.
         sources_: where each example came from, by class; a path, or empty.
-        calibrated_: whether probabilities rest on examples that were left out.
-        threshold_: the similarity below which something is unknown; None without `reject`.
+        calibrated_: whether probabilities are based on left-out examples.
+        threshold_: the similarity below which an item is unknown; None without `reject`.
     """
 
     def __init__(
@@ -78,25 +78,26 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.false_rejections = false_rejections
 
     def fit(self, X: Any, y: Any) -> "FewShotClassifier":
-        """Forgets what was taught, and learns these examples: X as said above, y (n,) names or numbers.
+        """Forgets earlier examples and learns these: X as described above, y (n,) names or numbers.
 
         Raises:
-            UsageError: a broken image, embeddings with NaN, options that cannot be; what was taught before stays.
+            UsageError: a broken image or invalid options; earlier examples are then kept. (Embeddings with NaN are
+                scikit-learn's ValueError.)
         """
         return self._teach(X, y, forget=True)
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> "FewShotClassifier":
-        """Learns more examples, of new classes or of those that there are.
+        """Learns more examples, of new or existing classes.
 
-        The result does not depend on the order: it is that of `fit` on all at once. `classes` is scikit-learn's
-        argument and is not needed: a class is known from its first example on.
+        The result does not depend on the order: it is that of `fit` on all examples at once. `classes` is
+        scikit-learn's argument and is not needed: a class is known from its first example on.
         """
         return self._teach(X, y, forget=False)
 
     def fit_folder(self, folder: str | Path) -> "FewShotClassifier":
-        """Learns a folder of images, or a zip of one, a subfolder a class, which gives the class's name.
+        """Learns a folder of images, or a zip of one, with a subfolder per class, named after the class.
 
-        A warning counts what is left out: other files, folders without an image.
+        A warning counts what is left out: other files, and folders without an image.
         """
         if self.embedder is None:
             do = "give embedder=TimmTrunk(...), or another trunk"
@@ -112,15 +113,15 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def predict(self, X: Any) -> np.ndarray:
-        """(n,) label of each; "unknown" where `reject` says so, among numbers too (in an array of objects then)."""
+        """(n,) label of each item; "unknown" if rejected, also among numbers (then in an array of objects)."""
         model, rows = self._asked(X)
         return model.predict(rows)
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """(n, W) probability of each class of `classes_`, given that it is one of them.
+        """(n, W) probability of each class of `classes_`, given that the item is of one of them.
 
-        The softmax of the head's logits at a temperature that is fitted to the examples, each left out in turn. Warns
-        where no class has two examples: then the temperature is a guess, and `calibrated_` is False.
+        The softmax of the head's logits at a temperature fitted to the examples, each left out in turn. Warns if no
+        class has two examples: the temperature is then a guess, and `calibrated_` is False.
 
         Raises:
             UsageError: a transductive head.
@@ -130,7 +131,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return model.probabilities(rows).numpy()
 
     def answer(self, X: Any) -> list["Answer"]:
-        """Label, probability, similarity and nearest example of each, from one embedding; warns as predict_proba."""
+        """Label, probability, similarity and nearest example of each item, embedded once; warns as predict_proba."""
         model, rows = self._asked(X)
         _warn_if_not_calibrated(model)
         probability, similarity = model.probabilities(rows).amax(dim=1), model.similarity(rows).amax(dim=1)
@@ -143,13 +144,13 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         ]
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """(n, W) the head's logits; of two classes (n,), the second's minus the first's, as in scikit-learn."""
+        """(n, W) the head's logits; for two classes (n,), the second's minus the first's, as in scikit-learn."""
         model, rows = self._asked(X)
         logits = model.logits(rows).numpy()
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 
     def similarity(self, X: Any) -> np.ndarray:
-        """(n,) how similar each is to the most similar class, from -1 to 1, `fit_similarity`; `reject` cuts here."""
+        """(n,) similarity of each item to its most similar class, from -1 to 1, `fit_similarity`; `reject` uses it."""
         model, rows = self._asked(X)
         return model.similarity(rows).amax(dim=1).numpy()
 
@@ -159,7 +160,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return model.nearest(rows, k)
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Accuracy; with `reject`, a label that was never taught counts as right where "unknown" is predicted.
+        """Accuracy; with `reject`, a label that was never taught counts as right if "unknown" is predicted.
 
         Raises:
             UsageError: labels that were never taught, without `reject`.
@@ -176,28 +177,28 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return float(np.average(predicted == y, weights=sample_weight))
 
     def save(self, folder: str | Path) -> None:
-        """Writes what was taught, and the embedder's weights, to a folder; one that holds a classifier is replaced.
+        """Writes the examples and the embedder's weights to a folder; a classifier already there is replaced.
 
         Raises:
-            UsageError: a head or embedder that cannot be written; it says what to do.
-            CannotWriteError: the disk is full or the folder read-only; what was there before is unharmed.
+            UsageError: a head or embedder that cannot be written; the message says what to do.
+            CannotWriteError: the disk is full or the folder read-only; its earlier contents are unharmed.
         """
         check_is_fitted(self)
         save_classifier(folder, self._options, self.model_.taught)
 
     @classmethod
     def load(cls, folder: str | Path, embedder: Any = None, head: Any = None) -> "FewShotClassifier":
-        """Reads what `save` wrote; nothing in the files is run.
+        """Loads a classifier that `save` wrote; nothing in the files is run.
 
         Args:
-            folder: where.
-            embedder: the one it was taught with; may be left out where that was made by the name of a model
-                (`TimmTrunk("resnet18", pretrained=True)`), whose weights are in the folder then.
-            head: the one it had, where that is none of this library's.
+            folder: the folder to read.
+            embedder: the one it was taught with; may be omitted if it was created by the name of a model
+                (`TimmTrunk("resnet18", pretrained=True)`), because its weights are then in the folder.
+            head: the one it had, if it is not one of this library's.
 
         Raises:
-            MissingFileError: no classifier there.
-            UsageError: damaged files, an embedder with other weights, or one that is needed and was not given.
+            MissingFileError: no classifier in the folder.
+            UsageError: damaged files, an embedder with other weights, or a required one that was not given.
         """
         options, taught = load_classifier(folder, embedder, head)
         classifier = cls(**options)
@@ -225,7 +226,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return hasattr(self, "model_")
 
     def _known(self) -> Model:
-        check_is_fitted(self)  # (an AttributeError too, as a property must raise)
+        check_is_fitted(self)  # (also an AttributeError, as a property must raise)
         return self.model_
 
     def _teach(self, X: Any, y: Any, forget: bool) -> "FewShotClassifier":
@@ -251,16 +252,16 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def _set(self, taught: Taught) -> None:
-        """Takes over what is taught now, once all that can fail has been tried."""
+        """Switches to the new examples, once everything that can fail has been tried."""
         if self.reject is not None and UNKNOWN in taught.classes.tolist():
             raise UsageError(
                 f"expected another name than {UNKNOWN!r} for a class, as reject= says it, got it; rename it"
             )
         self.model_ = Model(taught, fit_of(self.head), self.reject, self.false_rejections)
-        self._options = self.get_params(deep=False)  # (those of set_params count from the next teaching on)
+        self._options = self.get_params(deep=False)  # (set_params takes effect when next taught)
 
     def _asked(self, X: Any) -> tuple[Model, Tensor]:
-        """What is known now, and X as embeddings."""
+        """The current model, and X as embeddings."""
         check_is_fitted(self)
         model = self.model_
         return model, self._embedded(_listed(X), reset=False)[0].to(model.taught.means.dtype)
@@ -273,11 +274,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             raise UsageError(f"expected embeddings, got {type(X[0]).__name__}; for images give embedder=TimmTrunk(...)")
         checked = validate_data(self, X, y, dtype=(np.float64, np.float32), reset=reset)
         X, y = checked if isinstance(checked, tuple) else (checked, None)
-        return torch.from_numpy(X if X.flags.writeable else X.copy()), y  # (torch warns of what is read-only)
+        return torch.from_numpy(X if X.flags.writeable else X.copy()), y  # (torch warns about read-only arrays)
 
 
 def _listed(X: Any) -> Any:
-    """X, one path or image alone as a list of one, and what can be gone through once as a list."""
+    """X, with a single path or image as a list of one, and an iterator as a list."""
     if isinstance(X, str | Path | Image.Image):
         return [X]
     return list(X) if isinstance(X, Iterator) else X

@@ -23,7 +23,7 @@ COLUMNS = ("file", "class", "probability", "similarity", "nearest example")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command: teaches, evaluates, classifies and saves, whichever of these was asked for, in this order."""
+    """The command: teaches, evaluates, saves and classifies, whichever of these was asked for, in this order."""
     with one_line_errors():
         _classify(_parser().parse_args(arguments))
 
@@ -69,7 +69,7 @@ def _classify(given: argparse.Namespace) -> None:
 
 
 def embedder_of(given: argparse.Namespace) -> nn.Module | ImageEmbedder:
-    """The trunk, with embeddings of length 1: 11 points better with one photo a class (how-to/choose-a-trunk.md)."""
+    """The trunk, with normalized embeddings: 11 points better with one photo per class (how-to/choose-a-trunk.md)."""
     trunk = trunk_of(given.trunk or DEFAULT_TRUNK, given.checkpoint, given.image_size)
     return trunk if isinstance(trunk, ImageEmbedder) else Embedder(trunk, normalize=True)
 
@@ -84,7 +84,7 @@ def answers(classifier: FewShotClassifier, files: Sequence[Path]) -> list[tuple[
 
 
 def photos_in(places: Sequence[Path]) -> list[Path]:
-    """The files that were named, and all images below the folders that were named."""
+    """The given files, and all images below the given folders."""
     files = []
     for place in places:
         if place.is_dir():

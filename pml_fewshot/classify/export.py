@@ -1,4 +1,4 @@
-"""Files of a classifier or an embedder for programs without this library: ONNX, and torch.export's .pt2."""
+"""Exports classifiers and embedders for programs without this library: ONNX, and torch.export's .pt2."""
 
 import copy
 import dataclasses
@@ -29,10 +29,10 @@ from pml_fewshot.io.tensors import checksum_of
 Images = Literal["uint8", "float"]
 
 ENTRY = "pml_fewshot"  # name of the JSON in the file
-OLDEST = 2, 7  # torch whose exporter takes these networks; the one of 2.5 fails, that of 2.6 logs doubts of its results
-OPSET = 18  # which torch's exporter writes without a conversion; a file's parts must have the same
+OLDEST = 2, 7  # torch whose exporter handles these networks; 2.5's fails, 2.6's logs doubts about its results
+OPSET = 18  # torch's exporter writes it without a conversion; a file's parts must have the same
 TOLERANCE = 1e-4
-BATCHES = (1, 5)  # at which the file is compared with torch
+BATCHES = (1, 5)  # sizes at which the file is compared with torch
 EXPORTABLE = "nearest_prototype, cosine_classifier, ridge_regression or logistic_regression"
 EMBEDDINGS, ANSWERS = "embeddings", ("probabilities", "similarities")
 
@@ -44,31 +44,31 @@ def export_onnx(
     channels: int | None = None,
     images: Images = "uint8",
 ) -> None:
-    """Writes a classifier or an embedder as one ONNX file, which runs in any batch size.
+    """Writes a classifier or an embedder as one ONNX file, which runs with any batch size.
 
-    Input `images` (B, C, H, W), outputs `embeddings` (B, D) and of a classifier `probabilities` (B, W), those of
-    `predict_proba`, and `similarities` (B, W), whose largest is that of `similarity`. Scaling of bytes and the trunk's
-    normalization are inside; decoding, resizing and cropping are not. The file's metadata has an entry "pml_fewshot", a
-    JSON of `classes`, `threshold` (below which something is unknown; null without `reject`), `temperature`,
-    `calibrated`, `head`, `image_size`, `channels`, `images`, `preprocessing` (null where none of this size is known),
-    `embedder` and `version`.
+    The input is `images` (B, C, H, W); the outputs are `embeddings` (B, D) and, for a classifier, `probabilities`
+    (B, W), as in `predict_proba`, and `similarities` (B, W), the largest of which is that of `similarity`. Scaling of
+    bytes and the trunk's normalization are included; decoding, resizing and cropping are not. The file's metadata has
+    an entry "pml_fewshot", a JSON of `classes`, `threshold` (below which an image is unknown; null without `reject`),
+    `temperature`, `calibrated`, `head`, `image_size`, `channels`, `images`, `preprocessing` (null if none of this size
+    is known), `embedder` and `version`.
 
-    The network computes in float32. Before it is written the file is run in onnxruntime on noise, at two batch sizes,
-    and compared with torch. The classifier, its modes and device are not changed.
+    The network computes in float32. Before it is written, the file is run in onnxruntime on noise at two batch sizes
+    and compared with torch. The classifier, its modes and its device are not changed.
 
     Args:
         what: a classifier with an embedder, whose head is nearest_prototype, cosine_classifier, ridge_regression or
             logistic_regression; or an Embedder, a trunk or an ImageEmbedder.
-        path: of the file to write; one that is there is replaced at the end.
-        image_size: side, or (H, W), in pixels; when None the size of the preprocessing.
-        channels: of the images; when None those of the preprocessing, or 3 without one.
+        path: of the file to write; an existing file is replaced at the end.
+        image_size: side, or (H, W), in pixels; when None, the size of the preprocessing.
+        channels: of the images; when None, those of the preprocessing, or 3 without one.
         images: "uint8" for pixels from 0 to 255, or "float" for floats from 0 to 1.
 
     Raises:
-        UsageError: no image_size where there is no preprocessing, another head, or outputs that differ from torch's by
-            more than 1e-4 (of embeddings: of the largest value); torch older than 2.7.
+        UsageError: no image_size and no preprocessing, another head, outputs that differ from torch's by more than 1e-4
+            (for embeddings: relative to the largest value), or torch older than 2.7.
         MissingPackageError: onnx, onnxruntime or onnxscript is not installed.
-        CannotWriteError: the system refused to write; the file at `path` is as it was.
+        CannotWriteError: the system refused to write; the file at `path` is unchanged.
     """
     onnx = _onnx()
     source = _Source.of(what, image_size, channels, images)
@@ -77,19 +77,19 @@ def export_onnx(
 
 
 def update_onnx(classifier: FewShotClassifier, path: str | Path) -> None:
-    """Teaches an exported file what the classifier knows now: more or fewer classes, more examples, another head.
+    """Updates an exported file to what the classifier knows now: more or fewer classes, more examples, another head.
 
-    The network in the file stays as it is, so that this takes about two seconds, however large the network. The file is
-    compared with torch as in `export_onnx`. A file of an embedder becomes one of a classifier.
+    The network in the file is kept, so this takes about two seconds, however large the network. The file is compared
+    with torch as in `export_onnx`. An embedder's file becomes a classifier's.
 
     Args:
-        classifier: with the embedder that the file has.
+        classifier: has the same embedder as the file.
         path: of a file that `export_onnx` wrote.
 
     Raises:
         MissingFileError: there is no such file.
         UsageError: a file of another embedder (both are named) or of another tool, and as in `export_onnx`; the file
-            stays as it was.
+            is unchanged.
     """
     onnx = _onnx()
     path = Path(path)
@@ -116,15 +116,15 @@ def export_program(
     channels: int | None = None,
     images: Images = "uint8",
 ) -> None:
-    """Writes the same as `export_onnx` by torch.export, for programs with torch alone.
+    """Writes the same as `export_onnx` with torch.export, for programs that have only torch.
 
-    `torch.export.load(path).module()(images)` gives (probabilities, similarities, embeddings), and of an embedder the
-    embeddings. The JSON is in the extra file "pml_fewshot.json" (`torch.export.load(path, extra_files=...)`). Load only
-    files that you trust: torch.export.load is not made for others.
+    `torch.export.load(path).module()(images)` returns (probabilities, similarities, embeddings), or the embeddings for
+    an embedder. The JSON is in the extra file "pml_fewshot.json" (`torch.export.load(path, extra_files=...)`). Load
+    only files that you trust: torch.export.load is not meant for others.
 
     Raises:
         UsageError: as in `export_onnx`.
-        CannotWriteError: the system refused to write; the file at `path` is as it was.
+        CannotWriteError: the system refused to write; the file at `path` is unchanged.
     """
     source = _Source.of(what, image_size, channels, images)
     whole = source.network if source.answers is None else _Whole(source.network, source.answers)
@@ -149,7 +149,7 @@ class _Network(nn.Module):
 
 
 class _Answers(nn.Module):
-    """Probabilities and similarities (B, W) of embeddings (B, D), by what a classifier knows now."""
+    """Probabilities and similarities (B, W) of embeddings (B, D), from what a classifier knows now."""
 
     temperature: Tensor
 
@@ -190,7 +190,7 @@ class _Whole(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """What is exported: copies on the CPU in float32, and what the file says about them."""
+    """The exported modules, copied to the CPU in float32, and their description in the file."""
 
     network: _Network
     answers: _Answers | None
@@ -244,7 +244,7 @@ class _Source:
         return pixels if self.about["images"] == "uint8" else pixels / 255
 
     def check(self, run: Callable[[Tensor], Sequence[Any]], where: str) -> None:
-        """Raises a UsageError where `run` gives other outputs than torch."""
+        """Raises a UsageError if the outputs of `run` differ from torch's."""
         for batch in BATCHES:
             images = self.example(batch)
             with evaluating(self.network, *([] if self.answers is None else [self.answers])):
@@ -254,14 +254,14 @@ class _Source:
             for (name, expected), given in zip(wanted.items(), run(images), strict=True):
                 unit = expected.abs().max().clamp(min=torch.finfo().tiny) if name == EMBEDDINGS else 1
                 difference = (torch.as_tensor(given) - expected).abs().max() / unit
-                if not difference <= TOLERANCE:  # (of NaN neither)
+                if not difference <= TOLERANCE:  # (raises for NaN too)
                     got = f"a difference of {difference:.1e} at {batch} images"
                     do = "nothing was written, as the exporter changed the network, or rounding alone moves it so far"
                     raise UsageError(f"expected {name} of {where} within {TOLERANCE} of torch's, got {got}; {do}")
 
 
 def _write_onnx(onnx: Any, path: str | Path, source: _Source, model: Any) -> None:
-    """Puts what a classifier knows behind a network, compares the whole with torch, and writes it."""
+    """Appends what a classifier knows to the network, compares the whole with torch, and writes it."""
     names = [EMBEDDINGS]
     if source.answers is not None:
         with evaluating(source.network):
@@ -275,7 +275,7 @@ def _write_onnx(onnx: Any, path: str | Path, source: _Source, model: Any) -> Non
     outputs = [next(each for each in graph.output if each.name == name) for name in names]
     del graph.output[:]
     graph.output.extend(outputs)
-    for value in (*graph.input, *graph.output):  # else named after symbols of the exporter, another one in each part
+    for value in (*graph.input, *graph.output):  # otherwise named after the exporter's symbols, which differ by part
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     onnx.helper.set_model_props(model, {ENTRY: source.json()})
     onnx.checker.check_model(model)
@@ -288,7 +288,7 @@ def _write_onnx(onnx: Any, path: str | Path, source: _Source, model: Any) -> Non
 
 
 def _onnx_of(module: nn.Module, example: Tensor, inputs: list[str], outputs: list[str]) -> Any:
-    """A module of one input as ONNX, of any batch size."""
+    """A module with one input as ONNX, for any batch size."""
     program = _program(module, example)
     with _quiet(), _translated("operations that torch can write as ONNX", "export_program takes more"):
         exported = torch.onnx.export(
@@ -302,7 +302,7 @@ def _program(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram
     batch = ({0: torch.export.Dim("batch")},)
     do = "leave out what depends on values or on the number of images"
     with evaluating(module):
-        module(example)  # first, for its own errors to have their own traceback
+        module(example)  # first, so that its own errors keep their traceback
         with _quiet(), _translated("a network and a head that torch.export can trace", do):
             return torch.export.export(module, (example,), dynamic_shapes=batch, strict=False)
 
@@ -316,7 +316,7 @@ def _onnx() -> Any:
 
 @contextmanager
 def _translated(wanted: str, do: str) -> Iterator[None]:
-    """Turns an exporter's error, which may be of any class, about a module that runs, into a UsageError."""
+    """Turns an exporter's error about a module that runs, which may be of any class, into a UsageError."""
     try:
         yield
     except Exception as error:
@@ -329,7 +329,7 @@ def _translated(wanted: str, do: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of torch's exporters about their own insides, of which a user can do nothing."""
+    """Suppresses the warnings of torch's exporters about their internals, about which a user can do nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""What a classifier's own examples say about it: each is left out and classified by the others."""
+"""Leave-one-out evaluation of a classifier: each of its examples is left out and classified by the others."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,29 +20,29 @@ from pml_fewshot.sampling.episodes import EpisodeSpec
 if TYPE_CHECKING:
     from pml_fewshot.classify.classifier import FewShotClassifier
 
-ALL_ALONE = 1000  # examples up to which each is left out alone: a head is fitted as often
-SHOWN_CLASSES = 12  # of a confusion matrix; of more the pairs that are confused most
+ALL_ALONE = 1000  # up to this many examples, each is left out alone, with a head fitted for each
+SHOWN_CLASSES = 12  # of a confusion matrix; with more, the most confused pairs are shown
 SHOTS = (1, 2, 3, 5, 10, 20, 50)
 EPISODES = 300  # for each number of shots
 
 
 @dataclass(frozen=True)
 class LeaveOneOut:
-    """Examples that were left out of a classifier, n of them, and what it said about each.
+    """The n examples that were left out of a classifier, and what it predicted for each.
 
     Args:
         classes: W labels.
-        items: (n,) which examples of the classifier, as in its `sources_`.
+        items: (n,) indices of the examples in the classifier, as in its `sources_`.
         labels: (n,) class of each, from 0 to W - 1.
-        predicted: (n,) the class predicted, never unknown.
+        predicted: (n,) the predicted class, never unknown.
         similarity: (n,) to the most similar class.
         certainty: (n,) softmax of the predicted class, calibrated on all of them.
-        others: (S,) similarity of each example to the most similar class but its own, as if that were unknown; empty
-            with less than three classes.
+        others: (S,) similarity of each example to the most similar class other than its own, as if its own were
+            unknown; empty with fewer than three classes.
         others_certainty: (S,) softmax of the predicted class, likewise.
         rate: share of known photos that may be rejected.
-        shots: the accuracy by number of examples a class, over episodes drawn from all of them.
-        alone: whether each was left out alone, else one of each class at a time.
+        shots: the accuracy by number of examples per class, over episodes drawn from all of them.
+        alone: whether each was left out alone; otherwise one of each class at a time.
     """
 
     classes: tuple[str, ...]
@@ -63,7 +63,7 @@ class LeaveOneOut:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the accuracy (Wilson 1927), which is right for few examples, and where all are right."""
+        """95 % confidence interval of the accuracy (Wilson 1927), valid for few examples and if all are right."""
         n, z2 = len(self.labels), 1.96**2
         middle = (self.accuracy + z2 / (2 * n)) / (1 + z2 / n)
         half = 1.96 / (1 + z2 / n) * (self.accuracy * (1 - self.accuracy) / n + z2 / (4 * n**2)) ** 0.5
@@ -71,23 +71,23 @@ class LeaveOneOut:
 
     @cached_property
     def confusion(self) -> Tensor:
-        """(W, W) how often an example of the row's class was taken for the column's."""
+        """(W, W) how often an example of the row's class was classified as the column's."""
         width = len(self.classes)
         return torch.bincount(self.labels * width + self.predicted, minlength=width**2).unflatten(0, (width, width))
 
     @property
     def auroc(self) -> float:
-        """How often a left-out example is more similar to the classes than one of a class that was left out whole."""
+        """How often a left-out example is more similar to the classes than one whose whole class was left out."""
         return _auroc(self.similarity, self.others)
 
     @property
     def softmax_auroc(self) -> float:
-        """The same of the highest probability in place of the similarity."""
+        """The same for the highest probability in place of the similarity."""
         return _auroc(self.certainty, self.others_certainty)
 
     @property
     def false_rejections(self) -> float:
-        """Share of the left-out examples that a threshold by the other ones rejects."""
+        """Share of the left-out examples that a threshold from the other ones rejects."""
         if len(self.similarity) < 3:
             return float("nan")  # (a bound needs two others)
         own = torch.arange(len(self.similarity))
@@ -96,7 +96,7 @@ class LeaveOneOut:
 
     @property
     def rejections(self) -> tuple[float, float]:
-        """Share of the examples of classes left out whole that thresholds on similarity and on the softmax reject."""
+        """Shares of examples whose whole class was left out that thresholds on similarity and on the softmax reject."""
         by_similarity = self.others < threshold_of(self.similarity, self.rate)
         by_softmax = self.others_certainty < threshold_of(self.certainty, self.rate)
         return by_similarity.double().mean().item(), by_softmax.double().mean().item()
@@ -140,12 +140,12 @@ class LeaveOneOut:
 
 
 def leave_one_out(classifier: "FewShotClassifier", draws: int = EPISODES, seed: int = 0) -> LeaveOneOut:
-    """Classifies each example by a classifier of the others, and draws episodes for what more examples would bring.
+    """Classifies each example with a classifier of the others, and draws episodes to show the gain of more examples.
 
-    Examples that are the only one of their class are not left out. Up to 1,000 examples each is left out alone.
+    Examples that are the only one of their class are not left out. Up to 1,000 examples, each is left out alone.
 
     Args:
-        classifier: one that was taught.
+        classifier: a fitted classifier.
         draws: episodes for each number of shots.
         seed: of these draws.
 
@@ -187,10 +187,10 @@ def leave_one_out(classifier: "FewShotClassifier", draws: int = EPISODES, seed: 
 
 
 def _by_shots(classifier: "FewShotClassifier", draws: int, seed: int) -> tuple[EpisodicResult, ...]:
-    """The accuracy by shots, among all classes that have one example more: at least half of all."""
+    """The accuracy by shots, among the classes with at least one more example: more than half of all."""
     taught, fit = classifier.model_.taught, classifier.model_.fit
 
-    def head(support: Tensor, query: Tensor) -> Tensor:  # as the classifier fits it, with fewer neighbors than k too
+    def head(support: Tensor, query: Tensor) -> Tensor:  # as the classifier fits it, also with fewer neighbors than k
         return fit(Support.of(support))(query)
 
     whole = getattr(classifier.model_.scores, "whole", False)

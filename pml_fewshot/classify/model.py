@@ -1,4 +1,4 @@
-"""Model: what follows from the examples that a classifier was taught."""
+"""Model: everything that a classifier derives from its examples."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
@@ -32,11 +32,11 @@ from pml_fewshot.evaluation.support import Support
 UNKNOWN = "unknown"
 CHUNK_FLOATS = 2**24  # of similarities of queries to support items: 64 MiB
 FEW_ROWS = 32
-GUESSED_FROM = 1000  # examples, where nothing can be left out
+GUESSED_FROM = 1000  # examples at most, if none can be left out
 
 
 class Model:
-    """What follows from what is taught; the parts that not every call needs are made at the first that does.
+    """Everything derived from the examples; parts that not every call needs are computed on first use.
 
     Args:
         taught: the examples.
@@ -48,7 +48,7 @@ class Model:
     def __init__(self, taught: Taught, fit: Fit, reject: float | str | None, false_rejections: float) -> None:
         self.taught, self.fit, self._options = taught, fit, (reject, false_rejections)
         self.scores: Scores = fit(taught.support)
-        similar = isinstance(reject, Real) and not isinstance(reject, bool) and -1 <= reject <= 1  # which NaN is not
+        similar = isinstance(reject, Real) and not isinstance(reject, bool) and -1 <= reject <= 1  # NaN is not
         if not (reject is None or reject == "auto" or similar):
             do = "give a value of similarity(X)"
             raise UsageError(f"expected reject as None, 'auto' or a similarity from -1 to 1, got {reject!r}; {do}")
@@ -61,10 +61,10 @@ class Model:
             raise UsageError(f"expected two examples of a class for reject='auto', got {got}; {do}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Model, (self.taught, self.fit, *self._options)  # what is fitted may hold functions, which do not pickle
+        return Model, (self.taught, self.fit, *self._options)  # fitted parts may hold functions, which do not pickle
 
     def logits(self, rows: Tensor) -> Tensor:
-        """(n, W), a block at a time where the head is fitted to the support alone, so that queries are on their own."""
+        """(n, W) logits, in blocks if the head is fitted to the support alone, so that queries are independent."""
         size = len(rows) if getattr(self.scores, "whole", False) else max(1, CHUNK_FLOATS // sum(self.taught.sizes))
         with torch.no_grad(), no_autocast(), threads_for(rows):
             return torch.cat([self.scores(block[None])[0] for block in rows.split(size)])
@@ -74,13 +74,13 @@ class Model:
         return fit_similarity(self.taught.support)
 
     def similarity(self, rows: Tensor) -> Tensor:
-        """(n, W) see `fit_similarity`."""
+        """(n, W) similarities; see `fit_similarity`."""
         similarities = self.similarities
         with torch.no_grad(), no_autocast(), threads_for(rows):
             return similarities(rows[None])[0]
 
     def predict(self, rows: Tensor) -> np.ndarray:
-        """(n,) see FewShotClassifier.predict."""
+        """(n,) labels; see FewShotClassifier.predict."""
         labels = self.taught.classes[self.logits(rows).argmax(dim=1).numpy()]
         if self.threshold is None:
             return labels
@@ -107,7 +107,7 @@ class Model:
 
     @cached_property
     def temperature(self) -> float:
-        """That the logits are divided by before the softmax: calibrated, or a guess."""
+        """The divisor of the logits before the softmax: calibrated, or a guess."""
         self.check_inductive("probabilities")
         if len(self.taught.classes) == 1:
             return 1.0
@@ -115,7 +115,7 @@ class Model:
             some = torch.arange(0, len(self.taught.items), -(-len(self.taught.items) // GUESSED_FROM))
             return spread_of(self.logits(self.taught.items[some]), self.taught.labels[some])
         with torch.no_grad(), no_autocast():
-            # (a mere function wants classes of one size, so one of each is left out)
+            # (a plain function requires classes of equal size, so one of each is left out)
             folds = folds_of_ranks(self.taught.support) if getattr(self.scores, "whole", False) else None
             logits, items = held_out(self.fit, self.taught.support, folds)
         return temperature_of(logits, self.taught.labels[items])
@@ -126,14 +126,14 @@ class Model:
         return len(self.taught.classes) > 1 and max(self.taught.sizes) > 1 and not together
 
     def check_inductive(self, what: str) -> None:
-        """Raises a UsageError where the head is transductive: left-out examples say little about other queries."""
+        """Raises a UsageError if the head is transductive: left-out examples say little about other queries."""
         if isinstance(self.scores, Together):
             got = f"{self.scores.name}, whose answer about one depends on what else is asked"
             raise UsageError(f"expected an inductive head for {what}, got {got}; use predict, or another head")
 
     @cached_property
     def threshold(self) -> float | None:
-        """The similarity below which something is unknown."""
+        """The similarity below which an item is unknown."""
         reject, rate = self._options
         if reject != "auto":
             return None if reject is None else float(reject)
@@ -143,12 +143,12 @@ class Model:
 
 
 def threads_for(rows: Tensor) -> AbstractContextManager[None]:
-    """One thread for few rows: where other programs use the cores, two that share a millisecond's work take four."""
+    """Limits few rows to one thread: if other programs use the cores, two that share a millisecond's work take four."""
     return one_thread_each() if len(rows) <= FEW_ROWS else nullcontext()
 
 
 def fit_of(head: Any) -> Fit:
-    """What fits a head to a support; of a mere function, what shows it the support with each call's queries."""
+    """A function that fits a head to a support; a plain function receives the support with each call's queries."""
     function, options = unwrapped(head)
     fit = getattr(function, "fit", None)
     if fit is not None:
@@ -161,7 +161,7 @@ def fit_of(head: Any) -> Fit:
 
 
 class Together:
-    """Logits by a transductive head, which sees all queries of a call at once."""
+    """Logits of a transductive head, which sees all queries of a call at once."""
 
     whole = True
 
@@ -173,7 +173,7 @@ class Together:
 
 
 class WholeScores:
-    """Logits by a head that is a mere function, perhaps a transductive one: it sees all queries of a call at once."""
+    """Logits of a head that is a plain function, perhaps a transductive one: it sees all queries of a call at once."""
 
     whole = True
 

@@ -16,7 +16,7 @@ from pml_fewshot.data.listing import common_folder, what_is_left_out
 
 @dataclass(frozen=True)
 class PhotoFile:
-    """An image in a folder or zip: what `Path` is for, of both."""
+    """An image in a folder or a zip; takes the role of `Path` for both."""
 
     root: Path
     name: str
@@ -31,7 +31,7 @@ class PhotoFile:
 
 @contextmanager
 def labeled_photos(folder: str | Path) -> Iterator[tuple[Sequence[PhotoFile], np.ndarray]]:
-    """The photos below a folder, or in a zip that stays open meanwhile, and the names of their classes (n,)."""
+    """Yields the photos below a folder, or in a zip that stays open meanwhile, and their class names (n,)."""
     with open_images(existing(folder)) as found:
         top = common_folder(found.names)
         said = what_is_left_out(found, top, top.count("/"))
@@ -43,5 +43,5 @@ def labeled_photos(folder: str | Path) -> Iterator[tuple[Sequence[PhotoFile], np
 
 
 def source_of(photo: Any) -> str:
-    """Where a photo came from, where it knows."""
+    """Where a photo came from; empty if not known."""
     return str(photo) if isinstance(photo, str | Path | PhotoFile) else getattr(photo, "filename", "")

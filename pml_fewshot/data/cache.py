@@ -1,11 +1,11 @@
 """The loaders' cache: images decoded once, then read through a memory map in well under a second.
 
-An entry is a folder `<name>-<source>-<state>`: a changed source gets another entry in place of the old one. It is
-written under another name and renamed when it is whole; one process builds it while the others wait. It holds pixels
-alone: labels and splits are the loaders', so one entry serves them all.
+An entry is a folder `<name>-<source>-<state>`: when a source changes, a new entry replaces the old one. It is written
+under another name and renamed when it is complete; one process builds it while the others wait. It holds only pixels:
+labels and splits are up to the loaders, so one entry serves them all.
 
     python -m pml_fewshot.data.cache            lists the entries
-    python -m pml_fewshot.data.cache --verify   reads them through for damage (or some: --verify NAME ...)
+    python -m pml_fewshot.data.cache --verify   checks them for damage (or some: --verify NAME ...)
     python -m pml_fewshot.data.cache --empty    removes them (or some: --empty NAME ...)
 """
 
@@ -33,23 +33,23 @@ from pml_fewshot.data.dataset import digests_of
 from pml_fewshot.io.atomic import CannotWriteError, fsync, translate_write_errors
 from pml_fewshot.io.tensors import checksum, read_tensors, write_tensors
 
-WRITE_BYTES = 2**20  # at a time: for a single image the threads that decode would take turns with the disk
-CHECKED_BYTES = 2**31  # of images in an entry that is compared with its checksum at each start: up to half a second
-FORMAT_VERSION = 5  # raise it when what an entry holds changes: older ones are then replaced
+WRITE_BYTES = 2**20  # at a time: with single images the decoding threads would take turns with the disk
+CHECKED_BYTES = 2**31  # of images in an entry that are compared with its checksum at each start: up to half a second
+FORMAT_VERSION = 5  # raise it when the content of entries changes: older ones are then replaced
 
 
 class Source(NamedTuple):
-    """What a loader gives to fill an entry."""
+    """What a loader provides to fill an entry."""
 
-    items: Iterable[np.ndarray]  # images (C, H, W), decoded as asked for
+    items: Iterable[np.ndarray]  # images (C, H, W), decoded on demand
     total: int  # number of items at most, for the progress bar
     item_shape: tuple[int, ...]  # (C, H, W)
-    notes: dict[str, Any]  # what else to keep; may be filled while the items are read
+    notes: dict[str, Any]  # anything else to keep; may be filled while the items are read
     dtype: Any = np.uint8
 
 
 class Stored(NamedTuple):
-    """What an entry holds."""
+    """The content of an entry."""
 
     images: Tensor  # (M, C, H, W), a memory map unless the cache cannot be written
     digests: Tensor  # (M,) int64, of each image
@@ -64,23 +64,23 @@ def cached_images(
     cache_dir: str | Path | None = None,
     memory_map: bool = False,
 ) -> Stored:
-    """Returns a source's images and notes, from the cache where it holds them as they are now, else read and stored.
+    """Returns a source's images and notes, from the cache if it has them as they are now, else read and stored.
 
-    Where the cache cannot be written, a warning says so and the images are decoded into memory.
+    If the cache cannot be written, a warning says so and the images are decoded into memory.
 
     Args:
-        name: the data set's, the entry's first word.
-        source: where the images come from and how they are prepared; another value is another entry.
-        files: what they are read from; another name, size, time or place on the disk replaces the entry.
+        name: the dataset's name, the first word of the entry's.
+        source: where the images come from and how they are prepared; a different value is a different entry.
+        files: the files they are read from; a change of name, size, time or place on the disk replaces the entry.
         read: called only when the cache does not hold the source's content.
         cache_dir: by default `$PML_FEWSHOT_CACHE`, `$XDG_CACHE_HOME/pml_fewshot` or `~/.cache/pml_fewshot`.
-        memory_map: the images are too many for memory: only their number and shape are checked, and of the rest what is
-            asked for is read. Otherwise up to 2 GiB of images are compared with their checksum, 0.25 seconds a GB,
-            which is little beside a training on wrong images. A new entry is always compared, any other by `--verify`.
+        memory_map: the images do not fit in memory: only their number and shape are checked, and pixels are read on
+            demand. Otherwise up to 2 GiB of images are compared with their checksum, at 0.25 seconds per GB, which is
+            little compared with training on wrong images. A new entry is always compared, any other by `--verify`.
 
     Raises:
-        UsageError: the entry is damaged. It is not rebuilt silently: a disk that loses data should be known.
-        CannotWriteError: with memory_map, the disk is full or the folder read-only; an older entry is as it was.
+        UsageError: the entry is damaged. It is not rebuilt silently: a disk that loses data should be noticed.
+        CannotWriteError: with memory_map, the disk is full or the folder read-only; an older entry is unchanged.
     """
     folder = cache_folder(cache_dir)
     prefix = f"{name}-{_short_hash(source)}-"
@@ -113,7 +113,7 @@ def cached_images(
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Where decoded images are kept."""
+    """Returns the folder where decoded images are kept."""
     given = cache_dir or os.environ.get("PML_FEWSHOT_CACHE")
     try:
         return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "pml_fewshot")).expanduser()
@@ -124,12 +124,12 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
 
 def _state(files: Iterable[Path]) -> list[object]:
-    """What changes with the files' content: beside size and time the inode, which goes with a renamed folder's files,
-    and the time of the last change of any kind, which no copying tool sets."""
+    """Returns what changes with the files' content: besides size and time, the inode, which follows the files of a
+    renamed folder, and the time of the last change of any kind, which no copying tool sets."""
     state: list[object] = [FORMAT_VERSION]
     for file in sorted(files):
         state.append(file)
-        with suppress(FileNotFoundError):  # of a link that leads nowhere
+        with suppress(FileNotFoundError):  # a dangling link
             each = file.stat()
             state += [each.st_size, each.st_mtime_ns, each.st_ctime_ns, each.st_ino]
     return state
@@ -140,21 +140,21 @@ def _short_hash(parts: Iterable[object]) -> str:
 
 
 def _progress(source: Source, name: str) -> Iterator[np.ndarray]:
-    # delay: a set that is read within two seconds needs no bar
+    # delay: a set that is read within two seconds needs no progress bar
     yield from tqdm(source.items, f"reading {name}", source.total, unit="image", delay=2, mininterval=1)
 
 
 def _in_memory(source: Source, name: str) -> Stored:
     images, count = np.empty((max(1, source.total), *source.item_shape), source.dtype), 0
     for image in _progress(source, name):
-        if count == len(images):  # of a source that did not know
+        if count == len(images):  # the source did not know its total
             images = np.concatenate([images, np.empty_like(images)])
         images[count], count = image, count + 1
     return Stored(torch.from_numpy(images[:count]), digests_of(images[:count]), source.notes)
 
 
 def _write(source: Source, name: str, shown: list[str], folder: Path, entry: Path) -> None:
-    """Writes the files of `entry` to `folder` and renames it. What the source's reading raises passes unchanged."""
+    """Writes the files of `entry` to `folder` and renames it. Errors from reading the source pass unchanged."""
     header = {"descr": np.dtype(source.dtype).newbyteorder("<").str, "fortran_order": False}
     digests: list[Tensor] = []
 
@@ -163,20 +163,20 @@ def _write(source: Source, name: str, shown: list[str], folder: Path, entry: Pat
             digests.append(digests_of(block))
             left = content = block.reshape(-1).view(np.uint8).data
             with translate_write_errors(entry):
-                while left:  # a disk that becomes full takes a part, and gives the reason when asked again
+                while left:  # a disk that fills up accepts a part, and reports the reason when asked again
                     left = left[file.write(left) :]
             yield content
 
     with translate_write_errors(entry):
         folder.mkdir()
-        # no memory map, which on a full disk ends the interpreter; no buffer, which fails once more when it is closed
+        # no memory map, which crashes the interpreter on a full disk; no buffer, which fails again when it is closed
         file = (folder / "images.npy").open("wb", buffering=0)
         np.lib.format.write_array_header_1_0(file, header | {"shape": (0, *source.item_shape)})
     with file:
         total = checksum(written())
         shape = (sum(map(len, digests)), *source.item_shape)
         with translate_write_errors(entry):
-            file.seek(0)  # the new header is as long: numpy leaves room in it for any length of the first axis
+            file.seek(0)  # the new header is just as long: numpy leaves room in it for any length of the first axis
             np.lib.format.write_array_header_1_0(file, header | {"shape": shape})
     about = {"notes": source.notes, "shape": shape, "checksum": total, "source": shown}
     with translate_write_errors(entry):
@@ -191,7 +191,7 @@ def _write(source: Source, name: str, shown: list[str], folder: Path, entry: Pat
 
 
 def _blocks(images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The images (n, C, H, W), a MiB at a time."""
+    """Yields the images (n, C, H, W), a MiB at a time."""
     waiting: list[np.ndarray] = []
     for image in images:
         waiting.append(image)
@@ -204,15 +204,15 @@ def _blocks(images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 def _load(entry: Path, checked: float) -> Stored:
     stored = _stored(entry, checked)
-    with suppress(OSError):  # a folder that is read-only is read all the same
+    with suppress(OSError):  # a read-only folder can still be read
         os.utime(entry)  # when it was last used, for the list
     return stored
 
 
 def _stored(entry: Path, checked: float) -> Stored:
-    """What an entry holds, the images compared with their checksum where they have up to `checked` bytes."""
+    """Reads an entry; images of up to `checked` bytes are compared with their checksum."""
     try:
-        images = _map_images(entry)  # an error where the file is truncated
+        images = _map_images(entry)  # an error if the file is truncated
         tensors, texts = read_tensors(entry / "rest.safetensors")  # which verifies its own checksum
         about = json.loads(texts["about"])
         if list(images.shape) != about["shape"]:
@@ -221,7 +221,7 @@ def _stored(entry: Path, checked: float) -> Stored:
             raise ValueError("other images than were written")
     except MemoryError:
         raise
-    except Exception as error:  # on broken files numpy raises whatever its code happens to meet
+    except Exception as error:  # numpy raises all kinds of errors on broken files
         got = f"one that cannot be read ({error})"
         raise UsageError(
             f"expected a whole cache entry in {entry}, got {got}; delete that folder and run again"
@@ -230,12 +230,12 @@ def _stored(entry: Path, checked: float) -> Stored:
 
 
 def _map_images(entry: Path) -> Tensor:
-    # "c", for torch wants writable memory: writes stay in this process and never reach the file
+    # "c", because torch needs writable memory: writes stay in this process and never reach the file
     return torch.from_numpy(np.load(entry / "images.npy", mmap_mode="c", allow_pickle=False))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command: lists the entries, verifies them or removes them."""
+    """Runs the command: lists, verifies or removes the entries."""
     parser = argparse.ArgumentParser(description="Images that were decoded once.")
     parser.add_argument("--cache-dir", type=Path, help="its folder; PML_FEWSHOT_CACHE or ~/.cache/pml_fewshot if left")
     does = parser.add_mutually_exclusive_group()
@@ -291,7 +291,7 @@ def _damage(entry: Path) -> str:
 
 
 def _removed(entry: Path) -> str:
-    """Removes an entry, or what is left of one, and says so; not while a process is building its like."""
+    """Removes an entry, or what is left of one, unless a process is building it; returns what happened."""
     prefix = entry.name.removeprefix(".tmp-").rpartition("-")[0]
     try:
         with FileLock(entry.parent / f".{prefix}-lock", mode=0o666).acquire(timeout=0):

@@ -1,4 +1,4 @@
-"""Which classes go into which split: by lists of names, as published, or by a seeded draw."""
+"""Assignment of classes to splits: by lists of names, as published, or by a seeded draw."""
 
 import csv
 import difflib
@@ -12,7 +12,7 @@ import torch
 
 from pml_fewshot.checks import MissingFileError, UsageError, UsageTypeError, check_disjoint
 
-ROLES = {  # as people name splits, in any case
+ROLES = {  # common names of splits, in upper or lower case
     **{"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"},
     **{"test": "test", "testing": "test"},
 }
@@ -25,7 +25,7 @@ ClassLists = Mapping[str, Sequence[str] | str | Path] | str | Path
 def divide_classes(
     names: Sequence[str], splits: ClassLists | None, val_fraction: float, test_fraction: float, seed: int
 ) -> tuple[dict[str, list[str]], str]:
-    """Returns the classes of train, val and test, by lists or else a draw, and a note where some are in no list."""
+    """Returns the classes of train, val and test, by lists or else by a draw, and a note if some are in no list."""
     if splits is None:
         return draw_classes(names, val_fraction, test_fraction, seed), ""
     lists = read_class_lists(splits, names)
@@ -34,16 +34,16 @@ def divide_classes(
 
 
 def read_class_lists(splits: ClassLists, names: Sequence[str]) -> dict[str, list[str]]:
-    """Returns the classes of train, val and test, in the order of `names`, of which they are.
+    """Returns the classes of train, val and test, in the order of `names`, which must include them.
 
     Args:
-        splits: for each split its class names, or a file of them; or a folder of such files, named train, val (valid,
-            validation) and test. A .txt has a name a line; a .csv a column `label`, else its names in the first column;
-            a .json a list, or one under `class_names` or `label_names`.
-        names: the classes that there are.
+        splits: for each split, its class names or a file of them; or a folder of such files, named train, val (valid,
+            validation) and test. A .txt has one name per line; a .csv has a column `label`, or else the names in its
+            first column; a .json has a list, or one under `class_names` or `label_names`.
+        names: all existing classes.
 
     Raises:
-        UsageError: a list that cannot be read, an unknown split or class, a class in two lists, an empty list.
+        UsageError: a list that cannot be read, an unknown split or class, a class in two lists, or an empty list.
     """
     if not isinstance(splits, Mapping):
         folder = Path(splits)
@@ -56,7 +56,7 @@ def read_class_lists(splits: ClassLists, names: Sequence[str]) -> dict[str, list
         if len(splits) < len(files):
             raise UsageError(f"expected one list a split in {folder}, got {', '.join(files)}; take the others away")
     place = {name: number for number, name in enumerate(names)}
-    known = {unicodedata.normalize("NFC", name): name for name in names}  # (macOS writes letters and accents apart)
+    known = {unicodedata.normalize("NFC", name): name for name in names}  # (macOS separates letters and accents)
     lists: dict[str, list[str]] = {}
     for role, given in splits.items():
         if role_of(role) in ("", *lists):
@@ -78,12 +78,12 @@ def read_class_lists(splits: ClassLists, names: Sequence[str]) -> dict[str, list
 
 
 def role_of(name: str) -> str:
-    """train, val or test, of any of their names; "" of others."""
+    """Returns train, val or test for any of their names; "" for others."""
     return ROLES.get(name.lower(), "")
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8."""
+    """Returns the text of a UTF-8 file."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -115,7 +115,7 @@ def _names_in(path: Path) -> list[str]:
 
 
 def draw_classes(names: Sequence[str], val_fraction: float, test_fraction: float, seed: int) -> dict[str, list[str]]:
-    """Returns the classes of train, val and test, drawn by a seed: the same in every version and on every machine."""
+    """Returns the classes of train, val and test drawn with a seed: the same in every version and on every machine."""
     seed = operator.index(seed)
     shares = [share if 0 < share < 1 else 0 for share in (val_fraction, test_fraction)]
     val, test = (max(1, round(share * len(names))) if share else 0 for share in shares)

@@ -1,4 +1,4 @@
-"""Labeled images or features in one tensor (FewShotDataset), and sets to train and evaluate on (Splits)."""
+"""Labeled images or features in one tensor (FewShotDataset), and training, validation and test sets (Splits)."""
 
 import copy
 import hashlib
@@ -17,30 +17,30 @@ from pml_fewshot.data.from_dataset import collect
 from pml_fewshot.data.images import Resize, Size
 from pml_fewshot.embedders.modes import widened
 
-HIGHEST = {torch.uint8: 255, torch.uint16: 65535}  # what becomes 1
+HIGHEST = {torch.uint8: 255, torch.uint16: 65535}  # the value mapped to 1
 BLOCK_BYTES = 2**24  # read at a time: 16 MiB
 
 
 class FewShotDataset(Dataset[tuple[Tensor, int]]):
-    """Items in one tensor, uint8 images as a rule, with int64 labels and class names.
+    """Items in one tensor, usually uint8 images, with int64 labels and class names.
 
     Args:
-        images: (M, C, H, W) uint8, or uint16 (gray of 16 bits), a tensor on any device or a numpy array; or what a
-            network takes as it is, as floats of any shape (M, *item): features of a frozen trunk. Of a memory map
-            (`numpy.load(..., mmap_mode="c")` or "r") only the items that are asked for are read, but `to`, `images` of
-            a selection, `with_rotations_as_classes`, `concat`, and `transformed` by more than a crop copy into memory.
-        labels: (M,) integers, indices into class_names; or texts, of which the class names are made. Lists, numpy and
-            other types of integers are converted.
-        class_names: one for each class; the labels themselves when None.
-        note: what readers of figures from this set must know ("150 of 600 images a class"); kept with the results.
-        rows: (M,) int64 which rows of `images`, a memory map, are its items; all when None.
+        images: (M, C, H, W) uint8, or uint16 (16-bit gray), a tensor on any device or a numpy array; or floats of any
+            shape (M, *item) that a network takes as they are: features of a frozen trunk. From a memory map
+            (`numpy.load(..., mmap_mode="c")` or "r") only the requested items are read, but `to`, `images` of a
+            selection, `concat`, rotations and mirror images as classes, and `transformed` by more than a crop copy it.
+        labels: (M,) integers, indices into class_names; or strings, from which the class names are derived. Lists,
+            numpy arrays and other integer types are converted.
+        class_names: one per class; the labels themselves when None.
+        note: what readers of results on this set must know ("150 of 600 images a class"); kept with the results.
+        rows: (M,) int64, the rows of `images`, a memory map, that are its items; all when None.
 
     Raises:
-        UsageError: another type (UsageTypeError), shape or number of images or labels, a label that is no index into
-            the class names, a repeated name, or a class without an image.
+        UsageError: a wrong type (UsageTypeError), shape or number of images or labels, a label that is not an index
+            into the class names, a repeated name, or a class without images.
     """
 
-    digests: Tensor | None = None  # (M,) int64 of each item's values, where a loader has them from its cache
+    digests: Tensor | None = None  # (M,) int64 digest of each item's values, if a loader has it from its cache
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         note: str = "",
         rows: Tensor | None = None,
     ) -> None:
-        self.mapped = rows is not None  # whether its items are in a file, where selections leave them
+        self.mapped = rows is not None  # whether its items are in a file; selections leave them there
         if isinstance(images, np.ndarray):
             images = _readable(images)
             self.mapped |= isinstance(images, np.memmap)
@@ -100,25 +100,25 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         workers: int = 0,
         note: str = "",
     ) -> "FewShotDataset":
-        """Reads a data set of pairs (image, label), as torchvision's are, or with such columns, as Hugging Face's.
+        """Reads a dataset of (image, label) pairs, like torchvision's, or with such columns, like Hugging Face's.
 
         Args:
-            source: of torch or Hugging Face, or any iterator. Images as PIL images, tensors (C, H, W) or (H, W) of
-                uint8 or of floats in [0, 1], or numpy arrays with the channels last; labels as integers or texts. Its
-                own transforms are applied as they come, once: leave out random ones and Normalize. Pictures of 16
-                bits become 8.
-            image_size: height and width, or one number for both; as in load_image_folder. When None the images stay as
-                they are, which must be all of one size. Gray ones among colors get three channels.
-            image: the column of the images; when None `image`, `img` or the only one of images.
-            label: the column of the labels; when None `label`, `labels`, `fine_label` or the only one of class labels.
-            class_names: when None the source's own (`classes`, or the column's), else the labels as text. Those
-                without an item are left out.
+            source: a torch or Hugging Face dataset, or any iterator. Images are PIL images, tensors (C, H, W) or (H, W)
+                of uint8 or of floats in [0, 1], or numpy arrays with the channels last; labels are integers or strings.
+                Its own transforms are applied once, as items are read: leave out random ones and Normalize. 16-bit
+                images are reduced to 8 bits.
+            image_size: height and width, or one number for both; as in load_image_folder. When None, the images keep
+                their size, which must be the same for all. Gray images among color ones get three channels.
+            image: the image column; when None, `image`, `img` or the only image column.
+            label: the label column; when None, `label`, `labels`, `fine_label` or the only column of class labels.
+            class_names: when None, the source's own (`classes`, or the column's), else the labels as text. Those
+                without items are left out.
             resize: "crop", "pad" or "stretch", as in load_image_folder.
-            workers: processes that read it; 0 for none beside this one.
-            note: kept with results.
+            workers: number of processes that read it; 0 to read in this one.
+            note: kept with the results.
 
         Raises:
-            UsageError: no such column, images of different sizes, floats outside of [0, 1], another kind of item.
+            UsageError: a missing column, images of different sizes, floats outside [0, 1], or another kind of item.
         """
         return cls(*collect(source, image_size, image, label, class_names, resize, workers), note)
 
@@ -126,7 +126,7 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         return len(self.labels)
 
     def __getitem__(self, item: int) -> tuple[Tensor, int]:
-        """An item as floats, images (C, H, W) in [0, 1], and its label, for any DataLoader; `floats` is faster."""
+        """Returns an item as floats, images (C, H, W) in [0, 1], and its label for a DataLoader; `floats` is faster."""
         return self.floats(torch.tensor(range(len(self))[item])), int(self.labels[item])
 
     def __repr__(self) -> str:
@@ -136,17 +136,17 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
 
     @property
     def images(self) -> Tensor:
-        """(M, *item) as they are stored; of a selection from a memory map a copy in memory."""
+        """The stored items (M, *item); for a selection from a memory map, a copy in memory."""
         return self._items(slice(None)) if self._rows is not None else self._stored
 
     @property
     def item_shape(self) -> tuple[int, ...]:
-        """(C, H, W)"""
+        """The shape of one item, (C, H, W) for images."""
         return tuple(self._stored.shape[1:])
 
     @property
     def nbytes(self) -> int:
-        """Of all items."""
+        """The size of all items in bytes."""
         return len(self) * self._stored[:1].nbytes
 
     @property
@@ -163,9 +163,9 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         return moved
 
     def floats(self, index: Tensor | slice, device: torch.device | str | None = None) -> Tensor:
-        """The items at `index`, of any shape and device, as float32, images in [0, 1]: (*index.shape, *item).
+        """Returns the items at `index`, of any shape and device, as float32, images in [0, 1]: (*index.shape, *item).
 
-        On the set's device, or on another one.
+        They are on `device`, by default the set's own.
         """
         shape = index.shape if isinstance(index, Tensor) else None
         if isinstance(index, Tensor):
@@ -174,20 +174,20 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         return items if shape is None else items.reshape(*shape, *self.item_shape)
 
     def first(self, count: int) -> "FewShotDataset":
-        """The first items, to try things out on, all in one class: the labels do not matter."""
+        """Returns the first items, for trial runs, all in one class: the labels do not matter."""
         items = self._items(slice(count))
         return FewShotDataset(items, torch.zeros(len(items), dtype=torch.int64, device=self.device), ["any"])
 
     def fingerprint(self) -> str:
-        """16 hex digits of class names, item shape and labels: which set this is, without reading its images."""
+        """Returns 16 hex digits of class names, item shape and labels, to identify the set without reading images."""
         digest = hashlib.blake2b(repr((self.class_names, self.item_shape)).encode(), digest_size=8)
         digest.update(self.labels.cpu().contiguous().numpy().astype("<i8", copy=False).data)
         return digest.hexdigest()
 
     def checksum(self, recompute: bool = False) -> str:
-        """16 hex digits of the whole set, images included: from what a loader recorded, else read at 1 GB a second.
+        """Returns 16 hex digits of the whole set with its images: as recorded by a loader, else read at 1 GB/s.
 
-        Another value with recompute means that the memory-mapped file is damaged, or the images were changed since.
+        A different value with recompute means that the memory-mapped file is damaged or the images were changed since.
         """
         digests = self.digests
         if digests is None or recompute:
@@ -205,7 +205,7 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         return (slice(start, start + size) for start in range(0, len(self), size))
 
     def select_classes(self, classes: Sequence[int | str]) -> "FewShotDataset":
-        """Returns the items of the classes, by number or name, relabeled from 0 in the order given."""
+        """Returns the items of the given classes (numbers or names), relabeled from 0 in the order given."""
         if not len(classes):
             raise UsageError("expected at least one class, got none; give the indices of the classes to keep")
         number = {name: number for number, name in enumerate(self.class_names)}
@@ -224,14 +224,14 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
             stored, rows = self._items(keep), None
         note = self.note
         if note and len(set(numbers)) < len(number) and " (of all " not in note:
-            note += f" (of all {len(number)} classes)"  # what it counts is of the set that was loaded
+            note += f" (of all {len(number)} classes)"  # its counts are of the set that was loaded
         selected = FewShotDataset(stored, labels[keep], [self.class_names[c] for c in numbers], note, rows)
         selected.mapped = self.mapped
         selected.digests = None if self.digests is None else self.digests[keep.cpu()]
         return selected
 
     def without_small_classes(self, least: int) -> "FewShotDataset":
-        """Returns the set without classes of fewer than `least` items, which its note then counts."""
+        """Returns the set without classes that have fewer than `least` items; its note counts them."""
         counts = torch.bincount(self.labels, minlength=len(self.class_names))
         kept = (counts >= least).nonzero().flatten().tolist()
         if len(kept) == len(counts):
@@ -244,9 +244,9 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         return selected
 
     def with_rotations_as_classes(self) -> "FewShotDataset":
-        """Returns four times the classes, as in Omniglot papers since Santoro et al. 2016.
+        """Returns the set with four times the classes, as in Omniglot papers since Santoro et al. 2016.
 
-        Class c rotated by 90 r degrees is a class of its own, of label 4 c + r and name "<name>/rot000" and so on.
+        Class c rotated by 90 r degrees becomes a separate class with label 4 c + r and name "<name>/rot000" and so on.
         """
         if len(self.item_shape) != 3 or self.item_shape[1] != self.item_shape[2]:
             do = "load them with one number as image_size"
@@ -258,9 +258,9 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         return FewShotDataset(images, labels, names, self.note)
 
     def with_mirrors_as_classes(self) -> "FewShotDataset":
-        """Returns twice the classes: class c mirrored left to right is a class of its own, of label C + c.
+        """Returns the set with twice the classes: class c mirrored left to right becomes a class with label C + c.
 
-        Its name is "<name>/mirrored". For characters, whose mirror images count as different characters; after
+        Its name is "<name>/mirrored". Meant for characters, whose mirror images count as different characters; after
         `with_rotations_as_classes` each has its eight symmetries. A selection from a memory map is read into memory.
         """
         if len(self.item_shape) != 3:
@@ -272,14 +272,14 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         return FewShotDataset(images, labels, names, self.note)
 
     def transformed(self, transform: Any) -> "FewShotDataset":
-        """Returns the set with its images put through `transform` once, in memory: `v2.CenterCrop(84)` before tests.
+        """Returns the set with `transform` applied once to its images, in memory: `v2.CenterCrop(84)` before tests.
 
         Args:
-            transform: called with images (B, C, H, W) as they are stored, uint8, a few hundred at a time; it must not
-                be random. What it leaves of them without a copy, as a crop, takes no memory of its own.
+            transform: called with stored items (B, *item), 16 MiB at a time; it must not be random. A result that is a
+                view of them, such as a crop, takes no extra memory.
 
         Raises:
-            UsageError: it gives other than as many tensors of the same type.
+            UsageError: it does not return a tensor with as many items of the same type.
         """
         one = self._items(slice(1)).clone()
         version = one._version
@@ -308,7 +308,7 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         test_fraction: float = 0.2,
         seed: int = 0,
     ) -> "Splits":
-        """Divides the classes into train, val and test: by lists of names, else by a draw; see load_image_folder."""
+        """Divides the classes into train, val and test, by lists of names or by a draw; see load_image_folder."""
         lists, note = divide_classes(self.class_names, splits, val_fraction, test_fraction, seed)
         parts = {split: self.select_classes(own) for split, own in lists.items()}
         for part in parts.values():
@@ -317,7 +317,7 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
 
 
 def as_dataset(data: Any, name: str = "data") -> FewShotDataset:
-    """A set as it is, or an EmbeddingBank as one."""
+    """Returns a set unchanged, or an EmbeddingBank as a set."""
     if isinstance(data, FewShotDataset):
         return data
     if hasattr(data, "as_dataset"):
@@ -327,29 +327,29 @@ def as_dataset(data: Any, name: str = "data") -> FewShotDataset:
 
 
 def items_at(stored: Tensor, index: Tensor | slice) -> Tensor:
-    """`stored[index]`; uint16 is read as int16 on the way, for which torch has the operation in every version."""
+    """Returns `stored[index]`; uint16 is indexed as int16, which every version of torch supports."""
     return stored.view(torch.int16)[index].view(torch.uint16) if stored.dtype == torch.uint16 else stored[index]
 
 
 def as_floats(items: Tensor) -> Tensor:
-    """Stored items as a network takes them: images in [0, 1], floats as they are, in float32 at least."""
+    """Returns stored items as a network takes them: images in [0, 1], floats unchanged, in at least float32."""
     highest = HIGHEST.get(items.dtype)
     return widened(items) if highest is None else items.to(torch.float32).div_(highest)
 
 
 def digests_of(items: np.ndarray) -> Tensor:
-    """(n,) int64 hash of each item's values: of equal ones the same."""
+    """Returns an int64 hash (n,) of each item's values; equal items have equal hashes."""
     digests = (hashlib.blake2b(np.ascontiguousarray(item).data, digest_size=8).digest() for item in items)
     return torch.from_numpy(np.frombuffer(b"".join(digests), "<i8").astype(np.int64))
 
 
 def joined_notes(*notes: str) -> str:
-    """One note of several, each once."""
+    """Joins several notes into one, each once."""
     return "; ".join(dict.fromkeys(filter(None, notes)))
 
 
 def concat(datasets: Iterable[FewShotDataset]) -> FewShotDataset:
-    """Returns one set with the items of all, in the order given; classes of the same name become one."""
+    """Returns one set with the items of all sets, in the order given; classes of the same name are merged."""
     datasets = list(datasets)
     if len(shapes := dict.fromkeys((part.item_shape, part._stored.dtype) for part in datasets)) > 1:
         got = " and ".join(f"{dtype} {shape}" for shape, dtype in shapes)
@@ -362,15 +362,15 @@ def concat(datasets: Iterable[FewShotDataset]) -> FewShotDataset:
 
 @dataclass(frozen=True)
 class Splits:
-    """Training, validation and test classes: three sets without a common class, unless `shared_classes` says so.
+    """Training, validation and test sets, with no class in common unless `shared_classes` is set.
 
     Args:
-        train: classes to learn from. Each part may be an EmbeddingBank, to train a projection on: it becomes a set.
-        val: classes to choose a checkpoint by, or None where the published split has none.
-        test: classes to report figures on. Where there is none, the val set itself: figures then are of val, and
-            nothing is left to choose a checkpoint by.
-        shared_classes: the same classes are in train and test, other images of each: not few-shot classification of
-            unseen classes but, say, retrieval among those seen. Tables say so.
+        train: classes to train on. Each part may be an EmbeddingBank, to train a projection on; it becomes a set.
+        val: classes to select a checkpoint on, or None if the published split has none.
+        test: classes to report results on. If there are none, the val set itself: results are then on val, and
+            nothing is left to select a checkpoint on.
+        shared_classes: train and test have the same classes, with different images of each: not few-shot
+            classification of unseen classes but, say, retrieval among seen ones. Tables say so.
 
     Raises:
         UsageError: a class name is in two of the sets and shared_classes is False.
@@ -396,7 +396,7 @@ class Splits:
 
     @classmethod
     def of(cls, parts: Mapping[str, FewShotDataset], shared_classes: bool = False) -> "Splits":
-        """Splits of parts by their names, in which test or val may be missing."""
+        """Builds Splits from parts by name; test or val may be missing."""
         test = parts.get("test", parts.get("val"))
         if test is None or "train" not in parts:
             raise UsageError(f"expected parts train and test or val, got {', '.join(parts) or 'none'}; name them so")
@@ -408,19 +408,19 @@ class Splits:
         return self.test is self.val
 
     def map(self, function: Callable[[FewShotDataset], FewShotDataset]) -> "Splits":
-        """Splits of what a function makes of each part."""
+        """Returns Splits with a function applied to each part."""
         made = {id(part): function(part) for part in vars(self).values() if part is not None}
         val = None if self.val is None else made[id(self.val)]
         return Splits(made[id(self.train)], val, made[id(self.test)], shared_classes=True)
 
     def seen_in_training(self, part: str) -> bool:
-        """Whether a class of val or test is one of train."""
+        """Whether a part, val or test, has a class in common with train."""
         return part != "train" and not set(self.train.class_names).isdisjoint(getattr(self, part).class_names)
 
 
 def _readable(images: np.ndarray) -> np.ndarray:
-    """torch wants writable memory, so a read-only map is opened again copy-on-write and its file stays as it is; and
-    native numbers, none of them backwards."""
+    """torch needs writable memory, so a read-only map is reopened copy-on-write and its file stays unchanged; it also
+    needs native byte order and no negative strides."""
     if any(stride < 0 for stride in images.strides) or not images.dtype.isnative:
         return np.ascontiguousarray(images, images.dtype.newbyteorder("="))
     if images.flags.writeable:

@@ -1,4 +1,4 @@
-"""Data sets of torch and of Hugging Face as one tensor of images with labels (FewShotDataset.from_dataset)."""
+"""Reads torch and Hugging Face datasets into one tensor of images with labels (FewShotDataset.from_dataset)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ def collect(
     resize: Resize,
     workers: int,
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Images (M, C, H, W) uint8, labels (M,) int64 and class names of a data set, read once, item by item."""
+    """Returns images (M, C, H, W) uint8, labels (M,) int64 and class names of a dataset, read once, item by item."""
     columns = getattr(source, "column_names", None)
     if isinstance(columns, dict):
         do = f"give one of them, as source[{next(iter(columns))!r}]"
@@ -51,15 +51,15 @@ def collect(
         items = DataLoader(source, batch_size=None, num_workers=workers, collate_fn=_itself)
     images: np.ndarray = np.empty(0, np.uint8)
     labels: list[Any] = []
-    # delay: a set that is read within two seconds needs no bar
+    # delay: a set that is read within two seconds needs no progress bar
     for place, item in enumerate(tqdm(items, "reading", total, unit="image", delay=2, mininterval=1)):
         picture, value = _pair(item, image, label, source)
         pixels = _pixels(picture, place, image_size, resize)
         if place == 0:
             images = np.empty((total or 1, *pixels.shape), np.uint8)
-        elif place == len(images):  # of a stream without a length
+        elif place == len(images):  # a stream without a length
             images = np.concatenate([images, np.empty_like(images)])
-        if len(pixels) > images.shape[1]:  # gray ones before the first of colors
+        if len(pixels) > images.shape[1]:  # gray images before the first color one
             images = np.repeat(images, len(pixels), axis=1)
         if pixels.shape[1:] != images.shape[2:]:
             got = " and ".join("x".join(map(str, shape)) for shape in (images.shape[2:], pixels.shape[1:]))
@@ -79,7 +79,7 @@ def collect(
 
 
 def _pair(item: Any, image: str | None, label: str | None, source: Any) -> tuple[Any, Any]:
-    """Image and label of an item: a pair, or a dictionary with these columns."""
+    """Returns the image and label of an item: a pair, or a dictionary with these columns."""
     if isinstance(item, Mapping):
         pairs = ((image, IMAGE_COLUMNS), (label, LABEL_COLUMNS))
         keys = [next((key for key in ((given,) if given else usual) if key in item), None) for given, usual in pairs]
@@ -98,9 +98,9 @@ def _itself(item: Any) -> Any:
 
 
 def _column(given: str | None, argument: str, usual: Sequence[str], source: Any, kind: str) -> str:
-    """The column of a Hugging Face data set: the one named, a usual one, or the only one of that kind."""
+    """Returns a column of a Hugging Face dataset: the given one, a usual one, or the only one of that kind."""
     fitting = [name for name, feature in (source.features or {}).items() if type(feature).__name__ == kind]
-    if given is not None:  # which a transform of the set may have made
+    if given is not None:  # it may come from a transform of the set
         return given
     for name in [*usual, *(fitting if len(fitting) == 1 else ())]:
         if name in source.column_names:
@@ -110,8 +110,8 @@ def _column(given: str | None, argument: str, usual: Sequence[str], source: Any,
 
 
 def _names_of(source: Any) -> Sequence[str] | None:
-    """Class names as torchvision's data sets and ours have them, also of a Subset, or of sets that are joined."""
-    if getattr(source, "target_transform", None) is not None:  # labels are others then
+    """Returns the class names of torchvision's datasets and ours, also of a Subset or of concatenated sets."""
+    if getattr(source, "target_transform", None) is not None:  # the labels are different then
         return None
     for attribute in ("classes", "class_names"):
         names = getattr(source, attribute, None)
@@ -127,7 +127,7 @@ def _names_of(source: Any) -> Sequence[str] | None:
 
 
 def _named(numbers: Tensor, texts: tuple[str, ...], known: Sequence[str] | None) -> tuple[Tensor, tuple[str, ...]]:
-    """Labels and names of the classes that have items, in the order of the known names."""
+    """Returns labels and names of the classes that have items, in the order of the known names."""
     if texts and known:
         numbers = renumbered(numbers, texts, known)
     names = known or texts
@@ -140,11 +140,11 @@ def _named(numbers: Tensor, texts: tuple[str, ...], known: Sequence[str] | None)
 
 
 def _pixels(image: Any, place: int, image_size: Size | None, resize: Resize) -> np.ndarray:
-    """One image as (C, H, W) uint8, scaled where a size is given."""
+    """Converts one image to (C, H, W) uint8, resized if a size is given."""
     if isinstance(image, Image.Image):
         image = ImageOps.exif_transpose(image)  # upright, as image files are read
         if image.mode == "I" and image.format is None and 0 <= image.getextrema()[0] <= image.getextrema()[1] < 256:
-            image = image.convert("L")  # made of 32-bit numbers that are 8-bit gray
+            image = image.convert("L")  # 8-bit gray made from 32-bit numbers
         channels = 1 if image.mode in ("1", "L", "I;16", "I", "F") else 3
         size = (image.height, image.width) if image_size is None else image_size
         try:

@@ -1,7 +1,7 @@
-"""Glyphs: the data set that needs no download, letters and digits drawn from the typefaces that matplotlib ships.
+"""Glyphs: the dataset that needs no download, letters and digits drawn from the typefaces that ship with matplotlib.
 
-A class is a character, its 20 images are drawings of it in different typefaces, each rotated, slanted, scaled and
-shifted a little. Training, validation and test classes are different scripts, as Omniglot's are alphabets.
+Each class is a character; its 20 images are drawings of it in different typefaces, each slightly rotated, slanted,
+scaled and shifted. Training, validation and test classes are different scripts, just as Omniglot's are alphabets.
 """
 
 import logging
@@ -23,9 +23,9 @@ from pml_fewshot.data.dataset import FewShotDataset, Splits
 DRAWINGS = 20  # of each class
 IMAGE_SIZE = 28
 FINE = 4  # drawn this many times larger, then area-averaged, so that edges come out gray
-RECIPE = 2  # part of the cache's key: raise it when another set of characters or another drawing comes out
+RECIPE = 2  # part of the cache's key: raise it when the set of characters or their drawings change
 
-# Computer Modern dates from before Unicode: beyond ASCII its tables name other shapes (a Greek Gamma at U+00C0).
+# Computer Modern predates Unicode: beyond ASCII its tables refer to other shapes (a Greek Gamma at U+00C0).
 ASCII_FACES = ("cmr10", "cmb10", "cmss10", "cmtt10", "cmti10")
 FACES = (
     *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique"),
@@ -38,7 +38,7 @@ MIN_FACES = 12
 
 # The first word of a character's Unicode name decides. Names that begin otherwise (MICRO SIGN, OHM SIGN, PLANCK
 # CONSTANT, FEMININE ORDINAL INDICATOR, DOUBLE-STRUCK CAPITAL C, SUPERSCRIPT .., MODIFIER LETTER .., COPTIC ..) are left
-# out: most are another letter's shape in a second role, and a Greek mu must not come into training as MICRO SIGN.
+# out: most are another letter's shape in a second role, and a Greek mu must not get into training as MICRO SIGN.
 SPLITS = {
     "LATIN": "train",
     "CYRILLIC": "train",
@@ -50,19 +50,19 @@ SPLITS = {
 
 
 def load_glyphs(seed: int = 0, cache_dir: str | Path | None = None) -> Splits:
-    """Loads the built-in set: 28 x 28 gray images of letters and digits, ink high, 20 of each class.
+    """Loads the built-in dataset: 28 x 28 gray images of letters and digits, ink high, 20 per class.
 
     The first call draws the images, 6 seconds on one core; later ones read the cache (0.02 s). The same seed gives the
-    same images on every machine with the same Pillow and matplotlib, FreeType being in both.
+    same images on every machine with the same Pillow and matplotlib, as both include FreeType.
 
     Args:
-        seed: of the faces of each class and the turn, slant, scale and shift of each image.
+        seed: seed for the faces of each class and the turn, slant, scale and shift of each image.
         cache_dir: where the drawn images are kept; `$PML_FEWSHOT_CACHE` or `~/.cache/pml_fewshot` when None.
 
     Returns:
         Splits of 884 classes (Latin, Cyrillic, digits) for train, 120 (Armenian, Georgian) for val and 303 (Greek) for
-        test, with Unicode names: `GREEK SMALL LETTER ALPHA`. No two classes of val or test are the same shape, but 30
-        of the Greek letters look like a Latin or Cyrillic one (capital Alpha), which the test set's note says.
+        test, with Unicode names: `GREEK SMALL LETTER ALPHA`. No two classes of val or test have the same shape, but 30
+        of the Greek letters look like a Latin or Cyrillic one (capital Alpha), as the test set's note says.
 
     Raises:
         MissingFileError: matplotlib's font folder lacks one of the 21 typefaces.
@@ -83,7 +83,7 @@ def load_glyphs(seed: int = 0, cache_dir: str | Path | None = None) -> Splits:
 
 def _font_folder() -> Path:
     logger = logging.getLogger("matplotlib")
-    logger.setLevel(logging.ERROR)  # it recommends a folder for its own settings where there is no home, or read-only
+    logger.setLevel(logging.ERROR)  # it recommends a settings folder if the home folder is missing or read-only
     try:
         import matplotlib
     finally:
@@ -106,12 +106,12 @@ def _read(faces: dict[str, Path], seed: int) -> Source:
 
 
 def _characters(outlines: dict[str, dict[str, bytes]]) -> tuple[dict[str, list[str]], dict[str, int]]:
-    """Returns the classes in code point order, with the faces that hold each, and the number of twins in each split.
+    """Returns the classes in code point order, with the faces that contain each, and the number of twins in each split.
 
-    Nobody can tell the Latin A from the Cyrillic one: twins have exactly the same outline in six faces or more. The
-    twin of a class of the same split is left out: 53, all of train. Outlines that differ by a hair stay (13 pairs of
-    train, such as A with diaeresis). Twins of a training class in val and test stay and are counted, for without them
-    there would be fewer than 1,300 classes.
+    Nobody can distinguish the Latin A from the Cyrillic one: twins have exactly the same outline in six faces or more.
+    A twin of a class in the same split is left out: 53, all in train. Outlines that differ by a hair stay (13 pairs in
+    train, such as A with diaeresis). Twins of a training class in val and test stay and are counted, because without
+    them there would be fewer than 1,300 classes.
     """
     classes: dict[str, list[str]] = {}
     drawn: dict[tuple[str, str, bytes], str] = {}  # split, face, outline -> class
@@ -146,10 +146,10 @@ def _outlines(faces: dict[str, Path]) -> dict[str, dict[str, bytes]]:
 
 
 def _is_letter(character: str) -> bool:
-    """A letter or decimal digit of our scripts; no modifier letter (Lm, small copies of others) and no double.
+    """Whether it is a letter or decimal digit of our scripts, no modifier letter (Lm, small copies) and no double.
 
-    A double is a character that NFC turns into another one: U+1F71 is U+03AC, OHM SIGN is the Greek Omega. Names,
-    NFC and these categories are as good as fixed by Unicode's stability policy, so Python's version does not matter.
+    A double is a character that NFC turns into another one: U+1F71 is U+03AC, OHM SIGN is the Greek Omega. Names, NFC
+    and these categories are practically fixed by Unicode's stability policy, so the Python version does not matter.
     """
     kind, script = unicodedata.category(character), unicodedata.name(character, " ").split(" ")[0]
     letter = kind in ("Lu", "Ll", "Lt", "Lo", "Nd") and script in SPLITS
@@ -159,7 +159,7 @@ def _is_letter(character: str) -> bool:
 def _drawings(holders: dict[str, list[str]], faces: dict[str, Path], seed: int) -> Iterator[np.ndarray]:
     generator = torch.Generator().manual_seed(seed)
     # An em as large as the frame: capitals are 20 pixels high and o 16, so that o and O differ; tall letters shrink.
-    # BASIC layout, for Raqm is not installed everywhere; single characters need none.
+    # BASIC layout, because Raqm is not installed everywhere; single characters do not need it.
     size, basic = IMAGE_SIZE * FINE, ImageFont.Layout.BASIC
     fonts = {face: ImageFont.truetype(path, size, layout_engine=basic) for face, path in faces.items()}
     for character, held_by in holders.items():
@@ -177,19 +177,19 @@ def _drawing(font: ImageFont.FreeTypeFont, character: str, warp: Sequence[float]
     ink = Image.new("L", (width, height))
     ImageDraw.Draw(ink).text((-left, -top), character, fill=255, font=font)
 
-    # [[a, b], [c, d]] takes the letter into the frame: slant, then scale each side by up to 10 %, then turn.
+    # [[a, b], [c, d]] maps the letter into the frame: slant, then scale each side by up to 10 %, then turn.
     turn, slant = radians(10 * warp[0]), tan(radians(10 * warp[1]))
     wide, high = 1 + 0.1 * warp[2], 1 + 0.1 * warp[3]
     a, b = wide * cos(turn), wide * slant * cos(turn) - high * sin(turn)
     c, d = wide * sin(turn), wide * slant * sin(turn) + high * cos(turn)
-    # The corners of the ink, so moved, stay a pixel away from the border: larger letters shrink, and shift less.
+    # The transformed corners of the ink stay a pixel away from the border: larger letters shrink and shift less.
     room = (IMAGE_SIZE - 2) * FINE
     across, down = abs(a) * width + abs(b) * height, abs(c) * width + abs(d) * height
     shrink = min(1, room / max(across, down))
     x = IMAGE_SIZE * FINE / 2 + warp[4] * min(2 * FINE, (room - shrink * across) / 2)
     y = IMAGE_SIZE * FINE / 2 + warp[5] * min(2 * FINE, (room - shrink * down) / 2)
 
-    # Pillow asks for the way back, from the frame to the letter.
+    # Pillow needs the inverse, from the frame to the letter.
     scale = shrink * (a * d - b * c)
     a, b, c, d = d / scale, -b / scale, -c / scale, a / scale
     back = (a, b, width / 2 - a * x - b * y, c, d, height / 2 - c * x - d * y)

@@ -1,4 +1,4 @@
-"""Your own images, a folder a class: divided into splits (load_image_folder), or as one set (load_images)."""
+"""Your own images, one folder per class: divided into splits (load_image_folder), or as one set (load_images)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,41 +27,41 @@ def load_image_folder(
     depth: int = 8,
     shared_classes: bool = False,
 ) -> Splits:
-    """Reads a folder of images, a subfolder a class: root/<class>/*.jpg or root/{train,val,test}/<class>/*.jpg.
+    """Reads a folder of images, one subfolder per class: root/<class>/*.jpg or root/{train,val,test}/<class>/*.jpg.
 
-    Where root holds `train` and `test` or `val` (`valid`, `validation`), those are the splits; without `test`, figures
-    are of val. Otherwise the classes are divided by `splits`, or drawn by `seed`. Images in deeper subfolders belong to
-    the class above them; hidden files are ignored. Class names are the subfolders', sorted in each split; val is None
-    where there is none.
+    Classes are divided by `splits`. Without them, folders `train` and `test` or `val` (`valid`, `validation`) in root
+    are the splits (results are on val if `test` is missing); otherwise the classes are drawn with `seed`. Images in
+    deeper subfolders belong to the class above them; hidden files are ignored. Class names are those of the subfolders,
+    sorted within each split; val is None if there is none.
 
-    A warning counts what is left out, or taken otherwise than it looks: files of other endings in class folders,
-    folders without an image, deeper folders, a folder `train` among others. Copies of images, and how many of them are
-    in another class or split, are counted in the sets' notes, which tables show.
+    A warning counts what is left out or interpreted differently than it looks: files with other extensions in class
+    folders, folders without images, deeper folders, a folder `train` among others. Copies of images, and how many of
+    them are in another class or split, are counted in the sets' notes, which tables show.
 
     Args:
-        root: the folder, or a zip of one, which is never unpacked. Where all images are below one subfolder (`images`,
-            as in CUB), their classes are the folders there.
+        root: the folder, or a zip of one, which is never unpacked. If all images are below one subfolder (`images`, as
+            in CUB), the classes are the folders in it.
         image_size: height and width, or one number for both, in pixels; 84 as in miniImageNet.
         channels: 3 (RGB) or 1 (gray).
-        val_fraction: share of the classes for val, rounded, at least one class; 0 for no val.
-        test_fraction: share of the classes for test, rounded, at least one class.
-        seed: of the draw of classes; the same seed, fractions and class names give the same split everywhere.
-        skip_broken: leave out images that cannot be read, with a warning that names them and a note on the sets;
-            otherwise the first one is an error.
-        memory_map: leave the images in the cache's file and read only what is asked for, for sets larger than memory
+        val_fraction: fraction of the classes for val, rounded, at least one class; 0 for no val.
+        test_fraction: fraction of the classes for test, rounded, at least one class.
+        seed: seed for drawing classes; the same seed, fractions and class names give the same split everywhere.
+        skip_broken: leave out images that cannot be read, with a warning that names up to ten and a note on the sets;
+            otherwise the first one raises an error.
+        memory_map: leave the images in the cache's file and read only the requested ones, for sets larger than memory
             (`FewShotDataset.checksum(recompute=True)` can verify them); otherwise they are copied into memory.
         cache_dir: where the decoded images are kept; `$PML_FEWSHOT_CACHE` or `~/.cache/pml_fewshot` when None.
         splits: class names of each split, `{"train": [...], "val": [...], "test": "test.txt"}`, or a folder with
-            train.txt, val.txt, test.txt (a name a line; also .csv and .json, as published for CUB, CIFAR-FS and
-            tieredImageNet). Classes in no list are left out, and counted in the sets' notes.
-        resize: "crop" scales the largest part of the right shape in the middle, "pad" the whole image, with black
-            borders, "stretch" each side on its own.
-        depth: bits of a pixel; 16 keeps what gray images of 16 bits hold (channels=1).
-        shared_classes: the same classes are in train and test, other images of each, and that is meant; see Splits.
+            train.txt, val.txt, test.txt (one name per line; also .csv and .json, as published for CUB, CIFAR-FS and
+            tieredImageNet). Classes in no list are left out and counted in the sets' notes.
+        resize: "crop" scales the largest central part with the right aspect ratio, "pad" the whole image, with black
+            borders, "stretch" each side independently.
+        depth: bits per pixel; 16 keeps the full depth of 16-bit gray images (channels=1).
+        shared_classes: train and test have the same classes, with different images, on purpose; see Splits.
 
     Raises:
-        UsageError: no folder (MissingFileError), no images, images outside of class folders, too few classes for the
-            splits, a class in two splits, or a broken image (with skip_broken: a class of broken images only).
+        UsageError: no folder (MissingFileError), no images, images outside class folders, too few classes for the
+            splits, a class in two splits, or a broken image (with skip_broken: a class with only broken images).
     """
     form, root = Form.of(image_size, channels, resize, depth), existing(root)
     with open_images(root) as found:
@@ -95,7 +95,7 @@ def load_images(
     resize: Resize = "crop",
     depth: int = 8,
 ) -> FewShotDataset:
-    """Reads a folder of images, or a zip of one, a subfolder a class, as one set; arguments as in load_image_folder."""
+    """Reads a folder or zip of images, one subfolder per class, as one set; arguments as in load_image_folder."""
     form, root = Form.of(image_size, channels, resize, depth), existing(root)
     with open_images(root) as found:
         top = common_folder(found.names)
@@ -112,7 +112,7 @@ def load_images(
 
 
 def split_folders(names: Sequence[str], path: Path, depth: int, said: list[str]) -> dict[str, list[str]]:
-    """Returns split -> image names where the folders at `depth` are train, test or val, or both; else nothing."""
+    """Returns split -> image names if the folders at `depth` are train and test, val or both; else nothing."""
     below: dict[str, list[str]] = {}
     for name in names:
         below.setdefault(name.split("/")[depth] if name.count("/") > depth else "", []).append(name)
@@ -135,7 +135,7 @@ def split_folders(names: Sequence[str], path: Path, depth: int, said: list[str])
 def divided(
     classes: Classes, splits: ClassLists | None, val_fraction: float, test_fraction: float, seed: int
 ) -> tuple[dict[str, Classes], str]:
-    """The classes of each split, by lists or a draw, and the note where some are in no list."""
+    """Returns the classes of each split, by lists or a draw, and a note if some are in no list."""
     lists, note = divide_classes(list(classes), splits, val_fraction, test_fraction, seed)
     return {split: {name: classes[name] for name in listed} for split, listed in lists.items()}, note
 

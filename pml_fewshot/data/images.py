@@ -16,30 +16,30 @@ from PIL import Image, ImageOps, features
 
 from pml_fewshot.checks import UsageError, check_at_least_one, check_choice
 
-# Of Pillow's formats the usual ones: its EPS starts a program
+# The usual ones of Pillow's formats: its EPS reader starts a program
 HAS_AVIF = "avif" in features.modules and bool(features.check("avif"))  # Pillow 11.3, if built with it
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", *(["AVIF"] if HAS_AVIF else []))
 IMAGE_SUFFIXES = (
     *(".avif", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"),
     *(".pbm", ".pgm", ".pnm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
 )
-IGNORED = ("thumbs.db", "desktop.ini", "__macosx")  # what systems put beside images, as their hidden files
-THREADS = min(8, os.cpu_count() or 1)  # Pillow decodes outside of Python's lock: photos keep all cores busy ...
-THREADED_BYTES = 2**13  # ... but for Omniglot's 200-byte files waiting for the lock takes twice as long as all else
+IGNORED = ("thumbs.db", "desktop.ini", "__macosx")  # what systems put next to images, like their hidden files
+THREADS = min(8, os.cpu_count() or 1)  # Pillow decodes outside the GIL: photos keep all cores busy ...
+THREADED_BYTES = 2**13  # ... but for Omniglot's 200-byte files, waiting for the GIL takes twice as long as all else
 AHEAD = 64  # images decoded ahead at most: 1.4 MB at 84 x 84
 
-Read = Callable[[str], bytes]  # gives the content of the image of that name
+Read = Callable[[str], bytes]  # returns the content of a named image
 Size = int | Sequence[int]  # height and width, or one number for both
 Resize = Literal["crop", "pad", "stretch"]
 Resampling = Image.Resampling
 
 
 class BrokenImageError(UsageError):
-    """A file that cannot be read as an image; loaders that skip broken images skip on this error only."""
+    """A file that cannot be read as an image; loaders that skip broken images skip only on this error."""
 
 
 class Form(NamedTuple):
-    """What images are made to: all of one size, number of channels and depth."""
+    """The target format of images: one size, number of channels and bit depth for all."""
 
     height: int
     width: int
@@ -49,7 +49,7 @@ class Form(NamedTuple):
 
     @classmethod
     def of(cls, image_size: Size, channels: int = 3, resize: Resize = "crop", depth: int = 8) -> "Form":
-        """Raises a UsageError that names the argument which cannot be."""
+        """Builds a Form; raises a UsageError that names an invalid argument."""
         sides = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
         if len(sides) != 2:
             raise UsageError(f"expected image_size as one number or (height, width), got {image_size!r}; give two")
@@ -78,22 +78,22 @@ class ImageFiles(NamedTuple):
 
     path: Path
     names: list[str]  # of images, sorted, with "/"
-    others: list[str]  # of files with other endings, and of folders, which end with "/"
+    others: list[str]  # of files with other extensions, and of folders, which end with "/"
     read: Read
-    repeated: int = 0  # entries of a zip in whose place a later one of the same name counts
+    repeated: int = 0  # entries of a zip that a later one of the same name replaces
 
     @property
     def files(self) -> list[Path]:
-        """What the images are read from: the zip, or each file."""
+        """The files the images are read from: the zip, or each file."""
         return [self.path] if self.path.is_file() else [self.path / name for name in self.names]
 
 
 @contextmanager
 def open_images(path: Path) -> Iterator[ImageFiles]:
-    """Yields the names of all files below a folder or in a zip, images apart, and a function that reads one.
+    """Yields the names of all files below a folder or in a zip, images separately, and a function that reads one.
 
-    Hidden files and folders are ignored, links to folders followed. A zip is never unpacked; what zipfile finds wrong
-    with it, also when an image is read, is a UsageError.
+    Hidden files and folders are ignored, links to folders are followed. A zip is never unpacked; any error that zipfile
+    finds in it, also while an image is read, is raised as a UsageError.
     """
     if path.is_dir():
         yield ImageFiles(path, *_images(_walk(path)), lambda name: (path / name).read_bytes())
@@ -114,9 +114,9 @@ def open_images(path: Path) -> Iterator[ImageFiles]:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Files and folders below a folder, also behind links, but for those that lead to a folder above themselves."""
+    """Yields files and folders below a folder, following links except those that lead to a folder above themselves."""
 
-    def fail(error: OSError) -> None:  # a folder that cannot be listed is not to vanish
+    def fail(error: OSError) -> None:  # a folder that cannot be listed must not vanish
         raise error
 
     for parent, folders, files in os.walk(root, followlinks=True, onerror=fail):
@@ -135,7 +135,7 @@ def _named_if_broken(path: Path) -> Iterator[None]:
         yield
     except (FileNotFoundError, PermissionError):
         raise
-    except Exception as error:  # on a broken zip zipfile raises whatever its code happens to meet
+    except Exception as error:  # zipfile raises all kinds of errors on a broken zip
         got = f"a broken one ({str(error) or type(error).__name__})"
         raise UsageError(f"expected a whole zip file at {path}, got {got}; delete it and fetch it again") from error
 
@@ -157,18 +157,18 @@ def read_images(
     skip_broken: bool = False,
     resampling: Resampling = Resampling.BILINEAR,
 ) -> Iterator[np.ndarray | None]:
-    """Yields `read_image` of each name in turn; with skip_broken, None for a broken one. Large files in threads."""
+    """Yields `read_image` of each name in turn; with skip_broken, None for a broken one. Large files use threads."""
 
     def decode(name: str) -> np.ndarray | None:
         try:
             return read_image(read(name), form, f"{path}/{name}", resampling)
-        except (BrokenImageError, FileNotFoundError):  # the latter of a link that leads nowhere
+        except (BrokenImageError, FileNotFoundError):  # the latter for a dangling link
             if not skip_broken:
                 raise
             return None
 
     in_threads = False
-    with suppress(OSError):  # which decoding will meet again
+    with suppress(OSError):  # decoding will raise it again
         in_threads = bool(names) and len(read(names[0])) >= THREADED_BYTES
     if not in_threads:
         yield from map(decode, names)
@@ -182,23 +182,23 @@ def read_images(
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
-        finally:  # an error, or nobody wants more
+        finally:  # an error, or the caller stops early
             pool.shutdown(cancel_futures=True)
 
 
 def read_image(content: bytes, form: Form, name: str, resampling: Resampling = Resampling.BILINEAR) -> np.ndarray:
-    """Decodes an image file's content, upright, in the form wanted: (C, H, W) uint8, or uint16 of depth 16.
+    """Decodes an image file's content, upright, to the given form: (C, H, W) uint8, or uint16 for depth 16.
 
-    Every mode becomes 8 bits: palettes are looked up, CMYK converted, 16-bit gray divided by 257 (65,535 becomes 255;
-    Pillow alone would clip it), transparent parts laid on white. Of an animation the first frame is taken. An image of
-    the right size passes unchanged; others are scaled as `fit_image` says.
+    For depth 8, every mode becomes 8 bits: palettes are looked up, CMYK is converted, 16-bit gray divided by 257
+    (65,535 becomes 255; Pillow alone would clip it), and transparent parts are put on white. The first frame of an
+    animation is used. An image of the right size passes unchanged; others are scaled as described in `fit_image`.
 
     Args:
-        name: what to call the file in messages.
+        name: the file's name in messages.
 
     Raises:
-        BrokenImageError: the content is broken, cut off, no image, has gray values of no known range, or too many
-            pixels for Pillow (179 million, twice its `Image.MAX_IMAGE_PIXELS`).
+        BrokenImageError: the content is broken, truncated or not an image, has gray values of unknown range, or too
+            many pixels for Pillow (179 million, twice its `Image.MAX_IMAGE_PIXELS`).
     """
     with opened_image(content, name) as image:
         return fit_image(image, form, resampling)
@@ -206,21 +206,21 @@ def read_image(content: bytes, form: Form, name: str, resampling: Resampling = R
 
 @contextmanager
 def opened_image(content: bytes, name: str, at_least: int | None = None) -> Iterator[Image.Image]:
-    """Yields the image of a file's content, upright; all that fails within is a BrokenImageError, as of `read_image`.
+    """Yields the image in a file's content, upright; any error within is a BrokenImageError, as in `read_image`.
 
     Args:
-        at_least: pixels that both sides need; a JPEG of twice as many or more is decoded at 1/2, 1/4 or 1/8 of its
+        at_least: pixels that both sides need; a JPEG with twice as many or more is decoded at 1/2, 1/4 or 1/8 of its
             size, which is faster. (The frequencies of each block that the smaller image cannot hold are left out.)
     """
     try:
         with Image.open(BytesIO(content), formats=FORMATS) as image:
             if at_least is not None:
-                image.draft(None, (at_least, at_least))  # does nothing to other formats
+                image.draft(None, (at_least, at_least))  # has no effect on other formats
             ImageOps.exif_transpose(image, in_place=True)
             yield image
     except MemoryError:
         raise
-    except Exception as error:  # on broken content Pillow's readers raise whatever their code happens to meet
+    except Exception as error:  # Pillow's readers raise all kinds of errors on broken content
         got = error or type(error).__name__
         raise BrokenImageError(
             f"expected a readable image at {name}, got {got}; replace the file or take it out"
@@ -228,10 +228,10 @@ def opened_image(content: bytes, name: str, at_least: int | None = None) -> Iter
 
 
 def fit_image(image: Image.Image, form: Form, resampling: Resampling = Resampling.BILINEAR) -> np.ndarray:
-    """(C, H, W) of an image, scaled as by torchvision's Resize: bilinear, averaged over the area where it shrinks.
+    """Scales an image to (C, H, W) like torchvision's Resize: bilinear, averaged over the area where it shrinks.
 
-    "crop" takes the largest part of the right shape in the middle, "pad" lays the whole image on black, "stretch"
-    scales each side on its own.
+    "crop" takes the largest central part with the right aspect ratio, "pad" puts the whole image on black, "stretch"
+    scales each side independently.
     """
     size = form.width, form.height
     if form.resize == "crop":
@@ -259,7 +259,7 @@ def fit_image(image: Image.Image, form: Form, resampling: Resampling = Resamplin
 
 
 def _gray_16(image: Image.Image) -> np.ndarray:
-    """(H, W) gray values up to 65,535; 8 bits are spread over them."""
+    """Returns gray values (H, W) up to 65,535; 8-bit values are scaled to that range."""
     if image.mode[0] not in "IF":
         return np.asarray(to_8_bits(image, "L")).astype(np.uint16) * 257
     # 16-bit gray is "I;16" or, from PGM and some TIFF, "I", which like "F" has 32 bits
@@ -270,7 +270,7 @@ def _gray_16(image: Image.Image) -> np.ndarray:
 
 
 def to_8_bits(image: Image.Image, mode: str) -> Image.Image:
-    """An image of any mode as "RGB" or "L", in the way that `read_image` says."""
+    """Converts an image of any mode to "RGB" or "L", as described in `read_image`."""
     if image.mode[0] in "IF":
         return Image.fromarray(((_gray_16(image).astype(np.uint32) + 128) // 257).astype(np.uint8)).convert(mode)
     if image.has_transparency_data:

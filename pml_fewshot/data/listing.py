@@ -1,4 +1,4 @@
-"""Listing: which image files are of which class and split, and the data sets made of them, decoded once and cached."""
+"""Listing: image files by class and split, and the datasets built from them, decoded once and cached."""
 
 import os
 import warnings
@@ -20,16 +20,16 @@ Classes = dict[str, list[str]]  # class name -> names of its images, below one f
 
 @dataclass
 class Listing:
-    """Image files by split and class, and what is to be said of them.
+    """Image files by split and class, and what to warn about.
 
     Args:
         path: the folder, zip or table, for messages and as the cache's key.
-        names: of all images, also of those in no split.
+        names: names of all images, including those in no split.
         splits: split -> class -> its images' names.
-        read: gives the content of a name.
-        files: what the images are read from.
-        said: what was left out, or taken otherwise than it looks, with counts.
-        key: what else tells this list from others of the same path.
+        read: returns the content of a named image.
+        files: the files the images are read from.
+        said: warnings about what was left out or interpreted differently than it looks, with counts.
+        key: anything else that distinguishes this listing from others of the same path.
     """
 
     path: Path
@@ -49,9 +49,9 @@ class Listing:
         cache_dir: str | Path | None = None,
         note: str = "",
     ) -> dict[str, FewShotDataset]:
-        """The data sets of the splits, each with its own copy of its images unless they are memory-mapped.
+        """Returns the datasets of the splits, each with its own copy of its images unless they are memory-mapped.
 
-        One entry of the cache, with all images, serves every division into splits.
+        A single cache entry with all images serves every division into splits.
         """
         broken: list[str] = []
 
@@ -95,13 +95,13 @@ class Listing:
         return sets
 
     def warn(self) -> None:
-        """Says in one warning what there is to say."""
+        """Issues everything in `said` as one warning."""
         if self.said:
             warnings.warn(f"{self.path}: {'; '.join(self.said)}", stacklevel=3)
 
 
 def note_twins(sets: Mapping[str, FewShotDataset]) -> None:
-    """Notes how many images have the pixels of another one, and where these are in other classes or splits."""
+    """Notes how many images have the same pixels as another, and how many of these are in another class or split."""
     names = [f"{split}/{name}" for split, part in sets.items() for name in part.class_names]
     digests, owners, start = [], [], 0
     for part in sets.values():
@@ -122,7 +122,7 @@ def note_twins(sets: Mapping[str, FewShotDataset]) -> None:
 
 
 def by_folder(names: Sequence[str], path: Path, said: list[str], depth: int = 0) -> Classes:
-    """Images by the folder at `depth`; what lies deeper belongs to it, which is said."""
+    """Groups images by their folder at `depth`; deeper images belong to it, which is added to `said`."""
     classes: Classes = {}
     deeper = []
     for name in names:
@@ -137,7 +137,7 @@ def by_folder(names: Sequence[str], path: Path, said: list[str], depth: int = 0)
 
 
 def what_is_left_out(found: ImageFiles, top: str, depth: int) -> list[str]:
-    """What there is to say of files below `top` that are no images by their endings, in class folders at `depth`."""
+    """Returns warnings about files below `top` whose extensions are not images', in class folders at `depth`."""
     others = [name for name in found.others if name.startswith(top)]
     inside = [name for name in others if name.count("/") > depth and not name.endswith("/")]
     said = []
@@ -158,9 +158,9 @@ def _above(name: str, depth: int) -> str:
 
 
 def common_folder(names: Iterable[str]) -> str:
-    """The folder, with "/" at its end, in which all class folders are: "" as a rule, "images/" for CUB."""
+    """Returns the folder, ending in "/", that holds all class folders: usually "", "images/" for CUB."""
     parents = {name.rpartition("/")[0] for name in names}
     common = os.path.commonpath(parents) if parents and "" not in parents else ""
-    if common in parents:  # images lie in it: it is a class
+    if common in parents:  # it holds images: it is a class
         common = common.rpartition("/")[0]
     return f"{common}/" if common else ""

@@ -23,7 +23,7 @@ from pml_fewshot.data.pickles import read_plain_pickle
 CLASSES = {"train": 64, "val": 16, "test": 20}
 IMAGES = 600  # of each class
 
-# Which classes those of Ravi and Larochelle are, as a digest of their sorted WordNet ids, one a line
+# Ravi and Larochelle's classes, as digests of their sorted WordNet ids, one per line
 RAVI_LAROCHELLE = {"train": "e4359033c57ddd69", "val": "3d0231d10e3306dc", "test": "3035a236f674b287"}
 
 PICKLE = r"mini-imagenet-cache-(train|val|test)(\.pkl|\.pickle)"
@@ -36,31 +36,31 @@ def load_mini_imagenet(
 ) -> Splits:
     """Reads miniImageNet from a zip, from split folders, or from one folder of images with Ravi and Larochelle's lists.
 
-    Looked for in root, then in its subfolders miniimagenet, mini_imagenet, mini-imagenet, miniImageNet and
+    It is looked for in root, then in its subfolders miniimagenet, mini_imagenet, mini-imagenet, miniImageNet and
     miniimagenet_150; in each of them, in this order:
 
     - folders train/<wnid>/*.jpg, val/<wnid>/*.jpg, test/<wnid>/*.jpg;
-    - a folder `images` with all files, and beside it train.csv, val.csv and test.csv (columns filename,label);
-    - the pickles mini-imagenet-cache-train.pkl, -val.pkl and -test.pkl, read without running what a pickle may hold;
+    - a folder `images` with all files, and next to it train.csv, val.csv and test.csv (columns filename,label);
+    - the pickles mini-imagenet-cache-train.pkl, -val.pkl and -test.pkl, read without running any code they may hold;
     - the one zip that holds such split folders. It is read in memory, never unpacked.
 
     Args:
         root: the folder to look in, or the zip or one of the pickles itself.
         image_size: height and width in pixels, or one number for both; 84 as in every paper, the size of the usual
             files, which pass unchanged.
-        memory_map: leave the images in the cache's file and read only what is asked for, not 1.3 GB for all 60,000.
+        memory_map: leave the images in the cache's file and read only the requested ones, not 1.3 GB for all 60,000.
         cache_dir: where the decoded images are kept; `$PML_FEWSHOT_CACHE` or `~/.cache/pml_fewshot` when None.
 
     Returns:
-        Splits of 64 / 16 / 20 classes named by their WordNet ids, images in the order of their file names. Where the
+        Splits of 64 / 16 / 20 classes named by their WordNet ids, images in the order of their file names. If the
         classes do not have their 600 images, all three sets say so in `note`: "150 of 600 images a class". 6 images are
-        both in a train and in a val class, as in the original.
+        in both a train and a val class, as in the original.
 
     Raises:
-        MissingFileError: none of the layouts is there, or a list names a missing file.
-        UsageError: a broken zip, list or image, several zips that fit, or other classes than Ravi and Larochelle's
-            (their numbers only where the names are no WordNet ids); of pickles, which nothing else reads, the note
-            says so.
+        MissingFileError: none of the layouts is found, or a list names a missing file.
+        UsageError: a broken zip, list or image, several matching zips, or classes other than Ravi and Larochelle's
+            (only their numbers are compared if the names are not WordNet ids); for pickles, which nothing else reads,
+            the note says so instead.
     """
     form = Form.of(image_size)
     root = Path(root).resolve()
@@ -122,7 +122,7 @@ def _from_pickles(folder: Path, ending: str, form: Form, memory_map: bool, cache
 
 
 def _in_pickle(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Images (N, H, W, 3) uint8, and the indices of each class's."""
+    """Returns images (N, H, W, 3) uint8, and the indices of each class's images."""
     content = read_plain_pickle(path)
     images, classes = (content.get(key) if isinstance(content, dict) else None for key in ("image_data", "class_dict"))
     if not isinstance(images, np.ndarray) or not isinstance(classes, dict) or not classes:
@@ -163,13 +163,13 @@ def _find(root: Path) -> Path:
 
 
 def _in_splits(names: list[str]) -> dict[str, str]:
-    """The images in split folders, at any depth: split/class/name -> their full names."""
+    """Returns the images in split folders, at any depth: split/class/name -> full name."""
     found = (re.search(rf"(?:^|/)((?:{'|'.join(ROLES)})/.+)", name) for name in names)
     return {match[1]: match.string for match in found if match}
 
 
 def _listed(path: Path, unlisted: set[str]) -> dict[str, str]:
-    """The same for the images in one of Ravi and Larochelle's lists, which it takes out of `unlisted`."""
+    """Does the same for the images in one of Ravi and Larochelle's lists, and removes them from `unlisted`."""
     if not path.is_file():
         raise MissingFileError(f"expected the list {path}, got none; fetch it")
     full = {}
@@ -187,20 +187,20 @@ def _listed(path: Path, unlisted: set[str]) -> dict[str, str]:
 
 
 def _other_classes(splits: Mapping[str, Classes] | Mapping[str, dict[str, int]]) -> str:
-    """How the classes differ from Ravi and Larochelle's; "" where they do not, or nobody can tell."""
+    """Returns how the classes differ from Ravi and Larochelle's; "" if they do not, or if it is unknown."""
     found = {split: len(classes) for split, classes in splits.items()}
     if found != CLASSES:
         return f"other numbers of classes ({found or 'none'}) than {CLASSES}"
     for split, classes in splits.items():
         digest = hashlib.blake2b("\n".join(sorted(classes)).encode(), digest_size=8).hexdigest()
-        # under other names than WordNet ids nobody can tell
+        # with names other than WordNet ids it is unknown
         if digest != RAVI_LAROCHELLE[split] and any(re.fullmatch(r"n\d{8}", name) for name in classes):
             return f"other {split} classes than Ravi and Larochelle's ({', '.join(sorted(classes)[:3])}, ..)"
     return ""
 
 
 def _images_a_class(splits: Mapping[str, Classes] | Mapping[str, dict[str, int]]) -> str:
-    """ "150 of 600 images a class", where that is so."""
+    """Returns "150 of 600 images a class", or "" if all have 600."""
     each = [images for classes in splits.values() for images in classes.values()]
     counts = sorted({count if isinstance(count, int) else len(count) for count in each})
     found = " to ".join(map(str, counts[:1] + counts[1:][-1:]))

@@ -17,8 +17,8 @@ from pml_fewshot.data.images import Form, open_images, read_images
 PARTS = {"images_background": 964, "images_evaluation": 659}  # characters in each part
 DRAWINGS = 20  # of each character
 
-# The split of Vinyals et al. 2016, as Snell et al. 2017 published it: whole alphabets, but for Gurmukhi, of which the
-# first 41 characters are for training and the last 4 for test. All characters not named here are for training.
+# The split of Vinyals et al. 2016, as Snell et al. 2017 published it: whole alphabets, except for Gurmukhi, whose
+# first 41 characters are for training and last 4 for test. All characters not named here are for training.
 VINYALS_VAL = ("Hebrew", "Mkhedruli_(Georgian)", "Armenian", "Early_Aramaic", "Bengali")
 VINYALS_TEST = (
     *("Kannada", "Keble", "Malayalam", "Manipuri", "Mongolian", "Old_Church_Slavonic_(Cyrillic)", "Oriya"),
@@ -40,18 +40,18 @@ def load_omniglot(
     Class names are `Alphabet/characterNN`, with `/rotDDD` when rotations are classes.
 
     Args:
-        root: folder that holds images_background and images_evaluation, as zips or folders, or whose `omniglot` does;
+        root: folder that holds images_background and images_evaluation, as zips or folders, directly or in `omniglot`;
             or that holds torchvision's `omniglot-py`.
         image_size: height and width in pixels; 28 as in most papers (the drawings are 105 x 105), area-averaged.
         split: "vinyals" gives 1,028 / 172 / 423 characters for train / val / test (Vinyals et al. 2016);
             "official" the background set's 964 for train, no val, and the evaluation set's 659 for test.
-        rotations: each rotation by 90 degrees is a class of its own: 4,112 / 688 / 1,692 classes in the Vinyals split.
-        download: first fetch the official zips (14 MB) into `root/omniglot-py`, as torchvision does, where missing.
+        rotations: each rotation by 90 degrees is a separate class: 4,112 / 688 / 1,692 classes in the Vinyals split.
+        download: first download the official zips (14 MB), if missing, to `root/omniglot-py`, as torchvision does.
         cache_dir: where the decoded images are kept; `$PML_FEWSHOT_CACHE` or `~/.cache/pml_fewshot` when None.
 
     Raises:
-        MissingFileError: a part is there neither as a zip nor as a folder.
-        UsageError: a zip or an image is broken, or a part has another number of characters or drawings than Omniglot.
+        MissingFileError: a part exists neither as a zip nor as a folder.
+        UsageError: a zip or an image is broken, or a part does not have Omniglot's number of characters or drawings.
     """
     check_choice("split", split, ("vinyals", "official"))
     check_at_least_one("image_size", image_size)
@@ -86,7 +86,7 @@ def _find_part(root: Path, part: str, download: bool) -> Path:
     if download and not any(place.exists() for place in places):
         from torchvision.datasets import Omniglot
 
-        Omniglot(str(root), background=part == "images_background", download=True)  # md5 checked, also of an old file
+        Omniglot(str(root), background=part == "images_background", download=True)  # checks MD5, also of an old file
     theirs = [root / "omniglot-py" / name for name in (part, f"{part}.zip")]  # where torchvision puts them
     for place in (*places, *theirs):
         if place.exists():
@@ -96,7 +96,7 @@ def _find_part(root: Path, part: str, download: bool) -> Path:
 
 
 def _read(parts: dict[str, Path], image_size: int) -> Source:
-    """Characters in sorted order, background part first; each image (1, S, S)."""
+    """Reads characters in sorted order, background part first; each image (1, S, S)."""
     class_names: list[str] = []
     form = Form.of(image_size, channels=1)
     for part, path in parts.items():

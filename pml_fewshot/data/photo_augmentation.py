@@ -1,8 +1,8 @@
-"""The augmentations of photos that most papers train with, of whole batches, each image by its own random amounts.
+"""The photo augmentations that most papers train with, for whole batches, with separate random amounts per image.
 
-They are torchvision's RandomResizedCrop, RandomHorizontalFlip and ColorJitter for batches: `draw` gives the amounts for
-each image, from the same distributions, and `apply` gives what torchvision gives for them. All are drawn on the
-generator's own device, so a CPU generator gives the same ones on every device, and a GPU is never waited for.
+They are torchvision's RandomResizedCrop, RandomHorizontalFlip and ColorJitter for batches: `draw` returns the amounts
+for each image, from the same distributions, and `apply` returns what torchvision returns for them. All are drawn on the
+generator's device, so a CPU generator gives the same ones on every device, and nothing waits for a GPU.
 """
 
 import math
@@ -17,7 +17,7 @@ from pml_fewshot.checks import UsageError, check_at_least_one
 from pml_fewshot.data.augmentation import check_images
 from pml_fewshot.embedders.modes import no_autocast, widened
 
-TRIES = 10  # of torchvision, to find a crop that fits
+TRIES = 10  # as in torchvision, to find a crop that fits
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class RandomResizedCrop:
     """Crops a random part of each image and resizes it to `size`, bilinearly and with antialiasing.
 
     Args:
-        size: of the result, (height, width), or one number for both.
-        scale: bounds of the part's share of the area.
-        ratio: bounds of its width by its height, drawn on a logarithmic scale.
+        size: size of the result, (height, width), or one number for both.
+        scale: bounds of the crop's share of the area.
+        ratio: bounds of its aspect ratio (width / height), drawn on a logarithmic scale.
 
     Source: torchvision.transforms.v2.RandomResizedCrop; Szegedy et al. 2015, section 6.
     """
@@ -54,18 +54,18 @@ class RandomResizedCrop:
         return self.apply(images, self.draw(images, generator))
 
     def draw(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Where to crop: top, left, height and width (B, 4) in pixels, int64."""
+        """Draws where to crop: top, left, height and width (B, 4) in pixels, int64."""
         height, width = images.shape[2:]
         uniform = _uniform((len(images), 2 * TRIES + 2), generator)
         area = height * width * _between(self.scale, uniform[:, :TRIES])
         ratio = _between([math.log(bound) for bound in self.ratio], uniform[:, TRIES : 2 * TRIES]).exp()
         sizes = torch.stack([(area / ratio).sqrt().round(), (area * ratio).sqrt().round()], dim=2)  # (B, TRIES, 2)
-        limits = sizes.new_tensor([height, width])  # the image's own
+        limits = sizes.new_tensor([height, width])  # the image's size
         fits = ((sizes > 0) & (sizes <= limits)).all(dim=2)
         first = fits.int().argmax(dim=1).view(-1, 1, 1).expand(-1, 1, 2)
         size = sizes.gather(dim=1, index=first).squeeze(1)
         corner = (uniform[:, -2:] * (limits - size + 1)).floor()
-        # where none of them fits, the largest crop from the middle with a ratio within the bounds
+        # where none of them fits, the largest center crop with a ratio within the bounds
         middle = limits.minimum(limits.new_tensor([round(width / self.ratio[0]), round(height * self.ratio[1])]))
         found = fits.any(dim=1, keepdim=True)
         size = torch.where(found, size, middle)
@@ -73,9 +73,9 @@ class RandomResizedCrop:
         return torch.cat([corner, size], dim=1).long()
 
     def apply(self, images: Tensor, crops: Tensor) -> Tensor:
-        """The crops (B, 4) of the images, resized.
+        """Returns the crops (B, 4) of the images, resized.
 
-        A resized image is two matrix products, and the crop is within the matrices: there is no loop over images.
+        Resizing is two matrix products, and the crop is part of the matrices: there is no loop over images.
         """
         top, left, height, width = crops.to(images.device, non_blocking=True).unbind(dim=1)
         rows, columns = self._height_width()
@@ -87,10 +87,10 @@ class RandomResizedCrop:
 
 
 def _resizing(start: Tensor, length: Tensor, before: int, after: int, dtype: torch.dtype) -> Tensor:
-    """Matrices (B, after, before) that resize each image's pixels from `start` (B,), `length` (B,) many, on one axis.
+    """Returns matrices (B, after, before) that resize `length` (B,) pixels of each image from `start` (B,) on one axis.
 
-    A new pixel is a mean of the old ones around its place, weighted by a triangle that is as wide as the new pixel, or
-    as an old one where these are wider.
+    Each new pixel is a mean of the old ones around its place, weighted by a triangle that is as wide as the new pixel,
+    or as an old one where these are wider.
 
     Source: torch's `_upsample_bilinear2d_aa`, which is Pillow's.
     """
@@ -122,7 +122,7 @@ class RandomHorizontalFlip:
         return self.apply(images, self.draw(images, generator))
 
     def draw(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Which are mirrored: bools (B,)."""
+        """Draws which images are mirrored: bools (B,)."""
         return _uniform((len(images),), generator) < self.p
 
     def apply(self, images: Tensor, mirrored: Tensor) -> Tensor:
@@ -134,11 +134,11 @@ class ColorJitter:
     """Changes each image's brightness, contrast, saturation and hue, in a random order, by random amounts.
 
     Args:
-        brightness: the factor is uniform in 1 +- brightness (0 at least), or between the two numbers given.
-        contrast: likewise; 0 makes an image as gray as its mean.
-        saturation: likewise; 0 makes an image gray. Gray images (C = 1) stay as they are.
-        hue: the shift is uniform in +- hue (0.5 at most, which is the opposite color), or between the two numbers
-            given. Gray images stay as they are.
+        brightness: the factor is uniform in 1 +- brightness (at least 0), or between the two numbers given.
+        contrast: likewise; a factor of 0 turns the whole image its mean gray.
+        saturation: likewise; a factor of 0 turns an image gray. Gray images (C = 1) are unchanged.
+        hue: the shift is uniform in +- hue (at most 0.5, which is the opposite color), or between the two numbers
+            given. Gray images are unchanged.
 
     Source: torchvision.transforms.v2.ColorJitter.
     """
@@ -169,14 +169,14 @@ class ColorJitter:
         return self.apply(images, *self.draw(images, generator))
 
     def draw(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The order of the CHANGES, as their numbers (B, 4) int64, and the amount of each (B, 4) in float64."""
+        """Draws the order of the CHANGES, as their numbers (B, 4) int64, and the amount of each, (B, 4) float64."""
         uniform = _uniform((len(images), 2 * len(CHANGES)), generator)
         bounds = [self._bounds(name) for name in CHANGES]
         amounts = [_between(bound, uniform[:, number]) for number, bound in enumerate(bounds)]
         return uniform[:, len(CHANGES) :].argsort(dim=1), torch.stack(amounts, dim=1)
 
     def apply(self, images: Tensor, orders: Tensor, amounts: Tensor) -> Tensor:
-        """The images changed by these amounts in these orders: in each place, all with the same change at once."""
+        """Changes the images by these amounts in these orders: at each place, all with the same change together."""
         places = orders.argsort(dim=0).T.to(images.device, non_blocking=True)  # (4, B) images, those of change 0 first
         counts = F.one_hot(orders, len(CHANGES)).sum(dim=0).tolist()  # of images, for each place and change
         amounts = amounts.to(images.device, images.dtype, non_blocking=True)
@@ -202,7 +202,7 @@ def _saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def _hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue h, of a circle of length 6; a channel is V - S V clamp(min(k, 4 - k), 0, 1), k = (n + h) mod 6."""
+    """Shifts the hue h on a circle of length 6; a channel is V - S V clamp(min(k, 4 - k), 0, 1), k = (n + h) mod 6."""
     if images.shape[1] == 1:
         return images
     lowest, highest = images.amin(dim=1, keepdim=True), images.amax(dim=1, keepdim=True)
@@ -211,16 +211,16 @@ def _hue(images: Tensor, shift: Tensor) -> Tensor:
     not_red = torch.where(green == highest, blue - red + 2 * spread, red - green + 4 * spread)
     hue = torch.where(red == highest, green - blue, not_red) / torch.where(spread > 0, spread, 1)
     first = torch.arange(5, 0, -2, device=images.device).view(1, 3, 1, 1)  # n of red, green and blue: 5, 3, 1
-    k = ((hue + first) / 6 + (1 + shift)).frac_() * 6  # what is above 0 needs no remainder_, which is slower
+    k = ((hue + first) / 6 + (1 + shift)).frac_() * 6  # positive values need no remainder_, which is slower
     return highest - spread * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
-# torchvision's numbers of them
+# numbered as in torchvision
 CHANGES = {"brightness": _brightness, "contrast": _contrast, "saturation": _saturation, "hue": _hue}
 
 
 def _gray(images: Tensor) -> Tensor:
-    """(B, 1, H, W), as torchvision weighs red, green and blue."""
+    """Returns (B, 1, H, W), with red, green and blue weighted as in torchvision."""
     if images.shape[1] == 1:
         return images
     red, green, blue = images.split(1, dim=1)
@@ -232,13 +232,13 @@ def _blend(images: Tensor, other: Tensor, share: Tensor) -> Tensor:
 
 
 def _checked(images: Tensor) -> Tensor:
-    """The images, in float32 at least."""
+    """Checks the images and returns them in at least float32."""
     check_images(images)
     return widened(images)
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """In [0, 1), as doubles: a float32 that is drawn below 1 may be a pixel too far once it is multiplied."""
+    """Draws from [0, 1) as doubles: a float32 drawn below 1 may be a pixel too far once it is multiplied."""
     return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
 
 

@@ -1,9 +1,9 @@
-"""Pickles that hold nothing but data, as of miniImageNet's caches, read without running anything.
+"""Reads pickles that hold nothing but data, such as miniImageNet's caches, without running anything.
 
-Why not a `pickle.Unpickler` with a `find_class` of our own: it can be made to run nothing, but eight bytes make it take
-64 GB (a memo of that index), a nested tuple as a key ends the interpreter, and it decodes the texts in which Python 2
-kept the bytes of arrays, which makes two more copies of them. Here the standard library's table of opcodes reads the
-file, and the few opcodes that build plain data are carried out on a list. There is nothing else that a file can reach.
+Why not a `pickle.Unpickler` with our own `find_class`? It can be made to run nothing, but eight bytes make it allocate
+64 GB (a memo with that index), a nested tuple as a key crashes the interpreter, and it decodes the strings in which
+Python 2 kept the bytes of arrays, which makes two more copies of them. Here the standard library's opcode table reads
+the file, and the few opcodes that build plain data are executed on a list. A file can reach nothing else.
 """
 
 import codecs
@@ -21,7 +21,7 @@ import numpy as np
 
 from pml_fewshot.checks import MissingFileError, UsageError
 
-# The opcodes with a counted argument -> how its length is written. (pickletools would copy or decode it once more.)
+# Opcodes with a counted argument -> the format of its length. (pickletools would copy or decode it once more.)
 COUNTED = {
     **{"SHORT_BINSTRING": "<B", "BINSTRING": "<i", "SHORT_BINBYTES": "<B", "BINBYTES": "<I", "BINBYTES8": "<Q"},
     **{"BYTEARRAY8": "<Q", "SHORT_BINUNICODE": "<B", "BINUNICODE": "<I", "BINUNICODE8": "<Q"},
@@ -34,20 +34,20 @@ PLAIN = (*SCALARS, list, dict, tuple, set, frozenset, np.ndarray)
 
 
 class _RefusedError(Exception):
-    """What was found that must not be there."""
+    """The file contains something that is not allowed."""
 
 
 class _Name(str):
-    """A function or class that a pickle names: a text, and never more than that."""
+    """A function or class that a pickle names: a string, and never more than that."""
 
 
 class _Arguments(tuple):
-    """A tuple with names or numpy types in it: arguments of a call, no data."""
+    """A tuple that contains names or numpy types: arguments of a call, not data."""
 
 
 @dataclass(eq=False, slots=True)
 class _Raw:
-    """The bytes of a Python 2 text (which may be those of an array) or of a bytearray."""
+    """The bytes of a Python 2 string (which may be those of an array) or of a bytearray."""
 
     content: bytes
     is_text: bool
@@ -55,30 +55,30 @@ class _Raw:
 
 @dataclass(eq=False, slots=True)
 class _Array:
-    """An array, once its state has come."""
+    """An array; its value is None until its state has been read."""
 
     value: np.ndarray | None = None
 
 
 @dataclass(eq=False, slots=True)
 class _Dtype:
-    """A numpy type; its state brings the byte order."""
+    """A numpy type; its state sets the byte order."""
 
     value: np.dtype
 
 
 def read_plain_pickle(path: str | Path) -> Any:
-    """Reads a pickle of numpy arrays and numbers, dicts, lists, tuples, sets, texts, bytes, numbers, bools and None.
+    """Reads a pickle of numpy arrays and scalars, dicts, lists, tuples, sets, strings, bytes, numbers, bools and None.
 
-    Written by Python 2 or 3, numpy 1 or 2, in any protocol. Nothing in the file is run or imported. Its arrays are
-    read-only views of the bytes that were read, so that no second copy is made. Python 2's `str` comes as text.
+    It may come from Python 2 or 3, numpy 1 or 2, in any protocol. Nothing in the file is run or imported. Arrays are
+    read-only views of the bytes that were read, so no second copy is made. Python 2's `str` is returned as text.
 
     Args:
         path: the pickle.
 
     Raises:
         MissingFileError: there is no such file.
-        UsageError: it is no pickle, is damaged, or holds anything else, which is named: "os.system".
+        UsageError: it is not a pickle, is damaged, or holds anything else, which the message names: "os.system".
     """
     path = Path(path)
     if not path.is_file():
@@ -106,7 +106,7 @@ def read_plain_pickle(path: str | Path) -> Any:
 
 
 def _opcodes(file: BinaryIO) -> Iterator[tuple[str, Any]]:
-    """The names of the file's opcodes, with their arguments."""
+    """Yields the names of the file's opcodes, with their arguments."""
     size = os.fstat(file.fileno()).st_size
     while code := file.read(1):
         opcode = OPCODES[code.decode("latin-1")]
@@ -114,7 +114,7 @@ def _opcodes(file: BinaryIO) -> Iterator[tuple[str, Any]]:
         argument: Any = None
         if name in COUNTED:
             (length,) = struct.unpack(COUNTED[name], file.read(struct.calcsize(COUNTED[name])))
-            if not 0 <= length <= size - file.tell():  # before memory is taken for it
+            if not 0 <= length <= size - file.tell():  # before memory is allocated for it
                 raise ValueError(f"{length} bytes announced where {size - file.tell()} are left")
             argument = file.read(length)
             if "UNICODE" in name:
@@ -123,7 +123,7 @@ def _opcodes(file: BinaryIO) -> Iterator[tuple[str, Any]]:
                 argument = int.from_bytes(argument, "little", signed=True)
             elif name not in ("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"):
                 argument = _Raw(argument, is_text=name != "BYTEARRAY8")
-        elif name == "STRING":  # (pickletools takes it for ASCII)
+        elif name == "STRING":  # (pickletools assumes ASCII)
             quoted = re.fullmatch(rb"(['\"])(.*)\1\n", file.readline(), re.DOTALL)
             if quoted is None:
                 raise ValueError("a text without quotes")
@@ -135,7 +135,7 @@ def _opcodes(file: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 
 def _carry_out(opcodes: Iterator[tuple[str, Any]]) -> Any:
-    """What the opcodes build, on a stack, with a memo of what is needed again."""
+    """Returns what the opcodes build, on a stack, with a memo of reused values."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -237,7 +237,7 @@ def _carry_out(opcodes: Iterator[tuple[str, Any]]) -> Any:
 
 
 def _called(value: Any) -> str:
-    """What a value is, for messages."""
+    """Describes a value, for messages."""
     if isinstance(value, _Raw):
         return "a Python 2 text" if value.is_text else "a bytearray"
     if type(value) is str:
@@ -248,7 +248,7 @@ def _called(value: Any) -> str:
 
 
 def _data(value: Any) -> Any:
-    """A value as it may stand in the result; what is in it was looked at when it went in."""
+    """Returns a value as it may appear in the result; its contents were checked when they were added."""
     if isinstance(value, _Array) and value.value is not None:
         return value.value
     if isinstance(value, _Raw) and value.is_text:
@@ -259,7 +259,7 @@ def _data(value: Any) -> Any:
 
 
 def _key(value: Any) -> Any:
-    """A value as a key: no tuple of tuples, of which a few bytes can hold so many that their hash never ends."""
+    """Returns a value as a key: no tuple of tuples, as a few bytes can hold so many that hashing never ends."""
     value = _data(value)
     for part in value if type(value) is tuple else [value]:
         if type(part) not in SCALARS and not isinstance(part, np.generic):
@@ -278,7 +278,7 @@ def _tuple(items: list[Any]) -> tuple[Any, ...]:
 
 
 def _named(name: str) -> _Name:
-    """A name, where it is one of those that _call knows, without its differences between versions."""
+    """Returns a name, if it is one that _call knows, without its differences between versions."""
     plain = re.sub(r"^__builtin__\.", "builtins.", re.sub(r"^numpy\._core\.", "numpy.core.", name))
     if plain not in NAMES:
         raise _RefusedError(name)
@@ -293,7 +293,7 @@ NAMES = {
 
 
 def _call(name: _Name, arguments: Any) -> Any:
-    """What a call of one of NAMES would return, from arguments as Python and numpy write them."""
+    """Returns what a call of one of NAMES would return, with arguments as Python and numpy write them."""
     match name, arguments:
         case "numpy.core.multiarray._reconstruct", [_Name("numpy.ndarray"), (0,), _]:
             return _Array()
@@ -319,7 +319,7 @@ def _call(name: _Name, arguments: Any) -> Any:
 
 
 def _build(built: Any, state: Any) -> None:
-    """Gives an array or a numpy type its state."""
+    """Sets the state of an array or a numpy type."""
     match built, state:
         case _Array(), [1, shape, _Dtype(dtype), bool() | 0 | 1 as fortran, raw]:
             built.value = _array(raw, dtype, shape, "F" if fortran else "C")
@@ -337,13 +337,13 @@ def _listed(items: Any) -> str:
 
 
 def _array(raw: Any, dtype: np.dtype, shape: Any, order: Any) -> np.ndarray:
-    """The bytes as an array, where they are just as many as it has."""
+    """Returns the bytes as an array, if their number is exactly right."""
     content = raw.content if isinstance(raw, _Raw) else raw
     if type(content) is not bytes or type(shape) is not tuple or any(type(n) is not int for n in shape):
         raise _RefusedError(f"an array of shape {_listed(shape)} from {_called(content)}")
     if dtype.itemsize == 0 or math.prod(shape) * dtype.itemsize != len(content):
         raise ValueError(f"{len(content)} bytes for an array of shape {str(shape)[:50]} and type {dtype}")
-    # numpy itself trusts these: a mask that counts 2 for a True writes past its end
+    # numpy itself trusts these: a mask in which a True counts as 2 writes past its end
     if dtype.kind == "b" and content.translate(None, b"\0\1"):
         raise ValueError("a bool that is neither False nor True")
     if dtype.kind == "U" and len(content) and np.frombuffer(content, dtype.byteorder + "u4").max() > 0x10FFFF:

@@ -8,28 +8,28 @@ from pml_fewshot.distances.nodes import as_maps, check_nodes, in_blocks, unit_no
 from pml_fewshot.distances.optimal_transport import EPSILON, Solver, check_solver, transport_value
 from pml_fewshot.embedders.modes import in_float32
 
-LEAST_WEIGHT = 1e-3  # of a node that has nothing to do with the other image, as in the authors' code
+LEAST_WEIGHT = 1e-3  # of a node unrelated to the other image, as in the authors' code
 
 
 class EarthMoversDistance(EpisodicDistance):
     """Scores two feature maps by the cosines of their nodes under the cheapest matching of one to the other.
 
-    A node's mass says how much it has to do with the other image: its dot product with the mean node of the other,
-    where that is positive, plus 0.001, scaled to a sum of 1. A unit moved from node i to node j costs 1 - the cosine of
-    the two, each centered over its channels. The score is 1 - the earth mover's distance: the cosine averaged over the
-    matching, from -1 to 1.
+    A node's mass measures how related it is to the other image: its dot product with the mean node of the other,
+    clipped at 0, plus 0.001, scaled to a sum of 1. Moving a unit from node i to node j costs 1 - the cosine of the two,
+    each centered over its channels. The score is 1 - the earth mover's distance: the cosine averaged over the matching,
+    from -1 to 1.
 
-    A similarity (`is_inverted=True`) for losses, heads and miners of PML. It is bounded, so a softmax over it wants a
+    A similarity (`is_inverted=True`) for losses, heads and miners of PML. It is bounded, so a softmax over it needs a
     scale: `PrototypicalLoss(distance=EarthMoversDistance(25), scale=12.5)` has the paper's temperature. Comparing all
-    pairs of a set takes 75 us a pair at 25 nodes on two cores, 11 minutes for 3,000 images; `RetrievalTester` reorders
-    the first k by it instead.
+    pairs of a set takes 75 us per pair at 25 nodes on two cores, 11 minutes for 3,000 images; `RetrievalTester` instead
+    reranks the first k with it.
 
     Args:
         nodes: positions of the feature map: 25 for Conv4 and for ResNet12(pool=False) at 84 x 84.
         solver: "exact", by POT (the extra `emd`), on the CPU; "sinkhorn", entropic, on the embeddings' device; "auto",
             exact on a CPU and sinkhorn on a GPU. See `transport_value`.
-        epsilon: of sinkhorn. The default is within 1 % of the exact distance, but for maps of which only 1 to 2 % are
-            active (5 % seen); 0.0005 within 0.01 % for most maps.
+        epsilon: of sinkhorn. The default is within 1 % of the exact distance, except for maps that are only 1 to 2 %
+            active (5 % seen); 0.0005 is within 0.01 % for most maps.
         collect_stats: keep PML's statistics for a record-keeper; PML's own default when None.
 
     Shapes: (B, D) and (R, D) -> (B, R), where D is channels * nodes, channels first.
@@ -40,7 +40,7 @@ class EarthMoversDistance(EpisodicDistance):
 
     Raises:
         UsageError: fewer than 2 nodes; nodes that do not divide D; an epsilon too small for the embeddings' type.
-        MissingPackageError: exact, or auto without a GPU, and POT is not installed.
+        MissingPackageError: the solver is exact, or auto without a GPU, and POT is not installed.
 
     Source: Zhang, Cai, Lin and Shen 2020, "DeepEMD: Few-Shot Image Classification with Differentiable Earth Mover's
     Distance and Structured Classifiers", equations 1 to 9.

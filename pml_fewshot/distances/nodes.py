@@ -13,7 +13,7 @@ BLOCK = 2**21  # floats that pairs of maps hold at a time: 8 MiB
 
 
 def check_nodes(nodes: int) -> None:
-    """Raises a UsageError unless there are several nodes: positions of the feature map, 25 of one of 5 x 5."""
+    """Raises a UsageError unless there are at least 2 nodes: positions of the feature map, 25 for 5 x 5."""
     check_at_least_one("nodes", nodes)
     if nodes < 2:
         raise UsageError(
@@ -36,9 +36,9 @@ def as_maps(embeddings: Tensor, nodes: int) -> Tensor:
 
 
 def unit_nodes(maps: Tensor) -> Tensor:
-    """Maps (..., nodes, C) with the channels of each node scaled to length 1; a node of zeros stays zeros.
+    """L2-normalizes each node of maps (..., nodes, C) over its channels; a zero node stays zero.
 
-    F.normalize would divide that by 1e-12, and multiply its gradient by 1e12.
+    F.normalize would divide a zero node by 1e-12, and multiply its gradient by 1e12.
     """
     lengths = torch.linalg.vector_norm(maps, dim=-1, keepdim=True)
     return maps / lengths.masked_fill(lengths == 0, 1)
@@ -47,16 +47,16 @@ def unit_nodes(maps: Tensor) -> Tensor:
 def in_blocks(
     compare: Callable[[Tensor, Tensor], Tensor], query: Tensor, reference: Tensor, floats_of_pair: int
 ) -> Tensor:
-    """What `compare` gives for queries (E, N, ...) and references (E, R, ...), (E, N, R), some pairs at a time.
+    """Applies `compare` to queries (E, N, ...) and references (E, R, ...), some pairs at a time: (E, N, R).
 
-    So many that they hold about BLOCK floats: several episodes at once where these are small, else a part of one.
+    These pairs hold about BLOCK floats: several episodes at once if these are small, else a part of one.
     """
     (episodes, queries), references = query.shape[:2], reference.shape[1]
     at_once = max(BLOCK // floats_of_pair, 1)
     width = min(references, at_once) or 1
     rows = min(queries, at_once // width) or 1
     depth = at_once // (width * rows)
-    # written into one tensor: small ones kept among the freed blocks would leave holes that no next block fits
+    # written into one tensor: small ones kept among the freed blocks would leave holes too small for the next block
     out = query.new_empty(episodes, queries, references)
     for e, n, r in product(range(0, episodes, depth), range(0, queries, rows), range(0, references, width)):
         part = compare(query[e : e + depth, n : n + rows], reference[e : e + depth, r : r + width])

@@ -1,10 +1,10 @@
-"""The value of the optimal transport between two sets of masses, for thousands of small problems at once.
+"""The value of optimal transport between two sets of masses, for thousands of small problems at once.
 
     min of sum(P * costs) over plans P >= 0 of n x m, whose rows sum to the masses a and whose columns sum to b
 
-By the envelope theorem its gradient is the plan for the costs, and for the masses the dual potentials, up to a constant
-that changes nothing where the masses are scaled to a sum of 1. Sinkhorn's are those of its entropic problem: with the
-default epsilon a plan's entries are off by 6e-4 on average, by 0.03 at most.
+By the envelope theorem its gradient is the plan for the costs, and the dual potentials for the masses, up to a constant
+that has no effect if the masses are scaled to a sum of 1. Sinkhorn's gradients are those of its entropic problem: with
+the default epsilon, a plan's entries are off by 6e-4 on average and 0.03 at most.
 """
 
 from collections.abc import Callable
@@ -21,18 +21,18 @@ from pml_fewshot.checks import UsageError, check_choice, import_extra
 Solver = Literal["auto", "exact", "sinkhorn"]
 Solution = tuple[Tensor, Tensor, Tensor, Tensor]  # value (P,), plan (P, n, m), potentials f (P, n) and g (P, m)
 
-EPSILON = 0.003  # Sinkhorn's value is then within 1 % of the exact one, but for maps of which 1 to 2 % are active
+EPSILON = 0.003  # Sinkhorn's value is then within 1 % of the exact one, except for maps that are 1 to 2 % active
 MOST_PIVOTS = 10**6  # of the network simplex, which takes about 100 for 25 x 25 masses
-OPTIMAL = 1  # what it says of a solution
-FEW = 64  # problems that no second thread pays for
-RELAXATION = 1.5  # longer steps are fewer (Thibault et al. 2021); 1.7 overflows float32 with very uneven masses
-STEPS = 20  # of Sinkhorn's, until the potentials move into the kernel, so that no factor grows without bound
+OPTIMAL = 1  # its status for a solution
+FEW = 64  # problems for which a second thread does not pay off
+RELAXATION = 1.5  # longer steps, so fewer (Thibault et al. 2021); 1.7 overflows float32 with very uneven masses
+STEPS = 20  # of Sinkhorn before the potentials move into the kernel, so that no factor grows without bound
 LEAST_MASS = 1e-12  # in place of 0, which has no logarithm
 LEAST_EXPONENT = -80.0  # exp of less is denormal in float32, which takes ten times as long
 
 
 def check_solver(solver: str, epsilon: float) -> None:
-    """Raises before any work what `transport_value` would raise at its first problem."""
+    """Raises up front the errors that `transport_value` would raise at its first problem."""
     check_choice("solver", solver, ("auto", "exact", "sinkhorn"))
     if not (isinstance(epsilon, int | float) and 0 < epsilon < float("inf")):
         raise UsageError(f"expected an epsilon above 0, got {epsilon!r}; {EPSILON} is the default")
@@ -41,29 +41,29 @@ def check_solver(solver: str, epsilon: float) -> None:
 
 
 def transport_value(costs: Tensor, a: Tensor, b: Tensor, solver: Solver = "auto", epsilon: float = EPSILON) -> Tensor:
-    """The least total cost of moving the masses a (P, n) to b (P, m), (P,), at costs (P, n, m) for a unit of mass.
+    """The least total cost (P,) of moving the masses a (P, n) to b (P, m), at costs (P, n, m) per unit of mass.
 
     Args:
         costs: floats; a problem with NaN or infinity among its numbers has the value NaN.
         a, b: masses of at least 0, which are scaled to a sum of 1.
-        solver: "exact": POT's network simplex, in float64 on the CPU, in as many threads as torch has. "sinkhorn":
+        solver: "exact": POT's network simplex, in float64 on the CPU, in as many threads as torch uses. "sinkhorn":
             entropic, in torch on the costs' own device. "auto": exact on a CPU, where it is also faster (9 times for
-            25 x 25: 45 us a problem on two cores), sinkhorn on a GPU.
-        epsilon: weight of Sinkhorn's entropy. A smaller one is nearer to the exact value, and takes longer in inverse
-            proportion.
+            25 x 25: 45 us per problem on two cores), sinkhorn on a GPU.
+        epsilon: weight of Sinkhorn's entropy. A smaller one comes closer to the exact value; the time grows in
+            inverse proportion.
 
     Raises:
-        UsageError: masses below 0 or all 0 (on a GPU NaN comes of them), an epsilon too small for the costs' type.
+        UsageError: masses below 0 or all 0 (which give NaN on a GPU), an epsilon too small for the costs' type.
         MissingPackageError: exact without POT.
     """
-    if a.is_cpu:  # (a GPU would be waited for)
+    if a.is_cpu:  # (the check would wait for a GPU)
         for masses in (a.detach(), b.detach()):
             if (masses < 0).any() or (masses.sum(dim=1) == 0).any():
                 raise UsageError("expected masses of at least 0 that are not all 0, got others; clamp them to above 0")
     a, b = (masses / masses.sum(dim=1, keepdim=True) for masses in (a, b))
     if solver == "exact" or (solver == "auto" and costs.is_cpu):
         return _Value.apply(costs, a, b, _exact)[0]
-    least = 1000 * torch.finfo(costs.dtype).eps  # of potentials of the size of 1, rounding is then 0.1 % of a mass
+    least = 1000 * torch.finfo(costs.dtype).eps  # rounding of potentials near 1 is then 0.1 % of a mass
     if epsilon < least:
         do = "raise it, give float64, or take the exact solver"
         raise UsageError(f"expected an epsilon of at least {least:.1e} with {costs.dtype}, got {epsilon}; {do}")
@@ -72,7 +72,7 @@ def transport_value(costs: Tensor, a: Tensor, b: Tensor, solver: Solver = "auto"
 
 
 class _Value(torch.autograd.Function):
-    """A solution, whose value has the gradient of the envelope theorem."""
+    """A solution whose value has its gradient by the envelope theorem."""
 
     @staticmethod
     def forward(costs: Tensor, a: Tensor, b: Tensor, solve: Callable[[Tensor, Tensor, Tensor], Solution]) -> Solution:
@@ -98,7 +98,7 @@ def _exact(costs: Tensor, a: Tensor, b: Tensor) -> Solution:
     solve_one = _network_simplex()
     unit, from_, to = (each.double().cpu().contiguous().numpy() for each in (costs, a, b))
     finite = np.isfinite(unit).all(axis=(1, 2)) & np.isfinite(from_).all(axis=1) & np.isfinite(to).all(axis=1)
-    # float32's sums are off by 1e-7, which the solver takes for a problem without a solution
+    # float32's sums are off by 1e-7, which the solver would take for an infeasible problem
     from_, to = (masses / masses.sum(axis=1, keepdims=True) for masses in (from_, to))
     plan, f, g = np.zeros_like(unit), np.zeros_like(from_), np.zeros_like(to)
 
@@ -110,7 +110,7 @@ def _exact(costs: Tensor, a: Tensor, b: Tensor) -> Solution:
 
     problems = np.flatnonzero(finite)
     threads = torch.get_num_threads() if len(problems) > FEW else 1
-    with ThreadPoolExecutor(threads) as pool:  # the solver runs without Python's lock
+    with ThreadPoolExecutor(threads) as pool:  # the solver releases Python's lock
         list((pool.map if threads > 1 else map)(solve, np.array_split(problems, threads)))
     if not (from_.all() and to.all()):  # the solver leaves out empty nodes; a first grain there costs the least of
         no_from, no_to = from_ == 0, to == 0  # the ways to a node that is not empty
@@ -122,10 +122,10 @@ def _exact(costs: Tensor, a: Tensor, b: Tensor) -> Solution:
 
 
 def _sinkhorn(costs: Tensor, a: Tensor, b: Tensor, epsilon: float) -> Solution:
-    """Sinkhorn's algorithm with an epsilon that falls by halves from 1, each beginning at the last one's potentials.
+    """Sinkhorn's algorithm with an epsilon that is halved from 1, each time starting at the last one's potentials.
 
     The value is the plan's own cost without the entropy, plus what the masses that it misses would cost at the
-    potentials: an order nearer than the cost alone (Schmitzer 2019 for the scaling of epsilon and the stabilized
+    potentials: an order more accurate than the cost alone (Schmitzer 2019 for the scaling of epsilon and the stabilized
     kernel).
     """
     a, b = (masses.clamp(min=LEAST_MASS) for masses in (a, b))

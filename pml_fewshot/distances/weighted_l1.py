@@ -12,11 +12,11 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from pml_fewshot.checks import UsageError, check_at_least_one
 from pml_fewshot.embedders.modes import in_float32
 
-BLOCK = 2**24  # floats of |q - r| that the MLP holds at a time where no gradient is wanted: 64 MiB
+BLOCK = 2**24  # floats of |q - r| that the MLP holds at a time if no gradient is needed: 64 MiB
 
 
 class WeightedSum(LazyModuleMixin, nn.Module):
-    """Weighs the last dimension and adds a bias: (..., D) -> (...); D is taken from the first input.
+    """Weighted sum over the last dimension plus a bias: (..., D) -> (...); D is inferred from the first input.
 
     The weights are a vector, because PML's record-keeper takes a matrix of one row for a number.
     """
@@ -37,21 +37,21 @@ class WeightedSum(LazyModuleMixin, nn.Module):
 
 
 class WeightedL1Similarity(BaseDistance):
-    """Scores each pair of embeddings by a learned weighting of |q - r|: a logit, large where both are of one class.
+    """Scores each pair of embeddings by a learned weighting of |q - r|: a logit, large if both are of one class.
 
-    A similarity (`is_inverted=True`) as PML knows it: it serves PML's pair losses and miners, classifies episodes and
-    ranks retrieval.
+    A similarity in PML's sense (`is_inverted=True`): it works in PML's pair losses and miners, in episode
+    classification and in retrieval.
 
     Args:
-        dim: D of the embeddings. When None it is taken from the first ones seen, and nothing else is; an optimizer may
-            hold the parameters by then.
-        hidden: None for the paper's weighted sum; a number for a small MLP in its place, D -> hidden -> 1 with a ReLU.
+        dim: D of the embeddings. When None, it is inferred from the first ones seen, and nothing else is; an optimizer
+            may already hold the parameters.
+        hidden: None for the paper's weighted sum; a number for a small MLP instead, D -> hidden -> 1 with a ReLU.
         collect_stats: keep PML's statistics for a record-keeper; PML's own default when None.
 
     Shapes: (B, D) and (R, D) -> (B, R). The weighted sum is the difference of two L1 distance matrices, one for the
-    negative weights and one for the positive, and never holds (B, R, D); the MLP does where a gradient is wanted.
+    negative weights and one for the positive, and never holds (B, R, D); the MLP does if a gradient is needed.
 
-    The weights of the sum begin at -1 / sqrt(D): untrained it ranks as L1 does, with logits of the order of sqrt(D).
+    The weights of the sum start at -1 / sqrt(D): untrained, it ranks as L1 does, with logits on the order of sqrt(D).
 
     Source: Koch, Zemel and Salakhutdinov 2015, "Siamese Neural Networks for One-shot Image Recognition", section 3.1,
     where a sigmoid follows; here it is in the loss (PairVerificationLoss).
@@ -74,7 +74,7 @@ class WeightedL1Similarity(BaseDistance):
             self._prepare(dim)
 
     def _prepare(self, *sizes: int) -> None:
-        """Makes the weights for embeddings of D, where they have no shape yet, and refuses others than they are for."""
+        """Creates the weights for embeddings of D, if they have no shape yet, and refuses those of any other width."""
         first = next(self.score.parameters())
         if is_lazy(first):
             with torch.inference_mode(False), torch.no_grad():  # weights made in inference mode could never train
@@ -89,10 +89,10 @@ class WeightedL1Similarity(BaseDistance):
         self._prepare(query_emb.shape[1], ref_emb.shape[1])
         if isinstance(self.score, WeightedSum):
             mat = self.score.bias.expand(len(query_emb), len(ref_emb))
-            # Differing in some dimensions speaks against one class, in others for it: an L1 distance of each kind.
+            # A difference in some dimensions speaks against one class, in others for it: an L1 distance for each kind.
             for sign in (-1, 1):
                 weight, query, reference = (sign * self.score.weight).clamp(min=0), query_emb, ref_emb
-                if weight.is_cpu:  # without the zeros it is half the work; a GPU would be waited for to count them
+                if weight.is_cpu:  # half the work without the zeros; counting them would wait for a GPU
                     kind = weight.nonzero().flatten()
                     weight, query, reference = weight[kind], query[:, kind], reference[:, kind]
                 mat = mat + sign * torch.cdist(query * weight, reference * weight, p=1)
@@ -101,7 +101,7 @@ class WeightedL1Similarity(BaseDistance):
             return self.score((query_emb.unsqueeze(1) - ref_emb).abs())
         rows = max(BLOCK // max(ref_emb.numel(), len(ref_emb) * (self.hidden or 0), 1), 1)
         # Written into one tensor: a result of each block, kept among freed blocks, would leave a hole too small for the
-        # next block, and an allocator that gives nothing back would take 24 GiB for 9,885 x 3,295 pairs.
+        # next block, and an allocator that returns nothing would take 24 GiB for 9,885 x 3,295 pairs.
         mat = query_emb.new_empty(len(query_emb), len(ref_emb))
         for start in range(0, len(query_emb), rows):
             mat[start : start + rows] = self.score((query_emb[start : start + rows].unsqueeze(1) - ref_emb).abs())
@@ -109,6 +109,6 @@ class WeightedL1Similarity(BaseDistance):
 
     @in_float32
     def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
-        """(B, D) and (B, D) -> (B,): the score of each query with the reference in its place."""
+        """(B, D) and (B, D) -> (B,): the score of each query with the reference in the same row."""
         self._prepare(query_emb.shape[1], ref_emb.shape[1])
         return self.score((query_emb - ref_emb).abs())

@@ -1,4 +1,4 @@
-"""EmbeddingBank: a data set's embeddings, computed once and evaluated many times; and banks in files of any tool."""
+"""EmbeddingBank: a dataset's embeddings, computed once and evaluated many times; also loaded from any tool's files."""
 
 import hashlib
 import json
@@ -25,22 +25,22 @@ ClassName = str | int  # a class's name, or its label where the source has no na
 
 @dataclass(frozen=True, init=False)
 class EmbeddingBank:
-    """Embeddings of a data set with its labels.
+    """Embeddings of a dataset with its labels.
 
     Args:
-        embeddings: (M, D) floats, all finite: a tensor, numpy array, DataFrame or list of rows. One over a memory map
-            stays one (`load_bank` makes it).
-        labels: (M,) integers of any values, where there are class names indices into them; or texts. Tensors, numpy,
-            lists or a column of a table; they are kept as int64.
-        source: fingerprint of the data set that was embedded, which tells that results from the bank and from the set
-            are on the same episodes; empty when unknown.
-        class_names: where the source has names; of labels that are texts these in alphabetical order when empty. Two
-            banks that meet (queries and references) are aligned by them.
-        note: what readers of figures from this bank must know; kept with it, and with results.
+        embeddings: (M, D) floats, all finite: a tensor, NumPy array, DataFrame or list of rows. Memory-mapped
+            embeddings (see `load_bank`) stay memory-mapped.
+        labels: (M,) integers of any values (indices into the class names if there are any), or strings: a tensor,
+            NumPy array, list or table column. They are stored as int64.
+        source: fingerprint of the embedded dataset, which shows that results from the bank and from the dataset are on
+            the same episodes; empty when unknown.
+        class_names: names of the classes, if known; when empty and the labels are strings, these strings in
+            alphabetical order. Banks used together (queries and references) are aligned by name.
+        note: what readers of results from this bank must know; kept with the bank and with its results.
 
     Raises:
-        UsageError: another type (UsageTypeError), shape or number, NaN or infinity, a label that is none of the class
-            names, or a repeated name.
+        UsageError: another type (UsageTypeError), shape or number of labels, NaN or infinity, a label that is not among
+            the class names, or a repeated name.
     """
 
     embeddings: Tensor
@@ -78,19 +78,18 @@ class EmbeddingBank:
     def from_features(
         cls, features: Any, labels: Any = None, class_names: Sequence[str] = (), note: str = ""
     ) -> "EmbeddingBank":
-        """A bank of features in any of the forms in which people have them.
+        """Creates a bank from features in any common form.
 
         Args:
-            features: a dict of rows (n, D) by class, named by texts or integers; floats (classes, items, D), whose
-                labels are 0, 1, ..; a list of pairs of row and label; embeddings and labels as a pair; or a DataFrame
-                with a column of labels (`label`, `class`, `class_name`, `target` or the only one of no numbers) and
-                columns of floats, or one column of lists (`embedding`, `features` or the only one). Rows alone where
-                labels are given.
-            labels: as of an EmbeddingBank, where they are not in the features.
-            class_names, note: as of an EmbeddingBank.
+            features: a dict from class (strings or integers) to rows (n, D); floats (classes, items, D), whose labels
+                are 0, 1, ..; a list of (row, label) pairs; a pair of embeddings and labels; or a DataFrame with a
+                column of labels (`label`, `class`, `class_name`, `target` or the only non-numeric one) and columns of
+                floats, or one column of lists (`embedding`, `features` or the only one). Rows alone with `labels`.
+            labels: as in EmbeddingBank, if they are not in `features`.
+            class_names, note: as in EmbeddingBank.
 
         Raises:
-            UsageError: other forms, or what makes no EmbeddingBank.
+            UsageError: any other form, or data that EmbeddingBank refuses.
         """
         rows, labels = labeled_rows(features) if labels is None else (features, labels)
         return cls(rows, labels, class_names=class_names, note=note)
@@ -99,15 +98,15 @@ class EmbeddingBank:
         return len(self.labels)
 
     def as_dataset(self) -> FewShotDataset:
-        """The embeddings as items of a data set, to train a projection of them; its classes are those with items."""
+        """The embeddings as items of a dataset, for training a projection of them; its classes are those with items."""
         values, labels = torch.unique(self.labels, return_inverse=True)
         return FewShotDataset(self.embeddings, labels, list(map(str, names_of(values, self.class_names))), self.note)
 
     def without_small_classes(self, least: int) -> "EmbeddingBank":
-        """Returns the bank without classes of fewer than `least` items, which its note then counts.
+        """Returns the bank without classes of fewer than `least` items; its note counts those left out.
 
-        It is another set then, so episodes of it are not those of the whole bank, nor of a data set without the same
-        classes: to compare these, leave them out of the data set before it is embedded.
+        The result is another set, so its episodes are not those of the whole bank, nor those of a dataset without the
+        same classes: to compare with the latter, leave the classes out of the dataset before embedding it.
         """
         values, index, counts = torch.unique(self.labels, return_inverse=True, return_counts=True)
         kept = counts >= least
@@ -133,14 +132,14 @@ class EmbeddingBank:
         return self.source or _hash(labels.data.tobytes() + names)
 
     def mean(self) -> Tensor:
-        """The mean embedding (D,), summed in float64, read a block at a time."""
+        """The mean embedding (D,), summed in float64, one block at a time."""
         sums = [block.sum(dim=0, dtype=torch.float64) for block in self.embeddings.split(BLOCK_ROWS)]
         return (torch.stack(sums).sum(dim=0) / len(self)).to(widened(self.embeddings[:0]))
 
     def centered(self, mean: Tensor) -> "EmbeddingBank":
-        """Subtracts a mean (D,) from every row: `train_bank.mean()` (Wang et al. 2019, SimpleShot).
+        """Subtracts a mean (D,), such as `train_bank.mean()`, from every row (Wang et al. 2019, SimpleShot).
 
-        The result is float32 at least, as 16 bits would round what is left.
+        The result is at least float32, as 16 bits would round the differences.
         """
         shape, got = tuple(self.embeddings.shape[1:]), tuple(mean.shape)
         if shape != got:
@@ -149,17 +148,17 @@ class EmbeddingBank:
         return replace(self, embeddings=rows - mean.to(rows))
 
     def normalized(self) -> "EmbeddingBank":
-        """Scales every embedding to length 1, in float32 at least; with `centered` before it, SimpleShot's "CL2N"."""
+        """L2-normalizes every embedding, in at least float32; after `centered`, this is SimpleShot's "CL2N"."""
         return replace(self, embeddings=F.normalize(widened(self.embeddings), dim=1))
 
     def power_transformed(self, power: float = 0.5) -> "EmbeddingBank":
-        """Raises x + 1e-6 to a power, which makes skewed features more like a Gaussian (Hu et al. 2021, PT-MAP).
+        """Raises x + 1e-6 to a power, which makes skewed features more Gaussian (Hu et al. 2021, PT-MAP).
 
-        For features that are never negative, as behind a ReLU: the paper's are, and its code makes NaN of others. The
-        paper then scales to length 1: `bank.power_transformed().normalized()`.
+        For features that are never negative, as after a ReLU: the paper's are, and its code turns others into NaN. The
+        paper then L2-normalizes them: `bank.power_transformed().normalized()`.
 
         Raises:
-            UsageError: a power that is not above 0, or an embedding below 0.
+            UsageError: a power that is not above 0, or a negative number in an embedding.
         """
         if not 0 < power < math.inf:
             raise UsageError(f"expected a power above 0, got {power}; 0.5 is the paper's")
@@ -172,15 +171,15 @@ class EmbeddingBank:
     def transformed(self, fitted: Any) -> "EmbeddingBank":
         """Applies a fitted scikit-learn transformer: PCA, PCA(whiten=True), FastICA, QuantileTransformer, a Pipeline.
 
-        Fit it on the embeddings of training classes: what is fitted on the evaluated ones has seen the queries. Blocks
-        of rows go through it one by one, so a bank over a memory map may be larger than memory; float32 comes out. As
-        after `centered` the note stays, so name rows of tables after what was done.
+        Fit it on embeddings of the training classes: one fitted on the evaluated classes has seen the queries. Rows are
+        transformed in blocks, so a memory-mapped bank may be larger than memory; the result is float32. As with
+        `centered`, the note does not change, so name table rows after the transformation.
 
         Raises:
-            UsageError: it is not fitted, or on embeddings of another width; it gives NaN, infinity or no row for each
-                embedding. What is no transformer is a UsageTypeError.
+            UsageError: it is not fitted, or was fitted on embeddings of another width; it returns NaN, infinity or not
+                one row per embedding. Anything but a transformer is a UsageTypeError.
         """
-        from sklearn.exceptions import NotFittedError  # seconds to import, for this alone
+        from sklearn.exceptions import NotFittedError  # takes seconds to import, and only this needs it
         from sklearn.utils.validation import check_is_fitted
 
         name, wanted = type(fitted).__name__, "a fitted scikit-learn transformer"
@@ -198,7 +197,7 @@ class EmbeddingBank:
         out = torch.empty(0)  # one tensor: a list of parts would take twice its size when joined
         for start in range(0, len(self), BLOCK_ROWS):
             block = widened(self.embeddings[start : start + BLOCK_ROWS]).to("cpu", copy=True)
-            rows = np.asarray(fitted.transform(block.numpy()))  # of a copy, for copy=False would write into the bank
+            rows = np.asarray(fitted.transform(block.numpy()))  # a copy, as copy=False would write into the bank
             if rows.ndim != 2 or len(rows) != len(block):
                 got = f"shape {rows.shape} for {len(block)} embeddings"
                 raise UsageError(f"expected a row of numbers for each embedding from {name}, got {got}; take another")
@@ -214,7 +213,7 @@ def _hash(content: bytes) -> str:
 
 
 def align(source: Any, to: Any) -> tuple[Tensor, tuple[str, ...]]:
-    """The labels of a set, bank or Gallery as another numbers its classes: by name; and the names, new ones at the end.
+    """The labels of a dataset, bank or Gallery, renumbered by name to match another; and the names, new ones last.
 
     Raises:
         UsageError: one has names and the other has none.
@@ -233,7 +232,7 @@ def align(source: Any, to: Any) -> tuple[Tensor, tuple[str, ...]]:
 
 
 def names_of(labels: Tensor, class_names: Sequence[str]) -> list[ClassName]:
-    """What each label (N,) stands for: its class's name, or the label itself where there are no names."""
+    """The class name of each label (N,), or the label itself if there are no names."""
     return [class_names[label] if class_names else label for label in labels.tolist()]
 
 
@@ -253,23 +252,23 @@ def load_bank(
 
     Args:
         path: .npy, .npz, .pt or .pth, .safetensors, .h5 or .hdf5 (with h5py), .csv, .tsv or .parquet (with pandas, the
-            last with pyarrow too). It holds embeddings and labels by name or as a pair, or what `from_features` takes
-            without labels: floats (classes, items, D), rows by class (in HDF5 in a group too), pairs of row and label,
-            or a table. A .npy is memory-mapped, read-only (writing to it would crash the process), so it may be larger
-            than memory. What CSV holds becomes float32.
-        labels: file of the labels where they are not in `path`, of any of these formats; for a .npy `<name>_labels.npy`
-            beside it when None. Texts are class names, numbered in alphabetical order; where there are `class_names` in
-            the file, as these are.
-        embeddings_key: name of the embeddings in the file, or of a group that holds all; when None "embeddings",
-            "embedding" or "features", else the only floats of two axes.
-        labels_key: name of the labels; when None "labels", "label", "class", "class_name" or "target", else the only
-            integers (or texts) of one axis, of a table the only column of texts.
+            last with pyarrow too). It holds embeddings and labels by name or as a pair, or any form that
+            `from_features` accepts without labels: floats (classes, items, D), rows by class (in HDF5 also in a group),
+            (row, label) pairs, or a table. A .npy is memory-mapped, read-only (writing to it would crash the process),
+            so it may be larger than memory. Floats in a CSV become float32.
+        labels: file of the labels if they are not in `path`, in any of these formats; when None, for a .npy,
+            `<name>_labels.npy` next to it. Strings are class names, numbered in alphabetical order, or in the order of
+            `class_names` if the file has them.
+        embeddings_key: name of the embeddings in the file, or of a group that holds everything; when None,
+            "embeddings", "embedding" or "features", else the only floats with two axes, or else with three.
+        labels_key: name of the labels; when None, "labels", "label", "class", "class_name" or "target", else the only
+            integers (or strings) with one axis; in a table, the only column of strings.
 
     Raises:
         MissingFileError: there is no such file.
-        UsageError: an unknown format, or one whose package is not installed, a broken file, one that holds objects
-            other than data or in which it is not clear what the embeddings and labels are, or what makes no
-            EmbeddingBank. Arrays by name are read as classes only where none has a name like "x_train" or "features".
+        UsageError: an unknown format, or one whose package is not installed; a broken file, one that holds objects
+            other than data, or one in which the embeddings and labels are ambiguous; or data that EmbeddingBank
+            refuses. Named arrays are read as classes only if none has a name like "x_train" or "features".
     """
     path = Path(path)
     content, texts = read_file(path)

@@ -15,21 +15,21 @@ from pml_fewshot.embedders.conv_norm_pool import conv_norm_pool
 class ConvBlock(nn.Module):
     """3x3 convolution, batch norm, 2x2 max-pool, ReLU.
 
-    Pooling comes before the ReLU, which then has a quarter of the work and the same result. At inference (eval mode, no
-    gradient) batch norm is folded into the convolution's weights, which saves a pass over the largest tensors, and in
-    training too where `conv_norm_pool` can do it; the result is equal up to rounding.
+    Pooling comes before the ReLU: the same result with a quarter of the work. At inference (eval mode, no gradient),
+    and in training where `conv_norm_pool` can do it, batch norm is folded into the convolution's weights, which saves a
+    pass over the largest tensors; the result is equal up to rounding.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.relu = True
-        # no bias: batch norm subtracts it again
+        # no bias: batch norm would subtract it again
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
 
     def forward(self, images: Tensor) -> Tensor:
         conv, norm = self.conv, self.norm
-        # and not what somebody put in their places, or has called with them
+        # neither replaced by other modules nor hooked
         stock = type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and not (_hooks(conv) or _hooks(norm))
         if not stock or (norm.training and norm.momentum is None):
             pooled = F.max_pool2d(norm(conv(images)), 2)
@@ -58,8 +58,8 @@ class Conv4(nn.Module):
 
     Args:
         in_channels: 1 for gray, 3 for color images.
-        channels: filters of each block, 64 as in the papers; or four numbers, one a block: (32, 64, 128, 256) embeds in
-            256 dimensions by 10.1 million multiplications for 28 x 28 pixels, where 64 takes 9.8.
+        channels: filters of each block, 64 as in the papers; or four numbers, one per block: (32, 64, 128, 256) gives
+            256 dimensions with 10.1 million multiplications at 28 x 28 pixels, compared with 9.8 million for 64.
         last_relu: end with a ReLU, as in the papers. Without it embeddings may be negative, which a learned similarity
             of |q - r| needs (SiameseTrainer).
         pool: average each channel over the map. Off, as in the papers: embeddings are the flattened feature map,
@@ -71,7 +71,7 @@ class Conv4(nn.Module):
     Weights are in channels-last memory, the faster layout for pooling and batch norm on a CPU.
 
     Raises:
-        UsageError: other than one or four numbers of filters.
+        UsageError: `channels` is neither one number nor four.
 
     Source: Vinyals et al. 2016, section 4.1; Snell et al. 2017, section 3.1.
     """
@@ -99,6 +99,6 @@ class Conv4(nn.Module):
             wanted = f"images of {self.in_channels} channels and at least 16 x 16 pixels"
             got = f"{channels} channels of {height} x {width}"
             raise UsageError(f"expected {wanted}, got {got}; set in_channels, or load larger images")
-        # (`.contiguous` would leave images of one channel in a layout that convolutions take for the other one)
+        # (`.contiguous` would leave images of one channel in a layout that convolutions mistake for the other)
         maps = self.blocks(images.to(memory_format=torch.channels_last))
         return maps.mean(dim=(2, 3)) if self.pool else maps.flatten(1)

@@ -1,4 +1,4 @@
-"""conv_norm_pool: 3x3 convolution, batch norm and max-pool in one, without a pass over the convolution's output."""
+"""conv_norm_pool: fused 3x3 convolution, batch norm and max-pool, without a pass over the convolution's output."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from pml_fewshot.embedders.modes import plainly
 
-# Numbers under a kernel, C * 9, up to which the patches' covariance is cheap: the first layer of gray and color images
+# Largest patch, C * 9 numbers, whose covariance is cheap: that of the first layer for gray and color images
 FEW = 27
 PATCH_NUMBERS = 2**17  # at a time: 1 MiB in float64 stays in a core's cache
-OUTPUT_NUMBERS = 2**20  # of each thread at a time: 20 images of 28 x 28
+OUTPUT_NUMBERS = 2**20  # per thread at a time: 20 images of 28 x 28
 
 
 def conv_norm_pool(
@@ -27,16 +27,16 @@ def conv_norm_pool(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """Images (B, C, H, W) and weights (O, C, 3, 3) to (B, O, H // 2, W // 2); the rest is as for `F.batch_norm`.
+    """Images (B, C, H, W) and weights (O, C, 3, 3) to (B, O, H // 2, W // 2); the rest as in `F.batch_norm`.
 
-    A convolution is linear in the patches that it sees. So in training the mean and variance of its output follow from
-    the patches' mean m (K,) and covariance S (K, K), K = C * 9: for weights w (O, K) they are w m and the diagonal of
-    w S w', in float64. Batch norm is then a scale of the weights and a shift of what is pooled, and the output, in the
-    first layer the largest tensor of a network by far, is neither read nor written for it, forward or backward.
+    A convolution is linear in its input patches. So in training the mean and variance of its output follow from the
+    patches' mean m (K,) and covariance S (K, K), K = C * 9: for weights w (O, K) they are w m and the diagonal of
+    w S w', in float64. Batch norm then scales the weights and shifts the pooled output, and the convolution's output,
+    in the first layer by far the largest tensor of a network, is neither read nor written for it, forward or backward.
 
-    So the output is needed for a few images at a time only, which stay in the cache until they are pooled. All this is
-    done where it pays, in the first layer on a CPU, and where images take no gradient; else the three come one after
-    the other. It can be differentiated twice. A `TorchFunctionMode` gets the three as this one function.
+    So the output is needed for only a few images at a time, which stay in the cache until they are pooled. All this is
+    done where it pays off, in the first layer on a CPU, and if the images need no gradient; otherwise the three
+    operations run in turn. It can be differentiated twice. A `TorchFunctionMode` sees all three as this one function.
     """
     if has_torch_function((images, weight)):
         arguments = images, weight, running_mean, running_var, scale, shift, training, momentum, eps
@@ -53,7 +53,7 @@ def conv_norm_pool(
         count = images.numel() // images.shape[1]
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean), momentum)
-            running_var.lerp_((variance * (count / (count - 1))).to(running_var), momentum)  # unbiased, as torch's
+            running_var.lerp_((variance * (count / (count - 1))).to(running_var), momentum)  # unbiased, as in torch
     factor = (variance + eps).rsqrt()
     factor = factor if scale is None else factor * scale
     offset = -mean * factor if shift is None else shift - mean * factor
@@ -61,23 +61,17 @@ def conv_norm_pool(
 
 
 def by_moments(images: Tensor, weight: Tensor) -> bool:
-    """Whether statistics come from the patches, in training."""
-    if (
-        images.device.type != "cpu"
-        or images.requires_grad
-        or weight[0].numel() > FEW
-        or not (len(images) and plainly())
-    ):
-        return False
+    """Whether training statistics are computed from the patches."""
+    on_cpu = images.device.type == "cpu" and len(images) > 0 and not images.requires_grad
     precise = weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
-    return precise and len(images) > 0 and plainly()
+    return on_cpu and precise and weight[0].numel() <= FEW and plainly()
 
 
 @torch.no_grad()
 def patch_moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """The mean (K,) and covariance (K, K) of the padded 3x3 patches around each pixel of (B, C, H, W), in float64."""
     size = images.shape[1] * 9
-    # near the mean, so that squares do not cancel
+    # close to the mean: subtracting it keeps the squares from canceling
     center = images.mean(dim=(0, 2, 3)).repeat_interleave(9).unsqueeze(1)
     sums = images.new_zeros(size, dtype=torch.float64)
     squares = images.new_zeros(size, size, dtype=torch.float64)
@@ -99,7 +93,7 @@ WINDOWS = ([2, 2], [2, 2], [0, 0], [1, 1], False)
 class _ConvPool(torch.autograd.Function):
     """Weights (O, C, 3, 3) and images (B, C, H, W) to the pooled convolution (B, O, H // 2, W // 2), linear in weights.
 
-    A few images at a time, in both passes, so that nothing of the size of the convolution's output leaves the cache.
+    Both passes process a few images at a time, so that nothing the size of the convolution's output leaves the cache.
     """
 
     @staticmethod
@@ -119,7 +113,7 @@ class _ConvPool(torch.autograd.Function):
 
 
 class _ConvPoolBackward(torch.autograd.Function):
-    """The slope of the pooled to that of the weights, linear in the former."""
+    """Maps the gradient of the pooled output to that of the weights, linearly."""
 
     @staticmethod
     def forward(ctx: Any, slope: Tensor, weight: Tensor, images: Tensor, places: Tensor) -> Tensor:
@@ -154,6 +148,6 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
 
 
 def _parts(images: Tensor, weight: Tensor) -> list[slice]:
-    """A few images at a time."""
+    """Slices of a few images each."""
     size = max(1, OUTPUT_NUMBERS * torch.get_num_threads() // (len(weight) * images[0, 0].numel()))
     return [slice(start, min(start + size, len(images))) for start in range(0, len(images), size)]

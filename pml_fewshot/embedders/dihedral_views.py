@@ -1,4 +1,4 @@
-"""DihedralViews: the embeddings of an image's quarter turns and their mirror images as one."""
+"""DihedralViews: the concatenated embeddings of an image's quarter turns and their mirror images."""
 
 import torch
 import torch.nn.functional as F
@@ -10,22 +10,22 @@ from pml_fewshot.parts.instantiate import Part, instantiate
 
 
 class DihedralViews(nn.Module):
-    """In eval mode the trunk's embeddings of the eight views of an image side by side, together of length 1.
+    """In eval mode, concatenates the trunk's embeddings of an image's eight views into one L2-normalized vector.
 
-    The views are the image turned by 0, 90, 180 and 270 degrees, each also mirrored. Two images are compared eight
-    times, both turned alike, and their cosine is the mean of eight: one network serves as eight, for eight times the
-    cost of an embedding and of memory. It helps a trunk that has learned turned and mirrored images as classes of their
-    own (`with_rotations_as_classes`, `with_mirrors_as_classes`). A turned image still is another one: the views come in
-    another order. No other image is looked at, so figures stay inductive. In train mode it is the embedding of the
-    image alone, of length 1 too.
+    The views are the image rotated by 0, 90, 180 and 270 degrees, each also mirrored. Two images are compared eight
+    times, both rotated alike, and their cosine is the mean of the eight: one network acts as eight, at eight times the
+    cost of an embedding and of memory. This helps a trunk that has learned rotated and mirrored images as separate
+    classes (`with_rotations_as_classes`, `with_mirrors_as_classes`). A rotated image is still a different one: its
+    views come in another order. No other image is used, so results stay inductive. In train mode the output is the
+    embedding of the image alone, also L2-normalized.
 
-    What a trunk with pooling gives changes when the image moves by a pixel. With a `shift`, a view's embedding is the
-    mean over the view and its shifts to the four sides, for five times the cost of an embedding.
+    The output of a trunk with pooling changes when the image moves by a pixel. With a `shift`, a view's embedding is
+    the mean over the view and its shifts to the four sides, at five times the cost of an embedding.
 
     Args:
-        trunk: module (or a partial that makes one) from (B, C, H, W) to (B, D), for images of any orientation: where
-            they are not square, a turned one is as high as they are wide.
-        shift: pixels; 0 for no shifts. Pixels shifted in are 0, the background of Omniglot and of the built-in letters.
+        trunk: module (or a partial that makes one) from (B, C, H, W) to (B, D), for images of any orientation: if they
+            are not square, rotation swaps their height and width.
+        shift: in pixels; 0 for none. Pixels shifted in are 0, the background of Omniglot and of the built-in letters.
 
     Raises:
         UsageError: a negative shift.
@@ -42,7 +42,7 @@ class DihedralViews(nn.Module):
 
     @property
     def preprocessing(self) -> Preprocessing | None:
-        """That of the trunk, where it has one."""
+        """The trunk's preprocessing, if it has one."""
         return getattr(self.trunk, "preprocessing", None)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class DihedralViews(nn.Module):
         return torch.cat([self._embed(view) for view in views], dim=1) / 8**0.5
 
     def _embed(self, view: Tensor) -> Tensor:
-        """The mean embedding of the view's shifts, of length 1."""
+        """The L2-normalized mean embedding of the view's shifts."""
         by, (height, width) = self.shift, view.shape[2:]
         padded = F.pad(view, 4 * [by])
         corners = ((by, by), (0, by), (2 * by, by), (by, 0), (by, 2 * by)) if by else ((0, 0),)

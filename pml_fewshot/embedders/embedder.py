@@ -1,4 +1,4 @@
-"""Embedder: images to embeddings, by a trunk and an optional projection."""
+"""Embedder: maps images to embeddings with a trunk and an optional projection."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,28 +28,28 @@ from pml_fewshot.environment import keep_memory
 from pml_fewshot.io.atomic import atomic_write, fsync, translate_write_errors
 from pml_fewshot.parts.instantiate import Part, instantiate
 
-# Images embedded at a time up to 84 x 84, and as many pixels of larger ones: 18 of 224 x 224. On a CPU a batch whose
-# largest activation stays near the cache is fastest (64 channels of 28 x 28 floats are 13 MB for 64 images); a GPU
-# wants enough work for all of its units.
+# Images embedded at a time up to 84 x 84; of larger ones, as many as have no more pixels: 18 of 224 x 224. On a CPU a
+# batch whose largest activation stays near the cache is fastest (64 channels of 28 x 28 floats are 13 MB for 64
+# images); a GPU needs enough work for all of its units.
 CPU_BATCH = 128
 CUDA_BATCH = 4096
 FULL_BATCH_PIXELS = 84 * 84
 
 
 class Embedder(nn.Module):
-    """Maps images to embeddings: trunk, then projection, then L2 normalization, the last two if asked for.
+    """Maps images to embeddings: trunk, then projection, then L2 normalization, the last two optional.
 
     Args:
         trunk: module (or a partial that makes one) from (B, C, H, W) to (B, D): Conv4(), ResNet12(),
             TorchvisionTrunk(...) or your own.
         projection: module (or partial) from (B, D) to (B, D'), for example `nn.Linear(512, 128)`.
-        normalize: scale each embedding to length 1. Off by default: prototypical networks use unbounded Euclidean
-            distance, and the distances of PML normalize by themselves where they should.
+        normalize: L2-normalize each embedding. Off by default: prototypical networks use unbounded Euclidean distance,
+            and PML's distances normalize on their own where they should.
         frozen: True, or the names of parts of the trunk ("model.layer1"): their weights are not trained, and they stay
-            in eval mode, batch norm too, whatever mode the rest is in. (`ExperimentConfig.frozen` freezes for a while.)
+            in eval mode, batch norm too, whatever mode the rest is in. (`ExperimentConfig.frozen` freezes temporarily.)
 
     Raises:
-        UsageError: no part of that name in the trunk; another thing than a module (UsageTypeError).
+        UsageError: the trunk has no part of that name; the trunk or projection is not a module (UsageTypeError).
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Embedder(nn.Module):
 
     @property
     def preprocessing(self) -> Preprocessing | None:
-        """How images of any size become the trunk's input, where the trunk says so."""
+        """How images of any size become the trunk's input, if the trunk defines it."""
         return getattr(self.trunk, "preprocessing", None)
 
     @property
@@ -102,12 +102,12 @@ class Embedder(nn.Module):
     def encode(
         self, dataset: FewShotDataset, batch_size: int | None = None, device: torch.device | str | None = None
     ) -> EmbeddingBank:
-        """Embeds a whole data set, see the function `encode`."""
+        """Embeds a whole dataset; see the function `encode`."""
         return encode(self, dataset, batch_size, device)
 
 
 def is_embedder(method: object) -> bool:
-    """Whether it is a module that gives embeddings, wrapped or not; a trainer, which has a bank of its own, is not."""
+    """Whether it is a module that returns embeddings, wrapped or not; a trainer, which has its own bank, is not."""
     if hasattr(getattr(method, "module", None), "bank"):
         do = "give the trainer itself, its .module"
         raise UsageTypeError(f"expected a trainer or an embedder, got a trainer within {type(method).__name__}; {do}")
@@ -120,19 +120,19 @@ def encode(
     batch_size: int | None = None,
     device: torch.device | str | None = None,
 ) -> EmbeddingBank:
-    """Embeds a whole data set in eval mode and without autocast; the module's modes and device are the same afterwards.
+    """Embeds a whole dataset in eval mode without autocast, then restores the module's modes and device.
 
     Args:
         embedder: an Embedder, a wrapped one (`torch.compile`, DataParallel, AveragedModel), or any module from images
-            (B, C, H, W) to (B, D). Several threads may use it at once, where they do not move it.
-        batch_size: images at a time; when None `images_at_a_time`. It changes results only by rounding.
-        device: where to compute and to keep the bank; when None the embedder's own.
+            (B, C, H, W) to (B, D). Several threads may use it at once if they do not move it.
+        batch_size: images at a time; when None, `images_at_a_time`. It affects results only by rounding.
+        device: where to compute and keep the bank; when None, the embedder's own.
 
-    On a CPU freed memory is kept for reuse from then on, see `keep_memory`. Of several processes (see `processes`) each
-    embeds every N-th batch, and all have the same bank, to the bit that of one process.
+    On a CPU, freed memory is kept for reuse from then on (see `keep_memory`). With several processes (see `processes`),
+    each embeds every N-th batch, and all have the same bank, bit for bit that of one process.
 
     Raises:
-        UsageError: an embedding is NaN or infinite, or no row of numbers.
+        UsageError: an embedding is NaN or infinite, or not a row of numbers.
     """
     weight = next((p for p in embedder.parameters() if p.is_floating_point()), torch.zeros(()))
     target = weight.device if device is None else torch.device(device)
@@ -143,16 +143,16 @@ def encode(
     keep_memory(target)
     batch_size = max(1, min(batch_size, len(dataset)))
     starts, ranks = range(0, len(dataset), batch_size), world().size
-    # in each round a batch of every process, the last again where there are no more
+    # each round has one batch per process, repeating the last where there are no more
     bank = torch.empty(0)  # one tensor: a list of parts would take twice its size when joined
     with _embedding(embedder, dataset, batch_size, target) as embed:
         rounds = range(0, len(starts), ranks)
         parts = (embed(starts[min(first + world().rank, len(starts) - 1)]) for first in _shown(rounds))
-        # several processes embed at their own pace, for which each keeps its share of the bank a second time
+        # several processes embed at their own pace, so each holds its share of the bank twice
         for first, part in zip(rounds, list(parts) if ranks > 1 else parts, strict=True):
             if first == 0:
                 bank = part.new_empty(len(dataset), part.shape[1])
-            whole = F.pad(part, (0, 0, 0, batch_size - len(part))) if ranks > 1 else part  # of one length for all
+            whole = F.pad(part, (0, 0, 0, batch_size - len(part))) if ranks > 1 else part  # the same length for all
             for start, rows in zip(starts[first : first + ranks], everyones(whole), strict=False):
                 bank[start : start + batch_size] = rows[: len(dataset) - start]
     names = dataset.class_names
@@ -166,13 +166,14 @@ def encode_to_file(
     batch_size: int | None = None,
     device: torch.device | str | None = None,
 ) -> EmbeddingBank:
-    """Embeds a whole data set into a .npy, for a bank larger than memory, and gives the bank over its memory map.
+    """Embeds a whole dataset into a .npy, for a bank larger than memory, and returns the memory-mapped bank.
 
-    Of several processes each writes the batches that it embeds, into one file that all of them see. `load_bank(file)`
-    reads it again; labels lie beside it, in `<name>_labels.npy`, as numbers. The rest is as for `encode`.
+    With several processes, each writes the batches that it embeds to one file, which all can see. `load_bank(file)`
+    reads it back; labels are next to it, in `<name>_labels.npy`, as numbers. The rest is as in `encode`.
 
     Raises:
-        UsageError: another ending, a file that is there (ExistingFileError), NaN; a full disk (CannotWriteError).
+        UsageError: another extension, an existing file (ExistingFileError), NaN or infinity, or a full disk
+            (CannotWriteError).
     """
     file, weight = Path(file), next((p for p in embedder.parameters() if p.is_floating_point()), torch.zeros(()))
     labels_file, temporary = file.with_name(f"{file.stem}_labels.npy"), file.with_name(f".{file.name}.tmp")
@@ -219,7 +220,7 @@ def encode_to_file(
 def _embedding(
     embedder: nn.Module, dataset: FewShotDataset, batch_size: int, device: torch.device
 ) -> Iterator[Callable[[int], Tensor]]:
-    """Yields what embeds the batch that begins at an item, (B, D), float32 at least; on a device for the while."""
+    """Yields a function that embeds the batch starting at an item, (B, D), at least float32; on `device` meanwhile."""
     weight = next((p for p in embedder.parameters() if p.is_floating_point()), torch.zeros(()))
 
     def embed(start: int) -> Tensor:
@@ -237,23 +238,23 @@ def _embedding(
 
 
 def _shown(starts: range) -> Iterable[int]:
-    """Batches, with a progress bar where they take more than three seconds."""
+    """Batches, with a progress bar if they take more than three seconds."""
     return tqdm(starts, "embedding", unit="batch", delay=3, mininterval=1, disable=not world().is_first)
 
 
 def images_at_a_time(pixels: int, device: torch.device) -> int:
-    """How many images of so many pixels (H * W) to embed at a time.
+    """How many images with this many pixels (H * W) to embed at a time.
 
-    128 on a CPU and 4,096 on a GPU up to 84 x 84, the sizes of few-shot papers; of larger ones as many as have no more
-    pixels together, so that activations take no more memory. EfficientNet-Lite0 at 224 x 224 is within 5 % of its
-    fastest from 8 images on, where freed memory is kept; at glibc's own settings 64 images are half as fast as 2.
+    128 on a CPU and 4,096 on a GPU up to 84 x 84, the sizes of few-shot papers; for larger images, as many as have no
+    more pixels in total, so that activations take no more memory. EfficientNet-Lite0 at 224 x 224 is within 5 % of its
+    top speed from 8 images on if freed memory is kept; with glibc's own settings, 64 images are half as fast as 2.
     """
     most = CUDA_BATCH if device.type == "cuda" else CPU_BATCH
     return max(1, most * FULL_BATCH_PIXELS // max(pixels, FULL_BATCH_PIXELS))
 
 
 def check_rows(output: object, module: nn.Module) -> Tensor:
-    """What a module gave for images, where that is embeddings (B, D); else a UsageError that says what it gave."""
+    """Returns a module's output if it is embeddings (B, D); else raises a UsageError that says what it is."""
     if isinstance(output, Tensor) and output.ndim == 2:
         return output
     got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"no tensor but {type(output).__name__}"
@@ -262,7 +263,7 @@ def check_rows(output: object, module: nn.Module) -> Tensor:
 
 
 def check_width(projection: nn.Module, embeddings: object) -> None:
-    """Raises a UsageError where a linear projection is of another width than the trunk's embeddings."""
+    """Raises a UsageError if a linear projection expects another width than that of the trunk's embeddings."""
     wanted = getattr(projection, "in_features", None)
     if isinstance(wanted, int) and isinstance(embeddings, Tensor) and embeddings.shape[-1] != wanted > 0:
         got = f"{embeddings.shape[-1]} from the trunk"

@@ -1,4 +1,4 @@
-"""Files of embeddings and labels as any tool writes them. Nothing that is in a file runs."""
+"""Reads embeddings and labels from files as any tool writes them, without running anything in a file."""
 
 import pickle
 import re
@@ -32,7 +32,7 @@ FORMATS = (".npy", ".npz", ".pt", ".pth", ".safetensors", ".csv", ".tsv", ".parq
 
 _lock = threading.Lock()
 
-# Words in the names of arrays which say that these are something else than classes: x_train, clip_features, fc.weight.
+# Words in array names that show that the arrays are not classes: x_train, clip_features, fc.weight.
 ROLES = {
     *("train", "val", "valid", "validation", "dev", "test", "query", "queries", "gallery", "support", "reference"),
     *("base", "novel", "feature", "features", "feat", "feats", "embedding", "embeddings", "emb", "embs", "x", "y"),
@@ -41,11 +41,11 @@ ROLES = {
 
 
 def read_file(path: Path) -> tuple[Any, dict[str, str]]:
-    """An array, a table, a list, or a dict of such, as the file has it; and what `save_bank` wrote beside them.
+    """A file's content, an array, a table, a list, or a dict of these; and the texts that `save_bank` wrote with it.
 
     Raises:
         MissingFileError: there is no such file.
-        UsageError: another format, a broken file, one with more than data, or no package that reads it.
+        UsageError: another format, a broken file, one with more than data, or no package to read it.
     """
     ending = path.suffix.lower()
     if not path.is_file():
@@ -69,11 +69,11 @@ def read_file(path: Path) -> tuple[Any, dict[str, str]]:
                 return _read_table(path), {}
     except (PermissionError, UsageError, ImportError):
         raise
-    except Exception as error:  # on broken files readers raise whatever their code happens to meet
+    except Exception as error:  # readers can raise anything on broken files
         reason = str(error).partition("\n")[0] or type(error).__name__
-        if ending in (".npz", ".npy") and "allow_pickle" in reason:  # numpy's text recommends to load it all the same
+        if ending in (".npz", ".npy") and "allow_pickle" in reason:  # numpy's text recommends loading it anyway
             reason = "no arrays of numbers"
-        if isinstance(error, pickle.UnpicklingError):  # torch's text recommends to load it all the same
+        if isinstance(error, pickle.UnpicklingError):  # torch's text recommends loading it anyway
             called = re.search(r"GLOBAL (\S+)", str(error))
             reason = called[1] if called else "no pickle of data"
         got = f"a file that is broken or holds more than data ({reason})"
@@ -81,9 +81,9 @@ def read_file(path: Path) -> tuple[Any, dict[str, str]]:
 
 
 class _PickledDtype:
-    """Stands in for numpy.dtype while a .pt is read, and knows nothing but numbers and texts.
+    """Replaces numpy.dtype while a .pt is read; supports only numbers and strings.
 
-    numpy's own would take whatever fields and flags a file gives it, and with them bytes as pointers to objects.
+    NumPy's own would accept any fields and flags in a file, and with them bytes as pointers to objects.
     """
 
     def __init__(self, code: str, *_: Any) -> None:
@@ -96,7 +96,7 @@ class _PickledDtype:
 
 
 class _PickledArray:
-    """Stands in for numpy.ndarray and for the function that makes one."""
+    """Replaces numpy.ndarray and the function that creates one."""
 
     def __init__(self, *_: Any) -> None:
         self.value = np.empty(0)
@@ -104,13 +104,13 @@ class _PickledArray:
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, content = state
         value = np.frombuffer(content, dtype.value).reshape(shape, order="F" if fortran else "C")
-        # numpy trusts that these bytes are truth values and characters
+        # NumPy trusts that these bytes are booleans and characters
         value = value.view(np.uint8) != 0 if value.dtype.kind == "b" else value
         self.value = np.array(value.tolist(), dtype=str) if value.dtype.kind == "U" else value
 
 
 def _called(module: str, name: str, kind: type) -> type:
-    """A class that torch takes for what a pickle calls by this name (pairs of both it knows from 2.6 on)."""
+    """A class that torch uses for what a pickle calls by this name (torch accepts pairs of both from 2.6 on)."""
     return type(name, (kind,), {"__module__": module})
 
 
@@ -118,12 +118,12 @@ NUMPY_IN_PICKLES: list[Any] = [
     _called("numpy", "dtype", _PickledDtype),
     _called("numpy", "ndarray", _PickledArray),
     _called("numpy._core.multiarray", "_reconstruct", _PickledArray),
-    _called("numpy.core.multiarray", "_reconstruct", _PickledArray),  # of numpy 1
+    _called("numpy.core.multiarray", "_reconstruct", _PickledArray),  # NumPy 1
 ]
 
 
 def _read_pt(path: Path) -> Any:
-    with _lock:  # what torch allows is one set for all threads
+    with _lock:  # torch's safe globals are shared by all threads
         allowed = torch.serialization.get_safe_globals()
         torch.serialization.clear_safe_globals()
         try:
@@ -178,10 +178,10 @@ def _read_table(path: Path) -> Any:
 def features_in(
     content: Any, embeddings_key: str | None, labels_key: str | None, path: Path, labels_elsewhere: bool
 ) -> tuple[Tensor, Any, Any]:
-    """The rows, labels and class names in a file's content; None for what it does not have.
+    """The rows, labels and class names in a file's content; None for any that it lacks.
 
     Raises:
-        UsageError: it is not clear what they are.
+        UsageError: they are ambiguous.
     """
     if is_table(content):
         return *table_rows(content, embeddings_key, labels_key, str(path), labels_elsewhere), None
@@ -204,7 +204,7 @@ def features_in(
 
 
 def labels_in(content: Any, key: str | None, path: Path) -> tuple[Any, Any]:
-    """The labels and class names in the content of a file of labels."""
+    """The labels and class names in the content of a label file."""
     if is_table(content):
         column = content.columns[0] if content.shape[1] == 1 else label_column(content, key, str(path))
         return content[column], None
@@ -215,7 +215,7 @@ def labels_in(content: Any, key: str | None, path: Path) -> tuple[Any, Any]:
 
 
 def _parts(content: Any, key: str | None, path: Path) -> tuple[Mapping[Any, Any], str | None]:
-    """What is in a file by name, or in the group that `key` names or that is alone in it; and the key within."""
+    """A file's content by name, or that of the group named `key` or of the only group; and the key within."""
     parts = content if isinstance(content, Mapping) else {path.stem: content}
     if isinstance(parts.get(key), Mapping):
         return parts[key], None
@@ -228,7 +228,7 @@ def _arrays(parts: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _choose(parts: Mapping[Any, Any], key: str | None, wanted: str, path: Path, maybe_classes: bool = False) -> Any:
-    """The array that is meant: the one of that name, else the only one that it can be."""
+    """The wanted array: the one of that name, else the only one that it can be."""
     arrays = _arrays(parts)
     shown = arrays or {name: part for name, part in parts.items() if isinstance(part, Mapping)}
     listing = ", ".join(f"{name} {described(part)}" for name, part in shown.items()) or "nothing"

@@ -1,4 +1,4 @@
-"""Features as people have them, as rows with labels: arrays, classes of rows, pairs, and tables of pandas."""
+"""Converts features in common forms to rows with labels: arrays, rows by class, pairs, and pandas tables."""
 
 import sys
 import warnings
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from pml_fewshot.checks import UsageError, UsageTypeError
 
-# What they are called in tables and files, the first that is there.
+# Their names in tables and files; the first one found is used.
 EMBEDDINGS = ("embeddings", "embedding", "features")
 LABELS = ("labels", "label", "class", "class_name", "target")
 
 
 def as_rows(values: Any) -> Tensor:
-    """Embeddings as a tensor over the same memory, or map, where it can be. Python's own floats become float32.
+    """Embeddings as a tensor that shares their memory, or memory map, where possible. Python floats become float32.
 
     Raises:
-        UsageTypeError: no numbers, rows of different lengths, or a table with another column than of floats.
+        UsageTypeError: not numbers, rows of different lengths, or a table with a column of anything but floats.
     """
     if isinstance(values, Tensor):
         return values
@@ -30,7 +30,7 @@ def as_rows(values: Any) -> Tensor:
         do = "leave them out, convert them with .astype('float32'), or use EmbeddingBank.from_features"
         raise UsageTypeError(f"expected columns of floats, got {', '.join(others[:3])}; {do}")
     try:
-        if is_table(values):  # (pandas would make objects of its own types of floats)
+        if is_table(values):  # (pandas would convert its own float types to objects)
             columns = [column.to_numpy(column.dtype.type, na_value=np.nan) for _, column in values.items()]
             values = np.stack(columns, axis=1)
         if not isinstance(values, list | tuple):
@@ -52,7 +52,7 @@ def as_rows(values: Any) -> Tensor:
 
 
 def labeled_rows(features: Any) -> tuple[Tensor, Any]:
-    """The rows, and a label for each, of any form that EmbeddingBank.from_features takes without labels."""
+    """The rows, and a label for each, from any form that EmbeddingBank.from_features accepts without labels."""
     if is_table(features):
         return table_rows(without_row_names(features))
     if isinstance(features, Mapping):
@@ -95,11 +95,11 @@ def table_rows(
     """The rows of a DataFrame and its column of labels.
 
     Args:
-        table: its columns of numbers are the features, or else one column of lists.
-        embeddings_key: name of a column of lists; when None one of EMBEDDINGS, or the only one.
-        labels_key: name of the labels; when None one of LABELS, or the only column of neither numbers nor lists.
-        place: where it is from, for messages.
-        labels_elsewhere: whether it may have no labels.
+        table: one column of lists holds the features, or else its columns of floats do.
+        embeddings_key: name of a column of lists; when None, one of EMBEDDINGS, or the only one.
+        labels_key: name of the labels; when None, one of LABELS, or the only column of neither numbers nor lists.
+        place: where the table comes from, for messages.
+        labels_elsewhere: whether the table may have no labels.
     """
     label = label_column(table, labels_key, place, not labels_elsewhere)
     labels = None if label is None else table[label]
@@ -127,7 +127,7 @@ def table_rows(
 
 
 def label_column(table: Any, key: str | None, place: str, required: bool = True) -> Any:
-    """The name of a table's column of labels: what is asked for, one of LABELS, else the only one it can be."""
+    """The name of a table's label column: the one asked for, one of LABELS, else the only one it can be."""
     if key is not None and key not in table.columns:
         raise UsageError(f"expected labels in a column named {key!r} in {place}, got {_listed(table)}; name another")
     named = {str(name).lower(): name for name in table.columns}
@@ -156,7 +156,7 @@ def _column_kinds(table: Any) -> list[tuple[Any, str]]:
 
 
 def without_row_names(table: Any) -> Any:
-    """A table without the column in which pandas and R write the names or numbers of rows, and give it no name."""
+    """The table without the unnamed column to which pandas and R write row names or numbers."""
     is_there = "Unnamed: 0" in table.columns and table["Unnamed: 0"].dtype.kind != "f"
     return table.drop(columns="Unnamed: 0") if is_there else table
 
@@ -167,13 +167,13 @@ def _listed(table: Any) -> str:
 
 
 def is_table(values: Any) -> bool:
-    """Whether it is a DataFrame of pandas, which is not imported for this."""
+    """Whether it is a pandas DataFrame, checked without importing pandas."""
     pandas = sys.modules.get("pandas")
     return pandas is not None and isinstance(values, pandas.DataFrame)
 
 
 def described(values: Any) -> str:
-    """What was given, for messages."""
+    """A short description of a value, for messages."""
     if isinstance(values, Mapping):
         return f"a dict of {', '.join(map(repr, list(values)[:5])) or 'nothing'}"
     shape = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor | np.ndarray) else ""
@@ -181,19 +181,19 @@ def described(values: Any) -> str:
 
 
 def is_pair(values: Any, of: tuple[int, int] = (2, 1)) -> bool:
-    """Whether it is two things of so many axes, embeddings and their labels by default."""
+    """Whether it is a pair with these numbers of axes, by default embeddings and their labels."""
     return isinstance(values, list | tuple) and len(values) == 2 and (axes(values[0]), axes(values[1])) == of
 
 
 def axes(values: Any) -> int:
-    """Of an array, or of nested lists as far as their first items tell."""
+    """The number of axes of an array, or of nested lists judging by their first items."""
     if isinstance(values, list | tuple):
         return 1 + (axes(values[0]) if values else 0)
     return getattr(values, "ndim", 0)
 
 
 def kind(values: Any) -> str:
-    """numpy's letter for the type of an array or of nested lists' first item: f(loat), i, u(nsigned), U (text), .."""
+    """NumPy's letter for the type of an array or of nested lists' first item: f(loat), i, u(nsigned), U (string), .."""
     leaf = _leaf(values)
     if isinstance(leaf, Tensor):
         is_integer = not (leaf.is_complex() or leaf.dtype == torch.bool)

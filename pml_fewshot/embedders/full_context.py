@@ -1,4 +1,4 @@
-"""Full-context embeddings: each embedding of an episode is revised in view of the episode's whole support."""
+"""Full-context embeddings: each embedding of an episode is revised given the episode's whole support."""
 
 import torch
 from torch import Tensor, nn
@@ -7,20 +7,20 @@ from pml_fewshot.checks import UsageError, check_at_least_one
 
 
 class FullContext(nn.Module):
-    """Revises the embeddings of an episode, which any network made one by one, in view of its support.
+    """Revises the embeddings of an episode, computed one by one by any network, given its support.
 
-    Support: a bidirectional LSTM reads the W * K items as one sequence, class after class; each item becomes the sum of
-    its own embedding and the outputs of the forward and the backward pass at it. So the order of classes and of shots
+    Support: a bidirectional LSTM reads the W * K items as one sequence, class by class; each item becomes the sum of
+    its embedding and the outputs of the forward and backward passes at that item. So the order of classes and shots
     matters, and episodes should have both in random order.
 
-    Queries: an LSTM takes `read_steps` steps for each query by itself. Each step reads the embedded support, as a set
+    Queries: an LSTM takes `read_steps` steps for each query separately. Each step reads the embedded support as a set
     (its mean, weighted by a softmax over the dot products of the state with the items; without a temperature, as in the
-    paper, so with long embeddings it picks a single item), feeds query and reading to the cell, and adds the query to
-    the cell's output to get the next state; the last state is the result. The first state is the query, with a cell of
-    zeros: the paper leaves this open, but then the query guides its first reading too, and most implementations do it.
+    paper, so embeddings of large norm pick a single item), feeds query and reading to the cell, and adds the query to
+    the cell's output to get the next state; the last state is the result. The first state is the query, with a zero
+    cell: the paper leaves this open, but then the query guides its first reading too, and most implementations do so.
 
     Args:
-        dim: dimensions D of the embeddings; the LSTMs have the same width because they are added to the embeddings.
+        dim: dimensions D of the embeddings; the LSTMs have the same width, as their outputs are added to them.
         read_steps: readings of the support for each query. With several, one reading guides the next; the cost of a
             query grows in proportion. At 1 the forget gate of the cell is never trained.
 
@@ -44,13 +44,13 @@ class FullContext(nn.Module):
         return support, self.embed_query(query, support)
 
     def embed_support(self, support: Tensor) -> Tensor:
-        """(E, W, K, D) -> (E, W, K, D), each item in view of all the items before and after it (g of the paper)."""
+        """(E, W, K, D) -> (E, W, K, D), each item given all the items before and after it (g in the paper)."""
         self._check_support(support)
-        passes, _ = self.support_lstm(support.flatten(1, 2))  # (E, W * K, 2 D), forward and backward side by side
+        passes, _ = self.support_lstm(support.flatten(1, 2))  # (E, W * K, 2 D), forward and backward concatenated
         return support + passes.unflatten(2, (2, self.dim)).sum(dim=2).unflatten(1, support.shape[1:3])
 
     def embed_query(self, query: Tensor, support: Tensor) -> Tensor:
-        """(E, N, D) -> (E, N, D), each query in view of a support from `embed_support` (f of the paper)."""
+        """(E, N, D) -> (E, N, D), each query given a support from `embed_support` (f in the paper)."""
         self._check_support(support)
         if query.ndim != 3 or query.shape[::2] != (len(support), self.dim):
             wanted, got = f"({len(support)}, N, {self.dim}), as in the support", f"shape {tuple(query.shape)}"

@@ -23,37 +23,35 @@ from pml_fewshot.embedders.modes import evaluating, widened
 from pml_fewshot.embedders.preprocessing import Preprocessing
 from pml_fewshot.environment import keep_memory
 
-AHEAD_PIXELS = 2**22  # of images that are ready and wait for the trunk, at most: 83 of 224 x 224, 12 MB
-ORIENTATION = 0x0112  # EXIF's tag of how a camera was held
+AHEAD_PIXELS = 2**22  # of images decoded ahead of the trunk, at most: 83 of 224 x 224, 12 MB
+ORIENTATION = 0x0112  # EXIF's tag for how a camera was held
 
 _moving = threading.Lock()
 
 
 class ImageEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
-    """Images of any size, from files or memory, to embeddings: a scikit-learn transformer that learns nothing.
+    """Embeds images of any size, from files or memory: a scikit-learn transformer that learns nothing.
 
-    Images keep their size until the trunk's own preprocessing. While the trunk computes, threads decode what comes
-    next, so far ahead that memory does not grow with the number of images. Several threads may call `transform` at a
-    time.
+    Images keep their size until the trunk's own preprocessing. While the trunk computes, threads decode the next
+    images, only so far ahead that memory does not grow with their number. Several threads may call `transform` at once.
 
     Args:
         embedder: an Embedder, a trunk, or any callable from floats (B, C, H, W) in [0, 1] to (B, D). A module is used
-            in eval mode, without autocast, and has its own modes back afterwards.
-        preprocessing: what makes images the trunk's input; when None the embedder's own `preprocessing`.
-        batch_size: images embedded at a time; when None as many as `images_at_a_time` says. It changes results only
-            by rounding.
-        device: where to compute; a module is moved there and stays. When None where it is.
-        progress: show a bar when it takes longer than three seconds.
+            in eval mode, without autocast, and its own modes are restored afterwards.
+        preprocessing: turns images into the trunk's input; when None, the embedder's own `preprocessing`.
+        batch_size: images embedded at a time; when None, `images_at_a_time`. It affects results only by rounding.
+        device: where to compute; a module is moved there and stays there. When None, where it is.
+        progress: show a bar if it takes longer than three seconds.
 
-    X, of `transform`, is a list or other iterable of images, in any mixture:
+    The `X` of `transform` is a list or other iterable of images, in any mix:
 
-    - paths, or PIL images, which are turned as EXIF says;
-    - numpy arrays (H, W), (H, W, C) or, where that cannot be meant, (C, H, W), of 1, 3 or 4 channels: uint8, floats in
+    - paths or PIL images, which are rotated as EXIF says;
+    - NumPy arrays (H, W), (H, W, C) or, if that cannot be meant, (C, H, W), with 1, 3 or 4 channels: uint8, floats in
       [0, 1], or uint16 of (H, W);
     - torch tensors (H, W) or (C, H, W), uint8 or floats in [0, 1];
 
-    or one array or tensor of 4 axes, or a single path or PIL image. JPEG files that are at least six times as large as
-    the trunk's input are decoded at a half or less of their size (`read_photo`).
+    or one array or tensor with 4 axes, or a single path or PIL image. JPEG files that are at least six times as large
+    as the trunk's input are decoded at half their size or less (`read_photo`).
 
     Source: the figures behind the defaults are in experiments/speed/embed_photos.py.
     """
@@ -81,7 +79,7 @@ class ImageEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
 
     @property
     def _n_features_out(self) -> int:
-        """D, from a blank image; by it scikit-learn names the columns imageembedder0, imageembedder1, .."""
+        """D, from a blank image; scikit-learn uses it to name the columns imageembedder0, imageembedder1, .."""
         return self._embedded([Image.new("RGB", (8, 8))], progress=False).shape[1]
 
     def transform(self, X: Any) -> np.ndarray:
@@ -89,8 +87,9 @@ class ImageEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
 
         Raises:
             MissingFileError: there is no such file.
-            BrokenImageError: a file is no readable image; it is named.
-            UsageError: no image, no known preprocessing, pixels of another form, or an embedding that is NaN.
+            BrokenImageError: a file is not a readable image; the error names it.
+            UsageError: no image, no known preprocessing, pixels in another form, or an embedding that is not
+                finite.
         """
         return self._embedded(X, self.progress)
 
@@ -129,7 +128,7 @@ class ImageEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
 
 
 def as_items(X: Any) -> Iterable[Any]:
-    """The images of what was given as X, see ImageEmbedder; each is still what `read_photo` takes."""
+    """The images in X (see ImageEmbedder), each still in a form that `read_photo` accepts."""
     if isinstance(X, str | os.PathLike | Image.Image):
         return [X]
     if isinstance(X, np.ndarray | Tensor) and X.ndim != 4 and not (isinstance(X, np.ndarray) and X.ndim == 1):
@@ -141,13 +140,13 @@ def as_items(X: Any) -> Iterable[Any]:
 
 
 def prepared(items: Iterable[Any], preprocessing: Preprocessing) -> Generator[np.ndarray, None, None]:
-    """Yields each image as the trunk takes it, (C, H, W) uint8, in order; decoded in threads, so far ahead."""
+    """Yields each image as the trunk's input, (C, H, W) uint8, in order; threads decode a limited number ahead."""
     side = max(preprocessing.scale_to) if isinstance(preprocessing.scale_to, tuple) else preprocessing.scale_to
 
     def prepare(item: Any) -> np.ndarray:
         return preprocessing(read_photo(item, side))
 
-    if isinstance(items, Sized) and len(items) == 1:  # as a web service has it: no threads to start
+    if isinstance(items, Sized) and len(items) == 1:  # as in a web service: no threads to start
         yield from map(prepare, items)
         return
     most = max(2 * THREADS, AHEAD_PIXELS // (preprocessing.size[0] * preprocessing.size[1]))
@@ -160,12 +159,12 @@ def prepared(items: Iterable[Any], preprocessing: Preprocessing) -> Generator[np
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
-        finally:  # an error, or nobody wants more
+        finally:  # an error, or the caller stopped early
             pool.shutdown(cancel_futures=True)
 
 
 def batches(images: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Images (C, H, W) in arrays of `size`, the last of what is left."""
+    """Images (C, H, W) in arrays of `size`; the last has what is left."""
     batch: list[np.ndarray] = []
     for image in images:
         batch.append(image)
@@ -177,19 +176,19 @@ def batches(images: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
 
 
 def read_photo(item: Any, side: int | None = None) -> Image.Image:
-    """An image of what ImageEmbedder takes for one, upright and loaded, in its own size and mode.
+    """Any image that ImageEmbedder accepts, as an upright, loaded PIL image of its own size and mode.
 
     Args:
-        item: a path, or what has its `read_bytes`, such as a zipfile.Path; PIL image, array or tensor.
-        side: of the pixels that it will be scaled to. A JPEG file with six times as many or more is then decoded at
-            1/2, 1/4 or 1/8 of its size, so that its shorter side keeps at least three times as many: 12 MP to 256 take
-            70 ms instead of 170. The scaled pixels differ by 0.2 of 255 on average; an embedding of EfficientNet-Lite0
-            turns by 1e-5 to 8e-4 (1 - cosine), less than by saving the photo with JPEG quality 80 instead of 90.
+        item: a path, or an object with its `read_bytes`, such as a zipfile.Path; a PIL image, array or tensor.
+        side: length in pixels to which it will be scaled. A JPEG file at least six times as large is then decoded at
+            1/2, 1/4 or 1/8 of its size, so that its shorter side stays at least three times as long: 12 MP to 256 takes
+            70 ms instead of 170. The scaled pixels differ by 0.2 of 255 on average; an EfficientNet-Lite0 embedding
+            changes by 1e-5 to 8e-4 (1 - cosine), less than if the photo is saved at JPEG quality 80 instead of 90.
 
     Raises:
         MissingFileError: there is no such file.
-        BrokenImageError: it is no readable image.
-        UsageError: an array of another shape or type, or of values outside of [0, 1] if floats.
+        BrokenImageError: it is not a readable image.
+        UsageError: an array of another shape or type, or floats outside [0, 1].
     """
     if isinstance(item, Image.Image):
         return _loaded(item)
@@ -209,19 +208,19 @@ def read_photo(item: Any, side: int | None = None) -> Image.Image:
 
 
 def _loaded(image: Image.Image) -> Image.Image:
-    """A PIL image that is in memory, upright; one that was opened from a broken file raises a BrokenImageError."""
+    """A PIL image, loaded and upright; one opened from a broken file raises a BrokenImageError."""
     try:
         image.load()
     except MemoryError:
         raise
-    except Exception as error:  # on broken content Pillow's readers raise whatever their code happens to meet
+    except Exception as error:  # Pillow's readers can raise anything on broken content
         where = getattr(image, "filename", "") or "a PIL image"
         raise BrokenImageError(f"expected a readable image, got {error} in {where}; replace or leave it") from error
     return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
 
 
 def _pixels(given: np.ndarray | Tensor) -> np.ndarray:
-    """(H, W) or (H, W, 3 or 4) uint8, or (H, W) uint16, of an array or tensor."""
+    """(H, W) or (H, W, 3 or 4) uint8, or (H, W) uint16, from an array or tensor."""
     if isinstance(given, Tensor):
         given = given.detach().cpu()
         pixels = (given.float() if given.is_floating_point() else given).numpy()

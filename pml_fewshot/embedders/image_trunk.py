@@ -1,4 +1,4 @@
-"""ImageTrunk: what trunks made of other libraries' networks share; their weights may come from a file."""
+"""ImageTrunk: base class of trunks from other libraries' networks; their weights may come from a file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,21 +13,21 @@ from pml_fewshot.embedders.preprocessing import Preprocessing
 from pml_fewshot.io.checkpoint import check_weights
 from pml_fewshot.io.tensors import read_tensors
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels in [0, 1], by which most networks expect them normalized
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels in [0, 1]; most networks expect this normalization
 IMAGENET_STD = (0.229, 0.224, 0.225)
 OFFLINE = "get its file on a machine with a network and give checkpoint=PATH (docs/how-to/offline.md)"
 
 
 class ImageTrunk(nn.Module):
-    """A network behind the normalization that it was trained with; gray images are repeated to its channels.
+    """A network preceded by the normalization that it was trained with; gray images are repeated to its channels.
 
     Args:
         model: the network.
-        mean, std: of each channel of pixels in [0, 1]; no part of the state dict, for they are no weights.
-        preprocessing: what turns an image of any size into the network's input, where that is known.
-        name: by which the model was made; empty of one that was given.
-        pretrained: start in eval mode: batch norms keep their statistics until somebody calls `train()`, in `fit`
-            too, where weights are trained all the same. A network whose batch norms hold statistics does so anyway.
+        mean, std: of each channel, for pixels in [0, 1]; not in the state dict, as they are not weights.
+        preprocessing: turns an image of any size into the network's input, if that is known.
+        name: the name by which the model was created; empty for a model that was passed in.
+        pretrained: start in eval mode: batch norms keep their statistics, even in `fit`, which still trains weights,
+            until somebody calls `train()`. A network whose batch norms hold statistics always does so.
     """
 
     mean: Tensor
@@ -64,7 +64,7 @@ class ImageTrunk(nn.Module):
 
     @property
     def width(self) -> int:
-        """D of the embeddings, from one blank image in eval mode: what a model says of its width is not always so."""
+        """D of the embeddings, from one blank image in eval mode: a model's own figure is not always right."""
         if not self._width:
             size = (224, 224) if self.preprocessing is None else self.preprocessing.size
             weight = next((p for p in self.parameters() if p.is_floating_point()), self.mean)
@@ -79,11 +79,11 @@ def _holds_statistics(module: nn.Module) -> bool:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """A network's weights of a file: safetensors, or a state dict saved by torch, also one below "state_dict".
+    """A network's weights from a file: safetensors, or a state dict saved by torch, also under "state_dict" or "model".
 
     Raises:
         MissingFileError: there is no such file.
-        UsageError: it is broken, or holds more than tensors (which is not loaded).
+        UsageError: it is broken, or holds more than tensors (and is not loaded).
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -92,7 +92,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise MissingFileError(f"expected a file of weights at {path}, got no such file; check the path")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its unpickler happens to meet
+    except Exception as error:  # torch's unpickler can raise anything
         got = str(error).partition("\n")[0][:200] or type(error).__name__
         wanted = f"a state dict of tensors alone at {path}"
         raise UsageError(f"expected {wanted}, got another file ({got}); save model.state_dict()") from error
@@ -106,18 +106,18 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, path: str | Path, classifiers: Sequence[str]) -> None:
-    """Reads a network's weights from a file; those of layers that were cut off may be there and are left out.
+    """Loads a network's weights from a file; those of removed layers may be in it and are ignored.
 
     Args:
-        classifiers: the names that these layers had.
+        classifiers: names of the removed layers.
 
     Raises:
-        UsageError: as `read_weights`; or a weight is missing, unknown or of another shape.
+        UsageError: as in `read_weights`; or a weight is missing, unknown or of another shape.
     """
     own: dict[str, Any] = model.state_dict()
     stored = {name: value for name, value in read_weights(path).items() if name.rpartition(".")[0] not in classifiers}
     for name, value in own.items():
-        if name.endswith("num_batches_tracked"):  # which files of old versions lack, and nothing here needs
+        if name.endswith("num_batches_tracked"):  # old versions' files lack these, and nothing here needs them
             stored.setdefault(name, value)
         if name in stored and stored[name].is_floating_point() and value.is_floating_point():
             stored[name] = stored[name].to(value.dtype)

@@ -12,7 +12,7 @@ class KochConv(nn.Module):
     Args:
         in_channels: 1 for gray, 3 for color images.
         dim: width of the linear layer; 4,096 as in the paper.
-        batch_norm: batch norm after each convolution, which the paper does not have. On, as in Conv4.
+        batch_norm: batch norm after each convolution, which the paper does not use. On by default, as in Conv4.
         sigmoid: end in a sigmoid, as in the paper. Off by default; SiameseTrainer explains why.
 
     Shapes: (B, in_channels, 105, 105) -> (B, dim). An image costs 0.9 billion multiplications.

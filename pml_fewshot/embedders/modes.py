@@ -1,4 +1,4 @@
-"""What surrounds a call and must not change its figures: train mode, autocast, grad and inference mode, 16 bits."""
+"""Keeps results independent of what surrounds a call: train mode, autocast, grad and inference mode, 16 bits."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ _in_eval: dict[nn.Module, tuple[int, bool]] = {}  # part -> how many blocks hold
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """The arithmetic of every evaluation: eval mode, no gradient, and no autocast, whatever the caller has set."""
+    """The settings of every evaluation: eval mode, no gradient, and no autocast, whatever the caller has set."""
     with torch.inference_mode(False), torch.no_grad(), no_autocast(), eval_mode(*modules):
         yield
 
@@ -26,7 +26,7 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 def plainly() -> bool:
     """Whether operations run as they are called: not under `torch.func`'s transforms, and neither compiled nor traced.
 
-    There a function of our own, or numpy's, would be refused or become a constant.
+    Under those, a function of our own or of NumPy's would be refused or become a constant.
     """
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     return not (transformed or torch.compiler.is_compiling() or torch.jit.is_tracing())
@@ -34,9 +34,9 @@ def plainly() -> bool:
 
 @contextmanager
 def eval_mode(*modules: nn.Module) -> Iterator[None]:
-    """Puts modules and their parts into eval mode and gives each its own mode back, even a frozen batch norm.
+    """Puts modules and their parts into eval mode, then restores each one's own mode, even that of a frozen batch norm.
 
-    Threads may hold one module at the same time: the last to leave gives the modes back.
+    Several threads may hold one module at the same time: the last to leave restores the modes.
     """
     parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
     with _lock:
@@ -64,9 +64,9 @@ FROZEN = "_pml_fewshot_frozen"  # a mark on parts that were in eval mode within 
 
 @contextmanager
 def train_mode(module: nn.Module) -> Iterator[None]:
-    """Puts a module into train mode, but for the parts frozen by hand, and into eval mode at the end.
+    """Puts a module into train mode, except for the parts frozen by hand, and into eval mode at the end.
 
-    Frozen are the parts in eval mode within a module in train mode. They stay so in a second training too, when the
+    Parts in eval mode within a module in train mode are frozen. They stay frozen in a second training too, when the
     whole module is in eval mode, until somebody calls their `train()`. Gradients are on and autocast is off.
     """
     _mark_frozen(module)
@@ -82,7 +82,7 @@ def train_mode(module: nn.Module) -> Iterator[None]:
 
 
 def _mark_frozen(module: nn.Module) -> None:
-    """Remembers, in copies too, what is frozen in a module in train mode: eval mode of the whole hides it."""
+    """Marks the frozen parts of a module in train mode, in copies too: eval mode of the whole would hide them."""
     for part in module.modules() if module.training else ():
         if part.training:
             vars(part).pop(FROZEN, None)
@@ -99,15 +99,15 @@ def ordinary_modes() -> Iterator[None]:
 
 @contextmanager
 def no_autocast() -> Iterator[None]:
-    """Autocast off on every device: bfloat16's 8 bits cannot tell near embeddings apart."""
+    """Autocast off on CPU and CUDA: bfloat16's 8 bits cannot distinguish nearby embeddings."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
 
 
 def in_float32(function: Callable[P, T]) -> Callable[P, T]:
-    """Has a function of tensors compute in float32 at least, whatever their type and autocast say.
+    """Makes a function of tensors compute in at least float32, whatever their type and autocast say.
 
-    float16 overflows in squares above 255, and has no place for a norm below 1e-7.
+    float16 overflows when values above 255 are squared, and cannot represent a norm below 1e-7.
     """
 
     @wraps(function)
@@ -120,7 +120,7 @@ def in_float32(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def widened(value: Any) -> Any:
-    """A tensor of floats in float32 at least; anything else as it is."""
+    """A float tensor in at least float32; anything else unchanged."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.to(torch.promote_types(value.dtype, torch.float32))
     return value

@@ -16,17 +16,17 @@ Resampling = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 class Preprocessing:
     """How images of any size become a trunk's input; normalization by mean and deviation is the trunk's own first step.
 
-    The pixels are those of torchvision's Resize and CenterCrop of a PIL image, which timm uses too, up to rounding.
+    The pixels are those of torchvision's Resize and CenterCrop on a PIL image, which timm uses too, up to rounding.
 
     Args:
-        size: (H, W) in pixels of the part in the middle that is kept.
-        scale_to: what the shorter side is scaled to first, keeping the shape; or (H, W), to which the image is
-            stretched. No less than `size`, as nothing is padded.
-        resampling: how it is scaled; averaged over the area where it shrinks, as Pillow does.
+        size: (H, W) in pixels of the center crop that is kept.
+        scale_to: length to which the shorter side is scaled first, keeping the aspect ratio; or (H, W), to which the
+            image is stretched. At least `size`, as nothing is padded.
+        resampling: how it is scaled; shrinking averages over the area, as in Pillow.
         channels: 3 (RGB; gray images become colors) or 1 (gray).
 
     Raises:
-        UsageError: another resampling or number of channels, or sizes that are none or do not fit.
+        UsageError: another resampling or number of channels, or sizes that are invalid or do not fit.
     """
 
     size: tuple[int, int]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class ResidualBlock(nn.Module):
-    """Three 3x3 convolutions with batch norm beside a 1x1 shortcut, LeakyReLU, then 2x2 max-pool."""
+    """Three 3x3 convolutions with batch norm plus a 1x1 shortcut, LeakyReLU, then 2x2 max-pool."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -29,16 +29,16 @@ class ResidualBlock(nn.Module):
 class ResNet12(nn.Module):
     """Four residual blocks of 64, 160, 320 and 640 channels, averaged over the image to 640 dimensions (`pool`).
 
-    Without DropBlock: no randomness hides in the forward pass.
+    There is no DropBlock, so the forward pass has no hidden randomness.
 
     Args:
         in_channels: 1 for gray, 3 for color images.
-        widths: channels of the four blocks; (64, 128, 256, 512) is the other form in use.
-        pool: average each channel over the map, as in the papers. Without, embeddings are the flattened feature map,
+        widths: channels of the four blocks; (64, 128, 256, 512) is the other variant in use.
+        pool: average each channel over the map, as in the papers. If False, embeddings are the flattened feature map,
             channels first, which distances of local features split into its nodes.
 
     Shapes: (B, in_channels, H, W) -> (B, widths[-1]); H and W at least 16. Without pool -> (B, widths[-1] * nodes) with
-    (H // 16) * (W // 16) nodes: at 84 x 84 they are 25, so 16,000-d, and a bank of 3,000 images takes 192 MB.
+    (H // 16) * (W // 16) nodes: at 84 x 84 there are 25, so 16,000-d, and a bank of 3,000 images takes 192 MB.
 
     Source: Lee et al. 2019 (MetaOptNet), section 4.1; Oreshkin et al. 2018 (TADAM).
     """

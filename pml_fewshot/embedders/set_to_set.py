@@ -8,27 +8,27 @@ from pml_fewshot.embedders.modes import in_float32
 
 
 class SetToSet(nn.Module):
-    """Adapts the prototypes of an episode to each other by one layer of attention; the context of FEAT.
+    """Adapts the prototypes of an episode to each other with one attention layer; the context of FEAT.
 
-    Each prototype asks all W of its episode. What it reads goes through a linear layer and is added to it, and a layer
-    norm follows, which leaves a prototype with a length near sqrt(D). Queries are not changed. The order of classes and
+    Each prototype attends to all W of its episode. The result goes through a linear layer and is added to it, followed
+    by layer norm, which leaves a prototype with a norm near sqrt(D). Queries are not changed. The order of classes and
     shots does not matter.
 
     Args:
         dim: dimensions D of the embeddings.
-        heads: of the attention; each is D wide, as in the authors' code. One as in the paper.
-        dropout: of what is added to the prototypes.
-        attention_dropout: of the weights of the attention. Both draw from torch's own generator, which a run seeds.
+        heads: number of attention heads; each is D wide, as in the authors' code. One as in the paper.
+        dropout: dropout rate of the term added to the prototypes.
+        attention_dropout: dropout rate of the attention weights. Both use torch's global generator, which a run seeds.
 
     Shapes: support (E, W, K, D) and query (E, N, D) -> prototypes (E, W, 1, D) and the same queries.
 
-    Weights have the names and initial sizes of the authors' code, whose files load once "slf_attn." is cut from their
-    names. Squared distances to such prototypes are about 2 D, so the authors divide logits by 32 or 64 (the loss's
-    scale), begin with an embedder trained by classification, and train this part at 10 times its rate. Their auxiliary
-    contrastive loss over support and queries is left out.
+    Weights have the names and initial scales of the authors' code, whose files load once "slf_attn." is removed from
+    their names. Squared distances to such prototypes are about 2 D, so the authors divide logits by 32 or 64 (the
+    loss's scale), start from a classification-trained embedder, and train this part at 10 times the embedder's rate.
+    Their auxiliary contrastive loss over support and queries is left out.
 
     Source: Ye, Hu, Zhan and Sha 2020, "Few-Shot Learning via Embedding Adaptation with Set-to-Set Functions", section
-    3.3; defaults are of the authors' code.
+    3.3; defaults are those of the authors' code.
     """
 
     def __init__(self, dim: int, heads: int = 1, dropout: float = 0.5, attention_dropout: float = 0.1) -> None:

@@ -1,4 +1,4 @@
-"""SyncedBatchNorm: within this context batch norm takes its statistics over the items of all processes."""
+"""SyncedBatchNorm: a context in which batch norm computes its statistics over the items of all processes."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,16 +13,16 @@ from pml_fewshot.embedders.conv_norm_pool import conv_norm_pool
 
 
 def synced() -> AbstractContextManager[object]:
-    """SyncedBatchNorm where several processes are to do so; around a backward pass too, which may run layers again."""
+    """SyncedBatchNorm if several processes are set to use it; around a backward pass too, which may rerun layers."""
     return SyncedBatchNorm() if world().sync_batch_norm and world().size > 1 else nullcontext()
 
 
 class SyncedBatchNorm(TorchFunctionMode):
-    """Within this context batch norm in training uses mean and variance over all processes, as one process would.
+    """A context in which batch norm in training uses the mean and variance over all processes, as one process would.
 
-    The mean first, then the squares of what is left, for their difference would round; float32 at least. torch's own
-    SyncBatchNorm does the same on GPUs in one kernel, but refuses a CPU (2.13), and has layers of its own in the place
-    of a network's.
+    The mean comes first, then the squares of the centered values, as a difference of squares would round; at least
+    float32. torch's own SyncBatchNorm does the same on GPUs in one kernel, but refuses a CPU (2.13), and replaces a
+    network's layers with its own.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -42,7 +42,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Stands for `F.batch_norm` of (B, C, ...), of which each process has its B."""
+    """Replaces `F.batch_norm` of (B, C, ...), where each process has its own B."""
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     rows = input.to(torch.promote_types(input.dtype, torch.float32))
@@ -54,7 +54,7 @@ def _batch_norm(
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean), momentum)
-            running_var.lerp_((variance * count / (count - 1)).to(running_var), momentum)  # unbiased, as torch's
+            running_var.lerp_((variance * count / (count - 1)).to(running_var), momentum)  # unbiased, as in torch
     scale = (variance + eps).rsqrt() if weight is None else (variance + eps).rsqrt() * weight
     output = centered * scale.view(shape)
     return (output if bias is None else output + bias.view(shape)).to(input.dtype)

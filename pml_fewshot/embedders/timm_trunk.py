@@ -1,4 +1,4 @@
-"""TimmTrunk: any image network of timm."""
+"""TimmTrunk: any image network from timm."""
 
 import difflib
 import math
@@ -14,19 +14,19 @@ from pml_fewshot.embedders.preprocessing import Preprocessing
 
 
 class TimmTrunk(ImageTrunk):
-    """A network of timm without its classifier, with its own normalization, size, crop and interpolation.
+    """A timm network without its classifier, with its own normalization, size, crop and interpolation.
 
     Args:
-        model: its name, "tf_efficientnet_lite0" or "hf-hub:owner/name"; or one made by `timm.create_model`, whose
-            classifier, where it has one, is removed from it.
-        pretrained: download the weights that timm has for the name, from the Hugging Face hub.
-        checkpoint: or a file that has them, safetensors or a state dict saved by torch. Those of a classifier in it are
-            left out.
-        mean, std: of each channel of pixels in [0, 1], for weights that were trained with others than timm says.
+        model: a name, such as "tf_efficientnet_lite0" or "hf-hub:owner/name"; or a model from `timm.create_model`,
+            whose classifier, if it has one, is removed from it.
+        pretrained: download timm's weights for the name from the Hugging Face hub.
+        checkpoint: or a file with the weights, safetensors or a state dict saved by torch. Those of a classifier in it
+            are ignored.
+        mean, std: of each channel, for pixels in [0, 1], if the weights were trained with other values than timm's.
 
-    A pretrained trunk, or one whose batch norms hold statistics, starts in eval mode: batch norms keep them until
-    somebody calls `train()`, in `fit` too. Its `preprocessing` equals timm's `create_transform`; it is None where
-    timm pads images or wants another shape than a square (10 to 20 of its 3,400 sets of weights).
+    A pretrained trunk, or one whose batch norms hold statistics, starts in eval mode: batch norms keep them, even
+    in `fit`, until somebody calls `train()`. Its `preprocessing` equals timm's `create_transform`; it is None where
+    timm pads images or expects a shape other than a square (10 to 20 of its 3,400 sets of weights).
 
     Shapes: (B, 1 or 3, H, W) -> (B, width): 1,280-d for tf_efficientnet_lite0.
 
@@ -62,7 +62,7 @@ class TimmTrunk(ImageTrunk):
             names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
             load_weights(model, checkpoint, [names] if isinstance(names, str) else names)
         mean, std = data["mean"] if mean is None else mean, data["std"] if std is None else std
-        own_size = getattr(getattr(model, "patch_embed", None), "img_size", None)  # of ViTs made for another size
+        own_size = getattr(getattr(model, "patch_embed", None), "img_size", None)  # of ViTs created for another size
         preprocessing = _preprocessing(data, own_size or data["input_size"][1:], len(mean))
         super().__init__(model, mean, std, preprocessing, name, pretrained or checkpoint is not None)
 
@@ -71,20 +71,20 @@ class TimmTrunk(ImageTrunk):
 
 
 def _create(timm: Any, name: str, pretrained: bool) -> nn.Module:
-    if ":" not in name and not timm.is_model(name):  # (with a colon it is a place to fetch it from)
+    if ":" not in name and not timm.is_model(name):  # (a name with a colon is a place to fetch it from)
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
         do = f"did you mean {near[0]!r}?" if near else "timm.list_models() lists them"
         raise UsageError(f"expected a model of timm, got {name!r}; {do}")
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0)
-    except (OSError, RuntimeError) as error:  # of the hub's, which is no network's alone; a tag that timm does not know
+    except (OSError, RuntimeError) as error:  # from the hub, not only of the network; a tag that timm does not know
         got = str(error).partition("\n")[0][:200] or type(error).__name__
         wanted = f"weights of {name} from the hub" if pretrained else f"a model of timm named {name!r}"
         raise UsageError(f"expected {wanted}, got an error ({got}); {OFFLINE}") from error
 
 
 def _preprocessing(data: dict[str, Any], size: Sequence[int], channels: int) -> Preprocessing | None:
-    """timm's `transforms_imagenet_eval` in our words, where these have some for it."""
+    """timm's `transforms_imagenet_eval` as a Preprocessing; None if it cannot be expressed as one."""
     height, width = size
     scaled = math.floor(height / data["crop_pct"]), math.floor(width / data["crop_pct"])
     known = data["crop_mode"] == "squash" or (data["crop_mode"] == "center" and height == width)

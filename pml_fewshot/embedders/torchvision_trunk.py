@@ -1,4 +1,4 @@
-"""Any classification network of torchvision.models as a trunk."""
+"""TorchvisionTrunk: any classification network from torchvision.models."""
 
 from collections.abc import Sequence
 from enum import Enum
@@ -13,25 +13,25 @@ from pml_fewshot.embedders.preprocessing import Preprocessing
 
 
 class TorchvisionTrunk(ImageTrunk):
-    """A torchvision classifier without its last linear layer, fed with images in [0, 1].
+    """A torchvision classifier without its last linear layer, for images in [0, 1].
 
     Gray images are repeated to three channels, and pixels are normalized as the weights expect.
 
     Args:
-        model: its name, "resnet18"; or a model of torchvision.models: `resnet18(weights="DEFAULT")`, whose last linear
-            layer is removed from it. One without a linear layer (SqueezeNet) is refused, because it is not known where
-            its embedding is.
-        weights: those that torchvision has: "DEFAULT", "IMAGENET1K_V1" or a member of the model's enum
+        model: a name, such as "resnet18"; or a model from torchvision.models, such as `resnet18(weights="DEFAULT")`,
+            whose last linear layer is removed from it. One without a linear layer (SqueezeNet) is refused, because it
+            is not known where its embedding is.
+        weights: torchvision's weights: "DEFAULT", "IMAGENET1K_V1" or a member of the model's enum
             (`ResNet18_Weights.DEFAULT`). With a name they are downloaded; with a model the member says which it has,
             because normalization and preprocessing are those of its `transforms()`.
-        checkpoint: or a file that has them, safetensors or a state dict saved by torch, such as torchvision downloads.
-            Those of the last linear layer in it are left out.
-        mean, std: of each channel of pixels in [0, 1], for weights that were trained with others; those of ImageNet
-            when neither these nor the weights say so.
+        checkpoint: or a file with the weights, safetensors or a state dict saved by torch, such as torchvision
+            downloads. Those of the last linear layer in it are ignored.
+        mean, std: of each channel, for pixels in [0, 1], if the weights were trained with other values; ImageNet's when
+            neither these nor the weights specify them.
 
-    A pretrained trunk, or one whose batch norms hold statistics, starts in eval mode: batch norms keep them until
-    somebody calls `train()`, in `fit` too. Without weights `preprocessing` is that of most of torchvision's: the
-    shorter side scaled to 256, 224 x 224 of it, bilinear.
+    A pretrained trunk, or one whose batch norms hold statistics, starts in eval mode: batch norms keep them, even
+    in `fit`, until somebody calls `train()`. Without weights, `preprocessing` is that of most torchvision weights: the
+    shorter side scaled to 256, a 224 x 224 center crop, bilinear.
 
     Shapes: (B, 1 or 3, H, W) -> (B, inputs of the removed layer): 512-d for resnet18.
 
@@ -91,7 +91,7 @@ def _named(name: str, weights: Any) -> tuple[nn.Module, Enum | None]:
 
 
 def _transforms(weights: Any) -> tuple[Preprocessing, Sequence[float], Sequence[float]]:
-    """Preprocessing, mean and deviation of a member of torchvision's enums."""
+    """Preprocessing, mean and standard deviation of a member of torchvision's enums."""
     if weights is None:
         return Preprocessing((224, 224), 256), IMAGENET_MEAN, IMAGENET_STD
     own = weights.transforms()

@@ -1,4 +1,4 @@
-"""TransformersTrunk: vision models of Hugging Face's transformers."""
+"""TransformersTrunk: vision models from Hugging Face's transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -12,24 +12,24 @@ from pml_fewshot.embedders.preprocessing import Preprocessing
 
 
 class TransformersTrunk(ImageTrunk):
-    """A vision model of transformers with the normalization and preprocessing of its image processor.
+    """A vision model from transformers with the normalization and preprocessing of its image processor.
 
-    The embedding is the image's in a space shared with texts where the model has one (CLIP, SigLIP), else its pooled
-    output, else the mean of the last hidden state over tokens or places.
+    The embedding is that of the image in a space shared with text if the model has one (CLIP, SigLIP), else its pooled
+    output, else the mean of the last hidden state over tokens or positions.
 
     Args:
-        model: a folder that `save_pretrained` wrote or a name on the Hugging Face hub, loaded by AutoModel; or a model.
-        processor: its image processor, or the folder or name of one; when None that of the model's folder or name.
+        model: a folder written by `save_pretrained` or a name on the Hugging Face hub, loaded by AutoModel; or a model.
+        processor: its image processor, or the folder or name of one; when None, that of the model's folder or name.
 
-    A pretrained trunk starts in eval mode: batch norms and dropout stay in it until somebody calls `train()`, in `fit`
-    too. Of its `preprocessing` a middle part may lie one pixel beside transformers' own, which rounds down.
-    `preprocessing` is None where the processor keeps no fixed size; then give one to ImageEmbedder.
+    A pretrained trunk starts in eval mode: batch norms and dropout stay in it, even in `fit`, until somebody calls
+    `train()`. The center crop of its `preprocessing` may be one pixel off from transformers' own, which rounds down.
+    `preprocessing` is None if the processor has no fixed output size; then pass one to ImageEmbedder.
 
     Shapes: (B, 1 or 3, H, W) -> (B, width): 768-d for ViT-B/16.
 
     Raises:
         MissingPackageError: transformers is not installed (the extra `hf`).
-        UsageError: a folder or name that cannot be loaded, no processor, or one that scales pixels in a way of its own.
+        UsageError: a folder or name that cannot be loaded, no processor, or one that scales pixels differently.
     """
 
     def __init__(self, model: nn.Module | str | Path, processor: Any = None) -> None:
@@ -68,7 +68,7 @@ def _loaded(kind: Any, source: str) -> Any:
 def _pooled(out: Any, model: nn.Module) -> Tensor:
     for name in ("image_embeds", "pooler_output"):
         if getattr(out, name, None) is not None:
-            return getattr(out, name).flatten(1)  # ResNets give (B, D, 1, 1)
+            return getattr(out, name).flatten(1)  # ResNets return (B, D, 1, 1)
     hidden = getattr(out, "last_hidden_state", None)
     if not isinstance(hidden, Tensor):
         got = f"{type(out).__name__} from {type(model).__name__}"
@@ -77,12 +77,12 @@ def _pooled(out: Any, model: nn.Module) -> Tensor:
 
 
 def _preprocessing(processor: Any) -> Preprocessing | None:
-    """An image processor's resizing and crop in our words, where these have some for it."""
+    """An image processor's resizing and crop as a Preprocessing; None if they cannot be expressed as one."""
     size, crop = dict(processor.size or {}), dict(getattr(processor, "crop_size", None) or {})
     resampling = Image.Resampling(int(processor.resample)).name.lower()
     edge, fixed = size.get("shortest_edge"), (size.get("height"), size.get("width"))
     crop_pct = getattr(processor, "crop_pct", None)
-    if edge and crop_pct:  # ConvNeXt, which crops below 384 pixels alone
+    if edge and crop_pct:  # ConvNeXt, which crops only below 384 pixels
         kept, scale_to = (edge, edge), int(edge / crop_pct) if edge < 384 else (edge, edge)
     elif getattr(processor, "do_center_crop", False) and crop:
         kept, scale_to = (crop["height"], crop["width"]), edge or fixed

@@ -1,4 +1,4 @@
-"""benchmark: methods evaluated by episodes and by retrieval, side by side in one table."""
+"""benchmark: evaluates methods on episodes and by retrieval, and puts the figures in one table."""
 
 import copy
 import time
@@ -37,28 +37,28 @@ def benchmark(
     note: str = "",
     split: Literal["train", "val", "test"] | None = None,
 ) -> ResultTable:
-    """Evaluates every method, in eval mode, on the same episodes and by the same retrieval, a line each in the table.
+    """Evaluates every method, in eval mode, on the same episodes and by the same retrieval; one table line per method.
 
     Args:
         methods: an Embedder, a trainer (anything with `bank` and `classify`) or an EmbeddingBank; or a mapping of names
-            to such, or to a sequence of such: trainings of one method from several seeds, whose figures are averaged.
-        data: the classes to evaluate on; not needed for banks, which bring their labels.
+            to these or to sequences of these: one method trained with several seeds, whose figures are averaged.
+        data: the classes to evaluate on; not needed for banks, which have their own labels.
         specs: sizes of the episodes.
-        retrieval: tester; without a distance of its own it ranks by that of a trainer's loss. None leaves retrieval
-            out, as does a method whose bank is not of embeddings (MAML's is of images).
-        num_episodes: of each spec.
+        retrieval: tester; without a distance of its own it ranks by that of a trainer's loss. None skips retrieval, as
+            does a method whose bank does not hold embeddings (MAML's holds images).
+        num_episodes: for each spec.
         seed: of the episodes.
-        head: classifies episodes in place of each method's own way, as in EpisodicEvaluator.
-        reference: what retrieval searches: images that each method embeds, a bank or a Gallery; when None the set
+        head: classifies episodes instead of each method's own classifier, as in EpisodicEvaluator.
+        reference: what retrieval searches: images for each method to embed, a bank or a Gallery; if None, the set
             itself, without the query.
-        support: items of the same classes, in equal numbers: the set is classified by them too; see evaluate_fixed.
-        timed: note the seconds that each method took; off where two tables are to be the same byte by byte.
-        note: what a reader must know beside the data set's own note.
-        split: which classes of Splits; the test classes when None.
+        support: items of the same classes, equally many of each: they classify the set too; see evaluate_fixed.
+        timed: record the seconds each method took; turn off where two tables must be identical byte for byte.
+        note: what a reader must know in addition to the dataset's own note.
+        split: which classes of Splits to use; the test classes if None.
 
     Raises:
-        UsageError: a set that cannot give the episodes, trainings of one method on different episodes, NaN.
-        UsageTypeError: an embedder or a trainer without data, methods without names, a split of what has none.
+        UsageError: a set that cannot supply the episodes, trainings of one method on different episodes, NaN.
+        UsageTypeError: an embedder or a trainer without data, methods without names, a split of data that has none.
     """
     if isinstance(methods, Sequence):
         raise UsageTypeError("expected one method or a mapping of names to methods, got a sequence; name each of them")
@@ -123,8 +123,8 @@ def benchmark(
 
 
 def _ranked_by(tester: RetrievalTester, method: Method) -> RetrievalTester:
-    """The tester, ranking by a trainer's distance where it has none of its own."""
-    ranked = copy.copy(tester)  # the caller's own may serve another method
+    """Returns a copy of the tester that ranks by a trainer's distance if it has none of its own."""
+    ranked = copy.copy(tester)  # the caller's tester may be used for another method
     if ranked.distance is None:
         ranked.distance = getattr(method, "distance", None)
     return ranked

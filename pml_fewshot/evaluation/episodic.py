@@ -1,6 +1,6 @@
 """EpisodicEvaluator: the accuracy of a method over thousands of episodes, from embeddings computed once.
 
-Letters: E episodes, W ways, K shots, Q queries a class, N = W*Q, M items in the bank.
+Letters: E episodes, W ways, K shots, Q queries per class, N = W*Q, M items in the bank.
 """
 
 import inspect
@@ -40,23 +40,23 @@ from pml_fewshot.sampling.episodes import EpisodeIndex, EpisodeSampler, EpisodeS
 from pml_fewshot.sampling.variable_episodes import VariableEpisodes, VariableEpisodeSampler, VariableEpisodeSpec
 
 CPU_CHUNK = 2**20  # floats gathered at a time by default: 4 MiB stay in the cache while they are scored
-IGNORE_DISTANCE = (cosine_classifier, ridge_regression, logistic_regression)  # though they are called with one
-SHARE_OF_FREE_MEMORY = 1 / 32  # of a GPU's: heads need several times what is gathered, some for every pair of items
+IGNORE_DISTANCE = (cosine_classifier, ridge_regression, logistic_regression)  # although they are called with one
+SHARE_OF_FREE_MEMORY = 1 / 32  # of a GPU: heads need several times the floats gathered, some for every pair of items
 
 
 class FewShotMethod(Protocol):
-    """What can be evaluated: every trainer, or anything with these two methods.
+    """Anything that can be evaluated: every trainer, or any object with these two methods.
 
-    It may also have `distance`, given to the evaluator's head; `divergence_hint`, what to try where logits are NaN;
+    It may also have `distance`, passed to the evaluator's head; `divergence_hint`, what to try if logits are NaN;
     `transductive` and `classifier`, for the result table; and `thread_safe`, whether `classify` may run in several
     threads at once.
     """
 
     def bank(self, dataset: FewShotDataset) -> Tensor:
-        """(M, *item): a data set's embeddings, or its uint8 images for methods that adapt to each episode."""
+        """Returns (M, *item): a dataset's embeddings, or its uint8 images for methods that adapt to each episode."""
 
     def classify(self, support: Tensor, query: Tensor) -> Tensor:
-        """Support (E, W, K, *item) and query (E, N, *item), images in [0, 1], to logits (E, N, W)."""
+        """Maps support (E, W, K, *item) and query (E, N, *item), images in [0, 1], to logits (E, N, W)."""
 
 
 Method = FewShotMethod | EmbeddingBank | nn.Module  # a trainer; embeddings; or an embedder, wrapped or not
@@ -70,10 +70,10 @@ class EpisodicResult:
     """Accuracy over episodes, as fractions of 1.
 
     `ci95` is half the width of the mean's 95 % interval, 1.96 standard errors over the episodes; `per_episode` (E,) is
-    on the CPU, for paired comparisons; results with equal `episodes_hash` are on the same episodes. Where it was asked
-    for, `confusion` (C, C) counts how many queries of each class (row) were taken for each (column) of `classes`, C
-    names (labels where there are no names), over all episodes. `classifier` says what classified, head and distance;
-    `transductive`, whether the queries of an episode informed each other.
+    on the CPU, for paired comparisons; results with equal `episodes_hash` are on the same episodes. If requested,
+    `confusion` (C, C) counts how many queries of each class (row) were predicted as each class (column) of `classes`, C
+    names (labels where there are no names), over all episodes. `classifier` names the classifier, its head and
+    distance; `transductive` says whether the queries of an episode informed each other.
     """
 
     mean: float
@@ -88,7 +88,7 @@ class EpisodicResult:
     transductive: bool = False
 
     def per_class(self) -> dict[ClassName, float]:
-        """The accuracy on each class's queries, by class name (label where there is none); NaN where none came."""
+        """Returns the accuracy on each class's queries, by class name (label if it has none); NaN without queries."""
         if self.confusion is None:
             raise UsageError("expected a result with its confusion matrix, got none; use evaluate(..., confusion=True)")
         accuracies = self.confusion.diagonal() / self.confusion.sum(dim=1)
@@ -104,14 +104,14 @@ class EpisodicEvaluator:
 
     Args:
         spec: size of the episodes. Those of a VariableEpisodeSpec are scored one by one, by a head with a `fit`.
-        num_episodes: with 600 the interval is wider than the difference of most methods (0.2 points at 98.9 %).
+        num_episodes: with 600, the interval is wider than the difference between most methods (0.2 points at 98.9 %).
         seed: of the episodes.
-        chunk: episodes scored at a time, one chunk after the other. When None, as many as fill a CPU's cache (in each
+        chunk: episodes scored at a time, one chunk after another. If None, as many as fill a CPU's cache (in each
             thread), or a share of a GPU's free memory. The result does not depend on it.
         head: replaces the method's own `classify`, and nearest_prototype for embedders and banks. It is called
-            `head(support (E, W, K, D), query (E, N, D), distance)` with the method's own distance, or without where it
-            takes two: `partial(nearest_prototype, distance=CosineSimilarity())` keeps its own. On a CPU functions run
-            in several threads at once, so they must not keep anything between calls.
+            `head(support (E, W, K, D), query (E, N, D), distance)` with the method's own distance, or without it if the
+            head accepts only two: `partial(nearest_prototype, distance=CosineSimilarity())` keeps its own. On a CPU,
+            functions run in several threads at once, so they must not keep anything between calls.
     """
 
     spec: Spec
@@ -122,27 +122,27 @@ class EpisodicEvaluator:
 
     def __post_init__(self) -> None:
         check_at_least_one("num_episodes", self.num_episodes)
-        self.seed = operator.index(self.seed)  # numpy's integers are none to torch's generators
+        self.seed = operator.index(self.seed)  # torch's generators reject numpy's integers
         if self.num_episodes == 1:
             raise UsageError("expected num_episodes above 1, got 1; an interval needs at least two episodes")
         if self.chunk is not None:
             check_at_least_one("chunk", self.chunk)
 
     def check(self, dataset: Labeled) -> None:
-        """Raises the UsageError that `evaluate` would, when the set has too few classes or items for the spec."""
+        """Raises the UsageError that `evaluate` would if the set has too few classes or items for the spec."""
         self._sampler(dataset.labels, dataset.class_names)
 
     def evaluate(
         self, trainer: Method, dataset: Labeled | None = None, bank: Tensor | None = None, confusion: bool = False
     ) -> EpisodicResult:
-        """Evaluates a method in eval mode, whose parts get their modes back; an EmbeddingBank alone: `evaluate(bank)`.
+        """Evaluates a method in eval mode and restores its modes; pass an EmbeddingBank alone: `evaluate(bank)`.
 
         Args:
             trainer: a trainer, or anything with `bank(dataset)` and `classify(support, query)`; or an Embedder, or an
-                EmbeddingBank made by any tool, which the head classifies.
+                EmbeddingBank from any tool, which the head classifies.
             dataset: the classes to evaluate on, as images or as embeddings.
-            bank: `trainer.bank(dataset)` where it is there already (for several specs on one set).
-            confusion: count which class was taken for which; 8 bytes for each pair of classes.
+            bank: `trainer.bank(dataset)` if it is already computed (for several specs on one set).
+            confusion: count which class was predicted as which; 8 bytes for each pair of classes.
 
         Raises:
             UsageError: the set has too few classes or items for the spec, or the bank or the logits hold NaN.
@@ -152,7 +152,7 @@ class EpisodicEvaluator:
                 got = str(self.spec)
                 raise UsageError(f"expected episodes of one size for a confusion matrix, got {got}; use an EpisodeSpec")
             if isinstance(self.spec, VariableEpisodeSpec):
-                _fit_of(trainer, self.head)  # refuses what cannot be, before images are embedded
+                _fit_of(trainer, self.head)  # rejects invalid combinations before images are embedded
             labeled, bank = embed(trainer, dataset, bank)
             labels = labeled.labels.cpu()
             if len(bank) != len(labels):
@@ -192,15 +192,15 @@ class EpisodicEvaluator:
     def _score(
         self, classifier: "Classifier", bank: Tensor, episodes: EpisodeIndex, predictions: bool
     ) -> tuple[Tensor, Tensor]:
-        """The accuracies (E,), and where they are wanted the predicted ways (E, N), else (E, 0); on the CPU."""
+        """Returns the accuracies (E,) and, if requested, the predicted ways (E, N), else (E, 0); on the CPU."""
         ways, queries = episodes.query.shape[1:]
         true_ways = episodes.true_ways.expand(len(episodes), -1)
-        # one tensor, for small ones left between a chunk's large blocks would make the process grow by gigabytes
+        # one tensor: small ones left between a chunk's large blocks would make the process grow by gigabytes
         accuracies = torch.zeros(len(episodes), dtype=torch.float64, device=bank.device)
         predicted = torch.zeros(len(episodes), ways * queries * predictions, dtype=torch.int64, device=bank.device)
         chunk = self.chunk or min(told_by_all(self._default_chunk(bank, ways * (episodes.support.shape[2] + queries))))
 
-        @torch.no_grad()  # which, as all modes, belongs to a thread
+        @torch.no_grad()  # like all modes, this one is per thread
         def score(start: int) -> None:
             part = episodes[start : start + chunk]
             logits = classifier.classify(_gather(bank, part.support), _gather(bank, part.query).flatten(1, 2))
@@ -208,7 +208,7 @@ class EpisodicEvaluator:
             if got != wanted:
                 raise UsageError(f"expected logits (E, N, W) of shape {wanted}, got {got}; return one a query and way")
             own = logits.argmax(dim=2)
-            # argmax over NaN would be an accuracy of 1 / ways; kept on the device, so that nothing waits for a copy
+            # argmax over NaN would give an accuracy of 1 / ways; kept on the device so that nothing waits for a copy
             finite = torch.isfinite(logits.sum(dim=(1, 2), dtype=torch.float64))
             right = (own == true_ways[start : start + chunk]).double().mean(dim=1)
             accuracies[start : start + chunk] = right.where(finite, torch.nan)
@@ -218,13 +218,13 @@ class EpisodicEvaluator:
         in_threads = classifier.thread_safe and bank.ndim == 2 and bank.device.type == "cpu" and self.chunk is None
         threads = torch.get_num_threads() if in_threads else 1
         starts = range(0, len(episodes), chunk)
-        own = starts[world().share(len(starts))]  # whole chunks, to be equal to the bit
+        own = starts[world().share(len(starts))]  # whole chunks, so that results are equal to the bit
         with (
             together(),
             alone(),  # what a method embeds or fits for its episodes is its own
             ThreadPoolExecutor(threads) as pool,
             one_thread_each() if in_threads else nullcontext(),
-            threadpool_limits(1, "blas") if in_threads else nullcontext(),  # numpy's, of heads
+            threadpool_limits(1, "blas") if in_threads else nullcontext(),  # for heads that use numpy
         ):
             score(starts[0])  # before the threads start: a lazy distance gets its weights here, in each process
             if starts[0] not in own:
@@ -240,7 +240,7 @@ class EpisodicEvaluator:
         return accuracies, summed(predicted).cpu()
 
     def _score_variable(self, method: Any, bank: Tensor, episodes: VariableEpisodes, hint: str) -> Tensor:
-        """The accuracies (E,), one episode after the other in each thread."""
+        """Returns the accuracies (E,), scoring one episode after another in each thread."""
         fit, distance = _fit_of(method, self.head)
         accuracies = torch.zeros(len(episodes), dtype=torch.float64, device=bank.device)
 
@@ -282,18 +282,18 @@ def adaptation_curve(
 ) -> list[EpisodicResult]:
     """Evaluates a MAMLTrainer before the inner loop and after each of its `eval_inner_steps`, on the same episodes.
 
-    1,000 episodes show the shape of the curve. Each number of steps starts from the beginning, so S of them take about
-    S + 1 times as long as one evaluation.
+    1,000 episodes show the shape of the curve. Each number of steps starts from scratch, so S of them take about S + 1
+    times as long as one evaluation.
     """
     bank = trainer.bank(dataset)
     after = [partial(trainer.classify, inner_steps=steps) for steps in range(trainer.eval_inner_steps + 1)]
     evaluators = [EpisodicEvaluator(spec, num_episodes, seed, head=head) for head in after]
-    together = trainer.transductive  # which its classify does not say
+    together = trainer.transductive  # its classify does not say so
     return [replace(each.evaluate(trainer, dataset, bank), transductive=together) for each in evaluators]
 
 
 def embed(method: Any, dataset: Labeled | None, bank: Tensor | None = None) -> tuple[Labeled, Tensor]:
-    """The labeled set that a method is evaluated on, and the method's bank (M, *item) of it."""
+    """Returns the labeled set that a method is evaluated on, and the method's bank (M, *item) of it."""
     if isinstance(method, EmbeddingBank):
         if dataset is not None or bank is not None:
             raise UsageError("expected a bank alone, got a data set beside it; leave one out")
@@ -309,13 +309,13 @@ def embed(method: Any, dataset: Labeled | None, bank: Tensor | None = None) -> t
 
 
 def modules_of(method: object, head: object = None) -> tuple[nn.Module, ...]:
-    """What has modes: a method, where it is a module, and a head's distance."""
+    """Returns the parts that have modes: a method, if it is a module, and a head's distance."""
     return tuple(each for each in (method, *parts_of(head)) if isinstance(each, nn.Module))
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """What gives logits, whether threads may call it at the same time, its name for tables, what to do about NaN."""
+    """The function that computes logits, whether it is thread-safe, its name for tables, and what to do about NaN."""
 
     classify: Classify
     thread_safe: bool
@@ -325,7 +325,7 @@ class Classifier:
 
     @classmethod
     def of(cls, method: Any, head: Head | Classify | None) -> "Classifier":
-        """A method's own way, or the head in its place, which gets the method's distance where it takes one."""
+        """Returns a method's own classifier, or the head instead, with the method's distance if it accepts one."""
         hint = getattr(method, "divergence_hint", "")
         if head is None and not isinstance(method, EmbeddingBank) and not is_embedder(method):
             name = getattr(method, "classifier", type(method).__name__)
@@ -342,10 +342,10 @@ class Classifier:
 
 
 def _fit_of(method: Any, head: Any) -> tuple[Callable[..., Scores], dict[str, Any]]:
-    """What fits a head to classes of any sizes, with its options, and the distance as it takes it.
+    """Returns the function that fits a head to classes of any size, with its options, and its distance argument.
 
     Raises:
-        UsageError: a mere function, or a method's own way, which want as many shots of each class.
+        UsageError: a plain function, or a method's own classifier, which need equally many shots of each class.
     """
     if head is None and not isinstance(method, EmbeddingBank) and not is_embedder(method):
         got = f"{type(method).__name__}'s own way"
@@ -360,12 +360,12 @@ def _fit_of(method: Any, head: Any) -> tuple[Callable[..., Scores], dict[str, An
 
 
 def _gather(bank: Tensor, index: Tensor) -> Tensor:
-    """bank[index], four times as fast on a CPU; in float32 at least (float16 overflows in squares), images up to 1."""
+    """Returns bank[index], four times as fast on a CPU; float32 at least (float16 squares overflow), images up to 1."""
     return as_floats(bank.index_select(0, index.flatten()).unflatten(0, index.shape))
 
 
 def _confusion(labeled: Labeled, episodes: EpisodeIndex, predicted: Tensor) -> tuple[tuple[ClassName, ...], Tensor]:
-    """The C classes and how often each was taken for each (C, C), by predicted ways (E, N)."""
+    """Returns the C classes and their confusion counts (C, C), from the predicted ways (E, N)."""
     classes, class_of_item = torch.unique(labeled.labels.cpu(), return_inverse=True)
     true_class = class_of_item[episodes.query].flatten(1)  # (E, N)
     predicted_class = class_of_item[episodes.support[:, :, 0]].gather(1, predicted)

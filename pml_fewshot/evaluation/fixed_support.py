@@ -1,4 +1,4 @@
-"""evaluate_fixed: the accuracy on given queries by a given support of the same classes."""
+"""evaluate_fixed: the accuracy on given queries with a given support of the same classes."""
 
 import torch
 
@@ -10,7 +10,7 @@ from pml_fewshot.evaluation.episodic import Classifier, Classify, Labeled, Metho
 from pml_fewshot.evaluation.heads import Head
 from pml_fewshot.evaluation.retrieval import RetrievalResult
 
-QUERIES = 256  # classified at a time, where they do not inform each other
+QUERIES = 256  # classified at a time, unless they inform each other
 
 
 def evaluate_fixed(
@@ -20,17 +20,16 @@ def evaluate_fixed(
     head: Head | Classify | None = None,
     shots: int | None = None,
 ) -> RetrievalResult:
-    """Classifies every query among all classes of the support, once: no episode is drawn, and nothing is random.
+    """Classifies every query once, among all classes of the support: no episodes are drawn, and nothing is random.
 
     Args:
-        method: an Embedder or a trainer; or the support bank again, where both sides are banks of any tool.
+        method: an Embedder or a trainer; or the support bank again, if both sides are banks from any tool.
         support, query: images, or embeddings, with the same classes by name.
-        head: classifies in place of the method's own way, as in EpisodicEvaluator.
-        shots: the first so many items of each class of the support; when None all, which must be alike in number.
+        head: classifies instead of the method's own classifier, as in EpisodicEvaluator.
+        shots: how many support items of each class to use, the first ones; if None, all, which must be equally many.
 
     Returns:
-        Its "accuracy" with ci95 over the queries, per_query and per_class; a table takes it beside figures of
-        retrieval.
+        The "accuracy", with ci95 over the queries, per_query and per_class; a table shows it next to retrieval figures.
 
     Raises:
         UsageError: classes of different sizes without `shots`, too few items, a query's class without support, NaN.

@@ -1,4 +1,4 @@
-"""Gallery: references in a faiss index, for approximate search, and to be kept in a folder."""
+"""Gallery: references in a faiss index, for approximate search and for saving to a folder."""
 
 import json
 import operator
@@ -35,11 +35,11 @@ from pml_fewshot.io.tensors import checksum, read_tensors, write_tensors
 EXACT = ("flat", "Flat")
 INDEXES = ("flat", "ivf", "ivfpq", "hnsw")
 MIN_FOR_CODES = 16 * 39  # references to train the 16 centers of a 4-bit code on
-INDEX, LABELS = "index.faiss", "labels.safetensors"  # the files of a gallery's folder, and of one in shards also:
+INDEX, LABELS = "index.faiss", "labels.safetensors"  # the files in a gallery's folder; one built in shards also has:
 LISTS, FLOATS = "lists.bin", "floats.npy"
 ADD_ROWS = 2**16  # at a time: 32 MiB at 128 dimensions
 READ_BYTES = 2**24  # at a time
-# kinds of faiss's index that references can be removed from: vectors or codes in one list, or in inverted lists
+# kinds of faiss index that references can be removed from: vectors or codes in one list, or in inverted lists
 REMOVABLE = (
     *("IndexFlat", "IndexFlatL2", "IndexFlatIP", "IndexScalarQuantizer", "IndexPQ", "IndexPQFastScan"),
     *("IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ", "IndexIVFPQFastScan"),
@@ -51,7 +51,7 @@ WRAPPERS = ("IndexRefine", "IndexRefineFlat", "IndexPreTransform")
 class IndexRecall:
     """How often an approximate index's nearest neighbor is the true one, and its share of the true k nearest.
 
-    Over `sample` queries. Compared by index: another copy of a true neighbor does not count.
+    Measured on `sample` queries, comparing indices: another copy of a true neighbor does not count.
     """
 
     at_1: float
@@ -64,7 +64,7 @@ class IndexRecall:
         """Compares the indices (N, k) that an index found with those of exact search."""
         ordered = found.sort(dim=1).values
         position = torch.searchsorted(ordered, exact.contiguous()).clamp_(max=ordered.shape[1] - 1)
-        there = exact >= 0  # fewer than k, where the rest is left out
+        there = exact >= 0  # fewer than k where the rest are left out
         hit = (ordered.gather(1, position) == exact) & there
         at_1 = (found[:, 0] == exact[:, 0])[there[:, 0]].double().mean().item()
         return IndexRecall(at_1, hit.sum().item() / int(there.sum()), exact.shape[1], len(exact))
@@ -74,26 +74,26 @@ class IndexRecall:
 
 
 class Gallery:
-    """References to be searched, with their labels and class names, in a faiss index.
+    """References to search, with their labels and class names, in a faiss index.
 
     Args:
         bank: the references, read a block at a time (a memory map may be larger than memory). "flat", "ivf", "ivfpq"
             and "hnsw" hold all floats in memory; "IVF4096,SQ8" a quarter, "IVF4096,PQ32" 32 bytes each.
-        index: "flat": exact, of equally near ones in the order of their index. "ivf": inverted lists. "ivfpq": inverted
-            lists of 4-bit product codes, the best of which are compared again by their floats; several times faster
-            than "ivf". "hnsw": a graph, fast to search and slow to build. Or any description of faiss's index factory
+        index: "flat": exact, with ties in the order of their index. "ivf": inverted lists. "ivfpq": inverted lists of
+            4-bit product codes, the best of which are compared again by their floats; several times faster than "ivf".
+            "hnsw": a graph, fast to search and slow to build. Or any description for faiss's index factory
             ("IVF4096,SQ8", "OPQ32,IVF1024,PQ32").
         parameters: in faiss's own form: "nprobe=64", "efConstruction=100,efSearch=64", "nprobe=256,k_factor_rf=20".
-            `recipe` chooses what is not given by the gallery's size.
-        distance: PML distance that ranks, Euclid when None: for "flat" any, else Euclid, cosine or dot product, which
-            is all that faiss knows.
-        seed: of the sample that the index is trained on.
+            `recipe` chooses those not given, by the gallery's size.
+        distance: PML distance to rank by, Euclidean if None: any for "flat", else Euclidean, cosine or dot product, the
+            only ones that faiss knows.
+        seed: for the sample that the index is trained on.
 
     Raises:
         UsageError: a description or parameter that faiss does not know, or a distance that it cannot rank by.
     """
 
-    folder: Path | None = None  # that the lists are mapped from; None where all is in memory
+    folder: Path | None = None  # where the lists are mapped from; None if all is in memory
 
     def __init__(
         self,
@@ -109,11 +109,11 @@ class Gallery:
 
     @classmethod
     def check(cls, bank: EmbeddingBank, index: str, parameters: str = "", distance: BaseDistance | None = None) -> None:
-        """Raises what making a gallery would, without filling it: a graph of 60,000 references takes a minute."""
+        """Raises the errors of making a gallery, without filling it: a graph of 60,000 references takes a minute."""
         train(untrained(bank, index, parameters, distance), bank, seed=0)
 
     def _make(self, bank: EmbeddingBank, index: str, parameters: str, distance: BaseDistance | None) -> None:
-        """Makes the index, neither trained nor with references yet."""
+        """Makes the index, still untrained and empty."""
         import faiss
 
         check_index(index)
@@ -137,7 +137,7 @@ class Gallery:
 
     @contextmanager
     def buildable(self) -> Iterator[None]:
-        """Names what was asked for where faiss cannot build it."""
+        """Names the requested index in the error if faiss cannot build it."""
         try:
             yield
         except RuntimeError as error:
@@ -154,9 +154,9 @@ class Gallery:
         return f"{self.description} {self.parameters}".strip()
 
     def add(self, bank: EmbeddingBank) -> None:
-        """Adds references, a block at a time; their indices continue those already there, new class names the names.
+        """Adds references, a block at a time; their indices, and any new class names, follow the existing ones.
 
-        A bank with class names cannot join a gallery without, nor the other way round.
+        A bank with class names cannot join a gallery without them, or vice versa.
         """
         self._check_own("add to", "build it again with all references")
         self._check_width(bank.embeddings, "references")
@@ -166,13 +166,13 @@ class Gallery:
         self.labels, self.class_names = torch.cat([self.labels, labels.cpu()]), names
 
     def remove(self, ids: int | Sequence[int] | np.ndarray | Tensor) -> None:
-        """Removes the references of these indices; those behind them move up, so that indices stay 0 to len - 1.
+        """Removes the references at these indices; later ones move up, so that indices stay 0 to len - 1.
 
-        Class names stay, of classes without a reference too.
+        Class names stay, even those of classes without references.
 
         Raises:
-            UsageError: an index that is not in the gallery or given twice, or a kind of index that faiss cannot remove
-                from, such as a graph ("hnsw"); the gallery is as it was.
+            UsageError: an index that is not in the gallery or is given twice, or a kind of index that faiss cannot
+                remove from, such as a graph ("hnsw"); the gallery is unchanged.
         """
         self._check_own("remove from", "build it again without them")
         given = np.atleast_1d(ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids))
@@ -195,38 +195,38 @@ class Gallery:
         self.labels = self.labels[torch.from_numpy(np.delete(np.arange(len(self)), removed))]
 
     def search(self, query: Any, k: int) -> Neighbors:
-        """The k references nearest to each of the queries, with their distances, labels and class names.
+        """Finds the k references nearest to each query, with their distances, labels and class names.
 
-        Distances of "flat" are exact; of "ivf", "ivfpq" and "hnsw" those of the floats, as faiss computes them; of
-        other indexes without floats ("IVF4096,SQ8") those of their codes.
+        Distances of "flat" are exact; those of "ivf", "ivfpq" and "hnsw" are of the floats, as faiss computes them;
+        those of other indexes without floats ("IVF4096,SQ8") are of their codes.
 
         Args:
             query: (N, D) embeddings, a tensor, numpy array or list of rows.
-            k: how many, at most the gallery's size.
+            k: number of neighbors, at most the gallery's size.
         """
         rows = self._queries(query, k)
         if (floats := self._floats()) is not None:
             indices, distances = exact_neighbors(rows, floats, k, self.ranking)
         else:
             found, indices = map(torch.from_numpy, self.faiss_index.search(rows.numpy(), k))
-            if self.ranking.kind == "euclidean":  # faiss gives squares, which rounding may leave below 0
+            if self.ranking.kind == "euclidean":  # faiss returns squares, which rounding may leave below 0
                 found = found.clamp_(min=0) ** (self.ranking.power / 2)
             distances = found.masked_fill_(indices < 0, torch.nan)
         labels = self.labels[indices.clamp(min=0)].masked_fill_(indices < 0, 0)
         return Neighbors(indices, distances, labels, self.class_names)
 
     def rank(self, query: Any, k: int) -> Tensor:
-        """The indices of `search` alone, (N, k), without the time that distances take."""
+        """Returns only the indices (N, k) of `search`, without the time that distances take."""
         rows = self._queries(query, k)
         if (floats := self._floats()) is not None:
             return exact_search(rows, floats, k, replace(self.ranking, prepared=True))
         return torch.from_numpy(self.faiss_index.search(rows.numpy(), k)[1])
 
     def save(self, folder: str | Path) -> None:
-        """Writes index.faiss and labels.safetensors to a new folder: both or nothing.
+        """Writes index.faiss and labels.safetensors to a new folder: both or neither.
 
         Raises:
-            UsageError: ranked by another distance than Euclid, cosine or dot product, which cannot be stored.
+            UsageError: ranked by a distance other than Euclidean, cosine or dot product, which cannot be stored.
             ExistingFileError: the folder exists.
             CannotWriteError: the disk is full or the folder read-only.
         """
@@ -242,7 +242,7 @@ class Gallery:
         index = temporary / INDEX
         try:
             with translate_write_errors(folder):
-                shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had the same number
+                shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process with the same id
                 temporary.mkdir(parents=True)
                 write_index(index, self.faiss_index)
                 fsync(index)
@@ -255,10 +255,10 @@ class Gallery:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Gallery":
-        """Reads what `save` wrote, or maps what `build_gallery` built, of whose large files it checks the size alone.
+        """Reads a gallery from `save`, or maps one from `build_gallery`, checking only the sizes of its large files.
 
         Raises:
-            MissingFileError: no gallery there, or not a finished one.
+            MissingFileError: no gallery there, or an unfinished one.
             UsageError: the files are damaged, or index and labels do not belong together.
         """
         import faiss
@@ -289,13 +289,13 @@ class Gallery:
         return gallery
 
     def recall(self, query: Any, bank: EmbeddingBank, k: int = 10) -> IndexRecall:
-        """How much of exact search this gallery finds for the queries (N, D), a thousand or so.
+        """Measures this gallery's recall against exact search on the queries (N, D), a thousand or so.
 
         Args:
-            bank: the references that the gallery was made of, in the same order; read once, a block at a time.
+            bank: the references that the gallery was made from, in the same order; read once, a block at a time.
 
         Raises:
-            UsageError: a bank of another size, or what `search` refuses.
+            UsageError: a bank of another size, or anything `search` rejects.
         """
         found = self.rank(query, k)
         if len(bank) != len(self):
@@ -304,7 +304,7 @@ class Gallery:
         return IndexRecall.of(found, exact_search(self._queries(query, k), bank.embeddings, k, self.ranking).cpu())
 
     def _check_own(self, what: str, do: str) -> None:
-        """Raises where lists are mapped from a file, which others may have mapped too."""
+        """Raises if the lists are mapped from a file, which others may have mapped too."""
         if self.folder is not None:
             wanted, got = f"a gallery in memory to {what}", f"one whose lists are mapped from {self.folder}"
             raise UsageError(f"expected {wanted}, got {got}; {do}")
@@ -316,9 +316,9 @@ class Gallery:
             raise UsageError(f"expected {what} of shape (N, {width}), got {shape}; {do}")
 
     def _queries(self, query: Any, k: int) -> Tensor:
-        """Checked queries (N, D), prepared for the ranking, on the CPU."""
+        """Checks queries (N, D) and prepares them for the ranking, on the CPU."""
         check_at_least_one("k", k)
-        k = int(k)  # numpy's integers are none to faiss
+        k = int(k)  # faiss rejects numpy's integers
         if not isinstance(query, Tensor):
             try:
                 query = torch.from_numpy(np.array(query, dtype=np.float32))
@@ -334,7 +334,7 @@ class Gallery:
         return self.ranking.prepare(query).cpu().contiguous()
 
     def _floats(self) -> Tensor | None:
-        """The prepared references (M, D) where the index is flat, without a copy."""
+        """Returns the prepared references (M, D) of a flat index, without a copy, else None."""
         import faiss
 
         if self.description != "Flat":
@@ -343,19 +343,19 @@ class Gallery:
         return torch.from_numpy(faiss.rev_swig_ptr(index.get_xb(), len(self) * index.d)).reshape(len(self), -1)
 
     def rows(self, embeddings: Tensor) -> np.ndarray:
-        """Embeddings (N, D) as the index takes them, float32 on the CPU and scaled where the ranking wants it."""
+        """Prepares embeddings (N, D) for the index: float32 on the CPU, normalized if the ranking requires it."""
         return self.ranking.prepare(embeddings).cpu().contiguous().numpy()
 
 
 def untrained(bank: EmbeddingBank, index: str, parameters: str, distance: BaseDistance | None) -> Gallery:
-    """A gallery for references like those of a bank, without any, and whose index is not trained."""
+    """Returns an empty gallery with an untrained index, for references like those of a bank."""
     gallery = Gallery.__new__(Gallery)
     gallery._make(bank, index, parameters, distance)
     return gallery
 
 
 def train(gallery: Gallery, bank: EmbeddingBank, seed: int) -> None:
-    """Trains an index on a sample of the bank, where its kind needs it."""
+    """Trains the index on a sample of the bank, if its kind needs training."""
     generator = torch.Generator().manual_seed(operator.index(seed))
     sample = training_sample(len(bank), gallery.description, generator)
     if not gallery.faiss_index.is_trained:
@@ -364,7 +364,7 @@ def train(gallery: Gallery, bank: EmbeddingBank, seed: int) -> None:
 
 
 def write_index(path: Path, index: Any) -> None:
-    """Through Python's file: faiss's own only prints that its last bytes could not be written."""
+    """Writes through a Python file: faiss's own writer only prints that its last bytes could not be written."""
     import faiss
 
     with path.open("wb") as file:
@@ -372,7 +372,7 @@ def write_index(path: Path, index: Any) -> None:
 
 
 def write_labels(gallery: Gallery, folder: Path, **more: Tensor) -> None:
-    """Writes what a gallery is beside its index, which lies in the folder already; with it the gallery is whole."""
+    """Writes everything but the index, which must already be in the folder; this completes the gallery."""
     about = {
         "index": _file_checksum(folder / INDEX),
         "description": gallery.description,
@@ -385,17 +385,17 @@ def write_labels(gallery: Gallery, folder: Path, **more: Tensor) -> None:
 
 
 def check_index(index: str) -> None:
-    """Raises a UsageError unless the index is one of ours or a description of faiss's, which starts with a capital."""
+    """Raises a UsageError unless the index is one of ours or a faiss description, which starts with a capital."""
     if not index[:1].isupper():
         check_choice("index", index, INDEXES)
 
 
 def recipe(index: str, count: int, dims: int) -> tuple[str, str]:
-    """faiss's description and parameters of an index for `count` references of `dims` dimensions.
+    """Returns faiss's description and parameters of an index for `count` references of `dims` dimensions.
 
-    About 4 sqrt(count) lists, following faiss's guidelines, each with at least the 39 training points that faiss wants.
-    "ivf" searches a sixteenth of them, "ivfpq", several times faster, an eighth. Its codes have 4 bits for every two
-    dimensions (8 for each where there are too few references to train on); ten times k are compared again by floats.
+    About 4 sqrt(count) lists, following faiss's guidelines, each with at least the 39 training points that faiss needs.
+    "ivf" searches a sixteenth of them; "ivfpq", several times faster, an eighth. Its codes have 4 bits for every two
+    dimensions (8 for each if there are too few references to train on); ten times k are compared again by floats.
     """
     lists = max(1, min(int(4 * count**0.5), count // 39))
     codes = max(m for m in range(1, max(1, dims // 2) + 1) if dims % m == 0)
@@ -417,7 +417,7 @@ def training_sample(count: int, description: str, generator: torch.Generator) ->
 
 
 def _parts(index: Any) -> Iterator[Any]:
-    """A faiss index and those that it holds, each of its own class, the inner ones first."""
+    """Yields a faiss index and those that it contains, each as its own class, the inner ones first."""
     import faiss
 
     index = faiss.downcast_index(index)
@@ -429,12 +429,12 @@ def _parts(index: Any) -> Iterator[Any]:
 
 
 def _remove(index: Any, ids: np.ndarray, left: int) -> None:
-    """Removes ids, ascending, from a part of an index, so that `left` stay, numbered from 0."""
+    """Removes ascending ids from a part of an index, so that `left` references remain, numbered from 0."""
     import faiss
 
     if type(index).__name__ not in WRAPPERS:
         index.remove_ids(ids)
-    index.ntotal = left  # which wrappers are not told, and which faiss 1.10 forgets where codes have 4 bits
+    index.ntotal = left  # wrappers are not told, and faiss 1.10 forgets it for 4-bit codes
     if isinstance(index, faiss.IndexPQFastScan):
         _clear_tail(index, index.codes.get(), left)
     if isinstance(index, faiss.IndexIVF):
@@ -442,13 +442,13 @@ def _remove(index: Any, ids: np.ndarray, left: int) -> None:
         for number in range(index.nlist):
             if size := lists.list_size(number):
                 own = faiss.rev_swig_ptr(lists.get_ids(number), size)  # no copy
-                own -= np.searchsorted(ids, own)  # which faiss does not do in inverted lists
+                own -= np.searchsorted(ids, own)  # faiss does not renumber inverted lists
                 if isinstance(index, faiss.IndexIVFPQFastScan):
                     _clear_tail(index, lists.get_codes(number), size)
 
 
 def _clear_tail(index: Any, codes: Any, size: int) -> None:
-    """Writes zeros behind the last of `size` codes to the end of its block, where faiss's next `add` expects them."""
+    """Zeros the rest of the block after the last of `size` codes, as faiss's next `add` expects."""
     import faiss
 
     packer = index.get_CodePacker()

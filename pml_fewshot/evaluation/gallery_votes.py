@@ -1,4 +1,4 @@
-"""gallery_votes: a head for a support of a million items, whose neighbors an index of faiss finds."""
+"""gallery_votes: a head for a support of a million items, which finds neighbors with a faiss index."""
 
 import torch
 from pytorch_metric_learning.distances import BaseDistance
@@ -10,7 +10,7 @@ from pml_fewshot.evaluation.gallery import INDEXES, Gallery
 from pml_fewshot.evaluation.heads import Scores, count_votes, fitted_by
 from pml_fewshot.evaluation.support import Support
 
-SMALL = 10_000  # items that are searched exactly in a millisecond, and too few to train an index on
+SMALL = 10_000  # items; fewer are searched exactly in a millisecond, and are too few to train an index on
 
 
 def fit_gallery_votes(
@@ -45,15 +45,15 @@ def gallery_votes(
     parameters: str = "",
     seed: int = 0,
 ) -> Tensor:
-    """Scores each class by how many of a query's k nearest support items are of it, as k_nearest_neighbours does.
+    """Scores each class by how many of a query's k nearest support items belong to it, as k_nearest_neighbours does.
 
-    The neighbors are searched in a Gallery. It pays where a support is fitted once and asked often, as in
-    FewShotClassifier; an index for every episode would not.
+    The neighbors are found by a Gallery. This pays off when a support is fitted once and queried often, as in
+    FewShotClassifier; it would not with an index for every episode.
 
     Args:
         support: (E, W, K, D).
         query: (E, N, D), for logits (E, N, W).
-        distance, index, parameters, seed: as of Gallery; below 10,000 items "ivf", "ivfpq" and "hnsw" are "flat".
-        k: neighbors that vote.
+        distance, index, parameters, seed: as in Gallery; below 10,000 items "ivf", "ivfpq" and "hnsw" become "flat".
+        k: number of neighbors that vote.
     """
     return fit_gallery_votes(Support.of(support), distance, k, index, parameters, seed)(query)

@@ -1,8 +1,8 @@
 """Heads: classifiers of episodes by similarity to their support, batched over episodes.
 
 Each maps support (E, W, K, D) and query (E, N, D) to logits (E, N, W), by any PML distance, in float32 at least, and
-keeps nothing. What is fitted to the support alone is a function of its own (`fit`), whose result scores queries again
-and again, and which takes classes of different sizes: that is how FewShotClassifier uses a head. Those that fit a
+keeps no state. The part fitted to the support alone is a separate function (`fit`), which accepts classes of different
+sizes and returns a function that scores queries repeatedly: FewShotClassifier uses heads this way. Heads that fit a
 linear classifier are in linear_heads.py.
 """
 
@@ -29,7 +29,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def fitted_by(fit: Callable[..., Scores]) -> Callable[[F], F]:
-    """Marks a head with what fits it: `fit(support: Support, distance=None, its own options) -> Scores`."""
+    """Marks a head with its fitting function: `fit(support: Support, distance=None, its own options) -> Scores`."""
 
     def mark(head: F) -> F:
         vars(head)["fit"] = fit
@@ -39,7 +39,7 @@ def fitted_by(fit: Callable[..., Scores]) -> Callable[[F], F]:
 
 
 def transductive(head: F) -> F:
-    """Marks a head whose queries inform each other: what it gives for one depends on which others are there."""
+    """Marks a head whose queries inform each other: the logits of one depend on which others are there."""
     vars(head)["transductive"] = True
     return head
 
@@ -58,10 +58,10 @@ class Similarities(nn.Module):
     def __init__(self, reference: Tensor, distance: BaseDistance | None = None) -> None:
         super().__init__()
         self.distance = distance
-        # Lp distances of embeddings as they are do not depend on the origin
+        # Lp distances of unnormalized embeddings do not depend on the origin
         plain_lp = distance is None or (type(distance) is LpDistance and not distance.normalize_embeddings)
         self.is_squared = distance is None or (plain_lp and distance.p == 2 and distance.power == 2)
-        # near each other and far from the origin squares cancel badly, and so do sums of powers
+        # for points near each other and far from the origin, squares cancel badly, and so do sums of powers
         self.register_buffer("center", reference.mean(dim=1, keepdim=True) if plain_lp else None)
         self.register_buffer("reference", reference if self.center is None else reference - self.center)
         if self.is_squared:
@@ -77,8 +77,8 @@ class Similarities(nn.Module):
             squares = torch.linalg.vector_norm(query, dim=2, keepdim=True).square() + self.squares
             stock = type(query) is type(reference) is Tensor and query.device.type == "cpu"
             if stock and not torch.is_grad_enabled() and plainly():
-                # 75 x 1,600 times 1,600 x 5 by numpy's BLAS 15 microseconds, by torch's MKL 42, on an AMD EPYC
-                with np.errstate(all="ignore"):  # the caller checks for what is not finite
+                # 75 x 1,600 times 1,600 x 5 takes numpy's BLAS 15 microseconds and torch's MKL 42, on an AMD EPYC
+                with np.errstate(all="ignore"):  # the caller checks for non-finite values
                     products = torch.from_numpy(np.matmul(query.numpy(), reference.numpy().transpose(0, 2, 1)))
                 return products.mul_(2).sub_(squares)
             return torch.baddbmm(squares, query, reference.transpose(1, 2), beta=-1, alpha=2)
@@ -98,7 +98,7 @@ def fit_prototypes(support: Support, distance: BaseDistance | None = None) -> Sc
 def nearest_prototype(support: Tensor, query: Tensor, distance: BaseDistance | None = None) -> Tensor:
     """Scores each query by its similarity to the mean of each class's support (Snell et al. 2017).
 
-    Support (E, W, K, D) and query (E, N, D) give logits (E, N, W); squared Euclidean when `distance` is None.
+    Maps support (E, W, K, D) and query (E, N, D) to logits (E, N, W); squared Euclidean when `distance` is None.
     """
     return fit_prototypes(Support.of(support), distance)(query)
 
@@ -125,7 +125,7 @@ def fit_mean_similarity(support: Support, distance: BaseDistance | None = None) 
 def mean_similarity(support: Tensor, query: Tensor, distance: BaseDistance | None = None) -> Tensor:
     """Scores each query by the mean of its similarities to a class's support items.
 
-    With logits as similarities (SiameseTrainer) it is the mean evidence that query and class belong together.
+    When the similarities are logits (SiameseTrainer), it is the mean evidence that query and class belong together.
     """
     return fit_mean_similarity(Support.of(support), distance)(query)
 
@@ -144,16 +144,16 @@ def soft_nearest_neighbour(
 ) -> Tensor:
     """Scores each class by its share of a softmax over all support items (Vinyals et al. 2016, equation 1).
 
-    The logits are logarithms of sums over the class of exp(similarity / temperature), so that their softmax is the
-    share. A bounded similarity such as cosine wants a temperature of about 0.1, or every item counts nearly the same.
+    The logits are logarithms of sums over the class of exp(similarity / temperature), so their softmax is the share. A
+    bounded similarity such as cosine needs a temperature of about 0.1, or every item counts nearly the same.
     """
     return fit_soft_neighbors(Support.of(support), distance, temperature)(query)
 
 
 def count_votes(labels: Tensor, ways: int) -> Tensor:
-    """Logits (E, N, W) of the classes (E, N, k) of a query's neighbors, nearest first, -1 where there is none.
+    """Returns logits (E, N, W) from the classes (E, N, k) of each query's neighbors, nearest first, -1 for none.
 
-    How many are of a class, plus a fraction that falls with the rank of the first: k / (k + 1) for the nearest.
+    The number in each class, plus a fraction that falls with the rank of its first: k / (k + 1) for the nearest.
     """
     found, k = (labels >= 0).float(), labels.shape[2]
     closeness = found * torch.arange(k, 0, -1, device=labels.device) / (k + 1)
@@ -162,7 +162,7 @@ def count_votes(labels: Tensor, ways: int) -> Tensor:
 
 
 def fit_votes(support: Support, distance: BaseDistance | None = None, k: int = 3) -> Scores:
-    """Of fewer than k items, as where examples of a classifier are left out, all vote."""
+    """With fewer than k items, as when examples of a classifier are left out, all of them vote."""
     check_at_least_one("k", k)
     to_each, labels = Similarities(support.items, distance), support.labels
 
@@ -178,10 +178,10 @@ def fit_votes(support: Support, distance: BaseDistance | None = None, k: int = 3
 @fitted_by(fit_votes)
 @in_float32
 def k_nearest_neighbours(support: Tensor, query: Tensor, distance: BaseDistance | None = None, k: int = 3) -> Tensor:
-    """Scores each class by how many of the query's k nearest support items are of it.
+    """Scores each class by how many of the query's k nearest support items belong to it.
 
-    Of classes with the same number the one with the nearest item wins: the logits are the number plus a fraction that
-    falls with the rank of the class's nearest item.
+    Ties go to the class with the nearest item: the logits are the number plus a fraction that falls with the rank of
+    the class's nearest item.
 
     Raises:
         UsageError: k below 1 or above the W * K support items.
@@ -197,7 +197,7 @@ def similarities(query: Tensor, reference: Tensor, distance: BaseDistance | None
 
 
 def unwrapped(head: Any) -> tuple[Any, dict[str, Any]]:
-    """A head's function, and the options that partials around it hold."""
+    """Returns a head's function and the options held by the partials around it."""
     options: dict[str, Any] = {}
     while isinstance(head, partial):
         if head.args:
@@ -207,7 +207,7 @@ def unwrapped(head: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def parts_of(head: Any) -> list[Any]:
-    """A head's function, and all that partials around it hold."""
+    """Returns a head's function and everything held by the partials around it."""
     held: list[Any] = []
     while isinstance(head, partial):
         held += [*head.args, *head.keywords.values()]
@@ -216,7 +216,7 @@ def parts_of(head: Any) -> list[Any]:
 
 
 def is_transductive(head: Any) -> bool:
-    """Whether a head is marked so, or is a partial of one that is."""
+    """Whether a head is marked as transductive, or is a partial of one that is."""
     return getattr(parts_of(head)[0], "transductive", False)
 
 
@@ -227,7 +227,7 @@ def takes_distance(head: Any) -> bool:
 
 
 def name_of_head(head: object, distance: BaseDistance | None = None) -> str:
-    """A head for a table: "nearest_prototype by LpDistance(p=2, power=2)", "ridge_regression(penalty=10.0)"."""
+    """Names a head for a table: "nearest_prototype by LpDistance(p=2, power=2)", "ridge_regression(penalty=10.0)"."""
     given: list[str] = []
     while isinstance(head, partial):
         given = [*map(_shown, head.args), *(f"{name}={_shown(each)}" for name, each in head.keywords.items()), *given]

@@ -1,12 +1,12 @@
 """Heads that fit a linear classifier to each episode's support, for all episodes of a chunk at once.
 
-Support (E, W, K, D) and query (E, N, D) give logits (E, N, W); `distance` is not used, but there for every head's form.
-The fits are in float64 and in the space of the S support items, with S unknowns a class where D are more.
+Each maps support (E, W, K, D) and query (E, N, D) to logits (E, N, W); `distance` is only there to match other heads.
+The fits are in float64 and in the space of the S support items, with S unknowns per class, where D is larger.
 
-A penalty is on the squared norm of the weights, so what a number does depends on how long the embeddings are: 1.0 is
-strong on embeddings of length 1 (at 40 ways and 5 shots 8 points below prototypes, on letters by a trained network) and
-weak on those of length 20. The defaults, None, are constants times the mean squared length of an episode's support
-items about their mean: multiplying all embeddings by a number changes nothing.
+A penalty applies to the squared norm of the weights, so its effect depends on the length of the embeddings: 1.0 is
+strong for embeddings of length 1 (at 40 ways and 5 shots 8 points below prototypes, on letters with a trained network)
+and weak for those of length 20. The defaults, None, are constants times the mean squared length of an episode's
+centered support items: scaling all embeddings by a constant changes nothing.
 """
 
 import torch
@@ -19,12 +19,12 @@ from pml_fewshot.embedders.modes import in_float32
 from pml_fewshot.evaluation.heads import fitted_by
 from pml_fewshot.evaluation.support import Support
 
-# Times the mean squared length of the centered support; chosen on 15 banks, made and real, raw and of length 1, at 2 to
-# 40 ways and 1 to 10 shots (`python -m experiments.head_penalties` measures yours). Against the better of prototypes
-# and cosines, at length 1 and 5 or 10 shots, logistic regression is at worst 0.6 points below (1.0 with a hundredth of
-# the constant, 5.8 with ten times as much) and up to 69 above, where classes are wide in a few directions. Ridge is at
-# worst 0.3 below at up to 5 ways; at 40 it is 4 below on Omniglot, where no penalty does better, and up to 79 above on
-# wide classes. A penalty chosen for each episode by leave-one-out errors is no better than ridge's constant over all.
+# Times the mean squared length of the centered support; chosen on 15 banks, synthetic and real, raw and normalized, at
+# 2 to 40 ways and 1 to 10 shots (`python -m experiments.head_penalties` measures yours). Against the better of
+# prototypes and cosines, normalized and at 5 or 10 shots, logistic regression is at worst 0.6 points below (1.0 with a
+# hundredth of the constant, 5.8 with ten times it) and up to 69 above, where classes are wide in a few directions.
+# Ridge is at worst 0.3 below at up to 5 ways; at 40 it is 4 below on Omniglot, where no penalty does better, and up to
+# 79 above on wide classes. A penalty chosen per episode by leave-one-out errors is no better than ridge's constant.
 RIDGE_PENALTY = 1.5
 LOGISTIC_PENALTY = 0.1
 LEAST_PENALTY = 1e-8  # keeps the normal equations solvable
@@ -102,7 +102,7 @@ def ridge_regression(
     The same as scikit-learn's RidgeClassifier(alpha=penalty): (X X^T + penalty I)^-1 Y over centered embeddings.
 
     Args:
-        penalty: when None 1.5 times the mean squared length of the centered support items (RIDGE_PENALTY).
+        penalty: if None, 1.5 times the mean squared length of the centered support items (RIDGE_PENALTY).
 
     Raises:
         UsageError: a penalty below 1e-8.
@@ -133,7 +133,7 @@ def fit_logistic(
         log_shares = (root @ weights).log_softmax(dim=2)
         return factor[:, 0, 0] / 2 * weights.square().sum(dim=(1, 2)) - (log_shares * is_class).sum(dim=(1, 2))
 
-    tolerance = torch.finfo(center.dtype).eps ** 0.7  # of the gradient's length, to that of the first
+    tolerance = torch.finfo(center.dtype).eps ** 0.7  # of the gradient's length, relative to the first one's
     value, first = loss(weights), None
     for _ in range(steps):
         shares = (root @ weights).softmax(dim=2)
@@ -144,7 +144,7 @@ def fit_logistic(
         moving = length > tolerance**2 * first
         if not moving.any():
             break
-        # rough far from the minimum, where a better step is no use (Eisenstat and Walker 1996)
+        # rough far from the minimum, where a more accurate step does not help (Eisenstat and Walker 1996)
         accuracy = torch.where(length > 0.1**2 * first, 0.1, 1e-4).to(length)[:, None, None]
         step = _newton_step(root, shares, gradient, factor, accuracy) * moving[:, None, None]
         for _ in range(SHORTENINGS):
@@ -174,12 +174,12 @@ def logistic_regression(
 
     Minimizes the summed cross-entropy plus penalty / 2 times the squared norm of the weights, the same as
     scikit-learn's LogisticRegression(C=1 / penalty, fit_intercept=False) on centered embeddings (for two classes, where
-    that has one weight vector instead of two, C=2 / penalty). It checks for convergence after
-    each step, which waits for a GPU; running all steps unchecked would take longer.
+    that has one weight vector instead of two, C=2 / penalty). Checking for convergence after each step waits for the
+    GPU; running all steps unchecked would take longer.
 
     Args:
-        penalty: when None 0.1 times the mean squared length of the centered support items (LOGISTIC_PENALTY).
-        steps: at most, each shortened where a full one would raise the loss. An episode stops when it reaches float32's
+        penalty: if None, 0.1 times the mean squared length of the centered support items (LOGISTIC_PENALTY).
+        steps: maximum, each shortened if a full one would raise the loss. An episode stops when it reaches float32's
             precision, by default after 6 steps at 5 ways and 8 to 10 at 40.
 
     Raises:
@@ -194,9 +194,9 @@ def _check_penalty(penalty: float | None) -> None:
 
 
 def _newton_step(root: Tensor, shares: Tensor, gradient: Tensor, penalty: Tensor, accuracy: Tensor) -> Tensor:
-    """Solves Hessian x step = gradient by conjugate gradients, at most R * (W - 1) or 30 of them.
+    """Solves Hessian x step = gradient by conjugate gradients, in at most R * (W - 1) or 30 iterations.
 
-    They end when the residual's squared length has fallen to `accuracy` (E, 1, 1) times the gradient's.
+    They stop when the residual's squared length has fallen to `accuracy` (E, 1, 1) times the gradient's.
     """
     step, residual, direction = torch.zeros_like(gradient), gradient, gradient
     norm = first = residual.square().sum(dim=(1, 2), keepdim=True)
@@ -217,14 +217,14 @@ def _newton_step(root: Tensor, shares: Tensor, gradient: Tensor, penalty: Tensor
 
 
 def _cholesky(gram: Tensor) -> Tensor:
-    """The factors of (E, S, S), NaN where there is none, as of NaN items; to raise an error would wait for a GPU."""
+    """Returns the factors of (E, S, S), NaN if there is none, as for NaN items: an error would wait for the GPU."""
     factor, failed = torch.linalg.cholesky_ex(gram)
     return factor.masked_fill((failed != 0)[:, None, None], torch.nan)
 
 
 def _centered(support: Support) -> tuple[Tensor, Tensor, Tensor]:
-    """Items (E, S, D) minus their mean in float64, that mean (E, 1, D) as they are, and each one's class (S, W)."""
-    # the mean of differences to the first item: of equal items it is zero exactly, where their own is off by rounding
+    """Returns items (E, S, D) minus their mean in float64, the mean (E, 1, D) in their dtype, and classes (S, W)."""
+    # the mean of differences to the first item: exactly zero for equal items, where their own mean is off by rounding
     first = support.items[:, :1]
     items = (support.items - first).double()
     offset = items.mean(dim=1, keepdim=True)
@@ -234,6 +234,6 @@ def _centered(support: Support) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _mean_or_one(squares: Tensor) -> Tensor:
-    """(E, 1) mean of squared lengths (E, S), and 1 where they are all 0: of a support of equal items."""
+    """Returns the mean (E, 1) of squared lengths (E, S), or 1 if all are 0, as for a support of equal items."""
     mean = squares.mean(dim=1, keepdim=True)
     return mean.where(mean > 0, 1.0)

@@ -1,10 +1,10 @@
-"""Inverted lists of a faiss index in a file that is mapped into memory, so that an index may be larger than memory.
+"""Inverted lists of a faiss index in a memory-mapped file, so that an index may be larger than memory.
 
-faiss's OnDiskInvertedLists, written one list after the other by ordinary writes: into a mapped file, as
-faiss.contrib.ondisk.merge_ondisk does it, a full disk would kill the process. It holds 4-bit codes, too, which stand in
-blocks. What faiss finds is the same, bit for bit, as with lists in memory.
+These are faiss's OnDiskInvertedLists, written one list after another by ordinary writes: when writing into a mapped
+file, as faiss.contrib.ondisk.merge_ondisk does, a full disk would kill the process. 4-bit codes, which are stored in
+blocks, are supported too. What faiss finds is the same, bit for bit, as with lists in memory.
 
-Letters: M references, L lists, C bytes of a code.
+Letters: M references, L lists, C bytes per code.
 """
 
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ import numpy as np
 from pml_fewshot.checks import MissingFileError, UsageError
 from pml_fewshot.io.atomic import atomic_write
 
-# Kinds of lists; others (IndexIVFPQR, IndexIVFFlatDedup) keep more beside them.
+# Kinds of lists; others (IndexIVFPQR, IndexIVFFlatDedup) keep additional data.
 KINDS = ("IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ", "IndexIVFPQFastScan")
-ALIGNED = 8  # codes, after which their indices of 8 bytes begin at a multiple of 8
+ALIGNED = 8  # codes, so that the 8-byte indices after them begin at a multiple of 8
 ID_BYTES = 8
-BLOCK = 32  # 4-bit codes that stand together; of others ("PQ4x4fs_64") its packer makes other bytes than its add
+BLOCK = 32  # 4-bit codes per block; for other sizes ("PQ4x4fs_64") faiss's packer writes other bytes than its add
 
 
 def inverted_lists(index: Any, name: str = "") -> Any:
-    """The part of a faiss index that holds the inverted lists, of its own class.
+    """Returns the part of a faiss index that holds the inverted lists, as its own class.
 
     Raises:
-        UsageError: there are none, or of a kind that cannot be mapped. `name` is how the index was asked for.
+        UsageError: there are none, or their kind cannot be mapped. `name` is the index that was asked for.
     """
     *_, lists = _wrapped(index)
     kind = type(lists).__name__
@@ -39,13 +39,13 @@ def inverted_lists(index: Any, name: str = "") -> Any:
 
 
 def record_type(index: Any) -> np.dtype[Any]:
-    """What a shard holds of a reference: its list, its index in the gallery and its code (C,)."""
+    """Returns the type of a shard's records: a reference's list, its index in the gallery and its code (C,)."""
     code = ("code", np.uint8, (inverted_lists(index).code_size,))
     return np.dtype([("list", np.int32), ("id", np.int64), code])
 
 
 def encoded(index: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The lists (M,) and codes (M, C) that `index.add` would give to prepared rows (M, D), which it does not keep."""
+    """Returns the lists (M,) and codes (M, C) that `index.add` would give prepared rows (M, D), without adding them."""
     import faiss
 
     lists = inverted_lists(index)
@@ -62,9 +62,9 @@ def encoded(index: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_lists(path: Path, index: Any, shards: Sequence[np.ndarray]) -> np.ndarray:
-    """Writes the lists of all shards, records in the order of their list, to one file; the size of each list, (L,).
+    """Writes the lists of all shards, whose records are sorted by list, to one file; returns the list sizes (L,).
 
-    In memory is one list at a time, however large the shards are where they are memory maps.
+    Only one list at a time is in memory, however large the shards are, if they are memory maps.
 
     Raises:
         CannotWriteError: the disk is full or read-only.
@@ -85,7 +85,7 @@ def write_lists(path: Path, index: Any, shards: Sequence[np.ndarray]) -> np.ndar
 
 
 def map_lists(index: Any, path: Path, sizes: np.ndarray) -> None:
-    """Gives a trained index, which holds nothing yet, the lists of a file, read-only; the sizes (L,) are its lists'.
+    """Maps the lists of a file, of sizes (L,), read-only into a trained index that is still empty.
 
     Raises:
         MissingFileError, UsageError: the file is not there, or cut off.
@@ -106,13 +106,13 @@ def map_lists(index: Any, path: Path, sizes: np.ndarray) -> None:
         mapped.lists.push_back(one)
     mapped.do_mmap()
     lists.replace_invlists(mapped, True)
-    mapped.this.disown()  # it is the index's own now
+    mapped.this.disown()  # the index owns it now
     for part in _wrapped(index):
         part.ntotal = int(sizes.sum())
 
 
 def map_floats(index: Any, path: Path) -> None:
-    """Gives an index that compares again by floats ("RFlat") those of a .npy (M, D).
+    """Maps the floats of a .npy (M, D) into an index that compares again by floats ("RFlat").
 
     faiss older than 1.11 reads them all into memory.
 
@@ -133,20 +133,20 @@ def map_floats(index: Any, path: Path) -> None:
         return
     codes, address = flat.codes, faiss.swig_ptr(np.asarray(rows).view(np.uint8).reshape(-1))
     codes.is_owned, codes.view_data, codes.view_size = False, address, rows.nbytes
-    codes.c_ptr, codes.c_size = address, rows.nbytes  # what its view is read by
+    codes.c_ptr, codes.c_size = address, rows.nbytes  # its view is read through these
     flat.ntotal = len(rows)
     index.referenced_objects = [rows]  # the map must live as long as the index
 
 
 def compares_floats(index: Any) -> bool:
-    """Whether the best by their codes are compared again by their floats ("RFlat")."""
+    """Whether the index compares the best by their codes again by their floats ("RFlat")."""
     import faiss
 
     return type(faiss.downcast_index(index)).__name__ == "IndexRefineFlat"
 
 
 def _wrapped(index: Any) -> list[Any]:
-    """A faiss index and those that it goes through to its lists, which come last; each of its own class."""
+    """Returns a faiss index and those on the way to its lists, which come last; each as its own class."""
     import faiss
 
     parts: list[Any] = [faiss.downcast_index(index)]
@@ -158,7 +158,7 @@ def _wrapped(index: Any) -> list[Any]:
 
 
 def _packer(lists: Any) -> tuple[Any, int]:
-    """What packs 4-bit codes into blocks, and codes in a block; None and ALIGNED for other codes."""
+    """Returns the packer of 4-bit codes and the number of codes per block; None and ALIGNED for other codes."""
     import faiss
 
     if not isinstance(lists, faiss.IndexIVFFastScan):
@@ -168,7 +168,7 @@ def _packer(lists: Any) -> tuple[Any, int]:
 
 
 def _packed(codes: np.ndarray, packer: Any) -> np.ndarray:
-    """Codes (n, C) as lists hold them: fast scan goes through blocks of 32, 5 us each here."""
+    """Returns codes (n, C) as lists store them: fast scan reads blocks of 32, packed here in 5 us each."""
     import faiss
 
     if packer is None:

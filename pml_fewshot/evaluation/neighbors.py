@@ -1,4 +1,4 @@
-"""Neighbors: what a search in a Gallery found, and the class that most of them vote for."""
+"""Neighbors: the result of a search in a Gallery, and the class that most of the neighbors vote for."""
 
 from dataclasses import dataclass
 
@@ -34,10 +34,10 @@ class Neighbors:
     """The k references nearest to each of N queries, nearest first.
 
     Args:
-        indices: (N, k) their places in the gallery; -1, which is none, where the lists that were searched hold fewer.
+        indices: (N, k) their indices in the gallery; -1 for none, where the lists that were searched hold fewer.
         distances: (N, k) the value of the gallery's PML distance for query and reference: for `LpDistance()` the
-            distance of rows of length 1, for a power of 2 its square, for `CosineSimilarity()` the similarity, of which
-            a larger one is nearer; plain Euclid without a distance. NaN where there is none.
+            distance of normalized rows, for a power of 2 its square, for `CosineSimilarity()` the similarity, where
+            larger is nearer; plain Euclidean without a distance. NaN where there is none.
         labels: (N, k) their labels, 0 where there is none.
         class_names: that the labels are indices into, where the gallery has names.
     """
@@ -54,9 +54,9 @@ class Neighbors:
         return [_names(labels, found, self.class_names) for labels, found in rows]
 
     def vote(self, k: int | None = None) -> Votes:
-        """The class of most of the k nearest (all when None); of equally many, that of the nearest neighbor among them.
+        """Returns the most common class of the k nearest (all if None); ties go to the one with the nearest neighbor.
 
-        Places without a reference have no vote.
+        Entries without a reference have no vote.
         """
         width = self.indices.shape[1]
         k = width if k is None else k
@@ -66,7 +66,7 @@ class Neighbors:
                 f"expected k of at most {width}, the neighbors found, got {k}; search for more, or lower k"
             )
         labels, valid = self.labels[:, :k], self.indices[:, :k] >= 0
-        # of each neighbor how many are of its class; the first of the largest counts is the nearest such neighbor
+        # for each neighbor, how many share its class; the first of the largest counts is the nearest such neighbor
         counts = torch.stack([((labels == each[:, None]) & valid).sum(dim=1) for each in labels.T], dim=1) * valid
         most, place = counts.max(dim=1, keepdim=True)
         winners = labels.gather(1, place).masked_fill(most == 0, -1).squeeze(1)

@@ -13,7 +13,7 @@ from pml_fewshot.evaluation.support import Support
 from pml_fewshot.losses.reconstruction import mean_squares, penalty_of, ridge_inverse
 
 PENALTY = 100.0  # times the mean square of the support's channels
-LEAST = 1e-30  # of which, for maps of zeros
+LEAST = 1e-30  # lower bound of that product, for maps of zeros
 
 
 def fit_reconstruction(
@@ -43,12 +43,12 @@ def fit_reconstruction(
 
 
 def _residual_of(rows: Tensor, penalty: Tensor) -> Callable[[Tensor], Tensor]:
-    """What the best combination of a class's nodes (E, S, C) leaves of each node of queries, (E, M, C) -> (E, M, C)."""
+    """Returns a function from query nodes (E, M, C) to what the best combination of class nodes (E, S, C) leaves."""
     size, channels = rows.shape[1:]
     if size >= channels:
         inverse = penalty * ridge_inverse(rows.mT @ rows, penalty)
         return lambda query: query @ inverse
-    dual = ridge_inverse(rows @ rows.mT, penalty) @ rows  # the same by S equations instead of C (Woodbury)
+    dual = ridge_inverse(rows @ rows.mT, penalty) @ rows  # the same with S equations instead of C (Woodbury)
     return lambda query: query - query @ rows.mT @ dual
 
 
@@ -63,20 +63,20 @@ def feature_map_reconstruction(
     log_stretch: float | Tensor = 0.0,
     scale: float | Tensor = 1.0,
 ) -> Tensor:
-    """Scores each class by how well the nodes of its support rebuild the nodes of the query (Wertheimer et al. 2021).
+    """Scores each class by how well the nodes of its support reconstruct the query's nodes (Wertheimer et al. 2021).
 
-    Each node of the query is rebuilt from all nodes of all support items of a class by ridge regression; the logit is
-    minus the mean squared length of what is left. Closed form; several shots are simply more nodes.
+    Ridge regression reconstructs each node of the query from all nodes of all support items of a class; the logit is
+    minus the mean squared length of the residual. Closed form; several shots are simply more nodes.
 
     Args:
         support, query: (E, W, K, D) and (E, N, D) of feature maps, D = channels * nodes, channels first.
         nodes: positions of a feature map: 25 for Conv4 and ResNet12(pool=False) at 84 x 84.
-        log_penalty: alpha of the paper: the penalty is exp(alpha) * (nodes of the class) / channels, what a trained FRN
-            has learned; what a number does depends on the length of the embeddings. When None exp(alpha) is 100 times
-            the mean square of the support's channels: multiplying all embeddings by a number changes nothing. (Best on
-            validation classes of miniImageNet by a ProtoNet's maps at 1 and 5 shots are 60 and 150.)
-        log_stretch: beta of the paper: what is rebuilt is multiplied by exp(beta).
-        scale: gamma of the paper, of the logits; the accuracy does not depend on it.
+        log_penalty: alpha of the paper, learned by a trained FRN: the penalty is exp(alpha) * (nodes of the class) /
+            channels, so the effect of a value depends on the length of the embeddings. If None, exp(alpha) is 100 times
+            the mean square of the support's channels: scaling all embeddings by a constant changes nothing. (On
+            validation classes of miniImageNet, with a ProtoNet's maps, 60 is best at 1 shot and 150 at 5.)
+        log_stretch: beta of the paper: the reconstruction is multiplied by exp(beta).
+        scale: gamma of the paper, which scales the logits; the accuracy does not depend on it.
 
     Raises:
         UsageError: fewer than 2 nodes, or nodes that do not divide D.

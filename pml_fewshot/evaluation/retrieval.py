@@ -1,4 +1,4 @@
-"""RetrievalTester: how well the nearest neighbors of each item are of its class."""
+"""RetrievalTester: measures how often the nearest neighbors of each item are of its class."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,23 +27,23 @@ from pml_fewshot.evaluation.search import Ranking, exact_search
 
 References = EmbeddingBank | Gallery
 Source = FewShotDataset | EmbeddingBank | Gallery
-Marks = Sequence[int] | Sequence[str] | np.ndarray | Tensor  # one of each item
+Marks = Sequence[int] | Sequence[str] | np.ndarray | Tensor  # one per item
 
-MAX_NEIGHBORS = 2**24  # held at a time where the whole ranking of each query is wanted: 128 MiB of indices
-RERANKED = 2**23  # floats of neighbors gathered at a time to be reordered: 32 MiB
-RECALL_SAMPLE = 1000  # queries that an approximate index is compared with exact search on
+MAX_NEIGHBORS = 2**24  # held at a time if the whole ranking of each query is needed: 128 MiB of indices
+RERANKED = 2**23  # floats of neighbors gathered at a time for reordering: 32 MiB
+RECALL_SAMPLE = 1000  # queries on which an approximate index is compared with exact search
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RetrievalResult(Mapping[str, float]):
-    """Retrieval figures by name, each a mean over the queries (NMI and AMI: of all) and a fraction of 1.
+    """Retrieval figures by name, as fractions of 1, each a mean over the queries (NMI and AMI: computed over all).
 
-    `per_query` has the values (N,) of the queries that count and `labels` (N,) their classes, of `class_names` where
-    the queries have names; `num_excluded` have no item of their class among the references that count for them.
-    "leave-one-out": each query searched the others; "gallery": a set of references, to `k` neighbors; "fixed support"
-    is `evaluate_fixed`'s. `ranking` names index, distance, what ids or groups left out, and recall; `index_recall`
-    compares an approximate index with exact search, but not a Gallery, which holds no embeddings. `clustering` has NMI
-    and AMI. Results with equal `queries_hash` are of the same queries, with the same references left out.
+    `per_query` holds the values (N,) of the queries that count and `labels` (N,) their classes, of `class_names` if the
+    queries have names; `num_excluded` have no item of their class among the references that count for them.
+    "leave-one-out": each query searched the others; "gallery": a set of references, to `k` neighbors; "fixed support":
+    see `evaluate_fixed`. `ranking` names the index, distance, what ids or groups left out, and recall; `index_recall`
+    compares an approximate index with exact search, but not a Gallery, which holds no embeddings. `clustering` holds
+    NMI and AMI. Results with equal `queries_hash` have the same queries and the same references left out.
     """
 
     per_query: dict[str, Tensor]
@@ -91,7 +91,7 @@ class RetrievalResult(Mapping[str, float]):
 
 @dataclass(eq=False)
 class RetrievalTester:
-    """Searches each query's nearest references and measures how many are of its class.
+    """Finds each query's nearest references and measures how many are of its class.
 
     Args:
         metrics: "precision_at_1": the nearest is of the query's class. "r_precision": share of its class among the R
@@ -99,24 +99,24 @@ class RetrievalTester:
             nearest of the precision at each rank that holds its class, else 0 (Musgrave et al. 2020, section 3.2).
             "precision_at_<k>": share of its class among the k nearest. "recall_at_<k>", "cmc_at_<k>" (cumulative match
             characteristic): any of the k nearest is of its class. "mean_average_precision": the mean over all
-            references of its class of the precision at their rank. "mean_reciprocal_rank": 1 / rank of the first of
-            its class. "ndcg_at_<k>": the sum of 1 / log2(1 + rank) over those of its class among the k nearest, over
-            the largest that it can be, with the min(R, k) nearest all of its class (Jarvelin and Kekalainen 2002);
-            "ndcg": of the whole ranking. "NMI", "AMI": agreement of k-means clusters of the queries, as many as
-            classes, with the classes.
-        k: neighbors to search; "max_bin_count" is the size of the largest class, or more where a metric needs it (PML's
-            default, all references, has quadratic memory); mean_average_precision, mean_reciprocal_rank and ndcg need
-            the whole ranking, made for a block of queries at a time, which a number cuts off there. Counted without
-            what ids or groups leave out.
-        index: "flat" is exact. Others, as in `Gallery`, are approximate, pay from about a million references on, and
-            report their recall against exact search.
-        distance: PML distance that ranks; Euclid when None.
-        parameters: of an approximate index, as in `Gallery`.
-        num_queries: measure a random sample of so many queries, drawn by a seed of 0; all when None. Each searches the
-            whole set as ever.
-        rerank: PML distance that reorders the first k neighbors which `distance` found. One that would take too long
-            for all pairs (EarthMoversDistance), given as `distance` or a trainer's own, reorders what Euclid finds.
-            Metrics of the whole ranking have it compare all pairs nevertheless.
+            references of its class of the precision at their rank. "mean_reciprocal_rank": 1 / rank of the first of its
+            class. "ndcg_at_<k>": the sum of 1 / log2(1 + rank) over those of its class among the k nearest, divided by
+            its largest possible value, with the min(R, k) nearest all of its class (Jarvelin and Kekalainen 2002);
+            "ndcg": for the whole ranking. "NMI", "AMI": agreement between the classes and equally many k-means clusters
+            of the queries.
+        k: number of neighbors to search; "max_bin_count" is the size of the largest class, or more if a metric needs it
+            (PML's default, all references, takes quadratic memory); mean_average_precision, mean_reciprocal_rank and
+            ndcg need the whole ranking, computed for a block of queries at a time and cut off by a number given here.
+            References left out by ids or groups are not counted.
+        index: "flat" is exact. Others, as in `Gallery`, are approximate, pay off from about a million references on,
+            and report their recall against exact search.
+        distance: PML distance to rank by; Euclidean if None.
+        parameters: for an approximate index, as in `Gallery`.
+        num_queries: measure a random sample of this many queries, drawn with seed 0; all if None. Each still searches
+            the whole set.
+        rerank: PML distance that reorders the first k neighbors found by `distance`. A distance that would take too
+            long for all pairs (EarthMoversDistance), given as `distance` or a trainer's own, reorders the neighbors
+            found by Euclidean distance. Metrics of the whole ranking still make it compare all pairs.
 
     Raises:
         UsageError: an unknown metric or index, or a k or num_queries below 1.
@@ -158,24 +158,24 @@ class RetrievalTester:
         query_groups: Marks | None = None,
         reference_groups: Marks | None = None,
     ) -> RetrievalResult:
-        """Evaluates an embedder on a data set, or a bank; the classes of both sides are aligned by their names.
+        """Evaluates an embedder on a dataset, or a bank; the classes of both sides are matched by name.
 
         Args:
             embedder: an Embedder (or any module that embeds), with `dataset`; or a bank of queries, `test(bank)` or
                 `test(bank, reference)`.
-            dataset: images to embed and to use as queries.
-            reference: what to search: images, a bank, or a Gallery, whole: a query in it finds itself. When None the
-                queries search among themselves, each without itself (known by its index: duplicates of it count).
-            query_ids, reference_ids: one an item, integers or texts: references with the query's own id (another crop
-                or a copy of its photo) are left out before anything is measured, as if they were not there. Among
-                themselves `query_ids` stand for both sides.
+            dataset: images to embed and use as queries.
+            reference: what to search: images, a bank, or a Gallery, in full: a query in it finds itself. If None, the
+                queries search among themselves, each excluding itself (by index: its duplicates count).
+            query_ids, reference_ids: one per item, integers or strings: references with the query's own id (another
+                crop or a copy of its photo) are left out before anything is measured, as if they were not there. When
+                queries search among themselves, `query_ids` apply to both sides.
             query_groups, reference_groups: the same for items of the query's own group, whatever their class (one
-                camera, one video). With ids and groups, what shares either is left out; to leave out what shares two
-                things at once, as person re-identification does, give groups made of both: "person 7, camera 2".
+                camera, one video). With ids and groups, items that share either are left out; to leave out items that
+                share two things at once, as in person re-identification, make groups of both: "person 7, camera 2".
 
         Raises:
             UsageError: a k above the number of references or below what a metric needs, banks of different widths,
-                class names, ids or groups on one side alone, NaN embeddings, or no query with a right answer among the
+                class names, ids or groups on one side only, NaN embeddings, or no query with a right answer among the
                 references.
         """
         if not isinstance(embedder, EmbeddingBank):
@@ -206,7 +206,7 @@ class RetrievalTester:
     def _measure(
         self, query: EmbeddingBank, references: References, left_out: "_LeftOut", leave_one_out: bool
     ) -> RetrievalResult:
-        """Searches the references, by an index of them where one is asked for, whose recall is then measured too."""
+        """Searches the references, through an index if requested, whose recall is then measured too."""
         distance, rerank = self.distance, self.rerank
         if isinstance(distance, EpisodicDistance) and not distance.ranks_all:
             distance, rerank = None, distance if rerank is None else rerank
@@ -231,12 +231,12 @@ class RetrievalTester:
         if figures and not counts.any():
             wanted = "a query whose class is among the references"
             raise UsageError(f"expected {wanted}, got none; check the labels, and what ids or groups leave out")
-        if not counts[chosen].any() and counts.any():  # of a sample none may count: then of those that do
+        if not counts[chosen].any() and counts.any():  # if none of the sample counts, sample those that do
             able = counts.nonzero().flatten()
             chosen = able[_sample(len(able), self.num_queries)]
         k = self._choose_k(tuple(figures), int(relevant.max()), len(labels) - int(away.min()))
         more = int(away.max())
-        # all at once where that fits, for queries among themselves need each pair only once
+        # all at once if that fits, as queries among themselves need each pair only once
         for part in chosen.split(max(1, MAX_NEIGHBORS // (k + more))) if figures else ():
             own = part[world().share(len(part))]
             with together(), alone():
@@ -282,7 +282,7 @@ class RetrievalTester:
 
 
 def _sample(count: int, size: int | None) -> Tensor:
-    """Indices (n,), ascending, of so many random ones of `count` items; of all when None."""
+    """Returns the ascending indices (n,) of `size` random items out of `count`; of all if None."""
     if size is None or size >= count:
         return torch.arange(count)
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:size].sort().values
@@ -290,9 +290,9 @@ def _sample(count: int, size: int | None) -> Tensor:
 
 @dataclass(frozen=True)
 class _LeftOut:
-    """Which references do not count for a query: those equal to it in any of the columns, (of queries, of references).
+    """References that do not count for a query: those equal to it in any of the columns, (of queries, of references).
 
-    In leave-one-out the query itself, always.
+    In leave-one-out, always the query itself.
     """
 
     columns: Sequence[tuple[Tensor, Tensor]]
@@ -301,7 +301,7 @@ class _LeftOut:
 
     @staticmethod
     def of(marks: Mapping[str, tuple[Any, Any]], num_queries: int, num_references: int | None) -> "_LeftOut":
-        """Of "ids" and "groups" of both sides; `num_references` is None among the queries themselves."""
+        """Built from "ids" and "groups" of both sides; `num_references` is None for queries among themselves."""
         given = {name: pair for name, pair in marks.items() if any(each is not None for each in pair)}
         columns = [_numbered(name, *pair, num_queries, num_references) for name, pair in given.items()]
         if columns:
@@ -311,15 +311,15 @@ class _LeftOut:
         return _LeftOut([(own, own)] if num_references is None else [])
 
     def count(self, *also: tuple[Tensor, Tensor]) -> Tensor:
-        """(N,) how many are left out of each query, or of those, how many equal it in the other columns too."""
+        """Counts (N,) those left out for each query, or those of them that also equal it in the `also` columns."""
         counts = torch.zeros(1, dtype=torch.int64)
-        for size in range(1, len(self.columns) + 1):  # those of both columns would count twice
+        for size in range(1, len(self.columns) + 1):  # those in both columns would count twice
             for columns in combinations(self.columns, size):
                 counts = counts - (-1) ** size * known.count_equal([*columns, *also])
         return counts
 
     def among(self, queries: Tensor, nearest: np.ndarray) -> np.ndarray:
-        """(n, k) which of the `nearest` (n, k) of the queries (n,) are left out."""
+        """Returns (n, k) which of the `nearest` (n, k) of the queries (n,) are left out."""
         out = nearest < -1
         for own, references in self.columns:
             out |= references.numpy()[nearest] == own[queries].unsqueeze(1).numpy()
@@ -329,7 +329,7 @@ class _LeftOut:
 def _numbered(
     name: str, query: Any, reference: Any, num_queries: int, num_references: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Ids or groups of queries and references as integers with one numbering."""
+    """Converts the ids or groups of queries and references to integers with a common numbering."""
     own, others = f"query_{name}", f"reference_{name}"
     if num_references is None:
         if reference is not None:
@@ -355,9 +355,9 @@ def _numbered(
 def _search(
     query: EmbeddingBank, own: Tensor, references: References, k: int, ranking: Ranking, left_out: _LeftOut, more: int
 ) -> Tensor:
-    """(n, k) nearest references of the queries `own` (n,), ascending, that count for them; -1 where there are no more.
+    """Returns the nearest references (n, k) that count for the ascending queries `own` (n,); -1 if there are no more.
 
-    `more` is the largest number that is left out for a query.
+    `more` is the largest number left out for any query.
     """
     every = len(own) == len(query)
     rows = query.embeddings if every else query.embeddings[own]
@@ -369,7 +369,7 @@ def _search(
         nearest = nearest.cpu()
     if more == 0:
         return nearest
-    # each row now has k that count; numpy gathers twice as fast as torch, and masks seven times
+    # each row now has k that count; numpy gathers twice as fast as torch, and masks seven times as fast
     padded = F.pad(nearest, (0, k + more - wide), value=-1).numpy()
     count = ~left_out.among(own, padded)
     return torch.from_numpy(padded[count & (count.cumsum(axis=1, dtype=np.int32) <= k)]).reshape(-1, k)
@@ -377,7 +377,7 @@ def _search(
 
 @torch.no_grad()
 def _reordered(rows: Tensor, references: Tensor, nearest: Tensor, distance: BaseDistance) -> Tensor:
-    """The same neighbors (n, k) of queries (n, D), ordered by a distance; -1, where there are no more, stays last."""
+    """Reorders the neighbors (n, k) of queries (n, D) by a distance; -1, where there are no more, stays last."""
     size = max(1, RERANKED // (nearest.shape[1] * rows.shape[1]))
     ordered = []
     for query, places in zip(rows.unsqueeze(1).split(size), nearest.split(size), strict=True):

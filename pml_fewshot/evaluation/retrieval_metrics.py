@@ -1,4 +1,4 @@
-"""Retrieval metrics of each query, from which of its ranked neighbors are of its class; and NMI and AMI of a bank."""
+"""Retrieval metrics of each query, from the ranks of the neighbors of its class; and NMI and AMI of a bank."""
 
 import re
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ NAMES = (*METRICS, *WHOLE_RANKING, *CLUSTERING, *OF_K, "recall_at_1", "cmc_at_1"
 
 
 def neighbors_needed(metric: str, largest_class: int, num_references: int) -> int:
-    """How many neighbors a metric depends on where the largest class has that many right answers."""
+    """Returns how many neighbors a metric needs if the largest class has that many right answers."""
     if at := AT_K.fullmatch(metric):
         return int(at[2])
     return num_references if metric in WHOLE_RANKING else largest_class
 
 
 def measure(metric: str, match: Tensor, relevant: Tensor) -> Tensor:
-    """(N,) float64 value of one metric for each query.
+    """Computes one metric for each query, (N,) in float64.
 
     `match` (N, k) says whether the neighbor at each rank is of the query's class, which has `relevant` (N,) references.
     """
@@ -50,7 +50,7 @@ def measure(metric: str, match: Tensor, relevant: Tensor) -> Tensor:
 
 
 def count_equal(columns: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """(N,) number of references that equal each query in all columns, pairs (of queries (N,), of references (M,))."""
+    """Counts (N,) the references equal to each query in all columns, pairs (of queries (N,), of references (M,))."""
     count, code = len(columns[0][0]), torch.zeros(1, dtype=torch.int64)
     for column in columns:
         distinct, number = torch.unique(torch.cat(column), return_inverse=True)
@@ -70,7 +70,7 @@ def clustering_scores(bank: EmbeddingBank, metrics: tuple[str, ...], ranking: Ra
     scores = {"NMI": normalized_mutual_info_score, "AMI": adjusted_mutual_info_score}
     rows = ranking.prepare(bank.embeddings).cpu().contiguous().numpy()
     clusters = len(torch.unique(bank.labels))
-    # as PML: 20 rounds, faiss's own seed, at most 256 items a cluster; few in one are not worth faiss's warnings
+    # as in PML: 20 rounds, faiss's own seed, at most 256 items a cluster; small clusters are not worth faiss's warnings
     limits = {"min_points_per_centroid": 1, "max_points_per_centroid": 256}
     k_means = faiss.Kmeans(rows.shape[1], clusters, niter=20, seed=1234, **limits)
     k_means.train(rows)

@@ -22,14 +22,14 @@ from pml_fewshot.environment import one_thread_each
 
 CPU_TILE = 1536  # on a side, 9 MiB for each thread: large enough for the matrix product, small enough for its cache
 CUDA_TILE = 16384  # 1 GiB
-# of a tile's sides: matrix products are fastest in multiples of it; and rows that are looked through at a time
+# a tile's sides are multiples of it, which is fastest for matrix products; also the rows scanned at a time
 STEP = 64
-GROUP = 8  # similarities of which only the largest bounds the k-th best
+GROUP = 8  # similarities, of which only the largest bounds the k-th best
 COLUMNS = 4  # tiles for which a thread prepares a block of rows once
 FAISS_BLOCK = 2**17  # references at a time
 PAIR_NUMBERS = 2**22  # at a time where pairs are compared one by one: 16 MiB
-# 1 query into 100,000 x 128 on one core: faiss 12 ms, tiles 57 ms. For more than these faiss takes matrix products,
-# which may not treat copies of a row alike.
+# 1 query into 100,000 x 128 on one core: faiss 12 ms, tiles 57 ms. For more queries than this, faiss uses matrix
+# products, which may not treat copies of a row alike.
 FEW_QUERIES = 19
 
 
@@ -37,9 +37,9 @@ FEW_QUERIES = 19
 class Ranking:
     """How a PML distance (None: plain Euclid) orders references.
 
-    "euclidean" and "inner product" are what faiss and a matrix product can rank by, of rows scaled to length 1 with
-    `normalize`; "distance" calls the PML distance block by block. `power` is what Euclid is raised to in its values;
-    `prepared` rows are taken as they are.
+    "euclidean" and "inner product" are the ones faiss and a matrix product can rank by, with rows normalized if
+    `normalize`; "distance" calls the PML distance block by block. Euclidean values are raised to `power`; `prepared`
+    rows are used as they are.
     """
 
     kind: Literal["euclidean", "inner product", "distance"]
@@ -50,7 +50,7 @@ class Ranking:
 
     @staticmethod
     def of(distance: BaseDistance | None) -> "Ranking":
-        """The simplest ranking with the order of `distance`, Euclid when None."""
+        """Returns the simplest ranking with the same order as `distance`, Euclidean if None."""
         if distance is None:
             return Ranking("euclidean")
         normalize = distance.normalize_embeddings
@@ -62,9 +62,9 @@ class Ranking:
         return Ranking("distance", False, distance)
 
     def prepare(self, rows: Tensor, center: Tensor | None = None) -> Tensor:
-        """Rows (N, D) as float32, normalized where the ranking wants it, less a center (D,); copies only if it must.
+        """Returns float32 rows (N, D), normalized if the ranking needs it, less a center (D,); copies only if it must.
 
-        A UsageError where a squared length overflows float32: products would be NaN, which has no order.
+        Raises a UsageError if a squared length overflows float32: products would be NaN, which has no order.
         """
         rows = rows.detach().float()
         if self.normalize and not self.prepared:
@@ -75,7 +75,7 @@ class Ranking:
         return rows
 
     def center(self, reference: Tensor) -> Tensor | None:
-        """A point (D,) amid the references for Euclid: the median of a sample, which no outlier moves.
+        """Returns a point (D,) amid the references if Euclidean: the median of a sample, which no outlier moves.
 
         |q - r|^2 = |q|^2 - 2 qr + |r|^2 cancels badly far from the origin, so the center is subtracted first.
         """
@@ -83,7 +83,7 @@ class Ranking:
         return self.prepare(sample).median(dim=0).values if self.kind == "euclidean" else None
 
     def similarity(self, query: Tensor, reference: Tensor) -> Tensor:
-        """(N, M) of prepared rows, larger is nearer; for Euclid the product qr alone."""
+        """Returns similarities (N, M) of prepared rows, larger is nearer; for Euclidean only the product qr."""
         if self.kind != "distance" or self.distance is None:
             return product(query, reference)
         values = self.distance(query, reference).float()
@@ -91,9 +91,9 @@ class Ranking:
         return values if self.distance.is_inverted else -values
 
     def of_pairs(self, query: Tensor, reference: Tensor, index: Tensor) -> Tensor:
-        """(N, k) values of Euclid or inner product of prepared queries and the references of `index` (N, k).
+        """Returns Euclidean or inner-product values (N, k) of prepared queries and the references at `index` (N, k).
 
-        Pair by pair, for the difference of two large numbers would be left of products.
+        Computed pair by pair: products would leave the difference of two large numbers.
         """
         size = max(1, PAIR_NUMBERS // (index.shape[1] * query.shape[1]))
         values = []
@@ -114,32 +114,32 @@ class Ranking:
 
 
 def exact_search(query: Tensor, reference: Tensor | None, k: int, ranking: Ranking) -> Tensor:
-    """Finds the k nearest references of each query, nearest first; equally near ones in the order of their index.
+    """Finds the k nearest references of each query, nearest first; ties in the order of their index.
 
     Args:
         query: (N, D).
-        reference: (M, D), in memory, memory-mapped or on a GPU; read block by block. None: the queries themselves, each
-            of which then finds itself too; Euclid and inner product compute each pair once, which halves the time.
+        reference: (M, D), in memory, memory-mapped or on a GPU; read block by block. If None, the queries themselves,
+            each of which also finds itself; Euclidean and inner product compute each pair once, which halves the time.
         k: neighbors, at most M.
         ranking: the order, in float32.
 
     Returns:
-        (N, k) int64 indices, on the references' device. Memory besides: a tile a thread, up to four times as large for
-        a large k.
+        (N, k) int64 indices, on the references' device. Additional memory: a tile per thread, up to four times as large
+        for a large k.
     """
     references = query if reference is None else reference
     queries = query.to(references.device)
     products, few = ranking.kind != "distance", len(queries) <= FEW_QUERIES
-    with torch.no_grad(), torch.autocast(references.device.type, enabled=False):  # which would use 16 bits
+    with torch.no_grad(), torch.autocast(references.device.type, enabled=False):  # autocast would use 16 bits
         if products and few and k < len(references) and not references.is_cuda:
             return _by_faiss(queries, references, k, ranking)
         return _by_tiles(queries, references, k, ranking, symmetric=products and reference is None)[1]
 
 
 def exact_neighbors(query: Tensor, reference: Tensor, k: int, ranking: Ranking) -> tuple[Tensor, Tensor]:
-    """The indices (N, k) of `exact_search`, and the values (N, k) of the PML distance, in whose order they stand.
+    """Returns the indices (N, k) of `exact_search` and the values (N, k) of the PML distance, in the values' order.
 
-    Both sides are prepared rows.
+    Both sides must be prepared rows.
     """
     ranking = replace(ranking, prepared=True)
     if ranking.distance is not None and ranking.kind == "distance":
@@ -153,7 +153,7 @@ def exact_neighbors(query: Tensor, reference: Tensor, k: int, ranking: Ranking) 
 
 
 def _by_faiss(query: Tensor, reference: Tensor, k: int, ranking: Ranking) -> Tensor:
-    """For few queries on a CPU: faiss goes through the references once, pair by pair, and keeps heaps."""
+    """Searches for few queries on a CPU: faiss scans the references once, pair by pair, and keeps heaps."""
     import faiss
 
     metric = faiss.METRIC_L2 if ranking.kind == "euclidean" else faiss.METRIC_INNER_PRODUCT
@@ -168,7 +168,7 @@ def _by_faiss(query: Tensor, reference: Tensor, k: int, ranking: Ranking) -> Ten
         if start > 0:
             far, order = far.sort(dim=1, stable=True)
             far, index = far[:, : k + 1], index.gather(1, order[:, : k + 1])
-    same = far[:, 1:] == far[:, :-1]  # faiss takes any of equally near ones, in any order
+    same = far[:, 1:] == far[:, :-1]  # faiss returns any of those that tie, in any order
     tied, cut = same[:, :-1].any(dim=1), same[:, -1]
     order = torch.from_numpy(np.lexsort((index[tied].numpy(), far[tied].numpy())))
     index[tied] = index[tied].gather(1, order)
@@ -180,15 +180,15 @@ def _by_faiss(query: Tensor, reference: Tensor, k: int, ranking: Ranking) -> Ten
 def _by_tiles(
     query: Tensor, reference: Tensor, k: int, ranking: Ranking, symmetric: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Similarities and indices, for many queries, any device and any distance: a tile of similarities at a time.
+    """Returns similarities and indices for many queries, any device and any distance, a tile of similarities at a time.
 
-    On a CPU each thread takes tiles of its own (but of PML distances, which may keep state), in any order.
+    On a CPU each thread works on its own tiles (except for PML distances, which may keep state), in any order.
     """
     tile, step = CUDA_TILE if reference.is_cuda else CPU_TILE, STEP
     if ranking.kind == "distance":  # some (SNR) hold all differences of a tile, D numbers a pair
         tile, step = max(1, int(tile / reference.shape[1] ** 0.5)), GROUP
-    # All tiles have one shape, or copies of an item would not be equally near: products differ by a last bit. So a set
-    # is divided evenly, and its last block filled up by copies of its first row.
+    # All tiles have the same shape, or copies of an item would not be equally near: products differ in the last bit. So
+    # a set is divided evenly, and its last block is padded with copies of its first row.
     wide = min(16 * tile, tile * tile // max(1, len(query)))  # for few queries
     columns = _even_part(len(reference), max(tile, 4 * GROUP * k, wide), step)
     rows = _even_part(len(query), max(1, min(tile, 4 * tile * tile // columns)), step)
@@ -229,18 +229,18 @@ def _by_tiles(
                 started.add(start)
 
     parts: list[tuple[int, Sequence[int]]] = [(i, [i]) for i in range(0, len(query), rows) if symmetric]
-    for i in range(0, len(query), rows):  # with a block itself its queries have k neighbors, which bound all others
+    for i in range(0, len(query), rows):  # compared with itself, a block has k neighbors a query, which bound the rest
         starts = range(i + columns if symmetric else 0, len(reference), columns)
         parts += [(i, starts[at : at + COLUMNS]) for at in range(0, len(starts), COLUMNS)]
 
     def in_thread(part: tuple[int, Sequence[int]]) -> None:
-        with torch.inference_mode(inference), torch.no_grad():  # which are each thread's own
+        with torch.inference_mode(inference), torch.no_grad():  # both are per thread
             take(*part)
 
     threads = torch.get_num_threads()
     if threads == 1 or len(parts) < 2 or reference.is_cuda or ranking.kind == "distance":
         list(map(in_thread, parts))
-    else:  # operations of one thread each: threads that wait for each other are slow where others use the cores too
+    else:  # single-threaded operations: threads that wait for each other are slow where others use the cores too
         with one_thread_each(), ThreadPoolExecutor(min(threads, len(parts))) as pool, threadpool_limits(1, "blas"):
             list(pool.map(in_thread, parts))
     best = best.flip(1)
@@ -248,36 +248,36 @@ def _by_tiles(
 
 
 def _even_part(count: int, largest: int, step: int) -> int:
-    """Size of the parts, a multiple of `step`, when `count` is divided evenly into parts of about `largest` at most."""
+    """Returns the part size, a multiple of `step`, that splits `count` evenly into parts of about `largest` at most."""
     parts = max(1, -(-count // largest))
     return max(1, -(-count // (step * parts))) * step
 
 
 def _half_squares(blocks: Iterable[Tensor], euclid: bool) -> Tensor:
-    """(N,) halves of the squared lengths of blocks of rows for Euclid, else none."""
+    """Returns half the squared lengths (N,) of blocks of rows for Euclidean ranking, else an empty tensor."""
     return torch.cat([part.square().sum(dim=1).div_(2) if euclid else part.flatten()[:0] for part in blocks])
 
 
 def _floor(tile: Tensor, best: Tensor, first: int, dim: int, is_first: bool) -> Tensor | None:
-    """What similarities of a tile must exceed to be among the `best` (R, k), along the other axis; None: nothing.
+    """Returns the bounds, along the other axis, that a tile's similarities must exceed to join `best` (R, k), or None.
 
     `dim` is the axis of the references, from `first` on: 0 for a tile (C, R), else 1. `is_first` where `best` is empty.
     """
     size, k, floor = tile.shape[dim], best.shape[1], _values(best[:, 0])
     if is_first and GROUP * k > size:
         return None
-    if is_first:  # k groups hold k items at least as large as the k-th of their largest
+    if is_first:  # k groups contain k items at least as large as the k-th group maximum
         largest = tile.narrow(dim, 0, size // GROUP * GROUP).unflatten(dim, (GROUP, -1)).amax(dim)
         floor = largest.topk(k, dim=dim).values.select(dim, -1)
-    # of equally similar ones the earlier is better
+    # among ties, the earlier is better
     return floor.nextafter(floor.new_tensor(-torch.inf)).where(_places(best[:, 0]) > first, floor).unsqueeze(dim)
 
 
 def _above(tile: Tensor, halves: tuple[Tensor, Tensor], floors: Sequence[Tensor]) -> list[Tensor]:
-    """Makes products qr of a tile (R, C) to -|q - r|^2 / 2, the same both ways, by halves of squares (R,) and (C,).
+    """Turns products qr of a tile (R, C) into -|q - r|^2 / 2, the same both ways, with half squares (R,) and (C,).
 
-    Returns for each floor (R, 1) or (1, C) the places in the flattened tile of what is above it. On a CPU strip by
-    strip, which stays in its second-level cache meanwhile; numpy finds the few of many in half of torch's time.
+    Returns, for each floor (R, 1) or (1, C), the places in the flattened tile of the values above it. A CPU works strip
+    by strip, so that each stays in its second-level cache; numpy finds the few among many in half of torch's time.
     """
     own, others = halves
     if tile.is_cuda:
@@ -296,7 +296,7 @@ def _above(tile: Tensor, halves: tuple[Tensor, Tensor], floors: Sequence[Tensor]
 
 
 def _offer(tile: Tensor, first: int, best: Tensor, dim: int, above: Tensor | None) -> None:
-    """Takes similarities of a tile, those at the places `above` or all, into the `best` (R, k), in any order."""
+    """Merges similarities of a tile, those at the places `above` or all, into the `best` (R, k), in any order."""
     if above is None:
         place = torch.arange(first, first + tile.shape[dim], device=tile.device)
         best[:] = _sorted(torch.cat([best, _keys(tile if dim == 1 else tile.T, place)], dim=1))[:, -best.shape[1] :]
@@ -317,8 +317,8 @@ def _offer(tile: Tensor, first: int, best: Tensor, dim: int, above: Tensor | Non
     best[some] = _sorted(rows)[:, -best.shape[1] :]
 
 
-# A neighbor as one number, so that the nearest are found by sorting numbers alone: float32's bits in an order of
-# integers above those of its index, of which the smaller is better. Places are those of fewer than 2**32 references.
+# A neighbor as one integer, so that sorting integers finds the nearest: float32's bits, in an order of integers, above
+# those of its index, where smaller is better. Places are of fewer than 2**32 references.
 LOW = 2**32 - 1
 NONE = -0x7F800001 << 32  # of -infinity and the last place
 
@@ -349,7 +349,7 @@ def _lengths(rows: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a (N, D) times b (M, D) transposed, (N, M); on a CPU a row of a has equal products with equal rows of b."""
+    """Returns a (N, D) times b (M, D) transposed, (N, M); on a CPU equal rows of b give a row of a equal products."""
     return a @ b.T if a.is_cuda else _cpu_product()(a, b)
 
 
@@ -367,17 +367,17 @@ def _rounded(a: Tensor, b: Tensor) -> Tensor:
 
 @cache
 def _cpu_product() -> Callable[[Tensor, Tensor], Tensor]:
-    """The first that is found to treat copies of a row alike, tried once a process, in about 0.1 s.
+    """Returns the first product found to treat copies of a row alike, tested once per process, in about 0.1 s.
 
-    A BLAS may sum in another order at the edges of its blocks. numpy's, as a rule an OpenBLAS, does so with its kernels
-    for AVX2, not with those for AVX-512, where it is fastest: 1,024 x 1,024 x 512 on one core of an AMD EPYC 86
-    GFLOPS, torch's MKL 67. Rounding from float64 takes twice as long.
+    A BLAS may sum in a different order at the edges of its blocks. numpy's, usually an OpenBLAS, does so with its AVX2
+    kernels, but not with its AVX-512 kernels, where it is fastest: on one core of an AMD EPYC, 1,024 x 1,024 x 512 runs
+    at 86 GFLOPS, with torch's MKL at 67. Rounding from float64 takes twice as long.
     """
     return next((multiply for multiply in (_by_numpy, _by_torch) if _treats_copies_alike(multiply)), _rounded)
 
 
 def _treats_copies_alike(multiply: Callable[[Tensor, Tensor], Tensor]) -> bool:
-    """Tries square tiles, of sets with themselves, both ways, and a flat one of a few queries."""
+    """Tests square tiles, as of a set with itself, in both orders, and a flat one of a few queries."""
     pair = torch.randn(2, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
     a, b = (row.expand(1536, -1).contiguous() for row in pair)
     squares = torch.cat([multiply(a, b).flatten(), multiply(b[:832], a[:832]).flatten()])

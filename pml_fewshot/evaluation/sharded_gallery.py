@@ -42,31 +42,31 @@ def build_gallery(
     seed: int = 0,
     shards: int = 8,
 ) -> Gallery:
-    """Builds a Gallery of inverted lists in a folder, together with all other processes that call the same.
+    """Builds a Gallery of inverted lists in a folder, together with all other processes that make the same call.
 
-    Start any number of workers, on one machine or on several with a common disk whose locks work: each makes the same
-    call and returns the same finished gallery. The first trains the index; each then takes shards, slices of the
-    bank's rows, that nobody has taken yet; one of them merges all shards. A lock is held by a file, and freed by the
-    system when its process dies, however it dies: another worker then takes over. What is done is not done again, so
-    that after a crash the same call goes on, and with a finished folder it opens the gallery.
+    Start any number of workers, on one machine or on several with a shared disk whose locks work: each makes the same
+    call and returns the same finished gallery. The first trains the index; each then takes shards, slices of the bank's
+    rows, that nobody has taken yet; one of them merges all shards. A lock is held on a file, and the system frees it
+    when its process dies, however it dies: another worker then takes over. Finished work is not repeated: after a crash
+    the same call resumes, and with a finished folder it opens the gallery.
 
     The index is the same, bit for bit, as that of `Gallery(bank, index, parameters, distance, seed)` on the same
     processor with as many threads, whatever the number of shards and workers. Its lists and floats stay on the disk and
-    are mapped into memory. `Gallery.load` opens the folder, wherever it was moved. Nothing can be added or removed.
+    are mapped into memory. `Gallery.load` opens the folder, even after it is moved. Nothing can be added or removed.
 
     Args:
-        bank: the references; `load_bank` of a .npy maps a file larger than memory. Each worker reads it once whole for
-            its checksum (making a bank is another such pass, for NaN), and then the rows of its shards.
+        bank: the references; `load_bank` of a .npy maps a file larger than memory. Each worker reads all of it once for
+            its checksum (making a bank is another such pass, to check for NaN), and then the rows of its shards.
         folder: new, or begun by the same call.
-        index, parameters, distance, seed: as of Gallery. An index with inverted lists: "ivf", "ivfpq", or a description
-            such as "IVF4096,SQ8", "OPQ32,IVF4096,PQ32" or "IVF4096,PQ16x4fsr,RFlat".
-        shards: into which the rows are divided, by 65,536 rows at least: 8 are enough for up to 8 workers. While a
-            worker makes one it holds the codes of its rows and 20 bytes a row in memory, so more shards take less. On
-            the disk all shards and the finished lists lie side by side until the shards are removed.
+        index, parameters, distance, seed: as in Gallery, but with inverted lists: "ivf", "ivfpq", or a description such
+            as "IVF4096,SQ8", "OPQ32,IVF4096,PQ32" or "IVF4096,PQ16x4fsr,RFlat".
+        shards: number of parts the rows are divided into, of at least 65,536 rows each: 8 are enough for up to 8
+            workers. While making one, a worker holds the codes of its rows and 20 bytes a row in memory, so more shards
+            take less. On the disk, all shards and the finished lists exist together until the shards are removed.
 
     Raises:
-        UsageError: another bank, index, parameter, distance, seed or number of shards than the folder was begun with;
-            an index without inverted lists; what Gallery refuses.
+        UsageError: a different bank, index, parameter, distance, seed or number of shards than the folder was begun
+            with; an index without inverted lists; anything Gallery rejects.
         ExistingFileError: a folder with a gallery that Gallery.save wrote.
         CannotWriteError: the disk is full or the folder read-only. Free space, and call again.
     """
@@ -103,14 +103,14 @@ def build_gallery(
         with _lock(folder, "merge"):
             if not (folder / LABELS).exists():
                 _merge(folder, bank, gallery)
-            for path in _shard_files(folder):  # also what a merge left that was killed; their locks stay, for others
+            for path in _shard_files(folder):  # also those left by a killed merge; their locks stay, for others
                 path.unlink()
     return Gallery.load(folder)
 
 
 def _make_shards(folder: Path, bank: EmbeddingBank, gallery: Gallery, shards: int) -> None:
-    """Makes the shards that no other worker makes; and then waits for those of the others, or makes what they left."""
-    blocks = -(-len(bank) // ADD_ROWS)  # the same as in one process, for products of other sizes are rounded otherwise
+    """Makes the shards that no other worker is making, then waits for the others' shards or makes those they left."""
+    blocks = -(-len(bank) // ADD_ROWS)  # the same as in one process, as products of other sizes are rounded differently
     shards = min(shards, blocks)
     for timeout in (0, -1):  # seconds, -1: until it is free
         for number in range(shards):
@@ -133,12 +133,12 @@ def _make_shard(path: Path, bank: EmbeddingBank, gallery: Gallery, own: range) -
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         about = {"descr": np.lib.format.dtype_to_descr(records.dtype), "fortran_order": False, "shape": records.shape}
         np.lib.format.write_array_header_1_0(file, about)
-        for start in range(0, len(own), ADD_ROWS):  # for a sorted copy would double the memory
+        for start in range(0, len(own), ADD_ROWS):  # a sorted copy would double the memory
             file.write(records[order[start : start + ADD_ROWS]].tobytes())
 
 
 def _merge(folder: Path, bank: EmbeddingBank, gallery: Gallery) -> None:
-    """Writes the lists of all shards to one file and then the labels, with which the gallery is there."""
+    """Writes the lists of all shards to one file, and then the labels, which complete the gallery."""
     shards = [np.load(path, mmap_mode="r") for path in _shard_files(folder)]
     sizes = write_lists(folder / LISTS, gallery.faiss_index, shards)
     if compares_floats(gallery.faiss_index):
@@ -161,7 +161,7 @@ def _lock(folder: Path, name: str, timeout: float = -1) -> FileLock:
 
 
 def _check_plan(folder: Path, plan: dict[str, Any]) -> None:
-    """Raises where a gallery that was begun in the folder is another one."""
+    """Raises if a different gallery was begun in the folder."""
     if not (folder / PLAN).exists():
         return
     begun = json.loads((folder / PLAN).read_text(encoding="utf-8"))
@@ -172,7 +172,7 @@ def _check_plan(folder: Path, plan: dict[str, Any]) -> None:
 
 
 def _bank_checksum(bank: EmbeddingBank) -> str:
-    """Of embeddings, labels and class names, read a block at a time."""
+    """Returns the checksum of embeddings, labels and class names, read a block at a time."""
     shape = " x ".join(map(str, bank.embeddings.shape))
     about = json.dumps([str(bank.embeddings.dtype), bank.class_names]).encode()
     blocks = (*bank.embeddings.split(ADD_ROWS), bank.labels)

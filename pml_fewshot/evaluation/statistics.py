@@ -47,11 +47,11 @@ def compare(a: EpisodicResult, b: EpisodicResult) -> Comparison:
 
 
 def average(trainings: Sequence[Tensor]) -> tuple[float, float]:
-    """Mean of a figure and half its 95 % interval, NaN where there is only one value.
+    """Returns the mean of a figure and half its 95 % interval, NaN if there is only one value.
 
-    `trainings` are for each training (seed) of a method the values (N,) of the same N episodes or queries. The interval
-    is the root of the sum of two squares: 1.96 standard errors over the N (of each one's mean over the trainings), and
-    where there are several trainings Student's t times the standard error of their means.
+    `trainings` holds, for each training (seed) of a method, the values (N,) of the same N episodes or queries. The
+    interval is the root of the sum of two squares: 1.96 standard errors over the N (of their means over the trainings)
+    and, if there are several trainings, Student's t times the standard error of their means.
     """
     sizes = sorted({len(values) for values in trainings})
     if len(sizes) > 1:
@@ -62,7 +62,7 @@ def average(trainings: Sequence[Tensor]) -> tuple[float, float]:
 
 
 def average_metric(metric: str, results: Sequence[RetrievalResult]) -> tuple[float, float]:
-    """The same for a figure of retrieval; NMI and AMI are one value a training and have an interval over trainings."""
+    """Does the same for a retrieval figure; NMI and AMI are one value per training, with an interval over trainings."""
     if metric in results[0].per_query:
         return average([result.per_query[metric] for result in results])
     means = torch.tensor([result[metric] for result in results], dtype=torch.float64)
@@ -70,7 +70,7 @@ def average_metric(metric: str, results: Sequence[RetrievalResult]) -> tuple[flo
 
 
 def join_intervals(ci95: float, means: Tensor) -> float:
-    """Half the interval over episodes, joined with that over the means (S,) of the trainings."""
+    """Joins half the interval over episodes with that over the means (S,) of the trainings."""
     if len(means) == 1:
         return ci95
     from scipy.stats import t  # half a second to import

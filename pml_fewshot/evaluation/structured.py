@@ -28,10 +28,10 @@ def fit_structured(
     if not (lr > 0 and scale > 0):
         raise UsageError(f"expected lr and scale above 0, got {lr} and {scale}; raise them")
     items, labels = support.items.detach(), support.labels
-    # one order for all episodes, so that what one gives does not depend on which others share its chunk
+    # one order for all episodes, so that the result of one does not depend on which others share its chunk
     generator = torch.Generator().manual_seed(seed)
     with ordinary_modes():
-        items = items.clone()  # (of inference mode, whose tensors no gradient takes)
+        items = items.clone()  # (inference-mode tensors accept no gradient)
         prototypes = support.prototypes.detach().clone().requires_grad_()
         # as published, with a dampening that takes 0.1 of each new gradient
         optimizer = torch.optim.SGD([prototypes], lr=lr, momentum=0.9, dampening=0.9)
@@ -58,22 +58,22 @@ def structured_classifier(
     scale: float = 12.5,
     seed: int = 0,
 ) -> Tensor:
-    """Scores by the similarity to prototypes that begin at the classes' means and are fitted to the support.
+    """Scores by the similarity to prototypes that start at the class means and are fitted to the support.
 
-    By gradient steps on the cross-entropy of the support items over the prototypes: with EarthMoversDistance and
-    several shots the structured fully connected layer of DeepEMD, whose prototypes are feature maps; with one shot the
-    prototypes already are the support. It costs much: at 5 ways and 5 shots 12,500 comparisons an episode, 33 times
-    what classifying its 75 queries takes.
+    They are fitted by gradient steps on the cross-entropy of the support items over the prototypes. With
+    EarthMoversDistance and several shots this is the structured fully connected layer of DeepEMD, whose prototypes are
+    feature maps; with one shot the prototypes already are the support. It is expensive: at 5 ways and 5 shots, 12,500
+    comparisons per episode, 33 times the cost of classifying its 75 queries.
 
     Args:
         support, query: as for every head.
         distance: to compare by; there is no default.
-        epochs: over the support.
-        batch_size: support items in a step.
-        lr: of SGD with momentum 0.9 and dampening 0.9. DeepEMD's authors tune it: 100 suits scores from -1 to 1 of
-            maps with a length in the tens; shorter maps and squared distances want far less.
+        epochs: passes over the support.
+        batch_size: support items per step.
+        lr: of SGD with momentum 0.9 and dampening 0.9. DeepEMD's authors tune it: 100 suits scores from -1 to 1 of maps
+            with a length in the tens; shorter maps and squared distances need far less.
         scale: of the similarities in the softmax.
-        seed: of the order of the support items, the same for all episodes.
+        seed: for the order of the support items, the same for all episodes.
 
     Raises:
         UsageError: no distance, or a number that is not above 0.

@@ -1,4 +1,4 @@
-"""Support: the labeled items that a head is fitted to, of classes of one size or of any sizes."""
+"""Support: the labeled items that a head is fitted to, in classes of equal or different sizes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
@@ -11,12 +11,12 @@ from pml_fewshot.embedders.modes import widened
 
 
 class Support:
-    """Labeled items of E problems at once, whose classes have the same sizes in all of them.
+    """Labeled items of E problems at once, with the same class sizes in each of them.
 
     Args:
-        items: (E, S, D) floats, those of the first class first; or a function that gives them when a head asks.
-        sizes: number of items of each of the W classes, S in all.
-        prototypes: (E, W, D) the means of the classes, where they are known already.
+        items: (E, S, D) floats, those of the first class first; or a function that returns them when a head needs them.
+        sizes: number of items in each of the W classes, S in total.
+        prototypes: (E, W, D) class means, if they are already known.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class Support:
 
     @staticmethod
     def of(episodes: Tensor) -> "Support":
-        """The support (E, W, K, D) of episodes, in float32 at least."""
+        """Builds it from the support (E, W, K, D) of episodes, in float32 at least."""
         if episodes.ndim != 4 or min(episodes.shape[1:3]) < 1:
             wanted, got = "a support (E, W, K, D) of at least one class and shot", tuple(episodes.shape)
             raise UsageError(f"expected {wanted}, got shape {got}; give each class its items")
@@ -44,7 +44,7 @@ class Support:
 
     @property
     def shots(self) -> int | None:
-        """K where all classes have K items; else None."""
+        """K if all classes have K items, else None."""
         return self.sizes[0] if len(set(self.sizes)) == 1 else None
 
     @property
@@ -55,14 +55,14 @@ class Support:
         return torch.arange(len(self.sizes), device=known.device).repeat_interleave(repeats)
 
     def means(self, values: Tensor) -> Tensor:
-        """(E, W, D) mean over each class of a row for each item (E, S, D)."""
+        """Returns the class means (E, W, D) of one row per item (E, S, D)."""
         if self.shots:
             return values.unflatten(1, (-1, self.shots)).mean(dim=2)
         sums = values.new_zeros(len(values), len(self.sizes), values.shape[2]).index_add_(1, self.labels, values)
         return sums / values.new_tensor(self.sizes)[:, None]
 
     def by_class(self, values: Tensor, how: Literal["amax", "mean", "logsumexp"]) -> Tensor:
-        """(E, N, W) of a value for each query and item (E, N, S): reduced over the items of each class."""
+        """Reduces one value per query and item (E, N, S) over the items of each class, to (E, N, W)."""
         if self.shots:
             return getattr(values.unflatten(2, (-1, self.shots)), how)(dim=3)
         classes = self.labels.expand_as(values)
@@ -74,13 +74,13 @@ class Support:
         return shares.log() + largest
 
     def without(self, left_out: Tensor) -> "Support":
-        """What stays when the items marked in (S,) are left out; of every class at least one must."""
+        """Returns the support without the items marked in (S,); at least one item of every class must remain."""
         gone = torch.bincount(self.labels[left_out], minlength=len(self.sizes)).tolist()
         sizes = [size - count for size, count in zip(self.sizes, gone, strict=True)]
         return Support(self.items[:, ~left_out], sizes)
 
     def class_by_class(self) -> Iterator[tuple[Tensor, "Support"]]:
-        """The items (E, K, D) of each class, and the support of the other classes."""
+        """Yields the items (E, K, D) of each class, and the support of the other classes."""
         for number, own in enumerate(self.items.split(list(self.sizes), dim=1)):
             sizes = [*self.sizes[:number], *self.sizes[number + 1 :]]
             yield own, Support(self.items[:, self.labels != number], sizes)

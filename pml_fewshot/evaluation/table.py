@@ -1,4 +1,4 @@
-"""ResultTable: figures of episodes and of retrieval side by side, each with its interval and its protocol."""
+"""ResultTable: figures of episodes and of retrieval in one table, each with its interval and its protocol."""
 
 import csv
 import html
@@ -23,13 +23,13 @@ from pml_fewshot.sampling.episodes import EpisodeSpec
 if TYPE_CHECKING:
     import pandas
 
-LATER = ("query_balance",)  # columns that figures of older versions do not have
+LATER = ("query_balance",)  # columns that figures from older versions do not have
 STORED = [each for each in fields(ResultRow) if each.name != "values"]  # the columns of figures.csv
 
 
 @dataclass(frozen=True)
 class RowContext:
-    """What the rows of one evaluation have in common."""
+    """The values that all rows of one evaluation share."""
 
     method: str
     split: str
@@ -43,9 +43,9 @@ class RowContext:
 
 
 class ResultTable:
-    """Rows of figures, shown with a line a method and a column a figure.
+    """Rows of figures, shown with one line per method and one column per figure.
 
-    `failures` gives the reason for each method that has no figures, and stands below the others.
+    `failures` holds the reason for each method without figures; they are shown below the others.
     """
 
     def __init__(self, rows: Iterable[ResultRow] = (), failures: Mapping[str, str] | None = None) -> None:
@@ -54,12 +54,12 @@ class ResultTable:
 
     @classmethod
     def read(cls, folder: str | Path) -> "ResultTable":
-        """Reads the figures that `write` left in a folder, and the values that they are means of.
+        """Reads the figures that `write` left in a folder, and the values whose means they are.
 
         Raises:
             MissingFileError: there is no figures.csv.
-            UsageError: it has other columns, a line of another length, or a value of another type; or values.npz is
-                damaged or of other figures.
+            UsageError: it has other columns, a line of the wrong length, or a value of the wrong type; or values.npz is
+                damaged or belongs to other figures.
         """
         path = Path(folder) / "figures.csv"
         if not path.is_file():
@@ -87,13 +87,13 @@ class ResultTable:
         return table
 
     def best_first(self) -> "ResultTable":
-        """The same rows, lines in descending order of the figure that came first in each of them."""
+        """Returns the same rows, with lines in descending order of the first figure of each."""
         lines = [list(figures.values()) for figures in arrange(self.rows)[1].values()]
         lines.sort(key=lambda rows: -rows[0].value)
         return ResultTable([row for rows in lines for row in rows], self.failures)
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """A DataFrame with a line a figure and a column for each attribute of a ResultRow but `values`."""
+        """Returns a DataFrame with one row per figure and a column for each attribute of a ResultRow but `values`."""
         pandas = import_extra("tables", "for a DataFrame", "pandas")
         return pandas.DataFrame([{each.name: getattr(row, each.name) for each in STORED} for row in self.rows])
 
@@ -144,13 +144,13 @@ class ResultTable:
             self.rows.append(row)
 
     def markdown(self) -> str:
-        """A line a method, a column a figure, in percent with 95 % intervals; the conditions below."""
+        """Returns one line per method and one column per figure, in percent with 95 % intervals; conditions below."""
         (head, *body), conditions = layout(self.rows, self.failures)
         lines = (" | ".join(cell.replace("|", r"\|") for cell in line) for line in (head, ["---"] * len(head), *body))
         return "".join(f"| {line} |\n" for line in lines) + "".join(f"\n{condition}\n" for condition in conditions)
 
     def latex(self) -> str:
-        """The same as a LaTeX tabular with the rules of booktabs; the conditions as comments."""
+        """Returns the same as a LaTeX tabular with booktabs rules; the conditions as comments."""
         cells, conditions = layout(self.rows, self.failures)
         special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
         escapes = str.maketrans(special | {character: f"\\{character}" for character in "&%$#_{}"})
@@ -162,7 +162,7 @@ class ResultTable:
         return "\n".join([*comments, begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", end])
 
     def csv(self) -> str:
-        """Comma-separated values at full precision, a line a method, four columns a figure."""
+        """Returns comma-separated values at full precision, one line per method and four columns per figure."""
         columns, lines = arrange(self.rows)
         about = ["method", "split", "classes", "trained", "seconds"]
         parts = {"": "value", "_ci95": "ci95", "_count": "count", "_protocol": "conditions"}
@@ -177,7 +177,7 @@ class ResultTable:
         return _csv([*about, "note", *(column + part for column in columns for part in parts)], table)
 
     def figures_csv(self) -> str:
-        """Comma-separated values at full precision, a line a figure, with all of a ResultRow."""
+        """Returns comma-separated values at full precision, one line per figure, all of a ResultRow but `values`."""
         lines = ({each.name: getattr(row, each.name) for each in STORED} for row in self.rows)
         return _csv([each.name for each in STORED], lines)
 
@@ -191,7 +191,7 @@ class ResultTable:
         self.write_figures(folder)
 
     def write_figures(self, folder: str | Path) -> None:
-        """Writes what `read` reads, values.npz and last figures.csv."""
+        """Writes the files that `read` reads: values.npz and then figures.csv."""
         values = {str(n): row.values.numpy() for n, row in enumerate(self.rows) if row.values is not None}
         with atomic_write(Path(folder) / "values.npz") as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **values)  # type: ignore[arg-type]  # it takes names for its option's
@@ -201,7 +201,7 @@ class ResultTable:
         return self.markdown()
 
     def _repr_html_(self) -> str:
-        """What notebooks show."""
+        """Returns the HTML that notebooks show."""
         (head, *body), conditions = layout(self.rows, self.failures)
         lines = "".join(_html_line("td", line) for line in body)
         below = "".join(f"<p>{html.escape(condition)}</p>" for condition in conditions)
@@ -215,12 +215,12 @@ def _mean_of_queries(metric: str, trainings: Sequence[RetrievalResult]) -> Tenso
 
 
 def _read_values(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():  # figures that came alone
+    if not path.is_file():  # figures without their values
         return {}
     try:
         with path.open("rb") as file:
             return {name: torch.from_numpy(values) for name, values in np.load(file, allow_pickle=False).items()}
-    except Exception as error:  # on broken files readers raise whatever their code happens to meet
+    except Exception as error:  # on broken files, readers raise all kinds of errors
         raise UsageError(
             f"expected values of figures in {path}, got a broken file ({error}); evaluate again"
         ) from error

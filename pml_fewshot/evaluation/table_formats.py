@@ -1,4 +1,4 @@
-"""ResultRow: one figure with all that is needed to read it; and how rows are laid out in lines and columns."""
+"""ResultRow: one figure with everything needed to read it; and the layout of rows in lines and columns."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,26 +19,26 @@ TITLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class ResultRow:
-    """One figure with all that is needed to read and to repeat it; what does not apply is None or empty.
+    """One figure with everything needed to read and reproduce it; fields that do not apply are None or empty.
 
     Args:
         method, figure: what was evaluated, and accuracy, precision_at_1, ...
         value: mean, a fraction of 1; `ci95` is half its 95 % interval.
-        ways, shots, queries, query_balance, seed: of the episodes; those of variable ways and shots have a seed alone.
-        count: episodes, or queries for retrieval, that the mean is over.
-        split: which of the classes were evaluated on, test, val or train; empty for a set without splits. `classes` is
-            how many they are.
+        ways, shots, queries, query_balance, seed: of the episodes; with variable ways and shots, only the seed.
+        count: number of episodes, or of queries for retrieval, that the mean is over.
+        split: the split that was evaluated: test, val or train; empty for a set without splits. `classes` is the number
+            of its classes.
         protocol: inductive: each query alone; transductive: queries inform each other; leave-one-out: each searches the
-            rest; gallery: each searches a set of references; fixed support: each is classified by given items of all
+            rest; gallery: each searches a set of references; fixed support: each is classified with given items of all
             classes.
         ranking: index and distance of a retrieval.
         classifier: head and distance that classified episodes.
         episodes_hash: equal for results on the same episodes, or of the same queries.
-        note: what a reader must know of the data.
-        trained: trainings (seeds) that the figure is averaged over.
-        values: (count,) what the mean is over, of each episode or query (over several trainings its mean), for paired
-            comparisons; None for NMI and AMI. Stored in a file of its own.
-        seconds: that evaluating the method took, all its figures and embedding together, where it was timed.
+        note: what a reader must know about the data.
+        trained: number of trainings (seeds) that the figure is averaged over.
+        values: (count,) the values that the mean is over, one per episode or query (averaged over several trainings),
+            for paired comparisons; None for NMI and AMI. Stored in a separate file.
+        seconds: time to evaluate the method, all its figures and embedding together, if timed.
     """
 
     method: str
@@ -75,14 +75,14 @@ class ResultRow:
 
     @property
     def balance(self) -> str:
-        """How the queries divide among the classes, where it matters: to transductive methods always."""
+        """How the queries are divided among the classes, where it matters: always for transductive methods."""
         if self.query_balance is not None:
             return f"queries unbalanced (Dirichlet {self.query_balance:g})"
         return "as many queries of each class" if self.protocol == "transductive" else ""
 
     @property
     def conditions(self) -> str:
-        """How the figure came about."""
+        """How the figure was obtained."""
         seed = "" if self.seed is None else f"seed {self.seed}"
         what = "episodes" if self.of_episodes else "queries"
         episodes = self.episodes_hash and f"{what} {self.episodes_hash}"
@@ -93,7 +93,7 @@ Lines = dict[str, dict[str, ResultRow]]  # name of a method on one set of classe
 
 
 def arrange(rows: Sequence[ResultRow]) -> tuple[dict[str, str], Lines]:
-    """Columns, name -> title, and lines, each in the order of their first rows."""
+    """Returns columns, name -> title, and lines, each in the order of their first rows."""
     columns: dict[str, str] = {}
     lines: Lines = {}
     several_splits = len({row.split for row in rows}) > 1
@@ -116,7 +116,7 @@ def arrange(rows: Sequence[ResultRow]) -> tuple[dict[str, str], Lines]:
 
 
 def layout(rows: Sequence[ResultRow], failures: Mapping[str, str]) -> tuple[list[list[str]], list[str]]:
-    """Cells in percent with 95 % intervals, of which the first line is the head, and what the figures are means of."""
+    """Returns cells in percent with 95 % intervals, header line first, and the conditions of the figures."""
     columns, lines = arrange(rows)
     seconds = [next(iter(figures.values())).seconds for figures in lines.values()]
     timed = [] if seconds.count(None) == len(seconds) else ["seconds"]
@@ -131,7 +131,7 @@ def layout(rows: Sequence[ResultRow], failures: Mapping[str, str]) -> tuple[list
 
 
 def _conditions(lines: Lines) -> list[str]:
-    """How the figures came about: what holds for all lines, then what holds for some."""
+    """Returns how the figures were obtained: first what holds for all lines, then what holds for some."""
     texts: dict[str, list[str]] = {}
     for name, figures in lines.items():
         rows = list(figures.values())

@@ -1,10 +1,10 @@
 """Transductive heads: the queries of an episode inform each other, for all episodes of a chunk at once.
 
 Each maps support (E, W, K, D) and query (E, N, D) to logits (E, N, W), with all N queries of an episode seen together.
-PT-MAP takes for granted that every class has equally many queries, and TIM favors it; they lose where it is not so.
+PT-MAP assumes that every class has equally many queries, and TIM favors it; both do worse where this does not hold.
 
-Inside, what is of each class and item is (E, W, N): a softmax over the axis before the last is several times as fast
-as over the last.
+Internally, values per class and item are (E, W, N): a softmax over the second-to-last axis is several times as fast as
+over the last.
 """
 
 import math
@@ -44,22 +44,22 @@ def fit_bd_cspn(support: Support, *, scale: float = 10.0, top: int | None = None
 @fitted_by(fit_bd_cspn)
 @in_float32
 def bd_cspn(support: Tensor, query: Tensor, *, scale: float = 10.0, top: int | None = None) -> Tensor:
-    """Scores by cosine to prototypes that the queries have rectified (Liu, Song and Qin 2020, BD-CSPN).
+    """Scores by cosine to prototypes that are rectified by the queries (Liu, Song and Qin 2020, BD-CSPN).
 
-    The queries are moved so that their mean is the support's, each is given the class of the nearest prototype by
-    cosine, and a class's new prototype is the mean of its support items and these queries, weighted by the softmax,
-    over them, of `scale` times the cosine to the old one. Then the queries as they came are scored. Wants embeddings
-    centered by the training mean and of length 1.
+    The queries are moved so that their mean is the support's, each is assigned to the nearest prototype by cosine, and
+    a class's new prototype is the mean of its support items and these queries, weighted by the softmax, over them, of
+    `scale` times the cosine to the old one. Then the original queries are scored. Expects embeddings centered by the
+    training mean and L2-normalized.
 
     Args:
         support: (E, W, K, D)
         query: (E, N, D)
         scale: of the cosine; 10 in the code of Veilleux et al. 2021 and of LaplacianShot. easyfsl's setting: 1.
-        top: only so many queries join each class, those with the highest cosine. The paper chooses so; when None all
-            join, as in the public implementations.
+        top: only this many queries join each class, those with the highest cosine, as in the paper; if None, all join,
+            as in the public implementations.
 
     Raises:
-        UsageError: an option that cannot be.
+        UsageError: an invalid option.
     """
     return fit_bd_cspn(Support.of(support), scale=scale, top=top)(query)
 
@@ -71,10 +71,10 @@ def _check_rectifying(scale: float, top: int | None) -> None:
 
 
 def _rectified(support: Support, query: Tensor, lengths: Tensor, scale: float, top: int | None) -> Tensor:
-    """Prototypes (E, W, D), see `bd_cspn`; `lengths` (E, N) of the queries.
+    """Returns prototypes (E, W, D), see `bd_cspn`; `lengths` (E, N) are those of the queries.
 
-    The moved queries q + shift are never made: what is wanted of them follows from products of the queries with the
-    prototypes and with the shift, and each pass over the queries, of 640 dimensions, costs as much as all the rest.
+    The moved queries q + shift are never computed: what is needed follows from products of the queries with the
+    prototypes and with the shift, and each pass over the queries, at 640 dimensions, costs as much as all the rest.
     """
     items, prototypes, ways = support.items, support.prototypes, len(support.sizes)
     shift = items.mean(dim=1, keepdim=True) - query.mean(dim=1, keepdim=True)
@@ -83,13 +83,13 @@ def _rectified(support: Support, query: Tensor, lengths: Tensor, scale: float, t
     along, shifted = products[:, :ways], products[:, ways:]
     squares = lengths.square().unsqueeze(1) + 2 * shifted + shift.square().sum(dim=2, keepdim=True)
     cosines = (along + directions @ shift.mT) / squares.clamp(min=LEAST**2).sqrt()  # (E, W, N)
-    theirs = cosines == cosines.amax(dim=1, keepdim=True)  # of all classes that tie; argmax takes 10 times as long
+    theirs = cosines == cosines.amax(dim=1, keepdim=True)  # all classes that tie; argmax takes 10 times as long
     if top is not None and top < query.shape[1]:
         sure = cosines.masked_fill(~theirs, -torch.inf)
         theirs &= sure >= sure.topk(top, dim=2).values[:, :, -1:]
     own = F.one_hot(support.labels, ways).T.bool()  # (W, S)
     to_items = F.normalize(items, dim=2) @ directions.mT
-    # a cosine of at most 1 less 1: no overflow whatever the scale, and every class has its support
+    # a cosine minus its maximum of 1: no overflow whatever the scale, and every class has its support
     to_items = (scale * (to_items.mT - 1)).masked_fill(~own, -torch.inf)
     to_queries = (scale * (cosines - 1)).masked_fill(~theirs, -torch.inf)
     shares = torch.cat([to_items, to_queries], dim=2).softmax(dim=2)
@@ -117,11 +117,11 @@ def fit_laplacian_shot(
             raise UsageError(f"expected more than {neighbors} queries, as neighbors says, got {count}; {do}")
         lengths = torch.linalg.vector_norm(query, dim=2)
         classes = _rectified(support, query, lengths, scale, None) if rectify else support.prototypes
-        # near each other and far from the origin squares cancel badly
+        # for points near each other and far from the origin, squares cancel badly
         center = support.prototypes.mean(dim=1, keepdim=True)
         classes, query = classes - center, query - center
         lengths = torch.linalg.vector_norm(query, dim=2)
-        # -|q - w|^2 but for |q|^2, which is the same for all classes
+        # -|q - w|^2 without |q|^2, which is the same for all classes
         own = torch.baddbmm(classes.square().sum(dim=2, keepdim=True), classes, query.mT, beta=-1, alpha=2)
         near = _nearest(query, lengths, neighbors)
         logits = own
@@ -133,7 +133,7 @@ def fit_laplacian_shot(
 
 
 def _nearest(query: Tensor, lengths: Tensor, count: int) -> Tensor:
-    """(E, N, N) whether the row is at one of the `count` least distances to the column; all that tie are."""
+    """Returns (E, N, N) whether the row is at one of the `count` smallest distances from the column, ties included."""
     # 2 qr - |r|^2, which orders the rows r of a column q as their distances do
     close = torch.baddbmm(lengths.square().unsqueeze(2), query, query.mT, beta=-1, alpha=2)
     close.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
@@ -156,28 +156,28 @@ def laplacian_shot(
     rectify: bool = True,
     scale: float = 10.0,
 ) -> Tensor:
-    """Scores by squared distance to prototypes and by what near queries are (Ziko et al. 2020, LaplacianShot).
+    """Scores by squared distance to prototypes and by the classes of nearby queries (Ziko et al. 2020, LaplacianShot).
 
     Minimizes, over the queries' assignments to classes, their cost (the squared distance) minus `smoothness` times the
     agreement with the nearest other queries, by the bound updates of the paper (equation 12): logits are minus the cost
-    plus `smoothness` times the sum of the neighbors' last shares, and the next shares are their softmax. Wants
-    embeddings centered by the training mean and of length 1.
+    plus `smoothness` times the sum of the neighbors' last shares, and the next shares are their softmax. Expects
+    embeddings centered by the training mean and L2-normalized.
 
     Args:
         support: (E, W, K, D)
         query: (E, N, D)
-        neighbors: nearest other queries. The authors' code takes `knn` = 3, and counts the query itself among them, so
-            two others; easyfsl does the same.
+        neighbors: number of nearest other queries. The authors' code uses `knn` = 3 and counts the query itself among
+            them, so two others; easyfsl does the same.
         smoothness: the paper's lambda, which it tunes on validation classes: for a ResNet on balanced miniImageNet
             Veilleux et al. 2021 give 0.7 for one shot and 0.3 for five, and on unbalanced episodes 0.7 for both.
             easyfsl's setting is 0.7.
-        steps: updates, all of which are done; the authors' code stops before 20 where the bound stays the same.
+        steps: number of updates, all of them run; the authors' code stops before 20 if the bound stays the same.
         rectify: start from the prototypes of `bd_cspn`; `proto_rect` in the authors' code, whose script sets it.
             Veilleux et al. set it on balanced episodes only.
-        scale: that of `bd_cspn`, where easyfsl has 1. The authors weight a query by a softmax over the classes instead.
+        scale: that of `bd_cspn`; easyfsl uses 1. The authors weight a query by a softmax over the classes instead.
 
     Raises:
-        UsageError: an option that cannot be; no more queries than neighbors.
+        UsageError: an invalid option; no more queries than neighbors.
     """
     fit = fit_laplacian_shot(
         Support.of(support), neighbors=neighbors, smoothness=smoothness, steps=steps, rectify=rectify, scale=scale
@@ -232,27 +232,27 @@ def alpha_tim(
 
     Adam minimizes the support's cross-entropy, plus the mean entropy of the queries' predictions, minus the entropy of
     their mean; each times its weight. The entropies are Tsallis's of order alpha, (1 - sum p^alpha) / (alpha - 1): the
-    larger alpha, the less it costs that classes have unequal numbers of queries. alpha=1 is Shannon's, and so TIM,
-    which favors equal numbers; its authors' setting is alpha=1, support_weight=0.1, conditional_weight=0.1. (Veilleux
-    et al. run TIM with these proportions on balanced episodes, and with equal weights on unbalanced ones.) Wants
-    embeddings of length 1.
+    larger alpha, the smaller the cost of unequal numbers of queries per class. alpha=1 is Shannon's, and so TIM, which
+    favors equal numbers; its authors' setting is alpha=1, support_weight=0.1, conditional_weight=0.1. (Veilleux et al.
+    run TIM with these proportions on balanced episodes, and with equal weights on unbalanced ones.) Expects
+    L2-normalized embeddings.
 
     Args:
         support: (E, W, K, D)
         query: (E, N, D)
-        alpha: order of both entropies; the cross-entropy is Shannon's. When None that of the authors' code: 2 for one
-            shot, 7 for five or more, 5 between.
+        alpha: order of both entropies; the cross-entropy is Shannon's. If None, as in the authors' code: 2 for one
+            shot, 7 for five or more, 5 in between.
         support_weight: of the cross-entropy.
         marginal_weight: of the entropy of the mean prediction.
         conditional_weight: of the mean entropy.
         similarity: "squared", minus half the squared Euclidean distance as in the papers, "cosine" or "euclidean".
-        temperature: times the similarity; both papers'.
-        steps: of Adam; those of Veilleux et al., for TIM too (its own code sets 150 and its experiments' scripts 1000).
-        learning_rate: of Adam; both papers'. easyfsl's setting of TIM: alpha=1, conditional_weight=0.1,
+        temperature: factor of the similarity; as in both papers.
+        steps: of Adam; as in Veilleux et al., for TIM too (its own code sets 150 and its experiments' scripts 1000).
+        learning_rate: of Adam; as in both papers. easyfsl's setting of TIM: alpha=1, conditional_weight=0.1,
             similarity="cosine", temperature=10, steps=50.
 
     Raises:
-        UsageError: an option that cannot be.
+        UsageError: an invalid option.
     """
     fit = fit_alpha_tim(
         Support.of(support),
@@ -298,7 +298,7 @@ def fit_pt_map(
         classes, columns = support.means(items), query.mT.contiguous()
         potential = classes.new_zeros(one, ways, 1)
         for step in range(steps + 1):
-            # -|q - w|^2 but for |q|^2: what is the same for all classes changes no plan
+            # -|q - w|^2 without |q|^2: a term common to all classes does not change the plan
             squares = classes.square().sum(dim=2, keepdim=True)
             gain = torch.baddbmm(squares, classes, columns, beta=-sharpness, alpha=2 * sharpness)
             log_plan, potential = _shared_out(gain, potential, iterations)
@@ -310,7 +310,7 @@ def fit_pt_map(
 
 
 def _transformed(items: Tensor, power: float | None, center: bool) -> Tensor:
-    """Powers, as roots with the sign kept; then length 1, minus the mean of the rows, length 1."""
+    """Applies the power with the sign kept; then normalizes, subtracts the mean of the rows, and normalizes again."""
     if power is not None:
         items = items.sign() * (items.abs() + 1e-6).pow(power)
     if center:
@@ -320,25 +320,25 @@ def _transformed(items: Tensor, power: float | None, center: bool) -> Tensor:
 
 
 def _shared_out(gain: Tensor, potential: Tensor, iterations: int, tolerance: float = 1e-4) -> tuple[Tensor, Tensor]:
-    """The logarithm of the plan (E, W, N) that gives each query a sum of 1 and each class N / W, near exp(gain).
+    """Returns the logarithm of the plan (E, W, N) near exp(gain) with sums of 1 per query and N / W per class.
 
-    That of Sinkhorn's iterations, by the potentials of the classes alone (E, W, 1), in the log domain: so nothing
-    underflows wherever a query lies, and the potentials of a similar problem are a good start. One of Sinkhorn's
-    iterations, then Newton steps on the convex dual, of which 2 to 14 do what Sinkhorn needs 10 to 1,000 for, the more
-    the surer the plan. A step whose largest difference between two classes is t is shortened to log(1 + t) / t of it,
-    and so never raises the dual (as its third derivative is at most t times its second; Sun and Tran-Dinh 2019).
+    It is that of Sinkhorn's iterations, by the potentials of the classes alone (E, W, 1), in the log domain: nothing
+    underflows wherever a query lies, and the potentials of a similar problem are a good start. One Sinkhorn iteration
+    is followed by Newton steps on the convex dual, of which 2 to 14 do what Sinkhorn needs 10 to 1,000 for, the more
+    the surer the plan. A step whose largest difference between two classes is t is scaled by log(1 + t) / t, and so
+    never raises the dual (as its third derivative is at most t times its second; Sun and Tran-Dinh 2019).
     """
     ways, share = gain.shape[1], gain.shape[2] / gain.shape[1]
-    gain = gain - gain.amax(dim=1, keepdim=True)  # what is large for all classes would only be rounded more coarsely
+    gain = gain - gain.amax(dim=1, keepdim=True)  # a value large for all classes would only coarsen the rounding
     potential = potential + math.log(share) - (gain + potential).log_softmax(dim=1).logsumexp(dim=2, keepdim=True)
     level = gain.new_full((ways, ways), share / ways)  # the dual is flat where all potentials change alike
     level.diagonal().add_(share * 10 * torch.finfo(gain.dtype).eps)
-    left, own, part = torch.arange(len(gain), device=gain.device), gain, potential.clone()  # what is not done
+    left, own, part = torch.arange(len(gain), device=gain.device), gain, potential.clone()  # the unfinished episodes
     for _ in range(iterations):
         plan = (own + part).softmax(dim=1)
         sums = plan.sum(dim=2, keepdim=True)
         missing = share - sums
-        # an episode that is done stays as it is, so that none depends on which others share its chunk
+        # a finished episode stays as it is, so that none depends on which others share its chunk
         moving = missing.abs().amax(dim=1, keepdim=True) > tolerance * share
         hessian = torch.diag_embed(sums.squeeze(2)) - plan @ plan.mT + level
         step = torch.linalg.solve_ex(hessian, missing)[0]
@@ -369,28 +369,28 @@ def pt_map(
     learning_rate: float = 0.2,
     iterations: int = 100,
 ) -> Tensor:
-    """Scores by an optimal transport of the queries to the classes (Hu, Gripon and Pateux 2021, PT-MAP).
+    """Scores by optimal transport of the queries to the classes (Hu, Gripon and Pateux 2021, PT-MAP).
 
-    Features are transformed first (power, length 1, minus the mean of the support or of the queries, length 1). Then,
-    again and again, the queries are shared out among the classes at equal numbers, at a cost of squared distances and
-    with an entropy (the plan that Sinkhorn's iterations find), and the classes' centers move towards the means of what
-    is theirs. **It takes for granted that every class has equally many queries**, and loses where that is not so. Wants
-    raw embeddings, best those that end in a ReLU.
+    Features are first transformed (power, normalization, minus the mean of the support or of the queries,
+    normalization). Then, repeatedly, the queries are divided equally among the classes, at a cost of squared distances
+    and with an entropy (the plan that Sinkhorn's iterations find), and the class centers move towards the means of
+    their items. **It assumes that every class has equally many queries**, and does worse where this does not hold.
+    Expects raw embeddings, preferably ones that end in a ReLU.
 
     Args:
         support: (E, W, K, D)
         query: (E, N, D)
-        power: of (x + 1e-6); for negative x with the sign kept, where the paper has none. None leaves features as they
-            are.
-        center: scale and center, as the authors' code (its QR reduction changes no distance). easyfsl does neither.
-        sharpness: the paper's lambda, times the squared distances.
-        steps: moves of the centers; easyfsl has 10.
-        learning_rate: the paper's alpha, how far they move towards the means.
-        iterations: for each plan at most; an episode is done where each class is within 1e-4 of its share. The authors
-            do at most 1,000 of Sinkhorn's, until no query's sum changes by more than 1e-6.
+        power: exponent of (x + 1e-6); keeps the sign of negative x, where the paper has none. None leaves features
+            unchanged.
+        center: normalize and center, as in the authors' code (its QR reduction keeps distances). easyfsl does neither.
+        sharpness: the paper's lambda, the factor of the squared distances.
+        steps: moves of the centers; easyfsl uses 10.
+        learning_rate: the paper's alpha, how far the centers move towards the means.
+        iterations: maximum for each plan; an episode is finished when each class is within 1e-4 of its share. The
+            authors run at most 1,000 of Sinkhorn's, until no query's sum changes by more than 1e-6.
 
     Raises:
-        UsageError: an option that cannot be; one query, which would be shared out equally.
+        UsageError: an invalid option; one query, which would be divided equally.
     """
     fit = fit_pt_map(
         Support.of(support),

@@ -1,12 +1,12 @@
 """Heads that tune a classifier's weights by gradient steps, for all episodes of a chunk at once.
 
-The weights (E, W, D), one row a class, start at the prototypes, so that nothing is drawn, and move by Adam (Kingma and
-Ba 2015). The gradients are written out: with 80 items of 640 dimensions a step of an episode takes 40 microseconds on
-one core, nearly all of it in two matrix products. Adam goes coordinate by coordinate: each episode's steps are its own,
-and they leave the span of the items, which has fewer coordinates.
+The weights (E, W, D), one row per class, start at the prototypes, so nothing is random, and are updated by Adam (Kingma
+and Ba 2015). The gradients are written out: with 80 items of 640 dimensions, a step of an episode takes 40 microseconds
+on one core, nearly all of it in two matrix products. Adam works coordinate by coordinate: each episode's steps are
+independent, and they leave the span of the items, which has fewer coordinates.
 
-Inside, logits are (E, W, M) of M items: a softmax over the axis before the last is several times as fast as over the
-last.
+Internally, logits are (E, W, M) for M items: a softmax over the second-to-last axis is several times as fast as over
+the last.
 """
 
 from collections.abc import Callable
@@ -24,22 +24,22 @@ from pml_fewshot.evaluation.support import Support
 
 Similarity = Literal["squared", "euclidean", "cosine"]
 MOMENTS = (0.9, 0.999)  # of Adam
-EPSILON = 1e-8  # that it adds to a root
+EPSILON = 1e-8  # that Adam adds to a root
 LEAST_LOG = -87.0  # of a share, below which float32 has none
 
 
 class Logits(Protocol):
-    """Logits of M items by the weights, and the way back."""
+    """Logits of M items from the weights, and their backward pass."""
 
     def __call__(self, weights: Tensor) -> Tensor:
         """(E, W, D) to (E, W, M)"""
 
     def backward(self, gradient: Tensor) -> Tensor:
-        """By the gradient (E, W, M) of a loss by the logits of the last call, that by the weights (E, W, D)."""
+        """Turns a loss's gradient (E, W, M) by the last call's logits into that (E, W, D) by the weights."""
 
 
 def columns_of(items: Tensor) -> Tensor:
-    """(E, D, M) of items (E, M, D): a copy where products with it are twice as fast, at few dimensions."""
+    """Transposes items (E, M, D) to (E, D, M): a copy where products with it are twice as fast, at few dimensions."""
     return items.mT.contiguous() if items.shape[2] <= 128 else items.mT  # (else two copies would not stay in the cache)
 
 
@@ -47,7 +47,7 @@ class SquaredLogits:
     """Minus half the squared Euclidean distance, times the temperature; up to a constant for each item."""
 
     def __init__(self, items: Tensor, start: Tensor, temperature: float) -> None:
-        # about the middle of the classes, for near each other and far from the origin squares cancel badly
+        # relative to the middle of the classes: near each other and far from the origin, squares cancel badly
         self.center, self.temperature = start.mean(dim=1, keepdim=True), temperature
         self.items = items - self.center
         self.columns = columns_of(self.items)
@@ -69,7 +69,7 @@ class EuclideanLogits:
     def __init__(self, items: Tensor, start: Tensor, temperature: float) -> None:
         self.items, self.start, self.temperature = items, start, temperature
         self.columns = columns_of(items)
-        # exact, for with one shot a class starts on its item, and steps of 1e-4 are lost in the rounding of products
+        # exact: with one shot a class starts on its item, and steps of 1e-4 are lost in the rounding of products
         self.squares = torch.cdist(start, items, compute_mode="donot_use_mm_for_euclid_dist").square()
 
     def __call__(self, weights: Tensor) -> Tensor:
@@ -110,13 +110,13 @@ LOGITS: dict[str, Callable[[Tensor, Tensor, float], Logits]] = {
 
 
 def descend(logits: Logits, slope: Callable[[Tensor], Tensor], start: Tensor, steps: int, rate: float) -> Tensor:
-    """Weights (E, W, D) after steps of Adam, as torch.optim.Adam takes them by each episode's own loss.
+    """Returns the weights (E, W, D) after steps of Adam, as torch.optim.Adam takes them on each episode's own loss.
 
     Args:
         logits: of the items.
-        slope: gradient of the loss by the logits (E, W, M), in the logits' place or of its own.
-        start: the weights before.
-        steps: how many.
+        slope: gradient of the loss by the logits (E, W, M), written over the logits or to a tensor of its own.
+        start: the initial weights.
+        steps: number of steps.
         rate: the learning rate.
     """
     weights = start.clone()
@@ -134,15 +134,15 @@ def descend(logits: Logits, slope: Callable[[Tensor], Tensor], start: Tensor, st
 def information_slope(
     labels: Tensor, ways: int, support_weight: float, marginal_weight: float, conditional_weight: float, alpha: float
 ) -> Callable[[Tensor], Tensor]:
-    """Gradient, by logits (E, W, S + N), of the loss of `alpha_tim`; `labels` (S,) are those of the first S items."""
+    """Returns the gradient, by logits (E, W, S + N), of `alpha_tim`'s loss; `labels` (S,) are of the first S items."""
     count = len(labels)
     is_class = F.one_hot(labels, ways).T
 
     def weighed(logs: Tensor, weight: float) -> Tensor:
-        """Derivative of `weight` times the entropy of alpha, by shares of these logarithms; but for a constant."""
+        """Derivative of `weight` times the entropy of alpha by the shares with these logarithms, up to a constant."""
         if alpha == 1:
             return logs * -weight
-        # shares^(alpha - 1) less 1, a constant that would cancel badly where alpha is near 1
+        # shares^(alpha - 1) minus 1, a constant that would cancel badly where alpha is near 1
         return (logs.clamp(min=LEAST_LOG) * (alpha - 1)).expm1_().mul_(weight * alpha / (1 - alpha))
 
     def slope(logits: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def information_slope(
             one = 1 / query.shape[2]
             pulls = weighed(logs[:, :, count:], conditional_weight * one)
             if marginal_weight:
-                # a class that no query is of at all: the logarithm of 0 times 0
+                # for a class without any query: the logarithm of 0 times 0
                 marginal = query.mean(dim=2, keepdim=True).clamp_(min=torch.finfo(query.dtype).tiny)
                 pulls = pulls - weighed(marginal.log(), marginal_weight * one)
             torch.mul(query, pulls - (query * pulls).sum(dim=1, keepdim=True), out=gradient[:, :, count:])
@@ -164,7 +164,7 @@ def information_slope(
     return slope
 
 
-@torch.no_grad()  # whose own the steps are: nothing is recorded
+@torch.no_grad()  # the gradients are written out: nothing is recorded
 def fit_tuning(
     support: Support,
     *,
@@ -196,24 +196,24 @@ def fine_tuning(
     steps: int = 100,
     learning_rate: float = 1e-3,
 ) -> Tensor:
-    """Scores by a linear classifier that gradient steps fit to the support (Chen et al. 2019, "A Closer Look").
+    """Scores by a linear classifier fitted to the support by gradient steps (Chen et al. 2019, "A Closer Look").
 
-    Their Baseline; by cosine their Baseline++. The weights start at the prototypes, not at random, all support items
-    are in every step, and the logits are by distance: so the same as a linear layer whose bias is tied to its weights,
-    as Veilleux et al. 2021 compare it. The network stays as it is. Wants embeddings centered by the training mean and
-    of length 1: the temperature and the rate are of that length.
+    This is their Baseline; by cosine, their Baseline++. The weights start at the prototypes, not at random, all support
+    items are in every step, and the logits are by distance: the same as a linear layer whose bias is tied to its
+    weights, as Veilleux et al. 2021 compare it. The network stays unchanged. Expects embeddings centered by the
+    training mean and L2-normalized: the temperature and the rate assume that length.
 
     Args:
         support: (E, W, K, D)
         query: (E, N, D)
         similarity: "squared", minus half the squared Euclidean distance, or "cosine".
-        temperature: times the similarity; 15 is that of Veilleux et al. (`Baseline`, `temp`).
+        temperature: factor of the similarity; 15 is that of Veilleux et al. (`Baseline`, `temp`).
         steps: of Adam; 100 is that of Veilleux et al. (The code of Chen et al. goes through the support 100 times, by
             SGD with a rate of 0.01 in batches of 4.)
         learning_rate: of Adam; 1e-3 is that of Veilleux et al.
 
     Raises:
-        UsageError: an option that cannot be.
+        UsageError: an invalid option.
     """
     fit = fit_tuning(
         Support.of(support), similarity=similarity, temperature=temperature, steps=steps, learning_rate=learning_rate
@@ -251,21 +251,21 @@ def transductive_fine_tuning(
 
     Minimizes the support's cross-entropy plus the mean entropy of the queries' predictions. The paper tunes the whole
     network, and its code takes a step for each of the two terms in turn; here, as in easyfsl, only the classifier is
-    tuned, which starts at the prototypes, by steps on the sum. 25 steps of 5e-5 then move it by a thousandth of its
-    length, and the result is near that of the prototypes: raise `learning_rate`.
-    Wants embeddings centered by the training mean and of length 1.
+    tuned, starting at the prototypes, by steps on the sum. 25 steps of 5e-5 then move it by a thousandth of its length,
+    and the result is near that of the prototypes: raise `learning_rate`. Expects embeddings centered by the training
+    mean and L2-normalized.
 
     Args:
         support: (E, W, K, D)
         query: (E, N, D)
         similarity: "squared", minus half the squared Euclidean distance (Veilleux et al. 2021), "cosine", from which
             the paper's linear layer starts, or "euclidean", minus the distance itself.
-        temperature: times the similarity; 15 is that of Veilleux et al. (`Entropy-min`, `temp`).
+        temperature: factor of the similarity; 15 is that of Veilleux et al. (`Entropy-min`, `temp`).
         steps: of Adam; 25 as in the code of Veilleux et al., for the paper's 25 epochs of two steps.
         learning_rate: of Adam; the paper's. easyfsl's setting: similarity="euclidean", temperature=1.
 
     Raises:
-        UsageError: an option that cannot be.
+        UsageError: an invalid option.
     """
     fit = fit_transductive_tuning(
         Support.of(support), similarity=similarity, temperature=temperature, steps=steps, learning_rate=learning_rate
@@ -281,7 +281,7 @@ def tuned_with_queries(
     steps: int,
     learning_rate: float,
 ) -> Scores:
-    """Logits of queries by weights that are tuned to the support and to these queries together."""
+    """Returns scores that tune the weights to the support and to the given queries together."""
 
     @torch.no_grad()
     def scores(query: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""main(config): an experiment from the command line."""
+"""main(config): runs an experiment from the command line."""
 
 import os
 import signal
@@ -25,24 +25,24 @@ from pml_fewshot.training.interruption import TrainingDiverged, TrainingInterrup
 Options = TypeVar("Options")
 
 RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command with --resume continues
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+INTERRUPTED = 130  # 128 + SIGINT, as in shells
 
 
 @dataclass(frozen=True)
 class EvalSpec:
-    """Evaluate by one spec alone; what is not given comes from the experiment's first."""
+    """Evaluate on a single spec; values not given come from the experiment's first one."""
 
     ways: int | None = None
-    """classes in an episode"""
+    """classes per episode"""
     shots: int | None = None
     """support items of each class"""
     queries: int | None = None
     """query items of each class"""
     query_balance: float | None = None
-    """alpha of a Dirichlet distribution that divides the queries among the classes; as many of each when None"""
+    """alpha of a Dirichlet distribution that divides the queries among the classes; equal numbers when None"""
 
     def of(self, specs: tuple[EpisodeSpec, ...]) -> tuple[EpisodeSpec, ...]:
-        """The experiment's specs, or the one that was asked for."""
+        """The experiment's specs, or only the requested one."""
         given = {name: value for name, value in vars(self).items() if value is not None}
         return (replace(specs[0], **given),) if given else specs
 
@@ -52,14 +52,14 @@ class _Options:
     config: Annotated[ExperimentConfig, tyro.conf.arg(name="")]
     eval_spec: EvalSpec = field(default_factory=EvalSpec)
     resume: bool = False
-    """continue the run in --run-dir, or start it; with more --steps train a finished one longer"""
+    """continue the run in --run-dir, or start it; with more --steps, train a finished run longer"""
 
 
 def main(config: ExperimentConfig) -> ResultTable:
-    """Runs the experiment with what the command line changes of it (`--help` lists the options).
+    """Runs the experiment with the changes given on the command line (`--help` lists the options).
 
     Exit codes: 0, 1 after an error, 75 when Ctrl-C or SIGTERM interrupted a run that --resume continues, 130 when
-    there was nothing yet to resume.
+    there was nothing to resume yet.
     """
     with one_line_errors():
         options = parse(_Options(config), f"Runs the experiment {config.name}.")
@@ -67,23 +67,23 @@ def main(config: ExperimentConfig) -> ResultTable:
 
 
 def parse(default: Options, description: str) -> Options:
-    """The dataclass with what the command line changes of it; fields that are `Fixed` are no options."""
-    flags = (tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed)  # (train_spec is of the experiment's own class)
+    """The dataclass with the command line's changes; `Fixed` fields are not options."""
+    flags = (tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed)  # (train_spec keeps the experiment's own class)
     return tyro.cli(type(default), prog=program(), default=default, description=description, config=flags)
 
 
 def program() -> str:
-    """How the running program is called, for its help: a module's file is nothing to call."""
+    """The command that runs this program, for its help text; a module is not called by its file."""
     name = module_name("__main__")
     return f"python -m {name}" if name != "__main__" else sys.argv[0]
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the program after a user's mistake or an interruption by a line on stderr and an exit code; warns by a line.
+    """Ends the program with one line on stderr and an exit code after a user's mistake or an interruption.
 
-    All other errors keep their traceback. SIGTERM is taken as Ctrl-C: while training after the current step, else at
-    once.
+    Warnings take one line too, and all other errors keep their traceback. SIGTERM is treated like Ctrl-C: while
+    training it takes effect after the current step, else immediately.
     """
     as_before = warnings.formatwarning
     in_main_thread = threading.current_thread() is threading.main_thread()  # Python handles no signals elsewhere
@@ -95,11 +95,11 @@ def one_line_errors() -> Iterator[None]:
         told = _process() and (isinstance(error, TrainingDiverged) or hasattr(error, "reported_elsewhere"))
         sys.exit(1 if told else f"{_process()}error: {error}")
     except ProcessLost as error:
-        if not _process():  # torchrun names the first one, where that is lost
+        if not _process():  # if the first process is lost, torchrun names it
             print(f"error: {error}", file=sys.stderr)
         sys.exit(RESUMABLE)
     except TrainingInterrupted as stop:
-        if not _process():  # all have agreed to it
+        if not _process():  # all processes have agreed to stop
             print(stop, file=sys.stderr)
         sys.exit(RESUMABLE)
     except KeyboardInterrupt:
@@ -112,7 +112,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _process() -> str:
-    """Which process it is that reports, where torchrun has started several and it is not the first."""
+    """Prefix that names the reporting process, if torchrun has started several and it is not the first."""
     return "" if (rank := os.environ.get("RANK", "0")) == "0" else f"process {rank}: "
 
 

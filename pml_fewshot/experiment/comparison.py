@@ -1,4 +1,4 @@
-"""compare_runs: finished runs side by side, the best first: what differs between them, and paired differences."""
+"""compare_runs: figures of finished runs, the best first, with their config differences and paired differences."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,18 +18,18 @@ from pml_fewshot.experiment.trained import EVALUATIONS
 
 @dataclass(frozen=True)
 class RunComparison:
-    """What comparing runs gives; str() shows it all."""
+    """Result of comparing runs; str() shows all of it."""
 
     table: ResultTable
-    """all figures, the best run first; of runs that differ in their seeds alone their mean too"""
+    """all figures, the best run first, plus the means of runs that differ only in their seeds"""
     changes: list[str]
-    """a line for each value in which the configs differ"""
+    """one line for each value in which the configs differ"""
     paired: list["PairedDifference"]
-    """for each run and figure the difference to the best run on the same episodes or queries"""
+    """for each run and figure, the difference from the best run on the same episodes or queries"""
 
     @property
     def differences(self) -> list[str]:
-        """A line for each of them."""
+        """One line for each paired difference."""
         return [str(each) for each in self.paired]
 
     def __str__(self) -> str:
@@ -41,7 +41,7 @@ class RunComparison:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """How a run differs from the best one in a figure."""
+    """Difference between a run and the best one in a figure."""
 
     title: str
     method: str
@@ -53,14 +53,14 @@ class PairedDifference:
 
 
 def compare_runs(folders: Sequence[str | Path]) -> RunComparison:
-    """Compares finished runs, with what was evaluated in them afterwards.
+    """Compares finished runs, including the evaluations added to them afterwards.
 
-    Runs of one name are told apart by their folders. Differences are paired, on the same episodes (or queries of the
-    same data), so that the difficulty of an episode cancels out.
+    Runs with the same name are distinguished by their folders. Differences are paired, on the same episodes (or
+    queries of the same data), so that the difficulty of an episode cancels out.
 
     Raises:
-        MissingFileError: (a FileNotFoundError) a folder without a finished run.
-        UsageError: fewer than two runs, one of them twice, or damaged files.
+        MissingFileError: (a FileNotFoundError) a folder without a run.
+        UsageError: fewer than two runs, a run given twice or not finished, or damaged files.
     """
     paths = [Path(folder) for folder in folders]
     if len({path.resolve() for path in paths}) < max(2, len(paths)):
@@ -76,7 +76,7 @@ def compare_runs(folders: Sequence[str | Path]) -> RunComparison:
 
 
 def labels_of(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
-    """What each run is called: by its name, or where that is another's too, by its folder; or its whole path."""
+    """Labels of runs: the name, followed by the folder if names repeat, or by the whole path if labels still repeat."""
     pairs = list(zip(names, paths, strict=True))
     shown = [f"{name} ({path.resolve().name})" if names.count(name) > 1 else name for name, path in pairs]
     return [
@@ -94,7 +94,7 @@ def _rows(path: Path, name: str, label: str) -> list[ResultRow]:
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a described config with their places; "trainer.loss.temperature"."""
+    """The leaves of a described config with their places, such as "trainer.loss.temperature"."""
     inner = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
     if not inner:
         yield path, value
@@ -115,7 +115,7 @@ def _changes(configs: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _key(row: ResultRow) -> tuple[str, ...]:
-    """Equal for figures on the same episodes, or of the same queries."""
+    """A key that is equal for figures on the same episodes or of the same queries."""
     return row.column, row.protocol, row.episodes_hash
 
 
@@ -138,16 +138,16 @@ def _differences(rows: dict[str, list[ResultRow]]) -> list[PairedDifference]:
 
 
 def _means(rows: dict[str, list[ResultRow]], configs: dict[str, dict[str, Any]]) -> list[ResultRow]:
-    """For runs that differ in their seeds alone, a row for each figure that all of them have."""
+    """For runs that differ only in their seeds, a row for each figure that all of them have."""
     groups: dict[str, dict[Any, str]] = {}
     for label, config in configs.items():
         same = {place: value for place, value in config.items() if place not in ("seed", *PLACE)}
-        groups.setdefault(repr(same), {})[config.get("seed")] = label  # (a copy of a run is no other training)
+        groups.setdefault(repr(same), {})[config.get("seed")] = label  # (a copy of a run is not another training)
     means = []
     for labels in [list(group.values()) for group in groups.values() if len(group) > 1]:
-        # what a run calls its rows, behind its own label, tells several of its figures on the same episodes apart
+        # the rest of a row's name, after the run's label, distinguishes several figures on the same episodes
         keyed = [{(*_key(row), row.method[len(label) :], row.ranking): row for row in rows[label]} for label in labels]
-        name = configs[labels[0]]["name"]  # which all of them have, so that they are labeled "name (place)"
+        name = configs[labels[0]]["name"]  # shared by all of them, so they are labeled "name (place)"
         shown = f"mean of {name} ({', '.join(label[len(name) + 2 : -1] for label in labels)})"
         for key, first in keyed[0].items():
             values = [own[key].values for own in keyed if key in own]
@@ -159,10 +159,10 @@ def _means(rows: dict[str, list[ResultRow]], configs: dict[str, dict[str, Any]])
 
 
 def _command(runs: Annotated[tuple[Path, ...], tyro.conf.Positional]) -> None:
-    """Compares finished runs: all figures, the best first, what differs between the configs, and paired differences.
+    """Compares finished runs: all figures, the best first, differences between the configs, and paired differences.
 
     Args:
-        runs: their folders
+        runs: the run folders
     """
     print(compare_runs(runs))
 

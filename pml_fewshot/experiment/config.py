@@ -1,4 +1,4 @@
-"""ExperimentConfig: an experiment as data; and the same with other parts (swap)."""
+"""ExperimentConfig: an experiment as data; swap: the same experiment with other parts."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -32,23 +32,23 @@ CALLED = ("data", "trainer", "optimizer", "scheduler", "sampler", "eval_transfor
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """All that defines an experiment.
+    """Everything that defines an experiment.
 
-    Parts are `functools.partial` of real classes, which `run` calls after it has set the seed. They may be instances
-    too: every run copies them, but weights that they hold do not depend on the seed. What is `Fixed` is edited in the
-    file; the command line may change the rest.
+    Parts are `functools.partial` objects of real classes, which `run` calls after setting the seed. They may also be
+    instances: every run copies them, but the weights they hold do not depend on the seed. `Fixed` fields are edited in
+    the file; the command line may change the rest.
 
     Raises:
-        UsageError: a number out of range, or an argument of a partial that its class does not have.
+        UsageError: a number out of range, or an argument of a partial that its class does not accept.
     """
 
     name: Fixed[str]
-    """folder of its runs, and its name in tables"""
+    """name in tables, and of the folder of its runs"""
     data: Fixed[Callable[..., Splits]]
-    """loader; gets the data root as `root` where it still needs that argument"""
+    """loader; receives the data root as `root` if it still needs that argument"""
     trainer: Fixed[Callable[..., FewShotTrainer] | FewShotTrainer]
-    """ProtoNetTrainer and the like, with embedder, loss and miner; gets `num_classes`, the number of training classes,
-    where it still needs that argument"""
+    """ProtoNetTrainer or the like, with embedder, loss and miner; receives `num_classes`, the number of training
+    classes, if it still needs that argument"""
     optimizer: Fixed[Callable[..., Optimizer]]
     """called with the trainer's parameter groups"""
     train_spec: EpisodeSpec | BatchSpec
@@ -58,71 +58,71 @@ class ExperimentConfig:
     steps: int
     """training steps"""
     seed: int = 0
-    """of weights, training episodes, augmentation and validation episodes"""
+    """seed of weights, training episodes, augmentation and validation episodes"""
     eval_seed: int = 0
-    """of the test episodes: trainings from several seeds are evaluated on the same ones"""
+    """seed of the test episodes: trainings with several seeds are evaluated on the same ones"""
     episodes_per_batch: int = 1
-    """episodes in a training batch: MAML wants many, for the metric methods one large one is better"""
+    """episodes per training batch: many for MAML; for the metric methods one large episode is better"""
     sampler: Fixed[SamplerFactory | None] = None
-    """factory of a PML sampler that chooses the items of ordinary batches in place of our own; see BatchStream"""
+    """factory of a PML sampler that chooses the items of ordinary batches instead of our own; see BatchStream"""
     loss_lr: float | None = None
     """learning rate of the loss's own parameters (proxies, class weights, margins); the optimizer's when None"""
     part_lr: Fixed[Mapping[str, float] | None] = None
-    """learning rates of other parts by their names in the trainer, `{"embedder.trunk": 1e-4}`; each is recorded"""
+    """learning rates of other parts, by name in the trainer: `{"embedder.trunk": 1e-4}`; each is recorded"""
     frozen: Fixed[Mapping[str, int] | None] = None
-    """parts that are not trained for their first steps, `{"embedder.trunk": 500}`: no gradient, and in eval mode"""
+    """parts to freeze for the first steps, `{"embedder.trunk": 500}`: no gradient, and in eval mode"""
     scheduler: Fixed[Callable[..., Any] | None] = None
-    """called with the optimizer; gets the steps as `T_max`, `total_steps` or `total_iters` (CosineAnnealingLR,
-    OneCycleLR, PolynomialLR) where it is not given that argument"""
+    """called with the optimizer; receives the steps as `T_max`, `total_steps` or `total_iters` (CosineAnnealingLR,
+    OneCycleLR, PolynomialLR) unless that argument is given"""
     augment: Fixed[Augmentation | None] = None
-    """distorts the training images: RandomAffine(), RandomResizedCrop(84) and the like, any transform of torchvision
-    (called for each image), a function `augment(images, generator)`, or several of these one after the other"""
+    """augments the training images: RandomAffine(), RandomResizedCrop(84) and the like, any torchvision transform
+    (called for each image), a function `augment(images, generator)`, or several of these in order"""
     eval_transform: Fixed[Callable[[Tensor], Tensor] | None] = None
-    """applied once to all images that are evaluated: with images loaded at 92 and an augmentation that crops 84,
-    `v2.CenterCrop(84)`"""
+    """applied once to all evaluated images, for example `v2.CenterCrop(84)` with images loaded at 92 and an
+    augmentation that crops 84"""
     train_on_validation: bool = False
-    """join the validation classes to the training classes, as Snell et al. do for final figures: nothing is left to
+    """add the validation classes to the training classes, as Snell et al. do for final figures: nothing is left to
     validate on, and the last weights are kept"""
     validate_every: int = 1000
-    """steps between two validations"""
+    """steps between validations"""
     patience: int | None = None
-    """validations without a new best after which training ends"""
+    """number of validations without a new best after which training ends"""
     loss_patience: int | None = None
-    """steps without a new lowest loss after which training ends; without validation the weights there are kept"""
+    """number of steps without a new lowest loss after which training ends; without validation, its weights are kept"""
     clip_norm: float | None = None
-    """largest norm of the gradient"""
+    """maximum gradient norm"""
     checkpoint_every: int = 500
-    """steps between two checkpoints: the most that a killed process loses"""
+    """steps between checkpoints: the most that a killed process loses"""
     retries: int = 0
-    """times that a training that diverged returns to its last checkpoint, with half the learning rate each time"""
+    """how many times a diverged training returns to its last checkpoint, with half the learning rate each time"""
     bf16: bool = False
     """autocast to bfloat16 on CUDA"""
     sync_batch_norm: bool = False
-    """in training by several processes (torchrun), batch norm's statistics over all of them, not the share of each"""
+    """with several processes (torchrun), compute batch norm statistics over all of them, not over each share"""
     ema: float | None = None
-    """validate and end with an exponential moving average of the weights, which keeps this share a step (0.999)"""
+    """validate and end with an exponential moving average of the weights, with this decay per step (0.999)"""
     num_episodes: int = 10_000
-    """test episodes of each spec"""
+    """test episodes per spec"""
     val_episodes: int = 1000
-    """validation episodes: enough to choose a checkpoint by"""
+    """validation episodes: enough to choose a checkpoint"""
     retrieval: Fixed[Callable[[], RetrievalTester] | RetrievalTester | None] = RetrievalTester
     """k-NN figures over the test classes, ranked by the loss's distance; none when None"""
     extra_evaluations: Fixed[Callable[..., ResultTable] | None] = None
-    """`extra_evaluations(trainer, splits, config)` gives more rows, from other classes or sizes of episodes; tried
-    before the training with an untrained trainer and 2 as config.num_episodes"""
+    """`extra_evaluations(trainer, splits, config)` returns more rows, for other classes or episode sizes; tested before
+    training with an untrained trainer and config.num_episodes=2"""
     recorder: Fixed[Callable[[Path], Recorder] | None] = None
-    """called with the run folder, records beside the folder's own files: `partial(WandbRecorder, project="mine")`"""
+    """called with the run folder; records in addition to its files: `partial(WandbRecorder, project="mine")`"""
     published: Fixed[Mapping[str, Mapping[str, str]] | None] = None
     """figures of papers by source and column, shown below ours in the report: `{"Snell et al. 2017, table 1":
     {"5-way 1-shot": "98.8"}}`"""
     report: bool = True
-    """draw report.html in the run folder when it is finished, which takes up to 20 seconds"""
+    """draw report.html in the run folder when the run is finished, which takes up to 20 seconds"""
     device: Device = "auto"
-    """auto: CUDA where there is one"""
+    """auto: CUDA if available"""
     data_root: Path | None = None
-    """folder of the data; `PML_FEWSHOT_DATA`, else `data/`, when None"""
+    """data folder; `PML_FEWSHOT_DATA`, else `data/`, when None"""
     run_dir: Path | None = None
-    """folder of this run; a new one below `runs/<name>/` when None"""
+    """folder of this run; a new one in `runs/<name>/` when None"""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -179,17 +179,17 @@ OPTIONS = [each.name for each in fields(ExperimentConfig) if not hasattr(each.ty
 def swap(config: ExperimentConfig, name: str | None = None, **parts: Any) -> ExperimentConfig:
     """Returns the experiment with other parts of its trainer: `swap(CONFIG, name="triplet", loss=TripletMarginLoss())`.
 
-    The papers' figures that it names are left out.
+    Its published figures are left out.
 
     Args:
-        config: everything else stays as it is here.
-        name: of the new experiment; the old one's when None.
-        parts: arguments of the trainer: embedder, loss, miner and so on.
+        config: the experiment; everything else stays the same.
+        name: name of the new experiment; the old one's when None.
+        parts: trainer arguments: embedder, loss, miner and so on.
 
     Raises:
-        UsageError: a part that the trainer does not take.
+        UsageError: a part that the trainer does not accept.
     """
     for own in parts.keys() & {each.name for each in fields(config)}:
         raise UsageError(f"expected parts of the trainer, got {own}, of the experiment; use dataclasses.replace")
     trainer = partial(config.trainer, **parts)
-    return replace(config, name=name or config.name, trainer=trainer, published=None)  # figures of other parts
+    return replace(config, name=name or config.name, trainer=trainer, published=None)  # those are of other parts

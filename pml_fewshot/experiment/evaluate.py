@@ -1,4 +1,4 @@
-"""evaluate: the table of an experiment."""
+"""evaluate: the result table of an experiment."""
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,7 +20,7 @@ def evaluate(
     tester: RetrievalTester | None,
     history: History,
 ) -> ResultTable:
-    """The table of a trained experiment: its test episodes, retrieval and extra evaluations."""
+    """Returns the table of a trained experiment: test episodes, retrieval and extra evaluations."""
     table = benchmark(
         {config.name: trainer},
         splits,
@@ -28,7 +28,7 @@ def evaluate(
         tester,
         config.num_episodes,
         config.eval_seed,
-        timed=False,  # a run that is repeated gives the same files
+        timed=False,  # a repeated run writes the same files
         note="; ".join(notes_on_training(config, trainer, history)),
     )
     if config.extra_evaluations is not None:
@@ -38,7 +38,7 @@ def evaluate(
 
 
 def notes_on_training(config: ExperimentConfig, trainer: FewShotTrainer, history: History) -> list[str]:
-    """What a reader of any figure must know of the training."""
+    """What a reader of any figure must know about the training."""
     notes = ["trained on train and val classes"] if config.train_on_validation else []
     if history.processes > 1:
         embedder = trainer.embedder or nn.Identity()

@@ -1,4 +1,4 @@
-"""MLflowRecorder: what happens in a run, sent to MLflow."""
+"""MLflowRecorder: sends the records of a run to MLflow."""
 
 import importlib
 import time
@@ -10,25 +10,25 @@ from pml_fewshot.checks import UsageError, import_extra
 from pml_fewshot.io.atomic import write_text
 
 RUN_FILE = "mlflow_run_id.txt"
-BATCH = 1000  # metrics in a request; MLflow takes no more
+BATCH = 1000  # metrics per request; MLflow accepts no more
 
 
 class MLflowRecorder:
-    """Sends numbers by group and step to a run of MLflow, as the metrics "train/loss" and so on.
+    """Sends numbers by group and step to an MLflow run, as metrics such as "train/loss".
 
-    A run that is resumed in the same folder continues the same run of MLflow, whose id is in `mlflow_run_id.txt`
-    there. What MLflow has for a step is not sent again: where steps are repeated with other options (a lower rate
-    after a NaN) it keeps their first values.
+    A run resumed in the same folder continues the same MLflow run, whose id is in `mlflow_run_id.txt` there. Values
+    that MLflow already has for a step are not sent again: if steps are repeated with other options (a lower rate after
+    a NaN), it keeps the first values.
 
     Args:
-        folder: of the run.
-        experiment: of MLflow; made where there is none of this name.
-        name: of MLflow's run; the folder's when empty.
+        folder: run folder.
+        experiment: MLflow experiment; created if there is none with this name.
+        name: name of the MLflow run; the folder's when empty.
         tracking_uri: a server or database; MLflow's own setting (MLFLOW_TRACKING_URI) when None.
 
     Raises:
         MissingPackageError: (an ImportError) mlflow is not installed.
-        UsageError: the folder's run is not there.
+        UsageError: MLflow does not have the folder's run.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class MLflowRecorder:
             write_text(file, self._id)
 
     def record(self, group: str, step: int, **values: float) -> None:
-        """Notes values of one step; `save` sends them."""
+        """Stores the values of one step; `save` sends them."""
         now = int(time.time() * 1000)
         self._metrics += [self._metric(f"{group}/{name}", float(value), now, step) for name, value in values.items()]
 
     def save(self) -> None:
-        """Sends what was recorded since the last time, without what MLflow has; all is stored when this returns."""
+        """Sends what was recorded since the last save, except what MLflow has; everything is stored on return."""
         new = [metric for metric in self._metrics if metric.step not in self._steps(metric.key)]
         for start in range(0, len(new), BATCH):
             batch = new[start : start + BATCH]
@@ -74,16 +74,16 @@ class MLflowRecorder:
         self._metrics.clear()
 
     def forget_after(self, step: int, groups: Sequence[str]) -> None:
-        """Drops what is not saved yet, of all groups; MLflow cannot forget what it was sent."""
+        """Drops unsaved values of all groups; MLflow cannot forget what it has received."""
         self._metrics.clear()
 
     def close(self) -> None:
-        """Saves, and marks MLflow's run as finished."""
+        """Saves and marks the MLflow run as finished."""
         self.save()
         self._client.set_terminated(self._id)
 
     def _steps(self, key: str) -> set[int]:
-        """The steps that MLflow has of a metric: it is asked once in a session."""
+        """The steps that MLflow has for a metric, queried once per session."""
         if key not in self._sent:
             self._sent[key] = {metric.step for metric in self._client.get_metric_history(self._id, key)}
         return self._sent[key]

@@ -1,4 +1,4 @@
-"""prepare: the data and parts of an experiment, made and tried, before hours of training."""
+"""prepare: builds and tests the data and parts of an experiment before hours of training."""
 
 import copy
 import inspect
@@ -38,11 +38,11 @@ from pml_fewshot.training.state import History
 
 @dataclass
 class Prepared:
-    """An experiment whose parts are made and fit together."""
+    """An experiment whose parts have been built and fit together."""
 
     config: ExperimentConfig
     device: torch.device
-    loaded: Splits  # as the loader gave them
+    loaded: Splits  # as the loader returned them
     splits: Splits  # as they are evaluated
     trainer: FewShotTrainer
     stream: EpisodeStream | BatchStream
@@ -53,7 +53,7 @@ class Prepared:
 
 
 def prepare(config: ExperimentConfig) -> Prepared:
-    """Loads the data and makes all parts; whatever can be wrong with them raises here, before hours of training."""
+    """Loads the data and builds all parts; whatever is wrong with them raises here, before hours of training."""
     config, device = own_parts(config), resolve_device(config.device)
     keep_memory(device)
     loaded = load_data(config)
@@ -69,7 +69,7 @@ def prepare(config: ExperimentConfig) -> Prepared:
     if val is not None:
         evaluator.check(val)
 
-    torch.manual_seed(config.seed)  # initial weights are drawn from torch's own generator, whatever a loader drew
+    torch.manual_seed(config.seed)  # initial weights, from torch's own generator, do not depend on a loader's draws
     trainer = made_trainer(config, len(train.class_names)).to(device)
     seen = train if config.eval_transform is None else train.transformed(config.eval_transform)
     trainer.check(Splits(seen, val, splits.test, shared_classes=True), (config.train_spec, *config.eval_specs))
@@ -88,7 +88,7 @@ def prepare(config: ExperimentConfig) -> Prepared:
 
 
 def made_trainer(config: ExperimentConfig, num_classes: int) -> FewShotTrainer:
-    """The trainer of an experiment, a copy where its factory gives the same object each time."""
+    """A trainer for an experiment, copied in case its factory returns the same object each time."""
     trainer = instance(config.trainer, num_classes=num_classes)
     if not hasattr(trainer, "parameter_groups"):
         got = f"got {type(trainer).__name__}; give ProtoNetTrainer or the like, or derive from FewShotTrainer"
@@ -97,27 +97,27 @@ def made_trainer(config: ExperimentConfig, num_classes: int) -> FewShotTrainer:
 
 
 def copied(part: Any) -> Any:
-    """A deep copy, in which tensors of a graph (the old weight_norm's, a loss's memory) are constants."""
+    """A deep copy in which tensors that belong to a graph (the old weight_norm's, a loss's memory) are constants."""
     modules = part.modules() if isinstance(part, nn.Module) else ()
     inner = [tensor for module in modules for tensor in vars(module).values() if isinstance(tensor, Tensor)]
     return copy.deepcopy(part, {id(tensor): tensor.detach().clone() for tensor in inner if not tensor.is_leaf})
 
 
 def make_optimizer(config: ExperimentConfig, trainer: FewShotTrainer) -> tuple[Optimizer, Any]:
-    """A new optimizer for a trainer, with the rates of its parts, and its scheduler or None."""
+    """A new optimizer for a trainer, with the learning rates of its parts, and its scheduler or None."""
     rates = {**(config.part_lr or {}), **({} if config.loss_lr is None else {"loss": config.loss_lr})}
     optimizer = config.optimizer(trainer.parameter_groups(rates))
     return optimizer, _scheduler(config, optimizer)
 
 
 def own_parts(config: ExperimentConfig) -> ExperimentConfig:
-    """The config with copies of its parts: a run leaves instances as they are, for the caller or another run to use."""
+    """The config with copies of its parts: a run does not change instances, which the caller or another run may use."""
     parts = ("trainer", "optimizer", "scheduler", "sampler", "augment", "eval_transform", "retrieval")
     copies = {}
     for name in parts:
         try:
             copies[name] = copied(getattr(config, name))
-        except (TypeError, RuntimeError) as error:  # of a lock, a file, a generator; of a graph
+        except (TypeError, RuntimeError) as error:  # from a lock, a file, a generator; from a graph
             do = "give a partial of its class, which every run calls"
             raise UsageError(
                 f"expected a {name} that each run can copy, got one that cannot be ({error}); {do}"
@@ -126,7 +126,7 @@ def own_parts(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def load_data(config: ExperimentConfig) -> Splits:
-    """The data of an experiment, from its data root."""
+    """Loads the data of an experiment from its data root."""
     root = config.data_root or Path(os.environ.get("PML_FEWSHOT_DATA", "data"))
     splits = config.data(**_needed(config.data, root=root))
     if not isinstance(splits, Splits):
@@ -136,7 +136,7 @@ def load_data(config: ExperimentConfig) -> Splits:
 
 
 def for_evaluation(config: ExperimentConfig, data: Any) -> Any:
-    """Splits, or a set, as they are evaluated: put through the experiment's `eval_transform`."""
+    """Splits or a dataset as evaluated, with the experiment's `eval_transform` applied."""
     transform = config.eval_transform
     if transform is None:
         return data
@@ -146,7 +146,7 @@ def for_evaluation(config: ExperimentConfig, data: Any) -> Any:
 
 
 def resolve_device(wanted: Device) -> torch.device:
-    """The device that "auto", "cpu" or "cuda" stands for on this machine; of several processes each has its own GPU."""
+    """The device for "auto", "cpu" or "cuda" on this machine; each of several processes has its own GPU."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UsageError("expected a CUDA device for device='cuda', got none; use device='cpu' or 'auto'")
     if wanted == "cpu" or not torch.cuda.is_available():
@@ -158,13 +158,13 @@ def resolve_device(wanted: Device) -> torch.device:
 
 
 def instance(part: Any, **offers: Any) -> Any:
-    """The object that a class, function or partial makes, with the offered arguments that it needs; instances stay."""
+    """Calls a class, function or partial with the offered arguments that it needs; returns instances unchanged."""
     is_factory = isinstance(part, type | FunctionType | MethodType | partial)
     return instantiate(partial(part, **_needed(part, **offers))) if is_factory else part
 
 
 def _needed(factory: Callable[..., Any], **offers: Any) -> dict[str, Any]:
-    """Those of the offered arguments that a function takes and has no value for, as `load_omniglot` the root."""
+    """The offered arguments that a function accepts but has no value for, such as the root for `load_omniglot`."""
     parameters = inspect.signature(factory).parameters
     return {name: offers[name] for name in offers.keys() & parameters if parameters[name].default is inspect._empty}
 
@@ -179,7 +179,7 @@ def _scheduler(config: ExperimentConfig, optimizer: Optimizer) -> Any:
         wanted = parameter.default is parameter.empty or isinstance(made, type)  # (a function's default is its own)
         if name in ("T_max", "total_steps", "total_iters") and name not in set_by_user and wanted:
             given[name] = config.steps
-    if "epochs" in set_by_user:  # OneCycleLR takes either
+    if "epochs" in set_by_user:  # OneCycleLR accepts either
         given.pop("total_steps", None)
     before = {group["lr"] for group in optimizer.param_groups}
     scheduler = config.scheduler(optimizer, **given)
@@ -192,19 +192,19 @@ def _scheduler(config: ExperimentConfig, optimizer: Optimizer) -> Any:
 
 
 def rehearse(prepared: Prepared) -> None:
-    """Does all that comes after the training, with an untrained trainer: errors there must not wait for the training.
+    """Runs everything that follows training with an untrained trainer, so that errors there do not wait for training.
 
-    Two episodes of each kind, eight queries, and mixtures of a few images' embeddings; all else is as it will be.
+    It uses two episodes of each kind, eight queries, and mixtures of a few images' embeddings; the rest is unchanged.
     """
     trainer = copied(prepared.trainer)
     trainer.bank = partial(_mixed_bank, trainer.bank)
     config, tester = replace(prepared.config, num_episodes=2), copy.copy(prepared.tester)
-    with seeded(config.seed):  # what this draws must not change the training
+    with seeded(config.seed):  # its draws must not affect the training
         if prepared.validate is not None and prepared.splits.val is not None:
             EpisodicEvaluator(config.eval_specs[0], 2, config.seed).evaluate(trainer, prepared.splits.val)
         if tester is not None:
             tester.num_queries = 8  # which search the whole set
-            if tester.index not in EXACT:  # to fill an index of 60,000 by "hnsw" takes a minute
+            if tester.index not in EXACT:  # filling an "hnsw" index of 60,000 takes a minute
                 bank = EmbeddingBank(trainer.bank(prepared.splits.test), prepared.splits.test.labels)
                 Gallery.check(bank, tester.index, tester.parameters, tester.distance or trainer.distance)
                 tester.index = "flat"
@@ -214,7 +214,7 @@ def rehearse(prepared: Prepared) -> None:
 
 
 def _mixed_bank(bank: Callable[[FewShotDataset], Tensor], dataset: FewShotDataset) -> Tensor:
-    """As many embeddings as a trainer's `bank` gives, random means of a few; a bank of images stays what it is."""
+    """As many embeddings as a trainer's `bank` returns, as random means of a few; a bank of images is unchanged."""
     few = bank(dataset.first(8))
     if few.ndim > 2:
         return bank(dataset)
@@ -223,7 +223,7 @@ def _mixed_bank(bank: Callable[[FewShotDataset], Tensor], dataset: FewShotDatase
 
 
 def _on_device_if_small(dataset: FewShotDataset, device: torch.device) -> FewShotDataset:
-    """The set on the GPU where that takes less than a quarter of its free memory; else batches are moved."""
+    """Moves the dataset to the GPU if it takes less than a quarter of the free memory; else batches are moved."""
     if device.type != "cuda" or dataset.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
         return dataset
     return dataset.to(device)

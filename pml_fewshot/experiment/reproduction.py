@@ -1,4 +1,4 @@
-"""reproduce: a finished run is evaluated again from its weights; do the same figures come out?"""
+"""reproduce: evaluates a finished run again from its weights and compares the figures."""
 
 import sys
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ from pml_fewshot.training.state import history_of, restore_trained
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What came of evaluating a run again."""
+    """Result of evaluating a run again."""
 
     table: ResultTable
-    """the figures as they come out now"""
+    """the figures of the new evaluation"""
     differences: list[str]
-    """a line for each stored figure, or file of weights, that is not the same; none is success"""
+    """one line for each stored figure or weights file that differs; empty on success"""
     changes: list[str]
-    """what is another version, commit, device or number of threads than in the run"""
+    """changes of version, commit, device or number of threads since the run"""
 
     def __str__(self) -> str:
         count = f"{len(self.differences)} differences" if self.differences else "every one is the same"
@@ -43,13 +43,13 @@ def reproduce(
 ) -> Reproduction:
     """Evaluates the weights of a finished run again, on the same episodes, and compares every figure.
 
-    Nothing in the folder is changed, and nothing in it is run: the experiment is yours, and must be the folder's but
-    for what the command line changes (steps, seed and other numbers), which comes from the folder.
+    Nothing in the folder is changed or executed: you supply the experiment, which must match the folder's except for
+    what the command line changes (steps, seed and other numbers), which comes from the folder.
 
     Args:
-        folder, config: of the run.
-        data_root: where the data are now; where the config says when None.
-        device: auto: CUDA where there is one. Another one than the run's may change the last digits.
+        folder, config: the run folder and the run's config.
+        data_root: where the data are now; the config's location when None.
+        device: auto: CUDA if available. A device other than the run's may change the last digits.
 
     Raises:
         MissingFileError: (a FileNotFoundError) the folder lacks config.json, last.pt, the weights or figures.csv.
@@ -82,7 +82,7 @@ def _differences(then: Sequence[ResultRow], now: Sequence[ResultRow]) -> list[st
     for before, after in zip(then, now, strict=False):
         for field in STORED:
             old, new = getattr(before, field.name), getattr(after, field.name)
-            if old != new and not (old != old and new != new):  # of NMI's interval both are NaN
+            if old != new and not (old != old and new != new):  # for NMI's interval both are NaN
                 found.append(f"{after.method}, {after.figure} {after.ways or ''}: {field.name} {old} stored, {new} now")
     return found
 
@@ -93,15 +93,15 @@ def _command(
     data_root: Path | None = None,
     device: Device = "auto",
 ) -> int:
-    """Evaluates a finished run again and says whether every figure comes out the same.
+    """Evaluates a finished run again and reports whether every figure is the same.
 
-    Exit codes: 0 all are the same, 1 not, or an error.
+    Exit codes: 0 if all are the same, 1 if not, or after an error.
 
     Args:
         folder: the run folder
         experiment: module of its config, like experiments.quickstart; the one that the run recorded when not given
         data_root: folder of the data; PML_FEWSHOT_DATA, else data/, when not given
-        device: auto: CUDA where there is one
+        device: auto: CUDA if available
     """
     reproduction = reproduce(folder, find_config(folder, experiment), data_root, device)
     print(reproduction)

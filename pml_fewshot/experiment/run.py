@@ -1,4 +1,4 @@
-"""run(config): an experiment from images to the result table, in three steps: prepare, train, evaluate."""
+"""run(config): runs an experiment from images to the result table in three steps: prepare, train, evaluate."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -27,31 +27,31 @@ from pml_fewshot.training.state import RECORDED, History, history_of
 
 
 def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
-    """Trains, evaluates and stores an experiment: returns the table that is in the run folder too.
+    """Trains, evaluates and stores an experiment; returns the table that is also in the run folder.
 
-    With `resume` a run in `config.run_dir` continues from its last checkpoint, one that is not there begins, and one
-    that is finished gives its table. More steps train a finished run longer, where a schedule that is given the steps
-    continues on the curve of the new number; other num_episodes, eval_seed, eval_specs after the first, retrieval or
+    With `resume`, a run in `config.run_dir` continues from its last checkpoint, a missing one begins, and a finished
+    one returns its table. More steps train a finished run longer, and a schedule that is given the steps continues on
+    the curve of the new number; other num_episodes, eval_seed, eval_specs after the first, retrieval or
     extra_evaluations evaluate it again; optimizer, scheduler, rates, retries, clip_norm and recorder may change too, as
     after a NaN.
 
     The run folder holds config.txt and config.json (the config, data, versions, git commit), logs.db and CSV files of
-    the training, last.pt (the state to resume from), embedder.safetensors (network.safetensors of MAML), results.csv,
+    the training, last.pt (the state to resume from), embedder.safetensors (network.safetensors for MAML), results.csv,
     results.md, figures.csv and values.npz (the accuracy of each episode).
 
-    Started by `torchrun`, its processes share the work of the one run, see `processes`.
+    Processes started by `torchrun` share the work of the run; see `processes`.
 
-    All that comes after the training is tried before it, in about a second. Neither what ran in the process before
-    nor autocast or no_grad around the call change a digit; the global generators are the caller's again in the end.
+    Everything that follows training is tested before it, in about a second. Neither what ran in the process before
+    nor autocast or no_grad around the call changes a digit; the caller's global generators are restored at the end.
 
     Raises:
-        UsageError: bad options, or data that cannot give the episodes asked for, both before any training; a folder
+        UsageError: bad options, or data that cannot provide the requested episodes, both before any training; a folder
             that cannot be resumed with this config.
-        ExistingFileError: (a FileExistsError) the run folder holds another run, which is not to be resumed.
+        ExistingFileError: (a FileExistsError) the run folder is a file, or holds another run and `resume` is not set.
         LockedError: (a BlockingIOError) another process is writing the run folder.
-        TrainingDiverged: NaN; what was recorded and the last good checkpoint stay in the run folder.
+        TrainingDiverged: NaN; the records and the last good checkpoint stay in the run folder.
         TrainingInterrupted: (a KeyboardInterrupt) Ctrl-C or SIGTERM; the run can be resumed.
-        CannotWriteError: (an OSError) the disk is full or the folder read-only; what was there is whole, to be resumed.
+        CannotWriteError: (an OSError) the disk is full or the folder read-only; what was there is intact and resumable.
     """
     with (
         processes(config.device, config.sync_batch_norm),
@@ -66,7 +66,7 @@ def run(config: ExperimentConfig, resume: bool = False) -> ResultTable:
         try:
             return _run(folder)
         except KeyboardInterrupt as stop:
-            if not folder.checkpoint.exists():  # not a single step was made
+            if not folder.checkpoint.exists():  # no step was taken
                 raise
             event = stop.event if isinstance(stop, TrainingInterrupted) else "interrupted"
             raise TrainingInterrupted(event, f"resume with --run-dir {folder.path} --resume") from stop
@@ -103,7 +103,7 @@ def _run(folder: RunFolder) -> ResultTable:
 
 
 def train(prepared: Prepared, folder: RunFolder) -> History:
-    """Trains from the folder's checkpoint, if there is one; a NaN returns to it as often as the config says."""
+    """Trains from the folder's checkpoint, if any; returns to it after a NaN as often as the config allows."""
     config, checkpoint = prepared.config, folder.checkpoint
     with ExitStack() as stack:
         makers: list[Callable[[Path], Any]] = [Recorder] if config.recorder is None else [Recorder, config.recorder]
@@ -138,11 +138,11 @@ def train(prepared: Prepared, folder: RunFolder) -> History:
                 if state is None or history_of(state).retries >= config.retries:
                     raise
                 lower_learning_rate(state)
-                told_by_all(None)  # all have read it
+                told_by_all(None)  # all processes have read it
                 with together():
                     if world().is_first:
                         save_checkpoint(checkpoint, state)
                 step = state["history"]["steps"]
-                # new ones, for those at hand have moved on
+                # new ones, because the current ones have moved on
                 prepared.optimizer, prepared.scheduler = make_optimizer(config, prepared.trainer)
                 print(f"{str(error).partition(';')[0]}; back to step {step} with half the learning rate")

@@ -1,4 +1,4 @@
-"""RunFolder: the folder of a run, written by one process at a time, which knows what the run in it was made with."""
+"""RunFolder: the folder of a run, written by one process at a time, with a record of what the run was made with."""
 
 import json
 import platform
@@ -33,13 +33,13 @@ from pml_fewshot.io.tensors import checksum
 from pml_fewshot.parts.describe import describe, module_name
 from pml_fewshot.training.state import history_of
 
-# where a run happens, what is drawn of it and what stands beside its figures: not what it does
+# where a run happens, what is drawn of it and what is shown next to its figures, not what it does
 PLACE = ("run_dir", "data_root", "device", "report", "published")
-# what a trained run may be evaluated by again, and what may change on resuming; validation uses the first of eval_specs
+# what may change to evaluate a trained run again, and on resuming; validation uses the first of eval_specs
 EVALUATION = ("num_episodes", "eval_seed", "eval_specs", "retrieval", "extra_evaluations")
-RATES = ("optimizer", "scheduler", "loss_lr", "part_lr", "clip_norm", "retries")  # what a NaN is answered with
+RATES = ("optimizer", "scheduler", "loss_lr", "part_lr", "clip_norm", "retries")  # to change after a NaN
 MAY_CHANGE = ("steps", *RATES, "recorder", *EVALUATION)
-SECONDS_TO_SEE = 10.0  # that a network's file system may take to show a new file
+SECONDS_TO_SEE = 10.0  # a network file system may take this long to show a new file
 PACKAGES = ("pml_fewshot", "torch", "torchvision", "pytorch-metric-learning", "faiss-cpu", "numpy", "record-keeper")
 
 
@@ -49,8 +49,8 @@ class RunFolder:
 
     path: Path
     config: ExperimentConfig
-    stored: dict[str, Any] = field(default_factory=dict)  # what `read_config` gives; empty for a new run
-    steps: int = 0  # in the checkpoint, 0 where there is none
+    stored: dict[str, Any] = field(default_factory=dict)  # what `read_config` returns; empty for a new run
+    steps: int = 0  # in the checkpoint, 0 if there is none
 
     @property
     def checkpoint(self) -> Path:
@@ -58,13 +58,13 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the table in the folder is of the config's steps and evaluation."""
+        """Whether the table in the folder belongs to the config's steps and evaluation."""
         return self.stored.get("finished") == self._result() and (self.path / "figures.csv").exists()
 
     def begin(self, splits: Splits, device: torch.device, num_classes: int) -> None:
-        """Writes config.json and config.txt, for a resumed run (of the same data) with what has changed since then.
+        """Writes config.json and config.txt; for a resumed run (on the same data), with what has changed since then.
 
-        `num_classes` are those that are trained on.
+        `num_classes` is the number of training classes.
         """
         self.check_everywhere(splits, device)
         config, sessions, changes = describe(self.config), [environment(device)], []
@@ -81,15 +81,15 @@ class RunFolder:
         self._write({"module": module_name("__main__"), **stored, **about})
 
     def check_everywhere(self, splits: Splits, device: torch.device) -> None:
-        """Raises a UsageError where another process has another config, data or versions."""
+        """Raises a UsageError if another process has a different config, data or versions."""
         config = {n: json.dumps(value) for n, value in describe(self.config).items() if n not in ("object", *PLACE)}
         data = {role: each["checksum"] for role, each in _described(splits).items()} if world().size > 1 else {}
         versions = {package: _version(package) for package in PACKAGES} | {"device": device.type}
         check_same_everywhere({**config, **data, **versions}, "start all with the same command, files and packages")
 
     def finish(self, table: ResultTable) -> None:
-        """Writes the table, then that it is of the config's steps and evaluation."""
-        told_by_all(None)  # all have come so far
+        """Writes the table, then records that it belongs to the config's steps and evaluation."""
+        told_by_all(None)  # all processes have come this far
         if world().is_first:
             table.write(self.path)
         self._write({**self.stored, "finished": self._result()})
@@ -107,16 +107,16 @@ class RunFolder:
         sessions = [[f"{name} {value}" for name, value in each.items()] for each in self.stored["sessions"]]
         parts = ["\n".join(part) for part in (lines, sets, *sessions, self.stored["changes"])]
         write_text(self.path / "config.txt", "\n\n".join(parts).strip() + "\n")
-        write_config(self.path, stored)  # last: it says that a run has begun here
+        write_config(self.path, stored)  # last: it marks that a run has begun here
 
 
 @contextmanager
 def open_run(config: ExperimentConfig, resume: bool) -> Iterator[RunFolder]:
-    """Yields the folder for a run: `config.run_dir`, else a new one below runs/<name>/ named by time and seed.
+    """Yields the folder for a run: `config.run_dir`, else a new one in runs/<name>/ named by time and seed.
 
-    The operating system holds its lock, and releases it when the process dies. After an error before the first
-    checkpoint all that was made is removed again. Raises what `run` says of the folder. Of several processes the first
-    holds the lock and writes, the others read; what torchrun starts again resumes.
+    The operating system holds its lock and releases it when the process dies. After an error before the first
+    checkpoint, everything created is removed again. Raises the folder errors listed for `run`. With several processes,
+    the first holds the lock and writes, and the others read; processes that torchrun restarts resume.
     """
     again = _opened_before(config.name)
     path = Path(again) if again else config.run_dir
@@ -161,7 +161,7 @@ def _acquire(lock: FileLock, path: Path) -> None:
 
 
 def _check_shared(path: Path) -> None:
-    """Raises a UsageError, in all processes, unless they see one and the same folder."""
+    """Raises a UsageError in all processes unless they see the same folder."""
     if world().size == 1:
         return
     token = told_by_all(secrets.token_hex(8))[0]
@@ -169,7 +169,7 @@ def _check_shared(path: Path) -> None:
     with together():
         if world().is_first:
             file.touch()
-    told_by_all(None)  # it is there now
+    told_by_all(None)  # the file exists now
     with together():
         end = time.monotonic() + SECONDS_TO_SEE
         while not file.exists():
@@ -181,11 +181,11 @@ def _check_shared(path: Path) -> None:
         file.unlink()
 
 
-_opened: Counter[str] = Counter()  # how many runs of a name this process has opened
+_opened: Counter[str] = Counter()  # number of runs that this process has opened, by name
 
 
 def _opened_before(name: str) -> str:
-    """The folder of this run in the processes that torchrun has started again; empty where it starts it first."""
+    """The folder of this run if torchrun has restarted the processes; empty on the first start."""
     memory = launch_memory()
     key = f"pml_fewshot/{name}/{_opened[name]}"
     return memory.get(key).decode() if memory is not None and memory.check([key]) else ""
@@ -198,7 +198,7 @@ def _remember(name: str, path: Path) -> None:
 
 
 def _checked(folder: RunFolder, resume: bool) -> RunFolder:
-    """The folder with what it stores, if it may be begun, or resumed."""
+    """The folder with its stored config, if a run may be started or resumed in it."""
     path, config = folder.path, folder.config
     # a process killed at its very start leaves hidden files and config.txt
     files = [file for file in path.iterdir() if not file.name.startswith(".") and file.name != "config.txt"]
@@ -221,7 +221,7 @@ def _checked(folder: RunFolder, resume: bool) -> RunFolder:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Reads config.json: "module", "config" (by `describe`), "data", "sessions", "changes"; "finished" in the end."""
+    """Reads config.json: "module", "config" (from `describe`), "data", "sessions", "changes" and so on."""
     path = folder / "config.json"
     if not path.is_file():
         raise MissingFileError(f"expected {path}, got no such file; name the folder of a run")
@@ -243,7 +243,7 @@ def write_config(folder: Path, stored: Mapping[str, Any]) -> None:
 
 
 def finished_config(path: Path) -> dict[str, Any]:
-    """What a run stores, whose figures are of its config: not of fewer steps than it was resumed for."""
+    """The stored config of a run whose figures belong to it, not to fewer steps than it was resumed for."""
     stored = read_config(path)
     differ = [name for name, value in stored.get("finished", {}).items() if stored["config"].get(name) != value]
     if "finished" not in stored or differ:
@@ -253,14 +253,14 @@ def finished_config(path: Path) -> dict[str, Any]:
 
 
 def changed_fields(config: ExperimentConfig, stored: Mapping[str, Any]) -> list[str]:
-    """The fields in which a config is not that of a run; one that the run did not have yet was at its default."""
+    """The fields in which a config differs from a run's; a field newer than the run counts as its default."""
     defaults = {each.name: describe(each.default) for each in fields(config) if each.default is not MISSING}
     then, now = {**defaults, **stored["config"]}, describe(config)
     return [name for name, value in now.items() if name not in ("object", *PLACE) and value != then.get(name)]
 
 
 def check_same(config: ExperimentConfig, stored: Mapping[str, Any], folder: Path, may_change: Sequence[str]) -> None:
-    """Raises a UsageError that names the fields, but those that may change, in which a config is not that of a run."""
+    """Raises a UsageError naming the fields, except those that may change, in which a config differs from a run's."""
     changed = [name for name in changed_fields(config, stored) if name not in may_change]
     if describe(config.eval_specs[:1]) != stored["config"]["eval_specs"][:1]:
         changed.append("eval_specs[0]")
@@ -270,7 +270,7 @@ def check_same(config: ExperimentConfig, stored: Mapping[str, Any], folder: Path
 
 
 def check_data(splits: Splits, stored: Mapping[str, Any], folder: Path) -> None:
-    """Raises a UsageError that names the sets which are not, to the pixel, those of the run in `folder`."""
+    """Raises a UsageError naming the datasets that are not, to the pixel, those of the run in `folder`."""
     then, now = stored["data"], _described(splits)
     changed = [role for role in now if now[role]["checksum"] != then[role]["checksum"]]
     if changed:
@@ -291,7 +291,7 @@ def _checksum(stored: Mapping[str, Any]) -> str:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Versions, threads, device and git commit: what figures depend on beside config and data."""
+    """Versions, threads, device and git commit: what figures depend on besides config and data."""
     return {
         **{package: _version(package) for package in PACKAGES},
         "python": f"{platform.python_version()} on {platform.platform()}",
@@ -303,13 +303,13 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def environment_changes(stored: Mapping[str, Any], device: torch.device) -> list[str]:
-    """What is another version, commit, device or number of threads than in a run's last session."""
+    """Changes of versions, commit, device, threads or processes since a run's last session."""
     then, now = stored["sessions"][-1], environment(device)
     return [f"{name}: {then.get(name)} then, {now[name]} now" for name in now if then.get(name) != now[name]]
 
 
 def command() -> str:
-    """How this process was started."""
+    """The command that started this process."""
     name = module_name("__main__")
     started = f"-m {name.removesuffix('.__main__')}" if name != "__main__" else shlex.quote(sys.argv[0] or "-")
     return f"python {started} {shlex.join(sys.argv[1:])}".strip()
@@ -318,14 +318,14 @@ def command() -> str:
 def _version(package: str) -> str:
     try:
         return version(package)
-    except PackageNotFoundError:  # a checkout that is used without being installed
+    except PackageNotFoundError:  # a checkout used without being installed
         return "not installed"
 
 
 def _git_commit() -> str:
-    """The commit that this package lies in, with -dirty when code differs from it; empty where it is in no checkout.
+    """The git commit of this package, with -dirty when code differs from it; empty if it is not in a checkout.
 
-    Pages do not count: the tables in them are written from the figures of runs.
+    Documentation pages do not count: their tables are written from the figures of runs.
     """
     checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():  # installed somewhere, perhaps below another project's checkout

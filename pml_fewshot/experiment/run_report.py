@@ -1,4 +1,4 @@
-"""report.html of a run: what its folder tells, and pictures of its trained method, where weights and data are there."""
+"""report.html of a run: the contents of its folder, and pictures of its trained method if weights and data exist."""
 
 import shlex
 import sqlite3
@@ -31,14 +31,14 @@ Curves = Mapping[str, Sequence[Sequence[float]]]
 
 
 def draw_report(folder: Path, trainer: Any, splits: Splits, config: ExperimentConfig) -> None:
-    """Draws the report of a run that has just been finished."""
+    """Draws the report of a run that has just finished."""
     with only_shown(folder):
         print(f"report: {report_run(folder, subject_of(trainer, splits, config))}")
 
 
 @contextmanager
 def only_shown(folder: Path) -> Iterator[None]:
-    """Shows what fails inside and goes on: the tables have been written, and the report can be drawn again."""
+    """Shows errors raised inside and continues: the tables have been written, and the report can be drawn again."""
     try:
         yield
     except KeyboardInterrupt:
@@ -50,7 +50,7 @@ def only_shown(folder: Path) -> Iterator[None]:
 
 
 def subject_of(trainer: Any, splits: Splits, config: ExperimentConfig) -> Subject:
-    """What is drawn of a trained experiment, whose splits are as they are evaluated."""
+    """The subject of a trained experiment's report; `splits` are as evaluated."""
 
     def allowed(spec: EpisodeSpec) -> bool:
         try:
@@ -66,8 +66,8 @@ def report_run(folder: Path, subject: Subject | str) -> Path:
     """Writes the report of one run, finished or not.
 
     Args:
-        folder: of the run.
-        subject: its trained method and test classes; or why there are none.
+        folder: run folder.
+        subject: its trained method and test classes, or the reason why there are none.
     """
     stored = read_config(folder)
     name, finished = stored["config"]["name"], is_finished(folder)
@@ -89,7 +89,7 @@ def report_run(folder: Path, subject: Subject | str) -> Path:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the table in the folder is of the steps and the evaluation that the run is now for."""
+    """Whether the table in the folder belongs to the run's current steps and evaluation."""
     try:
         finished_config(folder)
     except UsageError:
@@ -98,11 +98,11 @@ def is_finished(folder: Path) -> bool:
 
 
 def accuracies_of(folder: Path, method: str) -> dict[EpisodeSpec, Tensor]:
-    """The accuracies (E,) of a method's episodes of each size, the first where its table has several figures of one."""
+    """Episode accuracies (E,) of a method by episode size; the first ones if its table has several for one size."""
     found: dict[EpisodeSpec, Tensor] = {}
     try:
         rows = ResultTable.read(folder).rows
-    except UsageError:  # not there, or damaged, as the section of results says
+    except UsageError:  # missing or damaged, as the results section says
         return found
     for row in rows:
         if row.method == method and row.ways and row.shots and row.queries and row.values is not None:
@@ -165,7 +165,7 @@ def _config(folder: Path) -> str:
 
 
 def records(folder: Path, group: str, *names: str) -> list[list[float]]:
-    """Columns of what a run recorded, its steps first; rows that lack a value are left out."""
+    """Columns of a run's records, steps first; rows that lack a value are left out."""
     path = folder / "logs.db"
     if not path.is_file():
         return []
@@ -179,7 +179,7 @@ def records(folder: Path, group: str, *names: str) -> list[list[float]]:
 
 
 def training_charts(folders: Mapping[str, Path]) -> list[Chart]:
-    """The curves of the training of one run, or of several in one picture."""
+    """Training curves of one run, or of several in one picture."""
     alone = len(folders) == 1
     loss = {name: records(folder, "train", "loss") for name, folder in folders.items()}
     valid = {name: records(folder, "validation", "accuracy", "ci95") for name, folder in folders.items()}

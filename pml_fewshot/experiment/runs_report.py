@@ -1,4 +1,4 @@
-"""The report of several runs side by side; and the command that draws reports of one or several."""
+"""The report of several runs side by side, and the command that draws reports of one run or several."""
 
 import os
 import sqlite3
@@ -28,7 +28,7 @@ from pml_fewshot.report.subject import Subject
 
 
 def draw_runs(folders: Sequence[Path], to: Path, failures: Mapping[str, str]) -> None:
-    """Draws the report of a sweep that has just ended; whatever fails is shown, and costs the report alone."""
+    """Draws the report of a sweep that has just ended; a failure is shown and costs only the report."""
     with only_shown(to):
         print(f"report: {report_runs(folders, to, to.resolve().name, failures)}")
 
@@ -37,10 +37,10 @@ def report_runs(folders: Sequence[Path], to: Path, title: str, failures: Mapping
     """Writes one report of several runs, finished or not, with their tables, paired differences and curves.
 
     Args:
-        folders: of the runs.
-        to: folder of the report.
-        title: above it.
-        failures: why others have no figures, by name.
+        folders: run folders.
+        to: folder for the report.
+        title: title of the report.
+        failures: reasons why other runs have no figures, by name.
     """
     failed, names, finished = dict(failures or {}), {}, []
     for folder in folders:
@@ -49,7 +49,7 @@ def report_runs(folders: Sequence[Path], to: Path, title: str, failures: Mapping
             finished_config(folder)
             ResultTable.read(folder)
             finished.append(folder)
-        except UsageError as error:  # a run that is not finished, or damaged, must not cost the others
+        except UsageError as error:  # an unfinished or damaged run must not cost the others
             failed.setdefault(names.get(folder, str(folder)), str(error))
     labels = dict(zip(names, labels_of(list(names.values()), list(names)), strict=True))
     comparison = compare_runs(finished) if len(finished) > 1 else None
@@ -68,7 +68,7 @@ def report_runs(folders: Sequence[Path], to: Path, title: str, failures: Mapping
 
 
 def _can_be_read(folder: Path) -> bool:
-    """Whether the records of a run are whole."""
+    """Whether the records of a run are intact."""
     try:
         records(folder, "train", "loss")
     except sqlite3.DatabaseError:
@@ -84,7 +84,7 @@ def _link(label: str, folder: Path, to: Path) -> str:
 
 
 def _figures(rows: Sequence[ResultRow]) -> list[Chart]:
-    """A picture for each column of the table, the best on top."""
+    """One picture for each column of the table, with the best on top."""
     columns, lines = arrange(rows)
     charts = []
     for number, (column, title) in enumerate(columns.items()):
@@ -116,7 +116,7 @@ def _intervals(
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The folder itself if it is a run's, else those of the runs directly below it, as in a sweep."""
+    """The folder itself if it is a run folder, else the run folders directly below it, as in a sweep."""
     if (folder / "config.json").is_file():
         return [folder]
     below = sorted(path.parent for path in folder.glob("*/config.json"))
@@ -128,7 +128,7 @@ def runs_in(folder: Path) -> list[Path]:
 
 
 def trained_subject(folder: Path, experiment: str, device: Device, data_root: Path | None) -> Subject | str:
-    """The run's trained method on its test classes, or why they cannot be had."""
+    """The run's trained method on its test classes, or the reason why they are unavailable."""
     try:
         config = find_config(folder, experiment)
         trainer, config = trained_with_config(folder, config, device)
@@ -147,15 +147,15 @@ def _command(
     data_root: Path | None = None,
     device: Device = "auto",
 ) -> None:
-    """Draws the report of a run, report.html in its folder; of several runs, or of a folder of runs, one side by side.
+    """Draws the report of a run, report.html in its folder; several runs, or a folder of runs, share one report.
 
     Args:
-        runs: their folders, or a folder with them, as of a sweep
+        runs: run folders, or a folder that contains them, as of a sweep
         experiment: module of a run's config, like experiments.quickstart; the one that it recorded when not given
-        to: folder of the report of several runs; the one that they are all in when not given
+        to: folder for the report of several runs; the one that contains them all when not given
         open: show it in the browser
         data_root: folder of the data; PML_FEWSHOT_DATA, else data/, when not given
-        device: auto: CUDA where there is one
+        device: auto: CUDA if available
     """
     if not runs:
         raise UsageError("expected the folder of a run, got none; python -m pml_fewshot.report RUN")

@@ -1,4 +1,4 @@
-"""search: the best of many configs by validation accuracy, found by several workers; it alone sees test classes."""
+"""search: several workers find the best of many configs by validation accuracy; only it sees test classes."""
 
 import copy
 import csv
@@ -39,19 +39,19 @@ if TYPE_CHECKING:
 
 ConfigOfTrial = Callable[["optuna.Trial"], ExperimentConfig]
 
-POLL_SECONDS = 2.0  # between two looks at what other workers are doing
-CONNECT_SECONDS = 10  # that a database may take to answer
-HOPELESS = 3  # first trials that fail, or times that a trial's worker dies without a new checkpoint
+POLL_SECONDS = 2.0  # between two checks on other workers
+CONNECT_SECONDS = 10  # a database may take this long to answer
+HOPELESS = 3  # failures of the first trials, or deaths of a trial's workers without a new checkpoint
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search has found.
+    """Result of a search.
 
     Args:
-        table: of the best trial, on test classes.
-        config: of the best trial, with its run folder.
-        study: Optuna's, with all trials.
+        table: table of the best trial, on test classes.
+        config: config of the best trial, with its run folder.
+        study: Optuna study with all trials.
     """
 
     table: ResultTable
@@ -71,35 +71,36 @@ def search(
     sampler: "optuna.samplers.BaseSampler | None" = None,
     pruner: "optuna.pruners.BasePruner | None" = None,
 ) -> SearchResult:
-    """Trains many configs, and evaluates on test classes the one alone that is best on validation classes.
+    """Trains many configs and evaluates on test classes only the one that is best on validation classes.
 
-    The same call in several processes, on one machine or many, shares the trials among them: each is a worker. Called
-    again, it continues: a trial whose worker was interrupted or killed is resumed by another from its checkpoint, with
-    its parameters. More `trials` continue a search that has ended.
+    The same call in several processes, on one machine or many, shares the trials among them: each process is a worker.
+    A repeated call continues: a trial whose worker was interrupted or killed is resumed by another from its checkpoint,
+    with its parameters. More `trials` continue a search that has ended.
 
-    A trial is a run folder, `trial_<number>`, in which no network sees the test classes. When all have ended,
-    `run` evaluates the best one, as if it had trained it itself. trials.csv and trials.md list them.
+    A trial is a run folder, `trial_<number>`, in which no network sees the test classes. When all trials have ended,
+    `run` evaluates the best one as if it had trained it itself. trials.csv and trials.md list the trials.
 
     Args:
         config_of_trial: suggests parameters and returns a config, the same one for the same parameters:
             `swap(CONFIG, loss=partial(TripletMarginLoss, margin=trial.suggest_float("margin", 0.01, 0.5)))`. All
-            configs must be validated on the same episodes: by one first eval spec, val_episodes and seed.
-        trials: that end, of all workers together, pruned and failed ones too.
-        folder: of the search, which all workers see.
-        storage: where Optuna keeps the study. When None a file in the folder. A URL of a database,
-            "postgresql+psycopg2://user@host/name", for many workers; or a storage of Optuna's.
-        sampler: proposes parameters. When None TPE, seeded by the config's seed and the trial's number, so that a
-            search by one worker can be repeated. With several workers one of your own must not be seeded.
-        pruner: ends trials early by their validations during the training, every `validate_every` steps. When None
-            MedianPruner: from the sixth trial on those that are below the median of earlier ones at that step, but not
-            in the first quarter of the steps, in which a low rate has not shown yet what it can do.
+            configs must be validated on the same episodes: with the same first eval spec, val_episodes and seed.
+        trials: number of trials to run, over all workers, including pruned and failed ones.
+        folder: search folder, seen by all workers.
+        storage: where Optuna keeps the study: a file in the folder when None, the URL of a database,
+            "postgresql+psycopg2://user@host/name", for many workers, or an Optuna storage.
+        sampler: proposes parameters. When None, TPE, seeded by the config's seed and the trial's number, so that a
+            search by one worker can be repeated. With several workers, a sampler of your own must not be seeded.
+        pruner: ends trials early based on their validations during training, every `validate_every` steps. When None,
+            MedianPruner: from the sixth trial on, those below the median of earlier ones at that step, but not in the
+            first quarter of the steps, when a low rate has not yet shown what it can do.
 
-    A trial that fails is listed with its reason, and the search goes on. One that diverges counts as pruned, so that
+    A trial that fails is listed with its reason, and the search continues. One that diverges counts as pruned, so that
     the sampler avoids what led there.
 
     Raises:
-        UsageError: no validation classes, trials that differ in what they are validated on, a folder of another search,
-            a storage that does not answer, no trial that came to its end; or the first three of this process failed.
+        UsageError: no validation classes, trials validated on different episodes, a folder of another search, a storage
+            that does not answer, no trial that was completed, or three failures in a row in
+            this process while no trial has a result.
         MissingPackageError: (an ImportError) optuna, or the driver of a database, is not installed.
         TrainingInterrupted: (a KeyboardInterrupt) Ctrl-C or SIGTERM; the same call continues.
         CannotWriteError: (an OSError) the disk is full or the folder read-only; the same call continues.
@@ -114,7 +115,7 @@ def search(
         folder.mkdir(parents=True, exist_ok=True)
     try:
         with _storage_errors(storage):
-            with FileLock(folder / ".lock"):  # two workers must not both make a database's tables
+            with FileLock(folder / ".lock"):  # two workers must not both create a database's tables
                 study = optuna.create_study(
                     study_name=folder.resolve().name,
                     storage=_storage(storage, folder),
@@ -128,7 +129,7 @@ def search(
                 while (trial := worker.next()) is not None:
                     worker.work(trial)
             finally:
-                worker.trial_lock.release()  # in a notebook, where the process goes on, others may take the trial over
+                worker.trial_lock.release()  # in a notebook, where the process lives on, others may take over the trial
             return worker.finish()
     except KeyboardInterrupt as stop:
         event = stop.event if isinstance(stop, TrainingInterrupted) else "interrupted"
@@ -149,19 +150,19 @@ class _Worker:
     ) -> None:
         self.config_of_trial, self.trials, self.folder, self.study = config_of_trial, trials, folder, study
         self.sampler, self.example = sampler, example
-        self.lock = FileLock(folder / ".lock")  # held while trials are given out, and their table is written
-        self.trial_lock = FileLock(folder / ".none")  # then that of the trial which this process is at
+        self.lock = FileLock(folder / ".lock")  # held while trials are assigned and their table is written
+        self.trial_lock = FileLock(folder / ".none")  # later that of this process's current trial
         self.failures = 0  # in a row
 
     def next(self) -> "optuna.Trial | None":
-        """Takes a trial, whose lock this process then holds; None when all have ended. Waits for those of others."""
+        """Returns a trial, whose lock this process then holds; None when all have ended. Waits for those of others."""
         told = False
         while True:
             with self.lock:
                 known = self._write_table()
                 running = [each for each in known if each.state.name == "RUNNING"]
                 for each in running:
-                    if self._acquire(each.number):  # the lock of a process is free when it has died
+                    if self._acquire(each.number):  # the lock of a dead process is free
                         return self._taken_over(each)
                 ended = sum(each.state.is_finished() for each in known)
                 if ended >= self.trials:
@@ -181,11 +182,11 @@ class _Worker:
         return trial
 
     def _taken_over(self, dead: "optuna.trial.FrozenTrial") -> "optuna.Trial":
-        """The same trial, with the parameters that were suggested, to be continued by this process."""
+        """The same trial with its suggested parameters, for this process to continue."""
         import optuna
 
         self._seed(dead.number)
-        # Optuna has no public way from a running trial's number to the object that suggests and reports
+        # Optuna has no public way to get from a running trial's number to the object that suggests and reports
         trial = optuna.Trial(self.study, dead._trial_id)
         last = self.run_dir(dead.number) / "last.pt"
         state = last.stat().st_mtime_ns if last.exists() else 0
@@ -212,14 +213,14 @@ class _Worker:
         return self.folder / f"trial_{number}"
 
     def work(self, trial: "optuna.Trial") -> None:
-        """Trains a trial to its end, whatever that is, and tells Optuna."""
+        """Trains a trial to its end, whatever the outcome, and reports it to Optuna."""
         import optuna
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
             history = self._train(trial)
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError, CannotWriteError):
-            raise  # no fault of the trial's, which another worker will take over
+            raise  # not the fault of the trial, which another worker will take over
         except optuna.TrialPruned:
             self._tell(trial, "PRUNED")
         except TrainingDiverged as error:
@@ -262,7 +263,7 @@ class _Worker:
         with self.lock:  # or another worker could see it running and, a moment later, its lock free
             try:
                 self.study.tell(trial, value, state=optuna.trial.TrialState[state])
-            except RuntimeError as error:  # of samplers that stop a study when all is tried; the trial is told before
+            except RuntimeError as error:  # from samplers that stop an exhausted study; the trial is reported by then
                 if "Study.stop" not in str(error):
                     raise
             self.trial_lock.release()
@@ -281,7 +282,7 @@ class _Worker:
             ) from error
 
     def finish(self) -> SearchResult:
-        """Evaluates the best trial, or reads what another worker has found of it."""
+        """Evaluates the best trial, or reads another worker's evaluation of it."""
         known = self.study.get_trials(deepcopy=False)
         if not any(each.state.name == "COMPLETE" for each in known):
             reasons = dict.fromkeys(each.user_attrs.get("failure", "pruned") for each in known)
@@ -295,7 +296,7 @@ class _Worker:
         while True:
             try:
                 return SearchResult(run(config, resume=True), config, self.study)
-            except LockedError:  # another worker is at it
+            except LockedError:  # another worker is evaluating it
                 time.sleep(POLL_SECONDS)
 
     def _write_table(self) -> "list[optuna.trial.FrozenTrial]":
@@ -312,7 +313,7 @@ class _Worker:
 
 
 class _TrialRecorder:
-    """Reports each validation to Optuna, which may end the trial; the user's own recorder gets everything first."""
+    """Reports each validation to Optuna, which may end the trial; the user's own recorder receives everything first."""
 
     def __init__(
         self, make: Callable[[Path], Recorder] | None, trial: "optuna.Trial", steps: int, folder: Path
@@ -352,9 +353,9 @@ class _TrialRecorder:
 
 
 class _JournalLock:
-    """The lock of Optuna's file: the operating system frees it when its process dies; Optuna's own stay.
+    """The lock of Optuna's file, which the operating system frees when its process dies; Optuna's own locks stay.
 
-    What a full disk or a power cut left of a line, after which nobody could read the file, is removed first.
+    A partial line left by a full disk or a power cut, which would make the file unreadable, is removed first.
     """
 
     def __init__(self, journal: Path) -> None:
@@ -393,7 +394,7 @@ def _storage(storage: "str | optuna.storages.BaseStorage | None", folder: Path) 
     name = patience.get(url.get_backend_name(), "")
     options = {name: CONNECT_SECONDS} if name and name not in url.query else {}
     try:
-        # a connection for each question: one that is kept while a trial is trained for hours may be dead afterwards
+        # one connection per query: one that is kept while a trial trains for hours may be dead afterwards
         return RDBStorage(storage, engine_kwargs={"connect_args": options, "poolclass": NullPool})
     except ImportError as error:
         got = f"none for {url.drivername} installed; pip install psycopg2-binary for postgresql+psycopg2://"
@@ -402,7 +403,7 @@ def _storage(storage: "str | optuna.storages.BaseStorage | None", folder: Path) 
 
 @contextmanager
 def _storage_errors(storage: Any) -> Iterator[None]:
-    """Turns an error of the database, which may be 200 lines long, into a UsageError of one."""
+    """Turns a database error, which may be 200 lines long, into a UsageError of one line."""
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError, SQLAlchemyError
@@ -424,7 +425,7 @@ def _storage_errors(storage: Any) -> Iterator[None]:
 
 
 def _example(config_of_trial: ConfigOfTrial) -> Any:
-    """What the user's function returns for any parameters, which nobody keeps."""
+    """The result of the user's function for arbitrary parameters, which nobody keeps."""
     import optuna
 
     before = optuna.logging.get_verbosity()
@@ -453,19 +454,19 @@ def _check_can_validate(config: ExperimentConfig) -> None:
 
 
 def _without_test(config: ExperimentConfig, loaded: Splits) -> ExperimentConfig:
-    """The config for a training that never sees test classes: those of validation stand in for them."""
+    """The config for a training that never sees test classes: the validation classes replace them."""
     splits = Splits(loaded.train, loaded.val, copy.copy(loaded.val), shared_classes=True)  # type: ignore[arg-type]
     parts = {"eval_specs": config.eval_specs[:1], "retrieval": None, "extra_evaluations": None}
     return replace(config, data=lambda: splits, **parts)  # type: ignore[arg-type]
 
 
 def _validated_by(config: ExperimentConfig) -> dict[str, Any]:
-    """What makes the validations of two trials comparable."""
+    """The settings that make the validations of two trials comparable."""
     return {"spec": describe(config.eval_specs[0]), "val_episodes": config.val_episodes, "seed": config.seed}
 
 
 def _check_same_search(study: "optuna.Study", folder: Path, example: ExperimentConfig) -> None:
-    """Raises a UsageError where the study is of another folder, or trains or validates otherwise."""
+    """Raises a UsageError if the study belongs to another folder, or trains or validates differently."""
     file = folder / ".search"
     if not file.exists():
         write_text(file, secrets.token_hex(8))
@@ -483,12 +484,12 @@ ORDER = ("COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING")
 
 
 def _rank(trial: "optuna.trial.FrozenTrial") -> tuple[int, float, int]:
-    """The best first; what was pruned, failed or still runs below."""
+    """Sort key: the best first; pruned, failed and running trials below."""
     return ORDER.index(trial.state.name), -trial.user_attrs.get("best", [0.0])[0], trial.number
 
 
 def _line(trial: "optuna.trial.FrozenTrial", names: Sequence[str]) -> list[Any]:
-    """Of trials.csv, at full precision."""
+    """A line of trials.csv, at full precision."""
     parameters = [trial.params.get(name, "") for name in names]
     best = trial.user_attrs.get("best", ["", "", ""])
     note = " ".join(str(trial.user_attrs.get("failure", "")).split())
@@ -524,17 +525,17 @@ def _shown(parameters: dict[str, Any]) -> str:
 class _Options:
     config: Annotated[ExperimentConfig, tyro.conf.arg(name="")]
     trials: int = 20
-    """that end, of all workers together; more continue a search that has ended"""
+    """number of trials to run, over all workers; more continue a search that has ended"""
     storage: str | None = None
     """URL of a database that keeps the study, sqlite:///FILE or postgresql+psycopg2://USER@HOST/NAME; a file in the
     folder when not given"""
 
 
 def search_main(name: str, config_of_trial: ConfigOfTrial, trials: int = 20) -> SearchResult:
-    """Runs the search with what the command line changes of all its trials (`--help` lists the options).
+    """Runs the search with the command line's changes to all its trials (`--help` lists the options).
 
-    `--run-dir` is the folder of the search, by default named by steps and seed, so that the same command again
-    continues, and that the same command elsewhere is another worker. Exit codes are those of `main`.
+    `--run-dir` is the search folder, by default named by steps and seed, so that repeating the command continues the
+    search, and the same command elsewhere is another worker. Exit codes are those of `main`.
     """
     with one_line_errors():
         import_extra("search", "for a search", "optuna")

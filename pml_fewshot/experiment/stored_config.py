@@ -1,4 +1,4 @@
-"""The config of a run folder: an ExperimentConfig of the reader's own, with the numbers that the folder has."""
+"""The config of a run folder: the reader's own ExperimentConfig with the numbers stored in the folder."""
 
 import importlib
 import importlib.util
@@ -17,7 +17,7 @@ from pml_fewshot.parts.describe import module_name
 
 
 def with_stored_options(config: ExperimentConfig, stored: Mapping[str, Any]) -> ExperimentConfig:
-    """The config with the numbers that the command line may have changed, as a run's description has them."""
+    """The config with the numbers that the command line may have changed, taken from a run's description."""
 
     def as_stored(spec: Any, then: Mapping[str, Any]) -> Any:
         return replace(spec, **{each.name: then[each.name] for each in fields(spec) if each.name in then})
@@ -29,20 +29,20 @@ def with_stored_options(config: ExperimentConfig, stored: Mapping[str, Any]) -> 
 
 
 def find_config(folder: str | Path, module: str = "") -> ExperimentConfig:
-    """The experiment of a run folder, from a module of the reader's: a config at its top, or in a list there.
+    """Finds the experiment of a run folder in the reader's own module: a config at its top level, or in a list there.
 
     Args:
-        folder: of the run.
-        module: that has the config; when empty the one that the run recorded, if that is one of `experiments`.
+        folder: run folder.
+        module: module with the config; when empty, the one that the run recorded, if it is one of `experiments`.
 
     Raises:
-        UsageError: there is no such module, it lies in the run folder, or none of its configs has the run's name.
+        UsageError: the module does not exist or lies in the run folder, or none of its configs has the run's name.
     """
     stored = read_config(Path(folder))
     name, wanted = module or str(stored["module"]), stored["config"].get("name")
     if not module and not re.fullmatch(r"(pml_fewshot\.)?experiments(\.[a-z_]\w*)+", name, re.ASCII):
         raise UsageError(f"expected a run of a module of experiments, got one of {name!r}; name the module to use")
-    for end in [match.start() for match in re.finditer(r"\.|$", name)]:  # a package is imported to look below it
+    for end in [match.start() for match in re.finditer(r"\.|$", name)]:  # looking below a package imports it
         _check_outside(name[:end], Path(folder))
     configs = configs_in(importlib.import_module(name))
     if wanted not in configs:
@@ -51,14 +51,14 @@ def find_config(folder: str | Path, module: str = "") -> ExperimentConfig:
 
 
 def configs_in(module: ModuleType) -> dict[str, ExperimentConfig]:
-    """The experiments of a module by their names: configs at its top, or in a list there."""
+    """The experiments of a module by name: configs at its top level, or in a list there."""
     values = list(vars(module).values())
     values += [each for value in values if isinstance(value, list | tuple) for each in value]
     return {each.name: each for each in values if isinstance(each, ExperimentConfig)}
 
 
 def what_is_lost(config: ExperimentConfig) -> str:
-    """Why a later program will not find this config by itself; empty where it will."""
+    """The reason why a later program will not find this config by itself; empty if it will."""
     main, name = sys.modules["__main__"], module_name("__main__")
     if name != "__main__" and config.name in configs_in(main):
         return ""
@@ -67,7 +67,7 @@ def what_is_lost(config: ExperimentConfig) -> str:
 
 
 def _check_outside(module: str, folder: Path) -> None:
-    """Raises a UsageError when there is no such module, or it lies in the run folder, which may be a stranger's."""
+    """Raises a UsageError if the module does not exist or lies in the run folder, which may be a stranger's."""
     spec = importlib.util.find_spec(module)
     places = [*(spec.submodule_search_locations or ()), spec.origin] if spec is not None else []
     if spec is None or any(Path(each).resolve().is_relative_to(folder.resolve()) for each in places if each):

@@ -1,4 +1,4 @@
-"""sweep: several experiments under one budget, in one table; called again, it continues where it was interrupted."""
+"""sweep: runs several experiments with one budget into one table; a repeated call continues an interrupted sweep."""
 
 import json
 import time
@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 try:
     import fcntl
-except ImportError:  # Windows, where each worker takes itself for the only one: it repeats failures, draws the report
+except ImportError:  # Windows, where each worker considers itself the only one: it repeats failures, draws the report
     fcntl = None  # type: ignore[assignment]
 
 from pml_fewshot.checks import LockedError, UsageError, check_choice
@@ -29,25 +29,25 @@ from pml_fewshot.training.interruption import TrainingInterrupted
 
 BUDGET = ("steps", "seed", "num_episodes", "device", "data_root")
 FAILURES = ".failures.json"
-POLL_SECONDS = 2.0  # between two looks at what other workers are doing
+POLL_SECONDS = 2.0  # between two checks on other workers
 
 
 def sweep(configs: Sequence[ExperimentConfig], folder: str | Path, only: Sequence[str] = ()) -> ResultTable:
-    """Runs every experiment in a folder of its own below `folder`, and returns one table, the best first.
+    """Runs every experiment in its own folder below `folder` and returns one table, the best first.
 
-    The table is written after each experiment, as results.md and the rest. Called again with the same folder it reads
-    what is finished, resumes what was interrupted and tries again what failed, which is a line that says why.
+    The table is written after each experiment, as results.md and the rest. A repeated call with the same folder reads
+    finished experiments, resumes interrupted ones and retries failed ones; the line of a failed one gives the reason.
 
-    The same call in several processes, on one machine or many that see the folder, shares the experiments among them:
-    each is run by one of them, and resumed by another where that one dies. All return the whole table.
+    The same call in several processes, on one machine or on many that see the folder, shares the experiments among
+    them: each is run by one process, and resumed by another if that one dies. All return the whole table.
 
     Args:
         configs: the experiments.
-        folder: of the sweep.
-        only: names of those to run; all when empty. What is finished of the others is in the table.
+        folder: sweep folder.
+        only: names of the experiments to run; all when empty. Others that are finished are in the table too.
 
     Raises:
-        UsageError: two experiments have one name, or torchrun started the processes: runs do not share their work here.
+        UsageError: two experiments have the same name, or torchrun started the processes: runs do not share work here.
         TrainingInterrupted: (a KeyboardInterrupt) Ctrl-C or SIGTERM; the same call continues.
     """
     check_no_torchrun("a sweep")
@@ -74,14 +74,14 @@ def sweep(configs: Sequence[ExperimentConfig], folder: str | Path, only: Sequenc
 
 
 def _run_all(configs: Sequence[ExperimentConfig], names: Sequence[str], folder: Path) -> ResultTable:
-    """Runs those that no other worker is running, then waits for the others: a worker that dies leaves its own."""
+    """Runs the experiments that no other worker is running, then waits for the rest, taking over from dead workers."""
     failures: dict[str, str] = {}
     table, to_do, first_pass = ResultTable(), list(configs), True
     while to_do:
         elsewhere: dict[str, ExperimentConfig] = {}
         for config in to_do:
             try:
-                # (held until a failure is noted, which the lock of the run folder is not)
+                # (held until a failure is noted, unlike the lock of the run folder)
                 with FileLock(folder / f".{config.name.replace('/', '_')}.lock", timeout=0):
                     if first_pass:
                         print(f"\n[{configs.index(config) + 1} of {len(configs)}] {config.name}", flush=True)
@@ -101,7 +101,7 @@ def _run_all(configs: Sequence[ExperimentConfig], names: Sequence[str], folder: 
 
 
 def _run_one(config: ExperimentConfig, folder: Path) -> str:
-    """Runs an experiment, or reads what it has found; the reason where it fails, or has in another worker."""
+    """Runs an experiment or reads its results; returns the reason if it fails, or has failed in another worker."""
     if config.name in (noted := _noted(folder)):
         return noted[config.name]
     try:
@@ -129,14 +129,14 @@ def _write_table(
 
 
 def _noted(folder: Path) -> dict[str, str]:
-    """The reasons of those that have failed in any worker since the first of them began."""
+    """Reasons of the experiments that have failed in any worker since the first worker began."""
     file = folder / FAILURES
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 @contextmanager
 def _among_workers(folder: Path) -> Iterator[IO[bytes]]:
-    """Shares a lock with all workers of a sweep; the first of them forgets what failed before, so that it is tried."""
+    """Shares a lock with all workers of a sweep; the first one clears earlier failures so that they are retried."""
     with (folder / ".workers").open("a+b") as file:
         with FileLock(folder / ".lock"):
             if _alone(file):
@@ -147,7 +147,7 @@ def _among_workers(folder: Path) -> Iterator[IO[bytes]]:
 
 
 def _alone(workers: IO[bytes]) -> bool:
-    """Whether no other worker shares the lock, which the operating system frees when one dies."""
+    """Whether no other worker shares the lock, which the operating system frees when a worker dies."""
     if fcntl is None:
         return True
     try:
@@ -165,17 +165,17 @@ class _Options:
 
 
 def sweep_main(name: str, configs: Sequence[ExperimentConfig]) -> ResultTable:
-    """Runs the sweep with what the command line changes of all its experiments (`--help` lists the options).
+    """Runs the sweep with the command line's changes to all its experiments (`--help` lists the options).
 
-    `--run-dir` is the folder of the sweep, by default named by steps, episodes and seed, so that the same command again
-    continues where it was interrupted. Exit codes are those of `main`.
+    `--run-dir` is the sweep folder, by default named by steps, episodes and seed, so that repeating the command
+    continues an interrupted sweep. Exit codes are those of `main`.
     """
     with one_line_errors():
         options = parse(_Options(configs[0]), f"Runs {len(configs)} experiments: {name}.")
         for wanted in options.only:
             check_choice("the name of an experiment", wanted, [config.name for config in configs])
         own = options.config
-        # one budget for all; of the rest what was changed
+        # one budget for all, and the other options that were changed
         changes = {n: getattr(own, n) for n in OPTIONS if n in BUDGET or getattr(own, n) != getattr(configs[0], n)}
         length = f"{own.steps}_steps_{own.num_episodes}_episodes_seed{own.seed}"
         folder = own.run_dir or Path("runs") / name / length

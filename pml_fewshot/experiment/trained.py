@@ -1,4 +1,4 @@
-"""A run folder's trained trainer: given back (load_trained), and evaluated on other episodes, data or metrics."""
+"""The trained trainer of a run folder: loaded (load_trained), and evaluated on other episodes, data or metrics."""
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -27,21 +27,21 @@ from pml_fewshot.sampling.episodes import EpisodeSpec
 from pml_fewshot.trainers.base import FewShotTrainer
 from pml_fewshot.training.state import history_of, restore_trained
 
-EVALUATIONS = "evaluations"  # the folder, in that of a run, of the tables that were made afterwards
+EVALUATIONS = "evaluations"  # subfolder of a run folder for tables made after the run
 
 
 def load_trained(folder: str | Path, config: ExperimentConfig | None = None, device: Device = "auto") -> FewShotTrainer:
-    """The trainer of a run folder with its trained weights (the best validated ones), in eval mode.
+    """Returns the trainer of a run folder with its trained weights (the best by validation), in eval mode.
 
     Args:
-        folder: of the run, finished or not.
-        config: of the run; when None it is looked for in the module of `experiments` that the run recorded. Nothing in
-            the folder is run, and the data are not read.
-        device: where to.
+        folder: run folder, finished or not.
+        config: the run's config; when None, it is looked up in the module of `experiments` that the run recorded.
+            Nothing in the folder is executed, and the data are not read.
+        device: device for the trainer.
 
     Raises:
         MissingFileError: (a FileNotFoundError) the folder lacks config.json or last.pt.
-        UsageError: one of them is damaged, or the config has another trainer than the run.
+        UsageError: one of them is damaged, or the config's trainer is not the run's.
     """
     trainer, _ = trained_with_config(Path(folder), config, device)
     return trainer
@@ -50,19 +50,19 @@ def load_trained(folder: str | Path, config: ExperimentConfig | None = None, dev
 def trained_with_config(
     folder: Path, config: ExperimentConfig | None, device: Device
 ) -> tuple[FewShotTrainer, ExperimentConfig]:
-    """The same with the config, which has the numbers that the folder has."""
+    """Returns the trainer with its config, which has the numbers stored in the folder."""
     stored = read_config(folder)
     config = own_parts(with_stored_options(config or find_config(folder), stored["config"]))
     check_same(config, stored, folder, [each.name for each in fields(config) if each.name != "trainer"])
     state = load_checkpoint(folder / "last.pt")
-    with torch.random.fork_rng(devices=[]):  # weights that are replaced at once must not move the caller's generator
+    with torch.random.fork_rng(devices=[]):  # weights about to be replaced must not move the caller's generator
         trainer = made_trainer(config, num_classes=stored["num_classes"])
     restore_trained(trainer, state)
     return trainer.to(resolve_device(device)).eval(), config
 
 
 def with_data_root(config: ExperimentConfig, data_root: str | Path | None) -> ExperimentConfig:
-    """The config with its data elsewhere, where that is said."""
+    """The config with another data root, if one is given."""
     return config if data_root is None else replace(config, data_root=Path(data_root))
 
 
@@ -78,22 +78,22 @@ def evaluate_again(
     device: Device = "auto",
     data_root: str | Path | None = None,
 ) -> ResultTable:
-    """Evaluates the trained weights of a run on other episodes, data or metrics; also where its own evaluation failed.
+    """Evaluates the trained weights of a run on other episodes, data or metrics, even if its own evaluation failed.
 
-    The rows are added, with where they come from in their notes, to the table in the folder's `evaluations/`; the run's
-    own figures stay as they are. Returns the new rows.
+    The rows are added to the table in the folder's `evaluations/`, with their origin in their notes; the run's own
+    figures do not change. Returns the new rows.
 
     Args:
         folder, config, device: as for load_trained.
-        data: to evaluate on: sets, or a folder of images, a subfolder a class, all classes of which are taken, at the
-            size of the run's images. The run's own data when None, which must be the same to the pixel.
-        eval_specs, num_episodes, eval_seed: of the episodes; as in the run when None.
-        retrieval: tester; the config's when None.
-        split: which classes of Splits; the test classes when None.
+        data: datasets to evaluate on, or a folder of images with a subfolder per class, all classes of which are used,
+            at the size of the run's images. The run's own data when None, which must be the same to the pixel.
+        eval_specs, num_episodes, eval_seed: settings of the episodes; as in the run when None.
+        retrieval: retrieval tester; the config's when None.
+        split: which classes of Splits to use; the test classes when None.
         data_root: where the run's own data are now.
 
     Raises:
-        MissingFileError, UsageError: as load_trained and benchmark do; data that are not the run's.
+        MissingFileError, UsageError: as for load_trained and benchmark; data that are not the run's.
         LockedError: another process is writing the folder.
     """
     folder = Path(folder)
@@ -169,13 +169,13 @@ def _command(
     Args:
         folder: the run folder
         experiment: module of its config, like experiments.quickstart; the one that the run recorded when not given
-        data: a folder of images, a subfolder a class; the run's own data when not given
-        eval_spec: evaluate by one spec alone; what is not given comes from the experiment's first
-        num_episodes: as in the run when not given
-        eval_seed: of the episodes; as in the run when not given
+        data: a folder of images with a subfolder per class; the run's own data when not given
+        eval_spec: evaluate on a single spec; values not given come from the experiment's first one
+        num_episodes: number of episodes; as in the run when not given
+        eval_seed: seed of the episodes; as in the run when not given
         retrieval: metrics, like recall_at_1 NMI; those of the run when not given
         split: which classes of the run's data; test when not given
-        device: auto: CUDA where there is one
+        device: auto: CUDA if available
         data_root: folder of the data; PML_FEWSHOT_DATA, else data/, when not given
     """
     config = find_config(folder, experiment)

@@ -1,4 +1,4 @@
-"""WandbRecorder: what happens in a run, sent to Weights & Biases."""
+"""WandbRecorder: sends the records of a run to Weights & Biases."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,24 +9,24 @@ from pml_fewshot.checks import import_extra
 from pml_fewshot.io.atomic import write_text
 
 RUN_FILE = "wandb_run_id.txt"
-# W&B writes its file every 15 s, and a process that is killed loses what is not in it. The setting is a private one.
+# W&B writes its file every 15 s, and a killed process loses what is not in it. The setting is private.
 FLUSH_SETTING, FLUSH_SECONDS = "x_transaction_log_flush_interval", 0.1
 
 
 class WandbRecorder:
-    """Sends numbers by group and step to a run of W&B, as "train/loss" over "step".
+    """Sends numbers by group and step to a W&B run, as "train/loss" over "step".
 
-    A run that is resumed in the same folder continues the same run of W&B: `wandb_run_id.txt` there holds its id, and
-    for each group the last step sent, up to which later saves send nothing again. So the steps of a group must rise,
-    and where steps are repeated with other options (a lower rate after a NaN) W&B keeps their first values.
+    A run resumed in the same folder continues the same W&B run: `wandb_run_id.txt` there holds its id and, for each
+    group, the last step sent, up to which later saves send nothing again. The steps of a group must therefore increase,
+    and if steps are repeated with other options (a lower rate after a NaN), W&B keeps the first values.
 
-    With WANDB_MODE=offline all goes to `wandb/` in the folder, a part for each session, for `wandb sync` to send.
+    With WANDB_MODE=offline, everything goes to `wandb/` in the folder, one part per session, for `wandb sync` to send.
 
     Args:
-        folder: of the run.
-        project: of W&B.
-        name: of W&B's run; the folder's when empty.
-        options: more arguments of `wandb.init`: entity, tags, notes and so on.
+        folder: run folder.
+        project: W&B project.
+        name: name of the W&B run; the folder's when empty.
+        options: further arguments of `wandb.init`: entity, tags, notes and so on.
 
     Raises:
         MissingPackageError: (an ImportError) wandb is not installed.
@@ -40,7 +40,7 @@ class WandbRecorder:
         self._id, *sent = self._file.read_text().splitlines() if self._file.exists() else [uuid4().hex]
         self._sent = {group: int(step) for group, step in (line.rsplit(" ", 1) for line in sent)}
         self._rows: list[tuple[str, int, dict[str, float]]] = []
-        self._write()  # first: a process that is killed from here on continues this run
+        self._write()  # first: a process killed after this point continues this run
         settings = wandb.Settings()
         if hasattr(settings, FLUSH_SETTING):
             setattr(settings, FLUSH_SETTING, FLUSH_SECONDS)
@@ -51,11 +51,11 @@ class WandbRecorder:
         self._run.define_metric("*", step_metric="step")  # W&B's own step counts rows, of all groups
 
     def record(self, group: str, step: int, **values: float) -> None:
-        """Notes values of one step; `save` sends them."""
+        """Stores the values of one step; `save` sends them."""
         self._rows.append((group, step, {f"{group}/{name}": float(value) for name, value in values.items()}))
 
     def save(self) -> None:
-        """Sends what was recorded since the last time, without what an earlier session has sent."""
+        """Sends what was recorded since the last save, except what an earlier session has sent."""
         new = [row for row in self._rows if row[1] > self._sent.get(row[0], -1)]
         for group, step, values in new:
             self._run.log({"step": step, **values})
@@ -65,11 +65,11 @@ class WandbRecorder:
         self._rows.clear()
 
     def forget_after(self, step: int, groups: Sequence[str]) -> None:
-        """Drops what is not saved yet, of all groups; W&B cannot forget what it was sent."""
+        """Drops unsaved values of all groups; W&B cannot forget what it has received."""
         self._rows.clear()
 
     def close(self) -> None:
-        """Saves, and ends this session of W&B's run."""
+        """Saves and ends this session of the W&B run."""
         self.save()
         self._run.finish()
 

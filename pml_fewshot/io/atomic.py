@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: a reader finds the old version or the new one, never half of one."""
+"""Atomic file writes: a reader finds the old version or the new one, never half of one."""
 
 import os
 import sqlite3
@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from pml_fewshot.checks import UsageError
 
-# Of SQLite's many OperationalErrors (a missing table is one too) those that the system is to blame for.
+# Those of SQLite's many OperationalErrors (a missing table is one too) that are the system's fault.
 SQLITE_CODES = {
     *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN),
     *(sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED),
@@ -18,18 +18,18 @@ SQLITE_CODES = {
 
 
 class CannotWriteError(UsageError, OSError):
-    """The system refused to write a file: the disk is full or broken, the folder read-only or not there."""
+    """The system refused to write a file: the disk is full or broken, the folder read-only or missing."""
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yields the path to write to instead, and renames what was written there to `path` at the end.
+    """Yields a temporary path to write to, and renames that file to `path` at the end.
 
-    The temporary file, `.<name>.tmp` beside it, always has the same name, so what a killed process left is overwritten
-    next time. It is flushed to the disk before the rename; otherwise a power cut could leave an empty file.
+    The temporary file, `.<name>.tmp` next to `path`, always has the same name, so one left by a killed process is
+    overwritten next time. It is flushed to disk before the rename; otherwise a power cut could leave an empty file.
 
     Raises:
-        CannotWriteError: the system refused to write; the file at `path` is as it was.
+        CannotWriteError: the system refused to write; the file at `path` is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -37,7 +37,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         with translate_write_errors(path):
             temporary.unlink(missing_ok=True)  # a link there would lead elsewhere
             temporary.touch()
-            mode = temporary.stat().st_mode  # the user's own, for some writers make files that nobody else may read
+            mode = temporary.stat().st_mode  # the user's own, because some writers make files that nobody else may read
             yield temporary
             temporary.chmod(mode)
             fsync(temporary)
@@ -50,13 +50,13 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a text in UTF-8, atomically."""
+    """Writes text as UTF-8, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def fsync(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's names, are on the disk, where they outlast a power cut."""
+    """Waits until a file's bytes, or a folder's names, are on disk, where they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -66,7 +66,7 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def translate_write_errors(path: str | Path) -> Iterator[None]:
-    """Turns the system's errors, which SQLite and safetensors have their own classes for, into a CannotWriteError.
+    """Turns the system's errors, for which SQLite and safetensors have their own classes, into a CannotWriteError.
 
     Everything within the block should be a write to `path`; our own errors pass unchanged.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints: the state from which a training resumes (last.pt), and the embedder alone (embedder.safetensors).
+"""Checkpoints: the state from which training resumes (last.pt), and the embedder alone (embedder.safetensors).
 
 Reading never runs code: torch.load with weights_only=True, and safetensors.
 """
@@ -23,7 +23,7 @@ SEAL = b"\npml_fewshot "  # between torch's zip, whose readers ignore what follo
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Writes tensors, numbers, texts, lists and dicts atomically, with a checksum; torch.load can read the file."""
+    """Writes tensors, numbers, strings, lists and dicts atomically, with a checksum; torch.load can read the file."""
     buffer = io.BytesIO()  # torch.save into a file hides a full disk behind a RuntimeError
     torch.save(_plain(state), buffer)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
@@ -32,7 +32,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """The same with numpy's numbers, as of a learning rate from np.logspace, as Python's: only those can be read."""
+    """Converts numpy's numbers, such as a learning rate from np.logspace, to Python's: only those can be read."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):
@@ -41,7 +41,7 @@ def _plain(value: Any) -> Any:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads what save_checkpoint wrote, onto the CPU, once its checksum is verified.
+    """Loads what save_checkpoint wrote onto the CPU, after verifying its checksum.
 
     Raises:
         MissingFileError: there is no such file.
@@ -57,7 +57,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:  # (a learned distance that has not seen embeddings yet has an UninitializedParameter)
         with torch.serialization.safe_globals([UninitializedParameter]):
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its unpickler happens to meet
+    except Exception as error:  # torch's unpickler raises all kinds of errors
         data = "tensors, numbers, texts, lists and dicts"
         got = f"more ({str(error).partition(chr(10))[0][:200]})"
         raise UsageError(
@@ -80,7 +80,7 @@ def export_embedder(path: str | Path, embedder: nn.Module) -> None:
 
 
 def plain_names(module: nn.Module) -> dict[str, str]:
-    """The names in a module's state, as they are without wrappers around it or its parts -> as they are.
+    """Maps the names in a module's state, as they are without wrappers around it or its parts, to the actual ones.
 
     Wrappers are `torch.compile`, DataParallel, DistributedDataParallel and AveragedModel, whose counter is left out.
     """
@@ -99,7 +99,7 @@ def plain_names(module: nn.Module) -> dict[str, str]:
 
 
 def check_exportable(embedder: nn.Module) -> None:
-    """Raises a UsageError that names the first entry of the state that is no tensor: safetensors holds nothing else."""
+    """Raises a UsageError naming the first entry of the state that is not a tensor: safetensors holds nothing else."""
     for name, value in embedder.state_dict().items():
         if not isinstance(value, torch.Tensor):
             raise UsageError(
@@ -109,12 +109,12 @@ def check_exportable(embedder: nn.Module) -> None:
 
 
 def load_embedder(path: str | Path, embedder: nn.Module) -> None:
-    """Reads weights that export_embedder wrote into an embedder of the same architecture, wrapped or not.
+    """Loads weights written by export_embedder into an embedder of the same architecture, wrapped or not.
 
     Raises:
         MissingFileError: there is no such file.
-        UsageError: the file is broken, or a weight (which is named) is missing, unknown, of another shape or type, or
-            not finite.
+        UsageError: the file is broken, or a weight (which the message names) is missing, unknown, of another shape or
+            type, or not finite.
     """
     stored, _ = read_tensors(path)
     own, names = embedder.state_dict(), plain_names(embedder)
@@ -129,13 +129,13 @@ def check_weights(own: Mapping[str, Any], stored: Mapping[str, Any], where: str)
     """Raises a UsageError naming the first weight or buffer that is missing, unknown, or of another shape or type.
 
     Args:
-        own: state_dict of the module that is to have the weights.
+        own: state_dict of the module that is to receive the weights.
         stored: the weights, by the same names.
-        where: what holds them, for the message.
+        where: where they are stored, for the message.
     """
     for name in sorted(own.keys() | stored.keys()):
         if any(isinstance(weights.get(name), UninitializedParameter) for weights in (own, stored)):
-            continue  # a learned distance has its shape from the first embeddings that it sees
+            continue  # a learned distance gets its shape from the first embeddings that it sees
         expected, got = (_describe(weights, name) for weights in (own, stored))
         if expected != got:
             raise UsageError(

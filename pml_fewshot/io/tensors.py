@@ -1,4 +1,4 @@
-"""Tensors in safetensors files with a checksum of their own. Files of other tools have none and are read too."""
+"""Tensors in safetensors files with our own checksum. Files from other tools have none and can be read too."""
 
 import json
 import zlib
@@ -31,7 +31,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, on the CPU, and the texts beside them. Verifies the checksum where there is one."""
+    """Returns the tensors, on the CPU, and the texts stored with them. Verifies the checksum if there is one."""
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(f"expected a safetensors file at {path}, got no such file; check the path")
@@ -39,7 +39,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
-        if ENTRY not in metadata and not any(CHECKSUM in text for text in metadata.values()):  # of another tool
+        if ENTRY not in metadata and not any(CHECKSUM in text for text in metadata.values()):  # from another tool
             return tensors, metadata
         texts = json.loads(metadata[ENTRY])  # a KeyError: the name itself is damaged
         written, found = texts.pop(CHECKSUM), checksum_of(tensors, texts)
@@ -47,17 +47,17 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ValueError(f"checksum {found}, not {written} as written")
     except PermissionError:
         raise
-    except Exception as error:  # on broken files readers raise whatever their code happens to meet
+    except Exception as error:  # readers raise all kinds of errors on broken files
         got = str(error) or type(error).__name__
         raise UsageError(f"expected a safetensors file at {path}, got a broken one ({got}); write it again") from error
     return tensors, texts
 
 
 def checksum(parts: Iterable[bytes | memoryview]) -> str:
-    """CRC-32 and number of bytes of some buffers, one after the other, as "crc32:0123abcd:4096".
+    """Returns the CRC-32 and number of bytes of consecutive buffers, as "crc32:0123abcd:4096".
 
-    It sees damage, at 6 GB/s. A cryptographic digest would take five times as long and protect no better: whoever can
-    change the data can change the checksum beside it.
+    It detects damage, at 6 GB/s. A cryptographic digest would take five times as long and protect no better: whoever
+    can change the data can change the checksum next to it.
     """
     crc = count = 0
     for part in parts:
@@ -72,7 +72,7 @@ def checksum(parts: Iterable[bytes | memoryview]) -> str:
 
 
 def checksum_of(tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None) -> str:
-    """Of names, types, shapes, texts and all values."""
+    """Returns the checksum of names, types, shapes, texts and all values."""
     names = sorted(tensors)
     about = repr(([(n, str(tensors[n].dtype), tuple(tensors[n].shape)) for n in names], sorted((texts or {}).items())))
     values = (tensors[n].reshape(-1).view(torch.uint8).numpy().data for n in names if tensors[n].numel())

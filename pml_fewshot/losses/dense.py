@@ -1,4 +1,4 @@
-"""Dense forms of two losses of pytorch-metric-learning (PML): the same values from far less work."""
+"""Dense forms of two losses of pytorch-metric-learning (PML): the same values with far less work."""
 
 from typing import Any
 
@@ -17,18 +17,18 @@ from pml_fewshot.embedders.modes import in_float32
 class DenseNTXentLoss(NTXentLoss):
     """PML's NTXentLoss with one softmax denominator per anchor instead of one row of all negatives per positive pair.
 
-    All else is PML's. It compares every positive pair with every negative pair of the batch, a matrix of (P, N), to
-    find the negatives of its anchor; at 256 items, 4 a class, that is 768 x 64,512. Here the negatives lie in the
-    matrix of (B, R) that the distance gave.
+    All else is PML's. It compares every positive pair with every negative pair of the batch, in a (P, N) matrix, to
+    find the negatives of its anchor; with 256 items, 4 per class, that is 768 x 64,512. Here the negatives are in the
+    (B, R) matrix that the distance returned.
 
     Args:
         temperature: cosines are divided by it; 0.07 as in PML.
-        learn_temperature: make its logarithm a parameter, trained with the embedder: the best one falls while classes
-            move apart. (CLIP, Radford et al. 2021, learns it so.) `temperature` stays what it was at the start.
-        kwargs: PML's own, distance and so on.
+        learn_temperature: make its logarithm a parameter, trained with the embedder: the best one falls as classes
+            move apart. (CLIP, Radford et al. 2021, learns it this way.) `temperature` keeps its initial value.
+        kwargs: PML's own, such as distance.
 
-    PML's wrappers (CrossBatchMemory, SelfSupervisedLoss) ask a loss for its class name and refuse this one. Give them
-    an NTXentLoss and put this in its place afterwards: `memory.loss = DenseNTXentLoss()`.
+    PML's wrappers (CrossBatchMemory, SelfSupervisedLoss) check a loss's class name and refuse this one. Give them an
+    NTXentLoss and replace it with this one afterwards: `memory.loss = DenseNTXentLoss()`.
     """
 
     compute_loss = in_float32(NTXentLoss.compute_loss)
@@ -48,8 +48,8 @@ class DenseNTXentLoss(NTXentLoss):
         # how often each pair is a negative: a miner's triplets repeat it
         one = torch.ones((), dtype=mat.dtype, device=mat.device)
         counts = torch.zeros_like(scores).index_put_((a2, n), one, accumulate=True)  # (B, R)
-        # As in PML, everything is relative to the largest score, of the anchor's negatives and the positive. Taking a
-        # logsumexp off instead would round a score of 100 (temperature 0.01) in its fifth digit.
+        # As in PML, everything is relative to the largest score of the anchor's negatives and the positive. Subtracting
+        # a logsumexp instead would round a score of 100 (temperature 0.01) in its fifth digit.
         negatives = scores.masked_fill(counts == 0, c_f.neg_inf(mat.dtype))
         top = negatives.detach().amax(dim=1)  # (B,)
         mass = (counts * torch.exp(negatives - top.unsqueeze(1))).sum(dim=1)  # (B,); 0 without a negative
@@ -64,8 +64,8 @@ class DenseNTXentLoss(NTXentLoss):
 class DenseTripletMarginLoss(TripletMarginLoss):
     """PML's TripletMarginLoss; all triplets of a batch come from rows of the distance matrix, not from a (B, R, R) one.
 
-    A miner's tuple, or a number as `triplets_per_anchor`, is PML's own code. With PML's default reducer, the mean of
-    the losses above zero, the list of triplets is not made at all. For PML's wrappers see DenseNTXentLoss.
+    A miner's tuple, or a number as `triplets_per_anchor`, runs PML's own code. With PML's default reducer, the mean of
+    the losses above zero, the list of triplets is never created. For PML's wrappers see DenseNTXentLoss.
     """
 
     @in_float32
@@ -84,9 +84,9 @@ class DenseTripletMarginLoss(TripletMarginLoss):
             an = self.distance.smallest_dist(an, mat.index_select(0, p))
         violation = self.distance.margin(ap, an) + self.margin
         losses = F.softplus(violation) if self.smooth_loss else F.relu(violation)  # (P, R)
-        reducer = self.reducer  # PML's default, of which nothing but its value is wanted?
+        reducer = self.reducer  # is it PML's default, with only its value needed?
         plain = type(reducer) is AvgNonZeroReducer and reducer.low == 0 and reducer.high is None
-        # Selecting the losses above zero, as it does, takes longer than all else here.
+        # Selecting the losses above zero, as it does, takes longer than everything else here.
         if plain and not reducer.collect_stats:
             # times 0 or 1, because selecting and filling take ten times as long with a mask that is hard to predict
             kept = losses * diffs.to(losses.dtype).index_select(0, a)

@@ -1,4 +1,4 @@
-"""EpisodicLoss: what the losses that classify queries over a support set have in common."""
+"""EpisodicLoss: base class of the losses that classify queries over a support set."""
 
 import math
 import warnings
@@ -21,7 +21,7 @@ from pml_fewshot.embedders.modes import in_float32
 
 
 class EpisodicLoss(BaseMetricLossFunction):
-    """Cross-entropy of each query over the classes of a support set, as a PML loss; subclasses give the logits.
+    """Cross-entropy of each query over the classes of a support set, as a PML loss; subclasses compute the logits.
 
     With a support set: `loss(query, query_labels, ref_emb=support, ref_labels=support_labels)`. Without one, on an
     ordinary labeled batch, each item is a query and all the others are its support, so it is a drop-in PML loss.
@@ -30,19 +30,19 @@ class EpisodicLoss(BaseMetricLossFunction):
     Args:
         distance: any PML distance.
         scale: the similarity is multiplied by it before the softmax. With a bounded one (cosine, normalized Lp) and a
-            scale of at most 1 that is not learned the softmax cannot get sharp, and the embedder trains worse than it
-            could: a UserWarning.
+            fixed scale of at most 1, the softmax cannot get sharp and the embedder trains worse than it could: a
+            UserWarning.
         learn_scale: make the scale (its logarithm) a parameter, trained with the embedder.
         reducer: PML reducer of the losses per query (PML's "element" reduction); the mean when None.
         embedding_regularizer: PML regularizer of the queries' embeddings; none when None.
         embedding_reg_weight: its weight.
         collect_stats: keep PML's statistics for a record-keeper; PML's own default when None.
 
-    A miner's output weighs the queries by how often they occur in it as anchors (all items, without a support set),
+    A miner's output weights the queries by how often they occur in it as anchors (all items, without a support set),
     as in PML's classification losses.
 
-    With a support set and no miner, a step on a GPU waits for no value. So a query whose class has no support item is
-    a UsageError on the CPU, but has the loss NaN on a GPU.
+    With a support set and no miner, a step on a GPU waits for no value. So a query whose class has no support item
+    raises a UsageError on the CPU, but has a NaN loss on a GPU.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class EpisodicLoss(BaseMetricLossFunction):
 
     @property
     def scale(self) -> Tensor:
-        """What the similarity is multiplied by, a scalar tensor."""
+        """The factor by which the similarity is multiplied, a scalar tensor."""
         return self.log_scale.exp()
 
     @abstractmethod
@@ -80,10 +80,10 @@ class EpisodicLoss(BaseMetricLossFunction):
         Args:
             queries: (B, D)
             support: (S, D)
-            member: (S, W) of zeros and ones: which class each support item is of. On a GPU there are repeats among the
+            member: (S, W) of zeros and ones: the class of each support item. On a GPU there are repeats among the
                 columns, whose logits are not used.
-            own_class: None, or where queries and support are the same items the class (B,) of each: an item's own
-                class is then scored without the item.
+            own_class: None, or if queries and support are the same items, the class (B,) of each: an item's own class
+                is then scored without the item.
         """
 
     @in_float32
@@ -107,7 +107,7 @@ class EpisodicLoss(BaseMetricLossFunction):
             got = f"none for classes {labels[missing].unique()[:5].tolist()}"
             raise UsageError(f"expected a support item for the class of every query, got {got}; draw both of the same")
         kept = c_f.torch_arange_from_size(embeddings)
-        if not with_support:  # an item that is alone in its class has nothing of its class to be compared with
+        if not with_support:  # an item alone in its class has no other to be compared with
             kept = (member.sum(dim=0)[target] > 1).nonzero().flatten()
             if len(kept) == 0:
                 return self.zero_losses()
@@ -125,7 +125,7 @@ class EpisodicLoss(BaseMetricLossFunction):
 
 
 def similarity_span(distance: BaseDistance) -> float:
-    """How far apart two values of a distance can be; infinity where that is not bounded, or not known."""
+    """How far apart two values of a distance can be; infinity if unbounded or unknown."""
     if isinstance(distance, EpisodicDistance):
         return distance.span
     if isinstance(distance, LpDistance | DotProductSimilarity) and distance.normalize_embeddings and distance.power > 0:

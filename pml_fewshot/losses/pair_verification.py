@@ -1,4 +1,4 @@
-"""PairVerificationLoss: are two embeddings of one class? The loss of Siamese networks as a PML loss."""
+"""PairVerificationLoss: the loss of Siamese networks (are two embeddings of one class?) as a PML loss."""
 
 from typing import Any
 
@@ -18,22 +18,22 @@ from pml_fewshot.embedders.modes import in_float32
 
 
 class PairVerificationLoss(BaseMetricLossFunction):
-    """Computes the binary cross-entropy of pairs: a similarity is the logit that both are of one class.
+    """Computes the binary cross-entropy of pairs: the similarity is the logit that both are of one class.
 
     Args:
-        distance: a similarity whose values are logits; `WeightedL1Similarity()` when None. PML's own train too, a
-            distance by its negative, but theirs learn no threshold: matching and other pairs are told apart at 0.
-        balanced: without a miner, draw as many non-matching pairs as there are matching ones (or the other way round),
-            as in the paper; False takes all pairs of the batch and draws nothing.
-        negative_weight: weight of a non-matching pair's loss beside a matching one's. All pairs of 60 classes with 6
-            images each are 71 non-matching ones for one that matches; omniglot_siamese weighs them a third.
-        seed: of the draws of pairs. When None it is the seed of torch's own generator (`torch.manual_seed`), from which
-            nothing is drawn; `run` sets that to the experiment's. The state of the draws is part of the state_dict.
+        distance: a similarity whose values are logits; `WeightedL1Similarity()` when None. PML's own work too, a
+            distance by its negative, but learn no threshold: matching and other pairs are separated at 0.
+        balanced: without a miner, draw as many non-matching pairs as there are matching ones (or vice versa),
+            as in the paper; False uses all pairs of the batch and draws nothing.
+        negative_weight: weight of a non-matching pair's loss relative to a matching one's. All pairs of 60 classes with
+            6 images each have 71 non-matching ones per matching one; omniglot_siamese weights them by a third.
+        seed: for drawing pairs. When None, the seed of torch's global generator (`torch.manual_seed`), from which
+            nothing is drawn; `run` sets that to the experiment's. The generator's state is part of the state_dict.
         reducer: PML reducer over all pairs, the matching ones first; the mean when None.
-        embedding_regularizer: and the rest: as in every PML loss, see EpisodicLoss.
+        embedding_regularizer: this and the rest as in every PML loss; see EpisodicLoss.
 
-    A miner's pairs (or triplets, as pairs) are all used. Without a miner each step on a GPU waits for the list of
-    pairs, as PML's losses of pairs do.
+    A miner's pairs (or triplets, as pairs) are all used. Without a miner, each step on a GPU waits for the list of
+    pairs, as in PML's pair losses.
 
     Source: Koch, Zemel and Salakhutdinov 2015, "Siamese Neural Networks for One-shot Image Recognition", section 3.2.
     """

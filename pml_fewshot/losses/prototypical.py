@@ -11,15 +11,15 @@ from pml_fewshot.losses.episodic_loss import EpisodicLoss
 class PrototypicalLoss(EpisodicLoss):
     """Computes class prototypes (mean embeddings) and the cross-entropy of each query over them.
 
-    Called and configured as every EpisodicLoss; in an ordinary batch each item is compared with the prototypes of the
+    Called and configured like any EpisodicLoss; in an ordinary batch each item is compared with the prototypes of the
     other items (its own class's prototype leaves it out).
 
     Args:
-        distance: any PML distance, between queries (B, D) and prototypes (W, D). Squared Euclid when None, that is
+        distance: any PML distance, between queries (B, D) and prototypes (W, D). Squared Euclidean when None, that is
             `LpDistance(normalize_embeddings=False, power=2)`, as in the paper (PML's default normalizes and does not
             square).
         scale: 1 as in the paper; a bounded similarity such as cosine needs about 10.
-        learn_scale: and the rest: see EpisodicLoss.
+        learn_scale: this and the rest as in EpisodicLoss.
 
     Source: Snell et al. 2017, "Prototypical Networks for Few-shot Learning", eq. 1-2 and algorithm 1.
     """

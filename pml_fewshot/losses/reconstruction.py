@@ -11,7 +11,7 @@ from pml_fewshot.losses.episodic_loss import EpisodicLoss
 
 
 def penalty_of(rows: float | Tensor, channels: int, log_penalty: float | Tensor) -> Tensor:
-    """Ridge penalty of a class with so many nodes: exp(alpha) * rows / channels, so that one alpha fits all shots."""
+    """Ridge penalty of a class with `rows` nodes: exp(alpha) * rows / channels, so that one alpha fits all shots."""
     return torch.as_tensor(log_penalty).exp() * rows / channels + 1e-6  # (which the authors' code adds)
 
 
@@ -22,11 +22,11 @@ def ridge_inverse(gram: Tensor, penalty: Tensor) -> Tensor:
 
 
 def mean_squares(rows: Tensor, residual: Tensor, nodes: int, log_stretch: float | Tensor) -> Tensor:
-    """Mean over a query's nodes of the squared length of the node minus exp(beta) times what was rebuilt: (..., N).
+    """Mean over a query's nodes of the squared norm of the node minus exp(beta) times its reconstruction: (..., N).
 
     Args:
         rows: (..., N * nodes, C) of queries.
-        residual: the same shape: rows minus what was rebuilt.
+        residual: the same shape: rows minus their reconstruction.
     """
     stretch = torch.as_tensor(log_stretch).exp()
     left = stretch * residual + (1 - stretch) * rows
@@ -34,20 +34,20 @@ def mean_squares(rows: Tensor, residual: Tensor, nodes: int, log_stretch: float 
 
 
 class ReconstructionLoss(EpisodicLoss):
-    """Cross-entropy over how well the nodes of each class's support rebuild the nodes of a query, by ridge regression.
+    """Cross-entropy over how well the nodes of each class's support reconstruct a query's nodes, by ridge regression.
 
-    Called and configured as every EpisodicLoss; in an ordinary batch each item is rebuilt from the other items. The
-    penalty alpha, the stretch beta (both logarithms that begin at 0) and the scale are trained with the embedder.
+    Called and configured like any EpisodicLoss; in an ordinary batch each item is reconstructed from the others. The
+    penalty alpha, the stretch beta (both logarithms that start at 0) and the scale are trained with the embedder.
 
-    The paper's auxiliary loss, which makes the supports of classes orthogonal, is left out: the authors' code weighs it
-    so that it is about a hundredth of this one.
+    The paper's auxiliary loss, which makes the supports of classes orthogonal, is left out: the authors' code weights
+    it to about a hundredth of this one.
 
     Args:
         nodes: positions of a feature map: 25 for Conv4 and ResNet12(pool=False) at 84 x 84.
         scale: of the logits, 1 as in the paper, and learned.
-        reducer: and the rest: see EpisodicLoss.
+        reducer: this and the rest as in EpisodicLoss.
 
-    Shapes: embeddings (B, channels * nodes), channels first. `distance` ranks retrieval only: squared Euclid.
+    Shapes: embeddings (B, channels * nodes), channels first. `distance` ranks retrieval only: squared Euclidean.
 
     Raises:
         UsageError: fewer than 2 nodes, or nodes that do not divide D.
@@ -88,7 +88,7 @@ class ReconstructionLoss(EpisodicLoss):
         return self.scale * scores
 
     def _errors(self, rows: Tensor, grams: Tensor, counts: Tensor) -> Tensor:
-        """Of rows (M, C) by each class, or (W, M, C) by the class in their place; grams (W, C, C): (W, M / nodes)."""
+        """Errors (W, M / nodes) of rows (M, C) for each class, or of rows (W, M, C) by index; grams (W, C, C)."""
         penalty = penalty_of(counts * self.nodes, grams.shape[-1], self.log_penalty)[:, None, None]
         residual = rows @ (penalty * ridge_inverse(grams, penalty))
         return mean_squares(rows, residual, self.nodes, self.log_stretch)

@@ -1,4 +1,4 @@
-"""The arguments of a config's partials: a misspelled one is an error before anything is made."""
+"""Checks the arguments of a config's partials: a misspelled one is an error before anything is built."""
 
 import inspect
 from functools import partial
@@ -9,11 +9,11 @@ from torch import nn
 
 from pml_fewshot.checks import UsageError, check_choice
 
-COOPERATIVE = ("pytorch_metric_learning.", "pml_fewshot.")  # parts of PML there pass **kwargs on to their base classes
+COOPERATIVE = ("pytorch_metric_learning.", "pml_fewshot.")  # PML parts in these pass **kwargs on to their base classes
 
 
 def check_arguments(part: Any, place: str) -> None:
-    """Raises a UsageError when a partial, itself or within `part`, has an argument that its function does not take."""
+    """Raises a UsageError if `part`, or a partial in it, has an argument that its function does not accept."""
     inner = part if isinstance(part, dict) else dict(enumerate(part)) if isinstance(part, list | tuple) else {}
     if isinstance(part, partial):
         inner = arguments_of(part)
@@ -34,12 +34,12 @@ def check_arguments(part: Any, place: str) -> None:
 
 
 def arguments_of(part: partial[Any]) -> dict[str, Any]:
-    """A partial's arguments by name, those without one by number."""
+    """Returns a partial's arguments by name, positional ones by number."""
     return {**{str(number): each for number, each in enumerate(part.args)}, **part.keywords}
 
 
 def _keywords(function: Any) -> set[str] | None:
-    """What a function or class takes by name; None where it takes any name."""
+    """Returns the names of a function's or class's keyword arguments; None if it accepts any name."""
     classes = [each for each in getattr(function, "__mro__", ()) if each not in (nn.Module, object)]
     initializers = [vars(each)["__init__"] for each in classes if "__init__" in vars(each)]
     cooperative = ModuleWithRecords in classes

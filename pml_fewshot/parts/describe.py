@@ -1,4 +1,4 @@
-"""describe: a config, or a part of one, as plain data that is compared and shown."""
+"""describe: a config, or a part of one, as plain data to compare and show."""
 
 import re
 import sys
@@ -17,10 +17,10 @@ from pml_fewshot.parts.arguments import arguments_of
 
 
 def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
-    """Returns a config, or a part of one, as data for JSON that is only compared: nothing is ever built from it.
+    """Returns a config, or a part of one, as JSON data for comparison only: nothing is ever built from it.
 
-    Of objects it is the class and attributes, because PML's reprs leave out numbers, and not weights, which are others
-    in each process. `above` are the ids of the objects that hold this one.
+    Objects are described by their class and attributes, because PML's reprs leave out numbers, but not by weights,
+    which differ in each process. `above` holds the ids of the objects that contain this one.
     """
     if isinstance(value, np.generic):
         return value.item()
@@ -42,20 +42,20 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
         return f"tensor {tuple(value.shape)} {checksum([value.detach().cpu().numpy().tobytes()])}"
     attributes = dict(vars(value)) if hasattr(value, "__dict__") and not isinstance(value, Enum | Path) else {}
     if isinstance(value, nn.Module):
-        if "_orig_mod" in value._modules:  # compiled, which has an id of its own
+        if "_orig_mod" in value._modules:  # compiled, which has its own id
             return describe(value._modules["_orig_mod"], above)
         attributes = {name: each for name, each in attributes.items() if name not in vars(nn.Module())}
         attributes |= dict(value.named_children())
         ours = any(kind.__module__.startswith("pml_fewshot.") for kind in type(value).__mro__)
-        remembered = "_" if ours else "_pml_fewshot"  # how names begin that are of the last use, not of the part
+        remembered = "_" if ours else "_pml_fewshot"  # the prefix of names that belong to the last use, not to the part
         attributes = {name: each for name, each in attributes.items() if not name.startswith(remembered)}
     if not attributes or id(value) in above:
-        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # an address is another in each process
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # addresses differ in each process
     return {"object": describe(type(value)), **describe(attributes, (*above, id(value)))}
 
 
 def module_name(name: str) -> str:
-    """A module's name for others: `__main__`, the one that was started as a program, has its own there."""
+    """Returns a module's name as others import it, also for `__main__`, the one that was started as a program."""
     main = sys.modules["__main__"]
     if name != "__main__":
         return name

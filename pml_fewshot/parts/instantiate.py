@@ -1,4 +1,4 @@
-"""instantiate: the objects that a config's partials describe."""
+"""instantiate: builds the objects that a config's partials describe."""
 
 import inspect
 from functools import partial
@@ -7,21 +7,21 @@ from typing import Any, TypeAlias, TypeVar
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 
 T = TypeVar("T")
-Part: TypeAlias = T | partial[Any]  # what a trainer takes: an object, or a partial that makes it
+Part: TypeAlias = T | partial[Any]  # what a trainer accepts: an object, or a partial that builds it
 
 
 def instantiate(part: Any) -> Any:
-    """Calls a partial, after its own arguments and what lists, tuples and dicts among them hold; returns all else.
+    """Calls a partial, after those in its arguments and in lists, tuples and dicts among them; returns all else.
 
-    So `partial(NTXentLoss, distance=partial(LpDistance, p=1))` needs no lambda. A bare class of PML, such as
-    `distance=CosineSimilarity`, stands for a partial without arguments; other classes and functions are passed on
-    (torchvision's `norm_layer` wants a class, MAML's `loss` may be a function), and so is a partial of a function that
-    still wants arguments (`head=partial(k_nearest_neighbours, k=5)`).
+    So `partial(NTXentLoss, distance=partial(LpDistance, p=1))` needs no lambda. A bare PML class, such as
+    `distance=CosineSimilarity`, is treated as a partial without arguments; other classes and functions are passed on
+    (torchvision's `norm_layer` expects a class, MAML's `loss` may be a function), and so is a partial of a function
+    that still needs arguments (`head=partial(k_nearest_neighbours, k=5)`).
     """
     if isinstance(part, partial) and not _wants_more(part):
         arguments = {name: instantiate(value) for name, value in part.keywords.items()}
         return part.func(*map(instantiate, part.args), **arguments)
-    if isinstance(part, type) and issubclass(part, ModuleWithRecords):  # the base of all of PML's parts
+    if isinstance(part, type) and issubclass(part, ModuleWithRecords):  # the base of all PML parts
         return part()
     if type(part) in (list, tuple):
         return type(part)(map(instantiate, part))
@@ -31,7 +31,7 @@ def instantiate(part: Any) -> Any:
 
 
 def _wants_more(part: partial[Any]) -> bool:
-    """Whether it is of a function that cannot be called yet; a class that lacks an argument is to say so itself."""
+    """Whether its function still needs arguments; a class that lacks one should raise the error itself."""
     if not inspect.isfunction(part.func):
         return False
     try:

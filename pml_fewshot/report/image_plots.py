@@ -1,4 +1,4 @@
-"""Pictures with images in them: an episode, a map of embeddings, nearest neighbors; each on one matplotlib Axes.
+"""Plots with images in them: an episode, a map of embeddings, nearest neighbors; each on one matplotlib Axes.
 
 Letters: E episodes, W ways, K shots, Q queries a class, N = W*Q, M items, D dimensions, C H W' image.
 """
@@ -26,8 +26,8 @@ from pml_fewshot.evaluation.statistics import average
 from pml_fewshot.report.theme import CHECK, CROSS, PLUS_MINUS, axes_or_new, cycle_colors, page_color, shortened
 from pml_fewshot.sampling.episodes import Episode
 
-PRINCIPAL = 50  # components that t-SNE is given at most, as in its paper (30): 1,600 take three times as long
-BAR = 0.86  # width of a probability of 1, where cells are 1 wide
+PRINCIPAL = 50  # components given to t-SNE at most, as in its paper (30): 1,600 take three times as long
+BAR = 0.86  # width of the bar for a probability of 1, in cells
 
 
 def plot_episode(
@@ -40,10 +40,10 @@ def plot_episode(
     columns: Sequence[int] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draws an episode as a table: a row a class with its support images, a column a query with its probabilities.
+    """Draws an episode as a table: a row per class with its support images, a column per query with its probabilities.
 
-    A cell holds the probability as a bar, and from 1 % on as a number. Each query's best class has the color C0 where
-    it is the query's own, with a check mark below; else C1 with a cross, and the query's own class is framed.
+    A cell shows the probability as a bar and, from 1 % up, as a number. Each query's best class has the color C0 and a
+    check mark below if it is the query's true class; otherwise C1 and a cross, and the true class is framed.
 
     Args:
         episode: E episodes of images in [0, 1]: support (E, W, K, C, H, W'), query (E, W, Q, C, H, W'), C 1 or 3.
@@ -51,9 +51,9 @@ def plot_episode(
         number: which of the E episodes.
         queries: how many of each class are drawn; all when None.
         class_names: of the W ways.
-        ink: gray images are writing, high on 0: drawn in the text's color on no background.
+        ink: gray images are writing, high on 0: drawn in the text's color without a background.
         columns: which of the N queries are drawn, in this order; `queries` of each class when None.
-        ax: where; new when None. Cells are 1 x 1, the first one's corner is at (0, 0), y points down.
+        ax: Axes to draw on; new when None. Cells are 1 x 1, the first one's corner is at (0, 0), y points down.
     """
     support, query = episode.support[number], episode.query[number]
     (ways, shots), per_class = support.shape[:2], query.shape[1]
@@ -100,13 +100,13 @@ def plot_result(
     ink: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draws one episode, and beside it the mean accuracy of all with a dot for each, by how many queries were wrong.
+    """Draws one episode next to the mean accuracy of all, with a dot for each by how many of its queries were wrong.
 
     Args:
-        accuracies: (E,) of the episodes, fractions of 1, as an EpisodicResult's `per_episode`; two or more.
+        accuracies: (E,) of the episodes, from 0 to 1, as in an EpisodicResult's `per_episode`; two or more.
         episode, logits, number, class_names, ink: as for plot_episode.
-        queries: of each class that are drawn.
-        ax: where, about 16 : 7; new when None.
+        queries: how many of each class are drawn.
+        ax: Axes to draw on, about 16 : 7; new when None.
     """
     ways, shots, asked = *episode.support.shape[1:3], episode.query.shape[1] * episode.query.shape[2]
     wrong = ((1 - accuracies.double()) * asked).round()
@@ -126,7 +126,7 @@ def plot_result(
     ax.set_axis_off()
     figure = ax.get_figure(root=True)
     assert figure is not None
-    width = ax.get_window_extent().width / (16 * figure.dpi)  # sizes of texts are for 16 inches
+    width = ax.get_window_extent().width / (16 * figure.dpi)  # text sizes are for 16 inches
     quiet = rcParams["axes.labelcolor"]
 
     def write(x: float, y: float, text: str, size: float, **style: Any) -> None:
@@ -146,7 +146,7 @@ def plot_result(
     write(1064, 24, f"{len(accuracies):,} such episodes", 23, weight="bold")
     write(1064, 74, f"{100 * mean:.2f} {PLUS_MINUS} {100 * ci95:.2f} %", 42, weight="bold", color="C0")
     write(1064, 135, "mean accuracy, 95 % interval", 17, color=quiet)
-    across = max(1, round((len(accuracies) * 500 / 320) ** 0.5))  # a dot an episode, in rows
+    across = max(1, round((len(accuracies) * 500 / 320) ** 0.5))  # a dot per episode, in rows
     grid = np.full(-(-len(accuracies) // across) * across, -1)
     grid[: len(accuracies)] = group.numpy()
     picture = np.vstack([colors, [page_color()]])[grid.reshape(-1, across)]
@@ -164,13 +164,13 @@ def plot_result(
 def embedding_points(
     bank: EmbeddingBank, seed: int = 0, perplexity: float = 30.0, method: Literal["tsne", "umap"] = "tsne"
 ) -> np.ndarray:
-    """(M, 2) places of embeddings on a map, near ones near each other: scikit-learn's t-SNE, or UMAP of umap-learn.
+    """(M, 2) positions of embeddings on a map that keeps near ones near, by scikit-learn's t-SNE or umap-learn's UMAP.
 
     Args:
-        bank: of M embeddings, a few thousand at most; of fewer than four, their first two principal components.
+        bank: M embeddings, a few thousand at most; for fewer than four, their first two principal components are used.
         seed: of the method.
         perplexity: how many neighbors count, below M.
-        method: which; t-SNE is given the first 50 principal components.
+        method: "tsne" or "umap"; t-SNE is given the first 50 principal components.
     """
     if not perplexity < max(len(bank), 1):
         raise UsageError(f"expected a perplexity below the {len(bank)} embeddings, got {perplexity}; lower it")
@@ -185,7 +185,7 @@ def embedding_points(
     from sklearn.decomposition import PCA  # both take a second to import
     from sklearn.manifold import TSNE
 
-    # its 1,000 steps wait for all threads each: beside another busy process 44 s on two threads, 4 s on one
+    # each of its 1,000 steps waits for all threads: next to another busy process 44 s on two threads, 4 s on one
     with threadpool_limits(1):
         if min(rows.shape) > PRINCIPAL:
             rows = PCA(PRINCIPAL, svd_solver="full").fit_transform(rows)
@@ -202,18 +202,18 @@ def plot_embedding_map(
     points: np.ndarray | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draws embeddings as points, near ones near each other, by scikit-learn's t-SNE.
+    """Draws embeddings as points on a map that keeps near ones near, by scikit-learn's t-SNE.
 
-    Which points are neighbors means something; distances between groups, their sizes and the axes mean nothing.
+    Which points are neighbors is meaningful; distances between groups, their sizes and the axes are not.
 
     Args:
-        bank: of M embeddings, a few thousand at most; a color a class, which repeat where classes are many.
-        images: (M, C, H, W') of the items, uint8 or in [0, 1]; at the middle of a class's points the nearest is drawn.
-        thumbnails: for how many classes, the first by their labels, an image is drawn.
+        bank: M embeddings, a few thousand at most; each class has a color, which repeats if there are many classes.
+        images: (M, C, H, W') of the items, uint8 or in [0, 1]; in the middle of a class's points, the nearest is drawn.
+        thumbnails: for how many classes, the first by label, an image is drawn.
         ink: as for plot_episode.
-        seed, perplexity: of `embedding_points`.
-        points: (M, 2) from `embedding_points`; made when None.
-        ax: where; new when None.
+        seed, perplexity: passed to `embedding_points`.
+        points: (M, 2) from `embedding_points`; computed when None.
+        ax: Axes to draw on; new when None.
     """
     if images is not None and len(images) != len(bank):
         raise UsageError(f"expected {len(bank)} images, one an embedding, got {len(images)}; give those of the bank")
@@ -237,12 +237,12 @@ def plot_embedding_map(
 def neighbors_in(
     bank: EmbeddingBank, items: Sequence[int], k: int = 10, distance: BaseDistance | None = None
 ) -> Neighbors:
-    """The k other items of a bank nearest to some of its items (N,), by a PML distance, Euclid when None."""
+    """The k other items of a bank nearest to each of some items (N,) of it, by a PML distance, Euclidean when None."""
     k = min(k, len(bank) - 1)
     if k < 1:
         raise UsageError(f"expected a bank of two items or more, got {len(bank)}; nothing else can be near")
     found = Gallery(bank, "flat", distance=distance).search(bank.embeddings[list(items)], k + 1)
-    # without itself; where more than k twins are nearer, without the last
+    # without the item itself or, if more than k twins are nearer, without the last
     other = found.indices != torch.tensor(items)[:, None]
     keep = other & (other.cumsum(dim=1) <= k)
     indices, distances, labels = (
@@ -265,13 +265,13 @@ def plot_neighbours(
     Neighbors of its class have a frame of color C0 and a check mark, others C1 and a cross.
 
     Args:
-        bank: of M embeddings.
+        bank: M embeddings.
         images: (M, C, H, W') of its items, uint8 or in [0, 1].
-        items: places in the bank of those whose neighbors are shown.
-        k: how many neighbors, fewer where the bank has fewer.
-        distance: PML distance that ranks, Euclid when None; its values are drawn.
+        items: indices in the bank of those whose neighbors are shown.
+        k: how many neighbors, fewer if the bank has fewer.
+        distance: PML distance that ranks, Euclidean when None; its values are drawn.
         ink: as for plot_episode.
-        ax: where; new when None. Images are 1 x 1, strip i begins at y = 1.5 i, y points down.
+        ax: Axes to draw on; new when None. Images are 1 x 1, strip i begins at y = 1.5 i, y points down.
     """
     if len(images) != len(bank):
         raise UsageError(f"expected {len(bank)} images, one an embedding, got {len(images)}; give those of the bank")
@@ -295,14 +295,14 @@ def plot_neighbours(
 
 
 def pixels(image: Tensor, ink: bool) -> np.ndarray:
-    """A color or gray image (C, H, W') as (H, W', 3), as ink (H, W', 4)."""
+    """A color or gray image (C, H, W') as (H, W', 3), or as ink (H, W', 4)."""
     values = as_floats(image).detach().cpu().permute(1, 2, 0).numpy().clip(0, 1)
     color = np.broadcast_to(to_rgb(rcParams["text.color"]), (*values.shape[:2], 3))
     return np.dstack([color, values]) if ink and values.shape[2] == 1 else np.broadcast_to(values, color.shape)
 
 
 def draw_image(ax: Axes, image: Tensor, left: float, top: float, ink: bool) -> None:
-    """In a cell of 1 x 1 whose upper left corner is given, as large as fits."""
+    """Draws an image in a 1 x 1 cell whose upper left corner is given, as large as fits."""
     high, wide = (0.43 * side / max(image.shape[1:]) for side in image.shape[1:])
     x, y = left + 0.5, top + 0.5
     ax.imshow(pixels(image, ink), extent=(x - wide, x + wide, y + high, y - high))

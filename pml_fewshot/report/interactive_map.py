@@ -22,12 +22,12 @@ def has_bokeh() -> bool:
 
 
 def interactive_map(bank: EmbeddingBank, images: Tensor, points: np.ndarray, ink: bool) -> str:
-    """HTML of the map with all of Bokeh's scripts inside, about 1 MB: nothing is loaded from elsewhere.
+    """HTML of the map with all of Bokeh's scripts included, about 1 MB: nothing is loaded from elsewhere.
 
     Args:
-        bank: of M embeddings.
+        bank: M embeddings.
         images: (M, C, H, W') of its items, uint8 or in [0, 1].
-        points: (M, 2) their places.
+        points: (M, 2) their positions.
         ink: as for plot_episode.
     """
     import_extra("report", "for a map that shows images", "bokeh")
@@ -62,7 +62,7 @@ def interactive_map(bank: EmbeddingBank, images: Tensor, points: np.ndarray, ink
     tip = '<div style="font:14px sans-serif"><img src="@image" width="84" height="84" alt=""><br>@name{safe}</div>'
     plot.add_tools(HoverTool(tooltips=tip))
     script, place = components(plot)
-    scripts = Resources(mode="inline", components=["bokeh"]).render_js()  # 1 MB; with widgets and formulas it is 5
+    scripts = Resources(mode="inline", components=["bokeh"]).render_js()  # 1 MB; 5 with widgets and formulas
     return f"{place}{scripts}{script}"
 
 
@@ -71,7 +71,7 @@ MIDDLE = ["#2f86c2", "#d9731a", "#129271", "#b968a0", "#9a8419"]
 
 
 def thumbnail(image: Tensor, ink: bool) -> str:
-    """A small picture as the address of an image: writing black on white, for tooltips have a white ground."""
+    """A small picture as a data URL; writing is black on white, because tooltips have a white background."""
     with theme("light"):
         values = pixels(image, False)
     values = 1 - values if ink else values

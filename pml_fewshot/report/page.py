@@ -19,25 +19,25 @@ from pml_fewshot.checks import UsageError
 from pml_fewshot.io.atomic import atomic_write, translate_write_errors, write_text
 from pml_fewshot.report.theme import THEMES, Theme, theme
 
-SMALL = 5.4  # inches wide, of which two fit next to each other
+SMALL = 5.4  # inches wide; two fit next to each other
 DPI, CSS_DPI = 144, 96  # sharp on dense screens at half again as many pixels
-# what a browser may load: nothing but what is in the file, so that a report that is passed on tells nobody
+# what a browser may load: only what is in the file, so that a report that is passed on notifies nobody
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture with the numbers in it.
+    """A picture and the numbers in it.
 
     Args:
         name: of its files.
         title: above it.
-        alt: what it shows, for whoever does not see it.
+        alt: what it shows, for readers who cannot see it.
         draw: called with the Axes as `ax`, once for each theme.
-        size: width and height in inches, before empty edges are cut.
+        size: width and height in inches, before empty edges are cropped.
         head, rows: its numbers as a table.
         caption: below it.
-        live: HTML shown in its place on screens, where scripts run.
+        live: HTML shown in its place on screens if scripts run.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Chart:
 
 @dataclass
 class Section:
-    """A heading, HTML (of names and texts that are escaped) and charts below it."""
+    """A heading, with HTML (whose names and texts are escaped) and charts below it."""
 
     title: str
     html: str = ""
@@ -69,7 +69,7 @@ def paragraph(text: object, kind: str = "") -> str:
 
 
 def not_drawn(error: Exception) -> str:
-    """Why there is no picture: what the user can do about, or a bug with its type."""
+    """Why there is no picture: what the user can do about it, or a bug with its type."""
     if isinstance(error, UsageError):
         return paragraph(f"Not drawn: {error}", "quiet")
     traceback.print_exception(error)
@@ -77,7 +77,7 @@ def not_drawn(error: Exception) -> str:
 
 
 def section_of(title: str, make: Callable[[], "Section | list[Chart]"]) -> list[Section]:
-    """What `make` gives, below its title; or why there is nothing; no section where there is nothing to say."""
+    """The result of `make` below its title, or why there is none; no section if there is nothing to show."""
     try:
         made = make()
     except Exception as error:  # noqa: BLE001 (one part must not cost the others)
@@ -88,7 +88,7 @@ def section_of(title: str, make: Callable[[], "Section | list[Chart]"]) -> list[
 
 
 def table(head: Sequence[object], rows: Sequence[Sequence[object]], name: str) -> str:
-    """A table that scrolls by itself where the page is narrow; columns of numbers are aligned right."""
+    """A table that scrolls on its own if the page is narrow; columns of numbers are right-aligned."""
     top = "".join(f'<th scope="col">{escaped(cell)}</th>' for cell in head)
     body = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in rows)
     inside = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
@@ -103,9 +103,9 @@ def _cell(value: object) -> str:
 
 
 def write_report(folder: Path, title: str, sections: Sequence[Section], subtitle: str = "") -> Path:
-    """Draws the charts and writes report.html, and in report/ each chart as PNG files and its numbers as CSV.
+    """Draws the charts and writes report.html and, in report/, each chart as PNG files and its numbers as CSV.
 
-    Files are whole or as they were before; those in report/ of an earlier report that this one lacks are removed.
+    Each file is complete or as it was before; files of an earlier report in report/ that this one lacks are removed.
     """
     place = folder / "report"
     with translate_write_errors(folder):
@@ -136,7 +136,7 @@ def write_report(folder: Path, title: str, sections: Sequence[Section], subtitle
 
 
 def _beside(section: Section, charts: Sequence[str]) -> str:
-    """Small charts next to each other, where the window is wide."""
+    """Small charts next to each other if the window is wide."""
     small = len(charts) > 1 and all(chart.size[0] <= SMALL for chart in section.charts)
     return f'<div class="tiles">{"".join(charts)}</div>' if small else "".join(charts)
 
@@ -161,7 +161,7 @@ def drawn(chart: Chart, style: Theme) -> bytes:
     """The chart as a PNG, with its alternative text inside."""
     look = rc_context({"font.size": 10.5, "axes.unicode_minus": False})
     with theme(style), look, warnings.catch_warnings():
-        # a name in a script that matplotlib's font lacks is boxes in the picture, and readable in the table below it
+        # a name in a script that matplotlib's font lacks shows as boxes in the picture, but is readable in the table
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure = Figure(figsize=chart.size, dpi=DPI)
         FigureCanvasAgg(figure)
@@ -197,6 +197,6 @@ def _csv(chart: Chart) -> bytes:
 
 
 def definitions(items: Sequence[tuple[str, object]]) -> str:
-    """Names and values."""
+    """A list of names and values."""
     inside = (f'<div><dt>{escaped(name)}</dt><dd dir="auto">{escaped(value)}</dd></div>' for name, value in items)
     return f"<dl>{''.join(inside)}</dl>"

@@ -1,4 +1,4 @@
-"""Pictures of results for notebooks and pages: each function draws on one matplotlib Axes, and returns it.
+"""Plots of results for notebooks and pages: each function draws on one matplotlib Axes and returns it.
 
     with theme("dark"):
         ax = plot_accuracy_grid([EpisodicEvaluator(spec).evaluate(bank) for spec in specs])
@@ -27,11 +27,11 @@ from pml_fewshot.sampling.episodes import EpisodeSpec
 
 
 def plot_accuracy_grid(results: Sequence[EpisodicResult], ax: Axes | None = None) -> Axes:
-    """Draws accuracies in % with their 95 % intervals as a heat map: a row a number of ways, a column of shots.
+    """Draws accuracies in % with 95 % intervals as a heat map: a row per number of ways, a column per number of shots.
 
     Args:
-        results: of EpisodicEvaluator, one for each pair of ways and shots; a pair may be missing.
-        ax: where; new when None. The centers of cells are whole numbers, of columns and of rows.
+        results: from EpisodicEvaluator, one for each pair of ways and shots; a pair may be missing.
+        ax: Axes to draw on; new when None. Cell centers are whole numbers, for columns and for rows.
     """
     sized = {each.spec: each for each in results if isinstance(each.spec, EpisodeSpec)}
     ways, shots = (sorted({getattr(spec, name) for spec in sized}) for name in ("ways", "shots"))
@@ -66,10 +66,10 @@ def plot_bars(
 
     Args:
         values: above 0, by name; the first is on top.
-        unit: of all values, "episodes/s".
+        unit: of all values, such as "episodes/s".
         ours: names of bars in the color C0; the others are gray.
-        log: a logarithmic axis, which begins at the power of ten below the lowest value.
-        ax: where; new when None. Bar i is at y = i, which points down.
+        log: use a logarithmic axis, which begins at the power of ten below the lowest value.
+        ax: Axes to draw on; new when None. Bar i is at y = i, and y points down.
     """
     numbers, others = list(values.values()), set(ours) - set(values)
     if not numbers or others or min(numbers) <= 0:
@@ -96,8 +96,8 @@ def plot_adaptation(results: Sequence[EpisodicResult], ax: Axes | None = None) -
     """Draws accuracies in % before an inner loop and after each of its steps, with their 95 % intervals as a band.
 
     Args:
-        results: of `adaptation_curve`, after 0, 1, 2, .. steps on the same episodes.
-        ax: where; new when None.
+        results: from `adaptation_curve`, after 0, 1, 2, .. steps on the same episodes.
+        ax: Axes to draw on; new when None.
     """
     means, halves = (100 * np.array([getattr(each, name) for each in results]) for name in ("mean", "ci95"))
     ax, steps = axes_or_new(ax), np.arange(len(results))
@@ -116,13 +116,13 @@ def plot_adaptation(results: Sequence[EpisodicResult], ax: Axes | None = None) -
 def plot_intervals(
     values: Mapping[str, tuple[float, float]], unit: str = "", zero: bool = False, ax: Axes | None = None
 ) -> Axes:
-    """Draws values with their intervals, a row each: accuracies of runs, or their paired differences.
+    """Draws values with their intervals, one per row: accuracies of runs, or their paired differences.
 
     Args:
-        values: (value, half its interval) by name; the first is on top. A half that is NaN is not drawn.
+        values: (value, half-width of its interval) by name; the first is on top. A half-width of NaN is not drawn.
         unit: of all values, "%" or "points".
-        zero: a line at 0, and values whose interval holds it in gray: differences that may be chance.
-        ax: where; new when None. Row i is at y = i, which points down.
+        zero: draw a line at 0, and in gray the values whose interval contains it: differences that may be chance.
+        ax: Axes to draw on; new when None. Row i is at y = i, and y points down.
     """
     if not values:
         raise UsageError("expected values to draw, got none; leave the picture out")
@@ -152,13 +152,13 @@ def plot_curves(
     log: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draws what was recorded in trainings over their steps.
+    """Draws values recorded during training over the training steps.
 
     Args:
-        curves: by name: steps and values, or steps, values and half their intervals, which are a band. NaN is a gap.
+        curves: by name: steps and values, or steps, values and half-widths of intervals, drawn as a band. NaN is a gap.
         xlabel, ylabel: of the axes.
-        log: a logarithmic axis of values, where all of them are above 0.
-        ax: where; new when None. Of more curves than there are colors the next ones are dashed.
+        log: use a logarithmic axis of values if all of them are above 0.
+        ax: Axes to draw on; new when None. If there are more curves than colors, the next ones are dashed.
     """
     ax, colors = axes_or_new(ax), len(rcParams["axes.prop_cycle"])
     positive = all(value > 0 for curve in curves.values() for value in curve[1])
@@ -182,7 +182,7 @@ def plot_curves(
 
 
 class CalibrationBin(NamedTuple):
-    """Queries whose best class has a probability in (low, high]: how many, its mean, and how often it was right."""
+    """Queries whose best class has a probability in (low, high]: their number, its mean, and how often it was right."""
 
     low: float
     high: float
@@ -197,7 +197,7 @@ class CalibrationBin(NamedTuple):
 def calibration_bins(probabilities: Tensor, labels: Tensor, bins: int = 10) -> list[CalibrationBin]:
     """How often the best class was right, by its probability, for (N, W) probabilities and (N,) true classes.
 
-    The bins divide [0, 1] evenly, as in Guo et al. 2017; those without a query are left out.
+    The bins divide [0, 1] evenly, as in Guo et al. 2017; empty bins are left out.
     """
     best, predicted = probabilities.double().max(dim=1)
     place = (best * bins).ceil().long().clamp(1, bins) - 1
@@ -208,28 +208,28 @@ def calibration_bins(probabilities: Tensor, labels: Tensor, bins: int = 10) -> l
         count, share = int(inside.sum()), right[inside].mean().item()
         middle, half = (share + 1.9208 / count), 1.96 * (share * (1 - share) / count + 0.9604 / count**2) ** 0.5
         lower, upper = ((middle + side * half) / (1 + 3.8416 / count) for side in (-1, 1))
-        lower, upper = min(lower, share), max(upper, share)  # which rounding may leave outside
+        lower, upper = min(lower, share), max(upper, share)  # rounding may put it outside
         edges = number / bins, (number + 1) / bins
         found.append(CalibrationBin(*edges, count, best[inside].mean().item(), share, lower, upper))
     return found
 
 
 def calibration_error(bins: Sequence[CalibrationBin]) -> float:
-    """Expected calibration error: the mean gap of probability and accuracy, by queries (Guo et al. 2017, eq. 3)."""
+    """Expected calibration error: the mean gap of probability and accuracy over queries (Guo et al. 2017, eq. 3)."""
     total = sum(each.queries for each in bins)
     return sum(each.queries * abs(each.accuracy - each.probability) for each in bins) / total
 
 
 def plot_reliability(probabilities: Tensor, labels: Tensor, bins: int = 10, ax: Axes | None = None) -> Axes:
-    """Draws how often queries are classified right, by the probability of their best class: a reliability diagram.
+    """Draws a reliability diagram: how often queries are classified correctly, by the probability of their best class.
 
-    On the diagonal probabilities are calibrated; below it they are too sure. The dots' areas are shares of the queries.
+    On the diagonal, probabilities are calibrated; below it, they are too high. Dot areas are shares of the queries.
 
     Args:
         probabilities: (N, W), of queries of many episodes.
-        labels: (N,) the true classes' places among the W.
-        bins: how many, of the same width.
-        ax: where; new when None.
+        labels: (N,) indices of the true classes among the W.
+        bins: number of bins, of equal width.
+        ax: Axes to draw on; new when None.
     """
     ax, found = axes_or_new(ax), calibration_bins(probabilities, labels, bins)
     ax.plot([0, 100], [0, 100], color=rcParams["axes.labelcolor"], linestyle=":", linewidth=1)
@@ -243,7 +243,7 @@ def plot_reliability(probabilities: Tensor, labels: Tensor, bins: int = 10, ax: 
 
 
 def hardest_classes(result: EpisodicResult, most: int = 8) -> list[int]:
-    """The classes that are confused with each other most, as places among `result.classes`, pair by pair."""
+    """The classes that are confused with each other most, as indices into `result.classes`, pair by pair."""
     shares = _shares(result)
     pairs = (shares + shares.T).nan_to_num().triu(diagonal=1)
     chosen: dict[int, None] = {}
@@ -256,7 +256,7 @@ def hardest_classes(result: EpisodicResult, most: int = 8) -> list[int]:
 
 
 def _shares(result: EpisodicResult) -> Tensor:
-    """(C, C) of each class's queries (row) the share that was taken for each class."""
+    """(C, C) the share of each class's queries (row) that was classified as each class (column)."""
     if result.confusion is None:
         raise UsageError("expected a result with its confusion matrix, got none; use evaluate(..., confusion=True)")
     return result.confusion.double() / result.confusion.sum(dim=1, keepdim=True)
@@ -269,14 +269,14 @@ def plot_confusion(
     ink: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draws the classes that are confused with each other most: of each row's queries the share taken for a column's.
+    """Draws the most confused classes: the share of each row's queries that was classified as a column's class.
 
     Args:
-        result: of `EpisodicEvaluator(..).evaluate(.., confusion=True)`; some pair of classes must have been confused.
+        result: from `EpisodicEvaluator(..).evaluate(.., confusion=True)`; some pair of classes must have been confused.
         images: (C, H, W') of each class, uint8 or in [0, 1], drawn before its row and above its column.
         most: how many classes.
         ink: gray images are writing, as for plot_episode.
-        ax: where; new when None. Cells are 1 x 1, their centers are whole numbers, y points down.
+        ax: Axes to draw on; new when None. Cells are 1 x 1, their centers are whole numbers, y points down.
     """
     chosen = hardest_classes(result, most)
     if not chosen:

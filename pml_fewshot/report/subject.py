@@ -1,4 +1,4 @@
-"""Subject: a trained method and the classes that it is evaluated on, with what several pictures need of them.
+"""Subject: a trained method and the classes that it is evaluated on, with results that several pictures share.
 
 Letters: E episodes, W ways, N queries of an episode, M items.
 """
@@ -21,16 +21,16 @@ from pml_fewshot.sampling.episodes import EpisodeIndex, EpisodeSampler, EpisodeS
 
 SECONDS = 1.5  # for the episodes behind one picture
 FEWEST, MOST = 20, 1000  # of such episodes
-CHUNK = 20  # of them at a time
+CHUNK = 20  # episodes at a time
 MOST_WAYS = 20  # of an episode that is drawn
-TRIAL = 4  # of them are timed first
+TRIAL = 4  # episodes that are timed first
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Episodes, the logits (E, N, W) of their queries, and the seconds that a query and a class took.
+    """Episodes, the logits (E, N, W) of their queries, and the seconds per pair of query and class.
 
-    The softmax of the logits are the method's probabilities: they are multiplied by its `logit_scale`.
+    The softmax of the logits gives the method's probabilities: the logits are multiplied by its `logit_scale`.
     """
 
     episodes: EpisodeIndex
@@ -39,21 +39,21 @@ class Scored:
 
     @property
     def right(self) -> Tensor:
-        """(E, N) which queries are classified right."""
+        """(E, N) which queries are classified correctly."""
         return self.logits.argmax(dim=2) == self.episodes.true_ways
 
 
 @dataclass
 class Subject:
-    """What is drawn: a trained method in eval mode, on the classes that it is evaluated on.
+    """The subject of a report: a trained method in eval mode, and the classes that it is evaluated on.
 
     Args:
         trainer: the method.
         dataset: images or features, on any device.
-        specs: of the experiment's episodes; the first is that of the examples.
-        seed: of the episodes and of what else is chosen.
+        specs: of the experiment's episodes; the first is used for the examples.
+        seed: of the episodes and of other random choices.
         allowed: whether the method can be evaluated on episodes of a spec.
-        accuracies: by spec, (E,) those of the table's episodes.
+        accuracies: by spec, those (E,) of the table's episodes.
     """
 
     trainer: Any
@@ -65,7 +65,7 @@ class Subject:
 
     @cached_property
     def spec(self) -> EpisodeSpec:
-        """Of the example episodes: the first that is not too large to be drawn, with as many queries of each class."""
+        """Spec of the example episodes: the first that is not too large to draw, with equally many queries a class."""
         small = [spec for spec in self.specs if spec.ways <= MOST_WAYS]
         cut = replace(self.specs[0], ways=min(MOST_WAYS, self.specs[0].ways))
         spec = small[0] if small else cut if self.allowed(cut) else self.specs[0]  # a head may have fixed ways
@@ -84,7 +84,7 @@ class Subject:
 
     @cached_property
     def pictures(self) -> Tensor | None:
-        """(M, C, H, W) the items, on the CPU, where they are images of one or three channels."""
+        """(M, C, H, W) the items, on the CPU, if they are images with one or three channels."""
         shape = self.dataset.item_shape
         return self.dataset.images.cpu() if len(shape) == 3 and shape[0] in (1, 3) else None
 
@@ -106,7 +106,7 @@ class Subject:
         """Episodes of the first spec, as many as there is time for."""
         sampler = EpisodeSampler(self.dataset.labels.cpu(), self.spec, self.generator(), self.dataset.class_names)
         count = affordable(lambda few: self._logits(sampler.sample(few)))
-        sampler.generator.manual_seed(self.seed)  # the trial has moved it on
+        sampler.generator.manual_seed(self.seed)  # the trial has advanced it
         episodes = sampler.sample(count)
         started = time.perf_counter()
         logits = self._logits(episodes)
@@ -131,7 +131,7 @@ class Subject:
         return EpisodicEvaluator(spec, count, self.seed).evaluate(self.trainer, self.dataset, self.bank)
 
     def episodes_of(self, spec: EpisodeSpec, seconds: float = SECONDS) -> int:
-        """How many episodes of a spec can be evaluated in so many seconds; may be less than one."""
+        """How many episodes of a spec can be evaluated in so many seconds; may be none."""
         return min(MOST, int(seconds / (self.scored.seconds_a_pair * pairs_in(spec))))
 
 
@@ -140,7 +140,7 @@ def pairs_in(spec: EpisodeSpec) -> int:
 
 
 def affordable(score: Callable[[int], object]) -> int:
-    """How many episodes are scored in about SECONDS, by the time that a few take."""
+    """How many episodes can be scored in about SECONDS, from the time that a few take."""
     score(TRIAL)  # the first time takes longer
     started = time.perf_counter()
     score(TRIAL)

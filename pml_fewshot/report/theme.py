@@ -1,7 +1,7 @@
-"""How pictures look on white pages and on dark ones, in colors that can be read and told apart on both.
+"""Themes for pictures on white and on dark pages, in colors that can be read and distinguished on both.
 
-Text and lines take the colors of the current rcParams, data the first colors of their cycle: C0 is what is right or
-ours, C1 what is wrong. Any style will do; `theme` sets one for white pages and one for dark ones.
+Text and lines use the colors of the current rcParams, data the first colors of the cycle: C0 for what is right or
+ours, C1 for what is wrong. Any style works; `theme` sets one for white pages or one for dark ones.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ PLUS_MINUS, CHECK, CROSS = "\N{PLUS-MINUS SIGN}", "\N{CHECK MARK}", "\N{BALLOT X
 
 
 def _settings(page: str, text: str, quiet: str, line: str, *marks: str) -> dict[str, Any]:
-    """rc settings of colors: of the page, text, text that explains, lines, and the cycle of marks."""
+    """rc settings for the colors of the page, text, explanatory text, lines, and the cycle of marks."""
     roles = {
         page: "figure.facecolor axes.facecolor savefig.facecolor",
         text: "text.color axes.titlecolor",
@@ -39,8 +39,8 @@ def _settings(page: str, text: str, quiet: str, line: str, *marks: str) -> dict[
     return look | {name: color for color, names in roles.items() for name in names.split()}
 
 
-# Pages as GitHub's, so that pictures have no frame there. Marks are the hues of Okabe and Ito, which color-blind
-# readers tell apart, on white dark enough for text.
+# Page colors are GitHub's, so that pictures have no frame there. Marks have the hues of Okabe and Ito, which
+# color-blind readers can distinguish, and on white are dark enough for text.
 THEMES: dict[Theme, Any] = {
     "light": _settings(
         "#ffffff", "#1f2328", "#59636e", "#d1d9e0", "#0063a0", "#b54708", "#00745a", "#8f4a77", "#7a5c00"
@@ -52,13 +52,13 @@ THEMES: dict[Theme, Any] = {
 
 
 def theme(name: Theme) -> AbstractContextManager[None]:
-    """A context in which pictures suit white pages, or GitHub's dark ones; text has a contrast of 4.5 or more."""
+    """Context manager for pictures on white pages, or on GitHub's dark ones; text has a contrast of 4.5 or more."""
     check_choice("theme", name, list(THEMES))
     return rc_context(THEMES[name])
 
 
 def contrast(color: Any, other: Any) -> float:
-    """The contrast of two colors by WCAG 2.2, from 1 to 21; text should have 4.5 with what is behind it (level AA)."""
+    """The contrast of two colors by WCAG 2.2, from 1 to 21; text should have 4.5 to its background (level AA)."""
 
     def luminance(of: Any) -> float:
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(of)]
@@ -74,25 +74,25 @@ def readable_on(behind: Any) -> str:
 
 
 def page_color() -> tuple[float, float, float]:
-    """The color behind the axes; where they are transparent, black or white, as suits the text."""
+    """The color behind the axes; if they are transparent, black or white, to suit the text."""
     red, green, blue, alpha = to_rgba(rcParams["axes.facecolor"])
     return (red, green, blue) if alpha else to_rgb(readable_on(rcParams["text.color"]))
 
 
 def axes_or_new(ax: Axes | None) -> Axes:
-    """Where to draw; a new figure of pyplot's when None."""
-    import matplotlib.pyplot as plt  # which chooses a window system at its first use
+    """The given Axes, or those of a new pyplot figure when None."""
+    import matplotlib.pyplot as plt  # it chooses a window system at its first use
 
     return plt.subplots()[1] if ax is None else ax
 
 
 def shortened(text: object, most: int = 24) -> str:
-    """One line of a name, cut in its middle, where two names of a kind are most alike."""
+    """A name on one line, cut in its middle, where similar names are most alike."""
     line = " ".join(str(text).split())
     return line if len(line) <= most else f"{line[: most // 2]}\N{HORIZONTAL ELLIPSIS}{line[-(most - most // 2 - 1) :]}"
 
 
 def cycle_colors(count: int) -> Sequence[Any]:
-    """So many colors of the cycle, again from its start where it ends."""
+    """The first `count` colors of the cycle, which repeats if it is shorter."""
     cycle = rcParams["axes.prop_cycle"].by_key()["color"]
     return [cycle[number % len(cycle)] for number in range(count)]

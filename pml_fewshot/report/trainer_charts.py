@@ -1,7 +1,7 @@
-"""The pictures of a trained method on a set of classes: what it gets right, what it confuses, and how sure it is.
+"""Charts of a trained method on a set of classes: what it gets right, what it confuses, and how sure it is.
 
-Whatever the method, these ask only what an evaluator asks: `bank`, `classify` and `distance`. How many episodes stand
-behind a picture depends on how long they take, as a report should be there in seconds; each says its number.
+Whatever the method, they use only what an evaluator uses: `bank`, `classify` and `distance`. The number of episodes
+behind a chart depends on how long they take, because a report should take seconds; each chart states its number.
 """
 
 from collections import Counter
@@ -45,16 +45,16 @@ from pml_fewshot.report.subject import FEWEST, SECONDS, Subject, affordable
 from pml_fewshot.sampling.episodes import Episode, EpisodeSpec
 
 WAYS, SHOTS = (2, 5, 10, 20, 50), (1, 2, 5, 10)
-ALL_AT_ONCE = 400  # classes at most in one episode, where it is seen which are confused
+ALL_AT_ONCE = 400  # classes at most in an episode that shows which are confused
 MAPPED, MAPPED_CLASSES = 800, 40  # items and classes on a map: two seconds of t-SNE
 DRAWN_QUERIES = 2  # of each class at a glance
 COLUMNS = 12  # queries drawn of an episode
 STRIPS = 6
-TRIED = 200  # items among which those with strips are chosen
+TRIED = 200  # items from which those with strips are chosen
 
 
 def trainer_sections(subject: Subject) -> list[Section]:
-    """All that can be drawn of a method, a section each; what cannot be says why in its place."""
+    """All sections on a method; one that cannot be drawn says why in its place."""
     wanted: dict[str, Callable[[Subject], list[Chart]]] = {
         "At a glance": at_a_glance,
         "Example episodes": example_episodes,
@@ -67,7 +67,7 @@ def trainer_sections(subject: Subject) -> list[Section]:
     with evaluating(*modules_of(subject.trainer)):
         if failed := section_of("Pictures", partial(_embed, subject)):  # on all threads
             return failed
-        # then one: small operations on several take up to 20 times as long beside another busy process
+        # then on one: small operations on several take up to 20 times as long next to another busy process
         with one_thread_each():
             return [each for title, make in wanted.items() for each in section_of(title, partial(make, subject))]
 
@@ -78,7 +78,7 @@ def _embed(subject: Subject) -> list[Chart]:
 
 
 def at_a_glance(subject: Subject) -> list[Chart]:
-    """An episode with one mistake among the queries that are drawn, and how all of the table went."""
+    """An episode with one mistake among the queries that are drawn, and the accuracies of all the table's episodes."""
     episodes, logits = subject.scored.episodes, subject.scored.logits
     accuracies = subject.accuracies.get(subject.spec, subject.scored.right.double().mean(dim=1))
     source = (
@@ -111,7 +111,7 @@ def at_a_glance(subject: Subject) -> list[Chart]:
 
 
 def example_episodes(subject: Subject) -> list[Chart]:
-    """An episode of middling accuracy, and the one with most errors."""
+    """An episode of middling accuracy, and the one with the most errors."""
     order = subject.scored.right.sum(dim=1).argsort(stable=True)
     typical = _episode(subject, "typical", int(order[len(order) // 2]), "A typical episode", "one of middling accuracy")
     worst = _episode(subject, "worst", int(order[0]), "The worst episode", "the one with most errors")
@@ -148,9 +148,9 @@ def _logits_in_words(subject: Subject) -> str:
 
 
 def shown_queries(probabilities: Tensor, right: Tensor, most: int = COLUMNS) -> list[int]:
-    """Queries of one episode, (N, W) probabilities: right ones, the surest first, then wrong ones, the surest last.
+    """Queries of an episode, by (N, W) probabilities: right ones, the surest first, then wrong ones, the surest last.
 
-    At most half are wrong ones, where there are enough right ones; of each kind as many as fit, evenly spaced.
+    At most half are wrong ones if there are enough right ones; of each kind as many as fit, evenly spaced.
     """
     sure = probabilities.amax(dim=1)
     hits, misses = ((mask.nonzero().flatten()) for mask in (right, ~right))
@@ -165,7 +165,7 @@ def _spaced(items: Tensor, count: int) -> list[int]:
 
 
 def accuracy_grid(subject: Subject) -> list[Chart]:
-    """Every pair of ways and shots that the classes, the method and the time allow."""
+    """The accuracy for every pair of ways and shots that the classes, the method and the time allow."""
     smallest, queries = int(subject.dataset.labels.unique(return_counts=True)[1].min()), subject.spec.queries
     sizes = [EpisodeSpec(ways, shots, queries) for ways in WAYS for shots in SHOTS if shots + queries <= smallest]
     sizes = [spec for spec in sizes if spec.ways <= len(subject.dataset.class_names) and subject.allowed(spec)]
@@ -194,7 +194,7 @@ def accuracy_grid(subject: Subject) -> list[Chart]:
 
 
 def adaptation(subject: Subject) -> list[Chart]:
-    """The accuracy after each inner step, of a method that has such."""
+    """The accuracy after each inner step, for a method that has inner steps."""
     if not subject.trainer.adaptation_steps:
         return []
     curve = partial(adaptation_curve, subject.trainer, subject.dataset, subject.spec, seed=subject.seed)
@@ -215,7 +215,7 @@ def adaptation(subject: Subject) -> list[Chart]:
 
 
 def confusion(subject: Subject) -> list[Chart]:
-    """Which classes are taken for each other, where all are offered at once; else in the experiment's episodes."""
+    """Which classes are confused, in episodes of all classes or, if not possible, in the experiment's episodes."""
     spec, dataset = _of_all_classes(subject), subject.dataset
     count = max(2, min(50, subject.episodes_of(spec))) if spec is not None else 0
     if spec is None:
@@ -258,7 +258,7 @@ def confusion(subject: Subject) -> list[Chart]:
 
 
 def _of_all_classes(subject: Subject) -> EpisodeSpec | None:
-    """Episodes of all classes, where there are not too many, and the method can do them in the time there is."""
+    """The spec of episodes of all classes, if there are not too many and the method can do them in the time allowed."""
     smallest, classes = (
         int(subject.dataset.labels.unique(return_counts=True)[1].min()),
         len(subject.dataset.class_names),
@@ -269,7 +269,7 @@ def _of_all_classes(subject: Subject) -> EpisodeSpec | None:
 
 
 def _often_confused(subject: Subject, most: int = 8) -> FewShotDataset:
-    """The classes that are taken for each other most often in the example episodes, then others."""
+    """The classes that are confused most often in the example episodes, then others."""
     episodes, logits = subject.scored.episodes, subject.scored.logits
     labels = subject.dataset.labels.cpu()
     of_ways = labels[episodes.support[:, :, 0]]  # (E, W)
@@ -285,7 +285,7 @@ def embeddings(subject: Subject) -> list[Chart]:
 
 
 def embedding_map(subject: Subject) -> list[Chart]:
-    """Some classes' embeddings on a plane."""
+    """A map of some classes' embeddings."""
     bank = subject.embeddings
     distance = subject.trainer.distance
     rows = bank.normalized() if distance is not None and distance.normalize_embeddings else bank
@@ -313,7 +313,7 @@ def embedding_map(subject: Subject) -> list[Chart]:
 
 
 def _some_classes(bank: EmbeddingBank, generator: torch.Generator) -> Tensor:
-    """Items of classes in a random order, whole classes until there are enough; of a larger class its first items."""
+    """Items of random classes, 40 at most; of a large class only its first items."""
     values = bank.labels.unique()
     chosen = values[torch.randperm(len(values), generator=generator)][:MAPPED_CLASSES]
     most = max(MAPPED // len(chosen), 2)
@@ -321,7 +321,7 @@ def _some_classes(bank: EmbeddingBank, generator: torch.Generator) -> Tensor:
 
 
 def nearest_neighbors(subject: Subject) -> list[Chart]:
-    """Items whose nearest other item is of their class, and items where it is not."""
+    """Items whose nearest other item is of their class, and items for which it is not."""
     bank, images, distance = subject.embeddings, subject.images, subject.trainer.distance
     drawn = torch.randperm(len(bank), generator=subject.generator()).tolist()
     count = min(len(bank), TRIED, affordable(lambda few: neighbors_in(bank, drawn[:few], 1, distance)))
@@ -357,7 +357,7 @@ def nearest_neighbors(subject: Subject) -> list[Chart]:
 
 
 def reliability(subject: Subject) -> list[Chart]:
-    """Whether a probability of 80 % is right in 80 % of cases."""
+    """Whether, for example, a probability of 80 % is right in 80 % of cases."""
     episodes, logits = subject.scored.episodes, subject.scored.logits
     probabilities, labels = (
         logits.double().softmax(dim=2).flatten(0, 1),

@@ -29,23 +29,24 @@ class BatchStream:
     """Yields training batches without end: `classes` classes with `per_class` items each, all distinct.
 
     Args:
-        dataset: images to draw from, on the device of the training.
+        dataset: images to draw from, on the training device.
         spec: size of a batch.
-        seed: of the batches and their augmentation.
-        augment: `augment(images (B, C, H, W), generator) -> images`, a transform of one image (of torchvision, or any
-            function), which becomes a PerImage, or a list of these; none when None. Two views want one. The images may
-            get another size.
-        sampler: factory of a PML sampler (or of any iterable of indices, or of lists of indices) that chooses the
-            items in place of ours, for batches of `spec.size`. It is called again for each pass over its indices, with
+        seed: seed of the batches and their augmentation.
+        augment: `augment(images (B, C, H, W), generator) -> images`, a transform of one image (from torchvision, or any
+            function), which becomes a PerImage, or a list of these; none when None. Two views need one. The size of the
+            images may change.
+        sampler: factory of a PML sampler (or of any iterable of indices or lists of indices) that chooses the items
+            instead of ours, for batches of `spec.size`. It is called again for each pass over its indices, with
             those of `labels` (numpy), `dataset` and `model` that it still needs: `partial(MPerClassSampler, m=4)`,
             `partial(FixedSetOfTriplets, num_triplets=1000)`, `partial(TuplesToWeightsSampler, miner=..., ...)`. PML's
             samplers draw from numpy's and torch's global generators; here these are seeded from `seed`.
-        model: embeds for samplers that look at embeddings (TuplesToWeightsSampler).
+        model: computes embeddings for samplers that use them (TuplesToWeightsSampler).
 
     `state_dict()` and `load_state_dict()` let a run resume with the very batch that would have come next.
 
     Raises:
-        UsageError: too few classes or items, two views without augmentation, a sampler without one whole batch.
+        UsageError: too few classes or items, two views without augmentation, or a sampler with less than one batch
+            or another batch size.
     """
 
     dataset: FewShotDataset
@@ -77,7 +78,7 @@ class BatchStream:
             if self.sampler is None:
                 self._block = self.classes.draw(PREFETCH_BATCHES, self.generator).flatten(1)
             else:
-                self._block = self._one_pass(self.sampler).to(self.dataset.device)  # all at once: a GPU is waited for
+                self._block = self._one_pass(self.sampler).to(self.dataset.device)  # all at once: this waits for a GPU
             self._position = 0
         index = self._block[self._position]
         self._position += 1
@@ -86,12 +87,12 @@ class BatchStream:
         return Batch(views[0], self.dataset.labels[index], *views[1:])
 
     def _one_pass(self, factory: SamplerFactory) -> Tensor:
-        """One pass over the sampler, cut into whole batches (batches, B)."""
+        """Returns one pass over the sampler, cut into whole batches (batches, B)."""
         offers = {"labels": self.dataset.labels.cpu().numpy(), "dataset": self.dataset, "model": self.model}
         arguments = inspect.signature(factory).parameters.items()
         wanted = {name: offers[name] for name, each in arguments if name in offers and each.default is each.empty}
         epoch_seed = int(torch.randint(2**32, (), generator=self.generator))
-        with _seeded(self._construction_seed):  # built alike each time: a fixed set of triplets stays the same
+        with _seeded(self._construction_seed):  # built the same each time: a fixed set of triplets stays fixed
             sampler = factory(**wanted)
         name, size = type(sampler).__name__, self.spec.size
         if (composed := getattr(sampler, "batch_size", None)) not in (None, size):
@@ -123,7 +124,7 @@ class BatchStream:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """The global generators seeded, numpy's among them as that of PML's samplers, and all as before after."""
+    """Seeds the global generators, with numpy's as that of PML's samplers, and restores all of them afterwards."""
     before = c_f.NUMPY_RANDOM
     with seeded(seed):
         c_f.NUMPY_RANDOM = np.random

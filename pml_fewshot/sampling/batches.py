@@ -1,4 +1,4 @@
-"""Ordinary labeled batches: what one is made of (BatchSpec) and the batch itself (Batch).
+"""Ordinary labeled batches: their size (BatchSpec) and the batch itself (Batch).
 
 Letters in shapes: B items of a batch, C H W image.
 """
@@ -14,10 +14,10 @@ from pml_fewshot.sampling.moving import moved
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """The size of a batch: `classes` classes with `per_class` items each, as PML's losses of pairs and triplets want.
+    """The size of a batch: `classes` classes with `per_class` items each, as PML's pair and triplet losses need.
 
     Raises:
-        UsageError: below 2 classes, below 1 item a class, or other than 1 or 2 views.
+        UsageError: fewer than 2 classes, less than 1 item per class, or other than 1 or 2 views.
     """
 
     classes: int
@@ -28,7 +28,7 @@ class BatchSpec:
     def __post_init__(self) -> None:
         for name in ("classes", "per_class"):
             check_at_least_one(name, getattr(self, name))
-            object.__setattr__(self, name, int(getattr(self, name)))  # numpy's integers are none to JSON
+            object.__setattr__(self, name, int(getattr(self, name)))  # JSON rejects numpy's integers
         if self.classes < 2:
             raise UsageError(
                 f"expected at least 2 classes in a batch, got {self.classes}; there is none to compare with"
@@ -51,8 +51,8 @@ class Batch:
 
     Args:
         images: (B, C, H, W) floats in [0, 1], or other items (B, *item).
-        labels: (B,) int64, the data set's own; other integers are converted.
-        other_view: (B, *item) the same images augmented another time, or None.
+        labels: (B,) int64, the dataset's own; other integers are converted.
+        other_view: (B, *item), the same images augmented a second time, or None.
     """
 
     images: Tensor
@@ -67,7 +67,7 @@ class Batch:
 
     @property
     def classes(self) -> Tensor:
-        """The classes of its items, to be named in messages."""
+        """The classes of its items, for messages."""
         return self.labels
 
     def to(self, device: torch.device | str) -> "Batch":

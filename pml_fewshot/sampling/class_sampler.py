@@ -1,4 +1,4 @@
-"""Drawing without replacement, for thousands of rows at once: numbers, and classes with their items."""
+"""Draws without replacement, for thousands of rows at once: numbers, and classes with their items."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,20 +9,20 @@ from torch import Tensor
 
 from pml_fewshot.checks import UsageError, as_labels, check_enough_items
 
-BLOCK = 2**14  # numbers drawn at a time: larger tensors torch divides among threads, which wait for each other
-SMALL = 32  # numbers; up to here Omniglot's classes, of 20 items, and episodes of 32 ways
-MANY = 1000  # rows; from here on such sets are shuffled, step by step; below, the slots' few calls are faster
+BLOCK = 2**14  # numbers drawn at a time: torch divides larger tensors among threads, which wait for each other
+SMALL = 32  # numbers; enough for Omniglot's classes, of 20 items, and episodes of 32 ways
+MANY = 1000  # rows; from here on, such sets are shuffled step by step; below, the few calls for slots are faster
 
 
 def draw_without_replacement(sizes: Tensor, count: int, generator: torch.Generator, largest: int) -> Tensor:
     """Draws `count` distinct numbers below each size (R,), in uniformly random order: (count, R) int64.
 
-    A Fisher-Yates shuffle stopped after `count` steps, for all rows at once; no size may be below `count`. Many arrays
-    of up to 32 numbers are shuffled. Others are not: what each step found follows from the slots of the steps before
-    it, so time grows with R * count * log count, not with the sizes, and memory is twice the result's. On one core
-    50,000 rows of 16 take 27 ms (of 16 numbers below 20, 12 ms), one of 1,692 half a millisecond, 1,000 of 100 numbers
-    below a million 3 ms. The numbers come from the generator's own device: a CPU generator gives the same draw whatever
-    the device of `sizes`. No size may be above `largest`, which is asked for because looking would wait for a GPU.
+    It is a Fisher-Yates shuffle stopped after `count` steps, for all rows at once; no size may be below `count`. Many
+    arrays of up to 32 numbers are shuffled. Others are not: the result of each step follows from the slots of the steps
+    before it, so time grows with R * count * log count, not with the sizes, and memory is twice the result's. On one
+    core, 50,000 rows of 16 take 27 ms (of 16 numbers below 20, 12 ms), one of 1,692 half a millisecond, 1,000 of 100
+    numbers below a million 3 ms. The numbers come from the generator's device: a CPU generator gives the same draw on
+    any device of `sizes`. No size may be above `largest`, an argument because computing it would wait for a GPU.
     """
     uniform = torch.rand(count, len(sizes), generator=generator, device=generator.device, dtype=torch.float64)
     step = torch.arange(count, device=sizes.device).unsqueeze(1)
@@ -44,7 +44,7 @@ def _slots(uniform: Tensor, size: Tensor, step: Tensor | int) -> Tensor:
 
 
 def _shuffled(uniform: Tensor, size: Tensor, largest: int, result: Tensor) -> None:
-    """Writes to `result` (R, count) what steps swap to the front of R arrays; each call is of R numbers, no more."""
+    """Writes to `result` (R, count) what steps swap to the front of R arrays; each call handles only R numbers."""
     array = torch.empty(largest, len(size), dtype=torch.int8, device=size.device)
     for number, row in enumerate(array):
         row.fill_(number)
@@ -55,21 +55,21 @@ def _shuffled(uniform: Tensor, size: Tensor, largest: int, result: Tensor) -> No
 
 
 def _found(slot: Tensor, result: Tensor) -> None:
-    """Writes to `result` (R, count) what each step finds that swaps places `step` and `slot` (R, count) >= step.
+    """Writes to `result` (R, count) what each step finds when it swaps places `step` and `slot` (R, count) >= step.
 
-    Place `slot` holds its own number unless an earlier step of the same slot left another there: what was in its place
-    j. That is j, unless a step i < j has slot j: the last such one left what was in place i. So it is the root of j in
-    the trees of these i, found by doubling paths. (A step of slot j = step is its own; to place j none comes later.)
+    Place `slot` holds its own number unless an earlier step j with the same slot left another there: the one in place
+    j. That is j, unless a step i < j has slot j: the last such step left the one in place i. So it is the root of j in
+    the trees of these i, found by path doubling. (A step with slot j = step is its own root; none later has slot j.)
     """
     count = slot.shape[1]
     bits, step = max(1, count - 1).bit_length(), torch.arange(count, device=slot.device)
-    root = torch.arange(count + 1, device=slot.device).repeat(len(slot), 1)  # the last one takes what leads nowhere
+    root = torch.arange(count + 1, device=slot.device).repeat(len(slot), 1)  # the last is for slots past the end
     # ~i is below any j, and lowest for the last i
     root.scatter_reduce_(1, slot.clamp(max=count), (~step).expand_as(slot), "amin")
     root ^= root >> 63  # ~i becomes i
     for _ in range(bits):
         root = root.gather(1, root)
-    key = (slot << bits).add_(step)  # steps of one slot, in their order, beside each other
+    key = (slot << bits).add_(step)  # steps of one slot, in their order, next to each other
     key = key.sort(dim=1).values if key.is_cuda else torch.from_numpy(np.sort(key.numpy(), axis=1))  # 6 times as fast
     place, at = key >> bits, key & (2**bits - 1)
     result.scatter_(1, at[:, :1], place[:, :1])
@@ -78,20 +78,20 @@ def _found(slot: Tensor, result: Tensor) -> None:
 
 
 class ClassSampler:
-    """Draws distinct classes, and distinct items of each, from labeled items, by batched operations.
+    """Draws distinct classes, and distinct items of each, from labeled items, with batched operations.
 
     Classes may have different sizes. The same CPU generator state gives the same items on every machine and device.
 
     Args:
-        labels: (M,) class of each item: integers of any values, or texts.
-        classes: how many classes to draw at a time.
-        per_class: how many items of each.
+        labels: (M,) class of each item: any integers, or strings.
+        classes: number of classes per draw.
+        per_class: number of items per class.
         what: what is drawn, for messages.
-        class_names: that the labels are indices into, where there are names, for messages.
+        class_names: the names that the labels are indices into, if any, for messages.
 
     Raises:
-        UsageError: labels that are neither integers nor texts, fewer classes than wanted, or a class (named by its
-            label) with fewer items.
+        UsageError: labels that are neither integers nor strings, too few classes, or a class (which is named) with
+            too few items.
     """
 
     def __init__(self, labels: Any, classes: int, per_class: int, what: str, class_names: Sequence[str] = ()) -> None:

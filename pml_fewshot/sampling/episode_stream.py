@@ -11,7 +11,7 @@ from pml_fewshot.data.augmentation import Augmentation, as_augmentation, augment
 from pml_fewshot.data.dataset import FewShotDataset, as_dataset
 from pml_fewshot.sampling.episodes import Episode, EpisodeIndex, EpisodeSampler, EpisodeSpec, check_balanced
 
-PREFETCH_BATCHES = 64  # drawing 64 60-way episodes costs 25 ms, about what drawing one would
+PREFETCH_BATCHES = 64  # drawing 64 60-way episodes takes 25 ms, about as long as drawing one
 
 
 @dataclass(eq=False, repr=False)
@@ -19,12 +19,12 @@ class EpisodeStream:
     """Yields training episodes without end.
 
     Args:
-        dataset: images to draw from, on the device of the training.
+        dataset: images to draw from, on the training device.
         spec: size of an episode.
-        seed: of the episodes and their augmentation.
-        augment: `augment(images (B, C, H, W), generator) -> images`, a transform of one image (of torchvision, or any
+        seed: seed of the episodes and their augmentation.
+        augment: `augment(images (B, C, H, W), generator) -> images`, a transform of one image (from torchvision, or any
             function), which becomes a PerImage, or a list of these; for support and query alike; none when None. The
-            images may get another size.
+            size of the images may change.
         episodes_per_batch: the E of an Episode.
 
     `state_dict()` and `load_state_dict()` let a run resume with the very episode that would have come next.

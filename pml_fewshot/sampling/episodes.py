@@ -1,6 +1,6 @@
-"""Episodes of one size: what one is (EpisodeSpec, Episode) and how thousands are drawn at once (EpisodeSampler).
+"""Episodes of one size (EpisodeSpec, Episode), and a sampler that draws thousands at once (EpisodeSampler).
 
-Letters in shapes, here and everywhere: E episodes, W ways, K shots, Q queries per class, N = W*Q, M items.
+Letters in shapes, here and elsewhere: E episodes, W ways, K shots, Q queries per class, N = W*Q, M items.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ class EpisodeSpec:
     """The size of an episode: `ways` classes with `shots` support items and `queries` query items each.
 
     Args:
-        query_balance: None for as many queries of each class. A number alpha draws how the `ways * queries` queries of
-            an episode divide among its classes from a Dirichlet distribution whose parameters are all alpha: 2 as in
-            Veilleux et al. 2021, "Realistic Evaluation of Transductive Few-Shot Learning"; the smaller, the less
-            balanced. `queries` is then the mean of a class. For evaluation alone.
+        query_balance: None for the same number of queries per class. With a number alpha, the `ways * queries` queries
+            of an episode are divided among its classes by a Dirichlet distribution whose parameters are all alpha: 2 as
+            in Veilleux et al. 2021, "Realistic Evaluation of Transductive Few-Shot Learning"; the smaller, the less
+            balanced. `queries` is then the mean per class. For evaluation only.
 
     Raises:
-        UsageError: (a ValueError) one of the three is not an integer of at least 1, or alpha no number above 0.
+        UsageError: (a ValueError) one of the three is not an integer of at least 1, or alpha is not a number above 0.
     """
 
     ways: int
@@ -41,7 +41,7 @@ class EpisodeSpec:
     def __post_init__(self) -> None:
         for name in ("ways", "shots", "queries"):
             check_at_least_one(name, getattr(self, name))
-            object.__setattr__(self, name, int(getattr(self, name)))  # numpy's integers are none to JSON
+            object.__setattr__(self, name, int(getattr(self, name)))  # JSON rejects numpy's integers
         alpha: Any = self.query_balance
         if alpha is not None:
             number = isinstance(alpha, int | float | np.number) and not isinstance(alpha, bool)
@@ -59,7 +59,7 @@ class EpisodeSpec:
 
 
 def check_balanced(spec: object) -> None:
-    """Raises a UsageError unless a spec of training has as many queries of each class, as labels are implied by it."""
+    """Raises a UsageError unless a training spec has equally many queries per class, which implies the labels."""
     if isinstance(spec, EpisodeSpec) and spec.query_balance is not None:
         raise UsageError(f"expected balanced episodes to train on, got {spec}; leave query_balance to eval_specs")
 
@@ -71,7 +71,7 @@ class Episode:
     Args:
         support: (E, W, K, *item) floats, images in [0, 1].
         query: (E, W, Q, *item) likewise.
-        classes: (E, W) int64, the data set's labels of the classes, to be named in messages; None where unknown.
+        classes: (E, W) int64, the dataset's labels of the classes, for messages; None if unknown.
     """
 
     support: Tensor
@@ -93,10 +93,10 @@ class Episode:
 
 @dataclass(frozen=True)
 class EpisodeIndex:
-    """Episodes as indices into a data set: support (E, W, K) and query (E, W, Q), int64.
+    """Episodes as indices into a dataset: support (E, W, K) and query (E, W, Q), int64.
 
-    Of unbalanced episodes the W * Q queries stand in the order of their classes too, and `query_ways` (E, W, Q) is the
-    class of each, from 0 to W - 1; None where each has its Q.
+    In unbalanced episodes the W * Q queries are in the order of their classes too, and `query_ways` (E, W, Q) is the
+    class of each, from 0 to W - 1; None if each class has Q queries.
     """
 
     support: Tensor
@@ -126,7 +126,7 @@ class EpisodeIndex:
         return EpisodeIndex(*(moved(part, device) for part in self.parts))
 
     def hash(self, fingerprint: str = "") -> str:
-        """16 hex digits of the episodes and their data set's fingerprint: equal for the same items in equal roles."""
+        """Returns 16 hex digits of episodes and dataset fingerprint: equal for the same items in the same roles."""
         digest = hashlib.blake2b(fingerprint.encode(), digest_size=8)
         for part in self.parts:
             digest.update(str(tuple(part.shape)).encode())
@@ -141,21 +141,21 @@ class EpisodeSampler:
     generator state gives the same episodes on every machine and device.
 
     Args:
-        labels: (M,) class of each item: integers of any values, or texts.
-        spec: the episodes' size.
-        generator: source of all randomness; its state moves on with each call.
-        class_names: that the labels are indices into, for messages.
+        labels: (M,) class of each item: any integers, or strings.
+        spec: size of the episodes.
+        generator: source of all randomness; its state advances with each call.
+        class_names: the names that the labels are indices into, for messages.
 
     Raises:
-        UsageError: labels that are neither integers nor texts, fewer classes than ways, or a class (named by its label)
-            with fewer items than shots + queries; where the queries are unbalanced, than shots + ways * queries.
+        UsageError: labels that are neither integers nor strings, fewer classes than ways, or a class (which is
+            named) with fewer items than shots + queries, or shots + ways * queries if the queries are unbalanced.
     """
 
     def __init__(
         self, labels: Any, spec: EpisodeSpec, generator: torch.Generator, class_names: Sequence[str] = ()
     ) -> None:
         self.spec, self.generator = spec, generator
-        most = spec.queries if spec.query_balance is None else spec.ways * spec.queries  # all of one class
+        most = spec.queries if spec.query_balance is None else spec.ways * spec.queries  # all may be of one class
         self.classes = ClassSampler(labels, spec.ways, spec.shots + most, str(spec), class_names)
 
     def sample(self, num_episodes: int) -> EpisodeIndex:
@@ -166,7 +166,7 @@ class EpisodeSampler:
         support, query = index[..., : spec.shots], index[..., spec.shots :]
         if spec.query_balance is None:
             return EpisodeIndex(support, query)
-        # of each class its first ones, which are those of balanced episodes
+        # the first ones of each class, which are those of balanced episodes
         counts = draw_counts(num_episodes, spec.ways, spec.queries, spec.query_balance, generator).to(index.device)
         taken = torch.arange(query.shape[2], device=index.device) < counts.unsqueeze(2)  # (E, W, W * Q)
         ways = torch.arange(spec.ways, device=index.device).unsqueeze(1).expand_as(taken)
@@ -175,13 +175,13 @@ class EpisodeSampler:
 
 
 def draw_counts(num_episodes: int, ways: int, queries: int, alpha: float, generator: torch.Generator) -> Tensor:
-    """How many of an episode's ways * queries queries are of each class, (E, W), in proportions of a Dirichlet(alpha).
+    """Draws how many of an episode's ways * queries queries each class has, (E, W), in Dirichlet(alpha) proportions.
 
     Numbers are rounded down, and those with the largest remainders up, so that the sum is right.
     """
     uniform = torch.rand(num_episodes, ways, generator=generator, device=generator.device, dtype=torch.float64)
     uniform = uniform.cpu()
-    # Dirichlet variables are the shares of gamma variables, here by the inverse of their distribution. With an alpha
+    # Dirichlet variables are normalized gamma variables, here from the inverse of their distribution. With an alpha
     # below 0.01 these are less than the smallest float; their logarithms follow from the first term of its series.
     gammas = torch.from_numpy(gammaincinv(alpha, uniform.numpy()))
     tiny = (uniform.log() + torch.lgamma(torch.tensor(alpha + 1, dtype=torch.float64))) / alpha

@@ -5,10 +5,10 @@ from torch import Tensor
 
 
 def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on `device`, itself where it is there already; on a GPU perhaps before its values have arrived.
+    """Returns the tensor on `device` (itself if it is there already); on a GPU perhaps before its values have arrived.
 
-    From memory that the system may page out, or in gaps, no copy runs by itself: what lies there is copied to pinned
-    memory first.
+    A copy from memory that is pageable or has gaps cannot run asynchronously: such a tensor is copied to pinned memory
+    first.
     """
     if torch.device(device).type == "cuda" and tensor.is_cpu and not tensor.is_pinned():
         tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)

@@ -1,4 +1,4 @@
-"""The global generators of torch, numpy and Python: ours draws from none, but dropout, PML and a user's parts may."""
+"""The global generators of torch, numpy and Python: our code uses none, but dropout, PML and a user's parts may."""
 
 import random
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds the global generators for a block and gives the caller's own states back in the end."""
+    """Seeds the global generators for a block and restores the caller's states at the end."""
     with restored():
         torch.manual_seed(seed)
         seed_others(seed)
@@ -20,7 +20,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """Gives the caller's own states back in the end, whatever is seeded or drawn in the block."""
+    """Restores the caller's states at the end, whatever is seeded or drawn in the block."""
     before = global_state()
     try:
         yield
@@ -43,7 +43,7 @@ def seed_others(seed: int) -> None:
 
 
 def global_state() -> dict[str, Any]:
-    """The states of all global generators, as tensors, numbers and texts."""
+    """Returns the states of all global generators, as tensors, numbers and strings."""
     name, keys, *rest = np.random.get_state()  # noqa: NPY002
     version, numbers, gauss = random.getstate()
     return {

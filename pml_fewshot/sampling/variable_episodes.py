@@ -1,4 +1,4 @@
-"""Episodes of different sizes, as Meta-Dataset draws them: VariableEpisodeSpec and what samples by it."""
+"""Episodes of different sizes, as Meta-Dataset draws them: VariableEpisodeSpec and its sampler."""
 
 import hashlib
 import math
@@ -16,17 +16,17 @@ from pml_fewshot.checks import UsageError, as_labels, check_at_least_one, check_
 class VariableEpisodeSpec:
     """Episodes whose ways and shots differ from one to the next, and whose classes have different numbers of shots.
 
-    An episode has from `min_ways` to `max_ways` classes, each number with the same probability. Each class has half the
-    items of the smallest of them as queries, `max_queries` at most. The support has a random share, the same for all
-    classes, of what is left of each class or of `max_shots`, the lesser; `max_support` items at most. It divides among
-    the classes in proportion to their sizes, times a factor drawn for each between a half and two; one shot at least.
+    An episode has from `min_ways` to `max_ways` classes, each number with equal probability. Each class has half as
+    many queries as the smallest one has items, at most `max_queries`. The support has a random share, the same for all
+    classes, of each class's remaining items or `max_shots`, whichever is less; at most `max_support` items. It is split
+    among the classes in proportion to their sizes, times a factor between 1/2 and 2 drawn for each; at least one shot.
 
     Source: Triantafillou et al. 2020, "Meta-Dataset: A Dataset of Datasets for Learning to Learn from Few Examples",
-    section 3.2 and appendix; the defaults are theirs. There one of ten data sets is drawn for each episode; here all
-    episodes are of one.
+    section 3.2 and appendix; the defaults are theirs. There, one of ten datasets is drawn for each episode; here, all
+    episodes are from one.
 
     Raises:
-        UsageError: a number below 1, or min_ways above max_ways.
+        UsageError: a number below 1, min_ways above max_ways, or max_support below max_ways.
     """
 
     min_ways: int = 5
@@ -51,9 +51,9 @@ class VariableEpisodeSpec:
 
 @dataclass(frozen=True)
 class VariableEpisode:
-    """One episode as indices into a data set: support (S,), class after class, and query (W, Q), int64.
+    """One episode as indices into a dataset: support (S,), class after class, and query (W, Q), int64.
 
-    `sizes` are the W numbers of support items, S in all.
+    `sizes` holds the W numbers of support items, S in total.
     """
 
     support: Tensor
@@ -63,7 +63,7 @@ class VariableEpisode:
 
 @dataclass(frozen=True)
 class VariableEpisodes:
-    """What a VariableEpisodeSampler has drawn."""
+    """The episodes drawn by a VariableEpisodeSampler."""
 
     episodes: tuple[VariableEpisode, ...]
 
@@ -74,7 +74,7 @@ class VariableEpisodes:
         return iter(self.episodes)
 
     def hash(self, fingerprint: str = "") -> str:
-        """16 hex digits of the episodes and their data set's fingerprint: equal for the same items in equal roles."""
+        """Returns 16 hex digits of episodes and dataset fingerprint: equal for the same items in the same roles."""
         digest = hashlib.blake2b(fingerprint.encode(), digest_size=8)
         for each in self.episodes:
             digest.update(str((each.sizes, tuple(each.query.shape))).encode())
@@ -84,16 +84,16 @@ class VariableEpisodes:
 
 
 class VariableEpisodeSampler:
-    """Draws episodes of different sizes from labeled items, one after the other: 600 in about a tenth of a second.
+    """Draws episodes of different sizes from labeled items, one at a time: 600 in about a tenth of a second.
 
     Args:
-        labels: (M,) class of each item: integers of any values, or texts.
-        spec: the limits of their sizes.
-        generator: source of all randomness, on the CPU; its state moves on with each call.
-        class_names: that the labels are indices into, for messages.
+        labels: (M,) class of each item: any integers, or strings.
+        spec: limits of the episodes' sizes.
+        generator: source of all randomness, on the CPU; its state advances with each call.
+        class_names: the names that the labels are indices into, for messages.
 
     Raises:
-        UsageError: labels that are neither integers nor texts, fewer classes than min_ways, or a class of one item.
+        UsageError: labels that are neither integers nor strings, fewer classes than min_ways, or a class with one item.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class VariableEpisodeSampler:
         return VariableEpisode(torch.cat(support), tuple(shots), torch.stack(query))
 
     def _draw_shots(self, sizes: Tensor, left: Tensor) -> list[int]:
-        """The shots of classes of `sizes` (W,) items, of which as many as `left` (W,) are no queries."""
+        """Draws the shots of classes with `sizes` (W,) items, `left` (W,) of which are not queries."""
         uniform = torch.rand(1 + len(sizes), generator=self.generator, dtype=torch.float64)
         share = 1 - uniform[0]  # above 0, up to 1
         wanted = torch.ceil(share * left.clamp(max=self.spec.max_shots)).sum()

@@ -1,4 +1,4 @@
-"""FewShotTrainer: what `fit`, `run` and evaluation ask of a method, by default of an embedder with a PML loss."""
+"""FewShotTrainer: the interface of a method for `fit`, `run` and evaluation, by default an embedder with a PML loss."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,28 +33,29 @@ from pml_fewshot.trainers import pml_compat
 class FewShotTrainer(nn.Module):
     """A few-shot method as a module (the loop is `fit`): an embedder and a PML loss, or else at least three methods.
 
-    The queries of an episode are the loss's `embeddings`, its support is `ref_emb`. A method of another kind leaves out
-    embedder and loss, and gives `forward`, `bank` and `classify` of its own.
+    The queries of an episode are the loss's `embeddings`, its support is `ref_emb`. A method of another kind omits
+    embedder and loss, and defines its own `forward`, `bank` and `classify`.
 
     Args:
-        embedder: images to embeddings: an Embedder, a bare trunk, or one of them in a wrapper (`torch.compile`,
+        embedder: maps images to embeddings: an Embedder, a bare trunk, or one of them in a wrapper (`torch.compile`,
             DataParallel).
-        loss: PML loss, called as `loss(query, query_labels, indices, support, support_labels)`. Its distance also
-            classifies at test time and ranks for retrieval.
-        miner: PML miner, called as `miner(query, query_labels, support, support_labels)`; none when None. Where it
-            finds nothing, or the loss is exactly zero, `fit` skips the step and counts it.
-        support_rotations: how many episodes are made of one episode's embedded images, each with the next K images of
-            every class as support and the rest as queries; the loss is their mean. 1 is the papers' way; more give a
-            less noisy gradient almost for free, as embedding is nearly all of a step's cost: on Omniglot, with 1 shot
-            and 5 queries, a ProtoNet with 6 had after 2,000 steps what one with 1 had after 4,000.
-        head: classifies at test time by the loss's distance.
-        context: a module that revises the embeddings of episodes before loss and head see them, called
-            `context(support (E, W, K, D), query (E, N, D))` for a pair of the same shapes; K may be another one, as 1
-            where it gives prototypes (`SetToSet(dim)`, `FullContext(dim)`). Evaluation calls it in several threads, so
-            it must keep nothing. Retrieval, and a head that an evaluator was given, see the embeddings without it.
+        loss: PML loss, called as `loss(query, query_labels, indices, support, support_labels)`. Its distance is also
+            used to classify at test time and to rank for retrieval.
+        miner: PML miner, called as `miner(query, query_labels, support, support_labels)`; none when None. If it finds
+            nothing, or the loss is exactly zero, `fit` skips the step and counts it.
+        support_rotations: number of episodes made from one episode's embedded images, each with the next K images of
+            every class as support and the rest as queries; the loss is their mean. The papers use 1; more give a less
+            noisy gradient almost for free, as embedding is nearly all of a step's cost: on Omniglot, with 1 shot and 5
+            queries, a ProtoNet with 6 reached after 2,000 steps what one with 1 reached after 4,000.
+        head: classifies at test time with the loss's distance.
+        context: module (`SetToSet(dim)`, `FullContext(dim)`) that revises the embeddings of episodes before loss and
+            head see them. `context(support (E, W, K, D), query (E, N, D))` returns a pair of the same shapes; K may
+            differ, for example 1 if it returns prototypes, and so may D, equally in both. Evaluation calls it in
+            several threads, so it must keep no state. Retrieval, and a head passed to an evaluator, see the embeddings
+            without it.
 
     Raises:
-        UsageError: support_rotations below 1, a miner beside CrossBatchMemory.
+        UsageError: support_rotations below 1, a miner in addition to CrossBatchMemory.
     """
 
     def __init__(
@@ -88,9 +89,9 @@ class FewShotTrainer(nn.Module):
             )
 
     def check(self, splits: Splits, specs: Sequence[EpisodeSpec | BatchSpec]) -> None:
-        """Raises the UsageError that training or evaluation would end with; the first spec is that of training."""
+        """Raises the UsageError that training or evaluation would end with; the first spec is the training spec."""
         train_spec = specs[0]
-        if self.embedder is None:  # of another kind
+        if self.embedder is None:  # a method of another kind
             return
         pml_compat.check_width(self.loss, self.bank(splits.train.first(2)).shape[1])
         if isinstance(train_spec, EpisodeSpec):
@@ -100,7 +101,7 @@ class FewShotTrainer(nn.Module):
             pml_compat.check_batch(self.loss, train_spec.size, int(splits.train.labels.max()))
 
     def check_episodes(self, shots: int, queries: int) -> None:
-        """Raises a UsageError when the method cannot be trained on episodes, or on ones of this size."""
+        """Raises a UsageError if the method cannot be trained on episodes, or not on episodes of this size."""
         if self.loss is not None:  # a method may have an episode_loss of its own
             pml_compat.check_supports_ref_emb(self.loss)
         most = (shots + queries) // shots
@@ -111,20 +112,20 @@ class FewShotTrainer(nn.Module):
             )
 
     def check_batches(self, views: int) -> None:
-        """Raises a UsageError when the method cannot be trained on ordinary batches of so many views."""
+        """Raises a UsageError if the method cannot be trained on ordinary batches with this many views."""
         do = "use train_spec=EpisodeSpec(...), or MetricTrainer for ordinary batches"
         raise UsageError(f"expected an Episode, got a Batch; {do}")
 
     def forward(self, batch: Any) -> Tensor:
-        """Returns the scalar loss; of episodes it is the mean over them and support_rotations.
+        """Returns the scalar loss; for episodes, it is the mean over them and support_rotations.
 
-        One without `requires_grad` means that there is nothing to learn.
+        A loss without `requires_grad` means that there is nothing to learn.
         """
         self._last_episodes = None
         if isinstance(batch, Batch):
             views = batch.images[None] if batch.other_view is None else torch.stack([batch.images, batch.other_view])
             self.check_batches(len(views))
-            if batch.labels.is_cpu:  # on a GPU each step would wait for it; `check` has looked at all labels of the set
+            if batch.labels.is_cpu:  # on a GPU each step would wait for it; `check` has seen all labels of the dataset
                 pml_compat.check_batch(self.loss, len(batch.labels), int(batch.labels.max()))
             embeddings = self.embed(views, 2)
             with torch.autocast(embeddings.device.type, enabled=False):
@@ -142,15 +143,15 @@ class FewShotTrainer(nn.Module):
         return torch.stack(losses).mean()
 
     def embed(self, items: Tensor, axes: int | None = None) -> Tensor:
-        """Embeds items to (..., D) in one pass: batch norm sees all of them, as in papers' code.
+        """Embeds items to (..., D) in one pass: batch norm sees all of them, as in the papers' code.
 
-        They stand behind so many axes; when None they are images (..., C, H, W). Of several processes each embeds its
-        share, which is what its batch norm sees, unless that is synchronized.
+        `axes` is the number of axes before an item; when None, items are images (..., C, H, W). Each of several
+        processes embeds its share, which is all that its batch norm sees unless it is synchronized.
         """
         axes = items.ndim - 3 if axes is None else axes
         with synced():
             embeddings = check_rows(shared(self.embedder, items.flatten(0, axes - 1)), self.embedder)
-        # Under autocast embeddings are bfloat16, whose 8 bits cannot tell near ones apart: distances in float32.
+        # Under autocast embeddings are bfloat16, whose 8 bits cannot distinguish near ones: distances use float32.
         return widened(embeddings).unflatten(0, items.shape[:axes])
 
     def batch_loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ class FewShotTrainer(nn.Module):
         return self.mined_loss(query, query_labels, support.flatten(0, 1), classes.repeat_interleave(shots))
 
     def in_context(self, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Support (E, W, K, D) and query (E, N, D) as the context revises them; as they are where there is none."""
+        """Support (E, W, K, D) and query (E, N, D) as revised by the context; unchanged if there is none."""
         if self.context is None:
             return support, query
         revised, revised_query = self.context(support, query)
@@ -178,7 +179,7 @@ class FewShotTrainer(nn.Module):
         return revised, revised_query
 
     def mined_loss(self, embeddings: Tensor, labels: Tensor, *support: Tensor) -> Tensor:
-        """The loss over what the miner chooses; a zero without a gradient where it finds nothing.
+        """The loss over the miner's choices; a zero without a gradient if it finds nothing.
 
         Embeddings (B, D), labels (B,); they may be compared with support, embeddings (S, D) and labels (S,).
         """
@@ -191,8 +192,8 @@ class FewShotTrainer(nn.Module):
     def accuracy(self, batch: Any) -> Tensor | None:
         """Returns the accuracy on the last rotation of the episodes last given to `forward`; None after a Batch.
 
-        From the embeddings that it kept: another pass would update batch norm's statistics and draw dropout again. A
-        context, or a distance, that has these is used as in evaluation.
+        It uses the stored embeddings: another pass would update batch norm's statistics and draw dropout again. A
+        context or a distance that has these is used in eval mode.
         """
         if self._last_episodes is None:
             return None
@@ -203,7 +204,7 @@ class FewShotTrainer(nn.Module):
             return (self.classify(support, query).argmax(dim=2) == true_way).float().mean()
 
     def bank(self, dataset: FewShotDataset) -> Tensor:
-        """Returns what episodes of a set are gathered from, (M, *item): its embeddings (M, D), or its images."""
+        """Returns the items that a dataset's episodes are gathered from, (M, *item): embeddings (M, D) or images."""
         return encode(self.embedder, dataset).embeddings
 
     def classify(self, support: Tensor, query: Tensor) -> Tensor:
@@ -212,21 +213,21 @@ class FewShotTrainer(nn.Module):
         return self.head(*self.in_context(support, query), *distance)
 
     def exports(self) -> dict[str, nn.Module]:
-        """Returns the modules that a run stores in files of their own, by file name."""
+        """Returns the modules that a run stores in their own files, by file name."""
         return {} if self.embedder is None else {"embedder.safetensors": self.embedder}
 
     def parameter_groups(self, rates: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
-        """Returns the groups of an optimizer: one for each part that has a rate of its own, and before it the rest.
+        """Returns parameter groups for an optimizer: first the rest, then one for each part with its own rate.
 
         Args:
-            rates: learning rates by names of parts: `{"embedder.trunk": 1e-4, "loss": 1e-2}` (the loss's parameters are
-                proxies, class weights, a learned scale or distance). Of two names that fit, the longer counts.
+            rates: learning rates by part name: `{"embedder.trunk": 1e-4, "loss": 1e-2}` (the loss's parameters are
+                proxies, class weights, a learned scale or distance). If two names match, the longer one counts.
 
         Raises:
             UsageError: a part without parameters, other than the loss.
         """
         rates = rates or {}
-        # by all names, of which a part may have several
+        # by all names, because a part may have several
         own = {name: {weight} for name, weight in self.named_parameters(remove_duplicate=False)}
         modules = [(name, module) for name, module in self.named_modules(remove_duplicate=False) if name]
         own |= {name: weights for name, module in modules if (weights := set(module.parameters()))}
@@ -245,12 +246,12 @@ class FewShotTrainer(nn.Module):
 
     @property
     def distance(self) -> BaseDistance | None:
-        """The PML distance that heads and retrieval rank by, if the loss has one; of several losses the first's."""
+        """The PML distance that heads and retrieval rank by, if the loss has one; the first's for several losses."""
         return pml_compat.distance_of(self.loss)
 
     @property
     def classifier(self) -> str:
-        """What `classify` does, for tables: the head and its distance, or that it is the trainer's own."""
+        """Description of `classify` for tables: the head and its distance, or that it is the trainer's own."""
         own = type(self).classify is not FewShotTrainer.classify
         distance = self.distance if takes_distance(self.head) else None
         name = f"{type(self).__name__}'s own" if own else name_of_head(self.head, distance)
@@ -258,7 +259,7 @@ class FewShotTrainer(nn.Module):
 
     @property
     def thread_safe(self) -> bool:
-        """Whether `classify` may run in several threads at once, as the evaluator then has it do: a head only reads."""
+        """Whether `classify` may run in several threads at once, which the evaluator then does: a head only reads."""
         return self.embedder is not None
 
     @property
@@ -268,7 +269,7 @@ class FewShotTrainer(nn.Module):
 
     @property
     def logit_scale(self) -> float:
-        """What the logits of `classify` are multiplied by before a softmax gives probabilities: the scale of the loss.
+        """Factor for the logits of `classify` before a softmax turns them into probabilities: the scale of the loss.
 
         The class with the largest logit does not depend on it, so `classify` leaves it out.
         """
@@ -278,7 +279,7 @@ class FewShotTrainer(nn.Module):
 
     @property
     def adaptation_steps(self) -> int:
-        """How many inner steps an evaluation takes; 0 where nothing adapts to an episode."""
+        """Number of inner steps in evaluation; 0 if nothing adapts to an episode."""
         return 0
 
     @property
@@ -287,14 +288,14 @@ class FewShotTrainer(nn.Module):
         return is_transductive(self.head)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles hold: all but the last batch's embeddings."""
+        """State for copies and pickles: everything but the last batch's embeddings."""
         return {**self.__dict__, "_last_episodes": None}
 
 
 def _skip_if_zero(loss: Tensor) -> Tensor:
-    """The loss, without its gradient where it is exactly zero (no pair, or none beyond the margins): `fit` skips that.
+    """The loss, detached if it is exactly zero (no pair, or none beyond the margins), so that `fit` skips the step.
 
-    Otherwise an optimizer with momentum would move the weights on where nothing was learned. On a GPU, where looking
-    would make every step wait for it, the zero keeps its gradient of zeros.
+    Otherwise an optimizer with momentum would keep moving the weights when nothing was learned. On a GPU, where the
+    check would make every step wait for it, the zero keeps its gradient of zeros.
     """
     return loss if not loss.is_cpu or loss.detach() != 0 else loss.detach()

@@ -11,15 +11,15 @@ from pml_fewshot.trainers.base import FewShotTrainer
 
 
 class FRNTrainer(FewShotTrainer):
-    """Trains the embedder so that the feature maps of queries can be rebuilt from those of their class's support.
+    """Trains the embedder so that the feature maps of queries can be reconstructed from those of their class's support.
 
     Args:
         embedder: ends in a feature map: Conv4, or ResNet12(pool=False).
-        loss: ReconstructionLoss, whose penalty, stretch and scale are learned, and classify at test time.
+        loss: ReconstructionLoss, whose penalty, stretch and scale are learned and used to classify at test time.
         miner, support_rotations: see FewShotTrainer.
 
     Raises:
-        UsageError: support_rotations below 1, another loss than ReconstructionLoss.
+        UsageError: support_rotations below 1, a loss other than ReconstructionLoss.
 
     Source: Wertheimer, Tang and Hariharan 2021, "Few-Shot Classification with Feature Map Reconstruction Networks".
     """
@@ -41,7 +41,7 @@ class FRNTrainer(FewShotTrainer):
         return "feature map reconstruction"
 
     def classify(self, support: Tensor, query: Tensor) -> Tensor:
-        """Logits (E, N, W): minus the scaled error of rebuilding each query from each class's support."""
+        """Logits (E, N, W): minus the scaled error of reconstructing each query from each class's support."""
         loss = self.loss
         return feature_map_reconstruction(
             support,

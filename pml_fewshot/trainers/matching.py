@@ -11,7 +11,7 @@ from pml_fewshot.losses.matching import MatchingLoss
 from pml_fewshot.parts.instantiate import Part
 from pml_fewshot.trainers.base import FewShotTrainer
 
-SCALE = 10.0  # of cosine, to begin with: the softmax over a similarity within +-1 could not get sharp without
+SCALE = 10.0  # initial scale of cosine: without it, the softmax over a similarity within +-1 could not become sharp
 
 
 class MatchingTrainer(FewShotTrainer):
@@ -19,12 +19,12 @@ class MatchingTrainer(FewShotTrainer):
 
     Args:
         embedder, miner, support_rotations: see FewShotTrainer.
-        loss: MatchingLoss; when None with cosine and a learned scale that begins at 10.
-        context: `FullContext(dim)` for full-context embeddings, which see each item in the light of the support
-            (appendix A of the paper), or another, see FewShotTrainer; none when None.
+        loss: MatchingLoss; when None, with cosine and a learned scale that starts at 10.
+        context: `FullContext(dim)` for full-context embeddings, which embed each item in the light of the support
+            (appendix A of the paper), or another context, see FewShotTrainer; none when None.
 
     Raises:
-        UsageError: support_rotations below 1, another loss than MatchingLoss.
+        UsageError: support_rotations below 1, a loss other than MatchingLoss.
 
     Source: Vinyals et al. 2016, "Matching Networks for One Shot Learning".
     """
@@ -49,7 +49,7 @@ class MatchingTrainer(FewShotTrainer):
         return f"attention by {Ranking.of(self.distance)}{context}"
 
     def classify(self, support: Tensor, query: Tensor) -> Tensor:
-        """Logarithms (E, N, W) of the classes' shares, up to a constant, of each query's attention to the support."""
+        """Logarithms (E, N, W) of each class's share, up to a constant, of a query's attention to the support."""
         support, query = self.in_context(support, query)
         each = similarities(query, support.flatten(1, 2), self.distance)
         return Support.of(support).by_class(self.loss.scale * each, "logsumexp")

@@ -12,21 +12,21 @@ from pml_fewshot.trainers.pml_compat import WITH_LABELS, WITHOUT_LABELS
 
 
 class MetricTrainer(FewShotTrainer):
-    """Trains an embedder by any PML loss, on batches (`BatchStream`) or on episodes (`EpisodeStream`).
+    """Trains an embedder with any PML loss, on batches (`BatchStream`) or on episodes (`EpisodeStream`).
 
-    A Batch is a call `loss(embeddings, labels, mined)`; with a second view of its images, for SelfSupervisedLoss and
-    VICRegLoss, it is `loss(embeddings, ref_emb=views)` without labels; ManifoldLoss takes none either. An Episode is a
-    call with queries as embeddings and support as `ref_emb`, for the losses that take it. The loss's own parameters
-    (proxies, class weights, margins, a learned distance) are the trainer's, and so trained, moved and saved with it.
+    For a Batch the call is `loss(embeddings, labels, mined)`, or `loss(embeddings, ref_emb=views)` without labels if
+    its images have a second view, for SelfSupervisedLoss and VICRegLoss; ManifoldLoss uses no labels either. For an
+    Episode, queries are the embeddings and support is `ref_emb`, for losses that accept it. The loss's own parameters
+    (proxies, class weights, margins, a learned distance) belong to the trainer, which trains, moves and saves them.
 
     Args:
         embedder, miner, support_rotations, head: see FewShotTrainer.
-        loss: PML loss or wrapper, CrossBatchMemory and MultipleLosses too; `MultiSimilarityLoss()` when None, which
-            has no parameters, compares all pairs and needs no miner.
+        loss: PML loss or wrapper, including CrossBatchMemory and MultipleLosses; `MultiSimilarityLoss()` when None,
+            which has no parameters, compares all pairs and needs no miner.
 
     Raises:
-        UsageError: on episodes, a loss that cannot take them; labels above the classes that a loss has weights for;
-            two views and a loss that takes labels, or the other way round.
+        UsageError: on episodes, a loss that does not accept them; labels above the classes that a loss has weights for;
+            two views and a loss that uses labels, or vice versa.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class MetricTrainer(FewShotTrainer):
             raise UsageError(f"expected no miner beside {name}, which takes no labels, got {miner}; drop it")
 
     def batch_loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Loss of a batch: by its labels, by its two views, or of ManifoldLoss by its images alone."""
+        """Loss of a batch: from its labels, from its two views, or for ManifoldLoss from its images alone."""
         if isinstance(self.loss, ManifoldLoss):
             return self.loss(embeddings[0])
         if len(embeddings) == 2:

@@ -1,6 +1,6 @@
-"""What pytorch-metric-learning (PML) 2.9 does not do by itself: a new release of it is one diff in this file.
+"""Workarounds for pytorch-metric-learning (PML) 2.9: a new release of it is one diff in this file.
 
-Its samplers draw from a global generator: that alone is the business of `sampling.batch_stream`.
+Its samplers draw from a global generator; only that is left to `sampling.batch_stream`.
 """
 
 import inspect
@@ -32,8 +32,8 @@ def distance_of(loss: object) -> BaseDistance | None:
 
 
 def num_classes(part: nn.Module) -> int:
-    """For how many classes a PML loss has weights; 0 for any other module."""
-    if isinstance(part, losses.NormalizedSoftmaxLoss):  # it and ProxyNCALoss keep no number
+    """Number of classes that a PML loss has weights for; 0 for any other module."""
+    if isinstance(part, losses.NormalizedSoftmaxLoss):  # it and ProxyNCALoss store no number
         return part.W.shape[1]
     if isinstance(part, losses.ProxyNCALoss):
         return len(part.proxies)
@@ -85,7 +85,7 @@ def check_loss(loss: object) -> None:
 
 
 def check_supports_ref_emb(loss: nn.Module) -> None:
-    """Raises a UsageError naming the loss when it has no place for a support set, or takes it wrongly."""
+    """Raises a UsageError naming the loss if it does not accept a support set, or handles it wrongly."""
     kind: Any = type(loss)  # (mypy does not know that classes of modules can be hashed)
     if why := _why_no_ref_emb(kind):
         raise _not_on_episodes(loss, why)
@@ -93,9 +93,9 @@ def check_supports_ref_emb(loss: nn.Module) -> None:
 
 
 def check_no_classes_kept(loss: nn.Module) -> None:
-    """Raises a UsageError naming the part of a loss that keeps something of each class from step to step.
+    """Raises a UsageError naming the part of a loss that keeps something about each class from step to step.
 
-    The labels of an episode are places in it: the next episode's class 0 is another class.
+    The labels of an episode are positions in it: the next episode's class 0 is another class.
     """
     for part in loss.modules():
         if isinstance(part, losses.CrossBatchMemory) or num_classes(part):
@@ -109,7 +109,7 @@ def _why_no_ref_emb(kind: Any) -> str:
     arguments = inspect.signature(kind.forward).parameters
     if missing := [name for name in ("labels", "ref_emb", "ref_labels") if name not in arguments]:
         return f"its forward has no argument {missing[0]}"
-    # A loss refuses by calling one of these; looking for the call tells before the first step, and by no error's text.
+    # A loss refuses by calling one of these; finding the call works before the first step and without error texts.
     calls = kind.compute_loss.__code__.co_names if issubclass(kind, losses.BaseMetricLossFunction) else ()
     refused = {"ref_not_supported": "ref_emb", "labels_not_supported": "labels"}
     return next((f"it takes no {argument}" for call, argument in refused.items() if call in calls), "")
@@ -126,12 +126,12 @@ def patch(parts: Iterable[nn.Module]) -> None:
     """Adds hooks to the parts of a loss where PML falls short.
 
     NCALoss is zero for a batch without two items of a class, where PML's is NaN. `state_dict()` holds what losses
-    remember, so that a run can resume: of CrossBatchMemory the place that the next batch goes to, and whether it is
-    full; of DynamicSoftMarginLoss the running histogram. That lets go of the last step's graph, in which the next
-    backward would fail.
+    remember, so that a run can resume: for CrossBatchMemory, the position of the next batch and whether the memory is
+    full; for DynamicSoftMarginLoss, the running histogram, which is detached from the last step's graph, in which
+    the next backward pass would fail.
     """
     for part in parts:
-        if isinstance(part, losses.NCALoss) and not isinstance(part, losses.ProxyNCALoss):  # that has its proxies
+        if isinstance(part, losses.NCALoss) and not isinstance(part, losses.ProxyNCALoss):  # which has proxies
             part.register_forward_hook(_zero_without_pairs)
         if isinstance(part, losses.DynamicSoftMarginLoss):
             part.register_forward_pre_hook(_detach_histogram)
@@ -145,7 +145,7 @@ def _zero_without_pairs(loss: nn.Module, args: tuple[Any, ...], value: Tensor) -
         return value
     labels = args[1]
     pairs = (labels.unsqueeze(1) == labels).sum() - len(labels)
-    return torch.where(pairs > 0, value, torch.zeros_like(value))  # no wait for a GPU
+    return torch.where(pairs > 0, value, torch.zeros_like(value))  # does not wait for a GPU
 
 
 def _detach_histogram(loss: Any, args: tuple[Any, ...]) -> None:

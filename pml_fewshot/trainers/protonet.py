@@ -1,4 +1,4 @@
-"""ProtoNetTrainer: prototypical networks (Snell et al. 2017), or any PML loss that takes `ref_emb` in their place."""
+"""ProtoNetTrainer: prototypical networks (Snell et al. 2017), or any PML loss that accepts `ref_emb` in their place."""
 
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.miners import BaseMiner
@@ -15,8 +15,8 @@ class ProtoNetTrainer(FewShotTrainer):
     """Embeds support and query together, and trains the embedder so that queries lie near their class's prototype.
 
     Args:
-        embedder, miner, support_rotations, context: see FewShotTrainer. With `context=SetToSet(dim)` it is FEAT.
-        loss: `PrototypicalLoss()` when None; or any PML loss that takes `ref_emb`.
+        embedder, miner, support_rotations, context: see FewShotTrainer. With `context=SetToSet(dim)`, this is FEAT.
+        loss: `PrototypicalLoss()` when None; or any PML loss that accepts `ref_emb`.
         head: classifies at test time: `nearest_prototype`, or `nearest_neighbour` for the nearest support item.
 
     Raises:

@@ -14,16 +14,16 @@ from pml_fewshot.trainers.pml_compat import check_no_classes_kept
 
 
 class SiameseTrainer(FewShotTrainer):
-    """Trains embedder and similarity so that pairs of one class are told from pairs of two.
+    """Trains embedder and similarity to distinguish pairs of one class from pairs of two.
 
-    An episode's support and queries, or an ordinary batch, are one set of labeled images; the loss (or the miner)
-    chooses pairs among them.
+    An episode's support and queries, or an ordinary batch, form one set of labeled images, from which the loss (or the
+    miner) chooses pairs.
 
     Args:
-        embedder: images to embeddings. Let it end in numbers of both signs, as `Conv4(last_relu=False)` does: a ReLU
-            or a sigmoid at its end flattens differences that |q - r| should see.
+        embedder: maps images to embeddings. Its outputs should have both signs, as with `Conv4(last_relu=False)`: a
+            ReLU or a sigmoid at its end flattens differences that |q - r| should see.
         loss: `PairVerificationLoss()` with `WeightedL1Similarity()` when None; or any PML loss of pairs or triplets
-            whose distance is one (or any other).
+            with such a distance (or any other).
         miner: PML miner of pairs or triplets; none when None.
         head: classifies at test time: `mean_similarity` to a class's support items, or `nearest_neighbour` for the best
             of them.

@@ -1,4 +1,4 @@
-"""EarlyStopping: when a training ends before its last step, and which weights are its best."""
+"""EarlyStopping: when training ends before its last step, and which weights are the best."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,14 +10,14 @@ from pml_fewshot.checks import UsageError, check_at_least_one
 
 @dataclass
 class BestScore:
-    """The best score so far (larger is better), the training step of it, and how many scores came since."""
+    """The best score so far (larger is better), its training step, and the number of scores since."""
 
     score: float = float("-inf")
     step: int = 0
     since: int = 0
 
     def offer(self, score: float, step: int) -> bool:
-        """Takes in the score of a step; returns whether it is the best so far."""
+        """Records the score of a step; returns whether it is the best so far."""
         self.since += 1
         if score > self.score:
             self.score, self.step, self.since = score, step, 0
@@ -25,14 +25,14 @@ class BestScore:
 
 
 class EarlyStopping:
-    """Follows a training's losses and validations.
+    """Tracks the losses and validations of a training.
 
     Args:
-        validated: whether the training has a validation, whose accuracy then says which weights are best.
-        patience: validations without a new best after which training ends; never when None.
-        loss_patience: steps without a new lowest loss after which training ends; never when None. Without a validation
-            the weights of the lowest loss are the best.
-        plateau: stepped by each validation; ends the training when it asks for less than its lowest learning rate.
+        validated: whether the training has a validation; if so, its accuracy decides which weights are best.
+        patience: number of validations without a new best after which training ends; never when None.
+        loss_patience: number of steps without a new lowest loss after which training ends; never when None. Without
+            validation, the weights of the lowest loss are the best.
+        plateau: stepped with each validation; ends training when it asks for less than its lowest learning rate.
     """
 
     def __init__(
@@ -50,16 +50,16 @@ class EarlyStopping:
         self.accuracy = BestScore()
 
     def is_best_loss(self, loss: float, step: int) -> bool:
-        """Takes in the loss of a step; returns whether its weights are the best so far."""
+        """Records the loss of a step; returns whether its weights are the best so far."""
         return self.loss.offer(-loss, step) and self.loss_patience is not None and not self.validated
 
     def reason_after_log(self, step: int) -> str:
-        """Why training should end after a log step; empty to continue."""
+        """The reason to end training after a log step; empty to continue."""
         exhausted = self.loss_patience is not None and step - self.loss.step >= self.loss_patience
         return "loss no longer falling" if exhausted else ""
 
     def reason_after_validation(self, accuracy: float) -> str:
-        """Why training should end after a validation, by which the plateau is stepped; empty to continue."""
+        """Steps the plateau, and returns the reason to end training after a validation; empty to continue."""
         if self.plateau is not None and step_plateau(self.plateau, accuracy):
             return "learning rate at its lowest"
         exhausted = self.patience is not None and self.accuracy.since >= self.patience
@@ -73,7 +73,7 @@ class EarlyStopping:
 
 
 def step_plateau(plateau: ReduceLROnPlateau, accuracy: float) -> bool:
-    """Steps the scheduler by a validation's error; returns whether it asked for rates that cannot fall any more."""
+    """Steps the scheduler with a validation's error; returns whether it asked for rates that cannot fall further."""
     groups = zip(plateau.optimizer.param_groups, plateau.min_lrs, strict=True)
     # torch leaves a rate as it is when the change would be no larger than eps
     at_lowest = all(g["lr"] - max(g["lr"] * plateau.factor, lowest) <= plateau.eps for g, lowest in groups)

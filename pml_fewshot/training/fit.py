@@ -23,7 +23,7 @@ from pml_fewshot.training.interruption import StopOnSignal, TrainingInterrupted
 from pml_fewshot.training.state import RECORDED, History, Recorder, TrainingState, check_same_batch
 from pml_fewshot.training.step import check_optimizer, check_trainable, learning_rates, train_step, warn_of_unreached
 
-LOG_EVERY = 20  # steps between two readings of the loss, each of which waits for the GPU
+LOG_EVERY = 20  # steps between readings of the loss, each of which waits for the GPU
 
 
 def fit(
@@ -47,41 +47,41 @@ def fit(
     resume: bool = False,
     progress: bool = True,
 ) -> History:
-    """Trains for `steps` steps; with a validation the trainer ends with the best weights seen, else with the last.
+    """Trains for `steps` steps; with validation, the trainer ends with the best weights seen, else with the last.
 
     Args:
-        trainer: `trainer(batch)` is the scalar loss. Where it needs no gradient the step is skipped and counted.
+        trainer: `trainer(batch)` returns the scalar loss. If it requires no gradient, the step is skipped and counted.
         batches: as many batches as steps, or an endless stream; each has a method `to(device)`, or is a pair of images
-            (floats in [0, 1]) and labels, as of a DataLoader.
-        steps: in all, with those of earlier sessions.
-        scheduler: stepped after every step; ReduceLROnPlateau after every validation, by its error (its accuracy in
-            mode "max"): it ends the training when a rate should fall below its `min_lr`.
-        validate: gives the accuracy on validation episodes, every `validate_every` steps and after the last.
-        patience, loss_patience: end the training early; see EarlyStopping.
-        clip_norm: largest L2 norm of the gradient.
-        bf16: autocast to bfloat16 on CUDA; on a CPU it does not pay.
-        frozen: parts that are not trained in their first steps, `{"embedder.trunk": 500}`; see frozen_parts.
-        ema: validate, keep and end with an exponential moving average of the weights, which keeps this share of itself
-            in each step (0.999 looks back about 1,000 steps); buffers are those of the last step.
-        recorder: gets losses, rates and accuracies as "train" and "validation".
-        checkpoint: file of the state to resume from, written after the first step, every `checkpoint_every` steps,
+            (floats in [0, 1]) and labels, as from a DataLoader.
+        steps: total number of steps, including those of earlier sessions.
+        scheduler: stepped after every step; ReduceLROnPlateau after every validation, with its error (its accuracy in
+            mode "max"): it ends training when all rates should fall below their `min_lr`.
+        validate: returns the accuracy on validation episodes; called every `validate_every` steps and after the last.
+        patience, loss_patience: end training early; see EarlyStopping.
+        clip_norm: maximum L2 norm of the gradient.
+        bf16: autocast to bfloat16 on CUDA; on a CPU it does not pay off.
+        frozen: parts to freeze for the first steps, `{"embedder.trunk": 500}`; see frozen_parts.
+        ema: validate, keep and end with an exponential moving average of the weights, with this decay per step (0.999
+            looks back about 1,000 steps); buffers are those of the last step.
+        recorder: receives losses, rates and accuracies as "train" and "validation".
+        checkpoint: file for the state to resume from, written after the first step, every `checkpoint_every` steps,
             after each validation, at the end and when interrupted.
-        resume: continue from `checkpoint` where that file exists. Batches with a `state_dict` continue exactly, a list
-            after what was trained on; any other endless iterator must stand there already. Where optimizer or scheduler
-            are other ones than the checkpoint's began with (more steps, a lower rate), theirs are the rates.
+        resume: continue from `checkpoint` if that file exists. Batches with a `state_dict` continue exactly, a list
+            after the batches already used; any other endless iterator must already be there. If optimizer or scheduler
+            differ from those that the checkpoint began with (more steps, a lower rate), their rates apply.
 
     A part that is in eval mode before, in a trainer in train mode, stays frozen, in later trainings too.
-    Ctrl-C or SIGTERM ends training after the current step (and validation); a second one ends it at once.
+    Ctrl-C or SIGTERM ends training after the current step (and validation); a second one ends it immediately.
 
-    Within `processes()` all processes call it alike and share its work; the first one records and writes. Memories,
-    statistics and weights are the same in all, so that a checkpoint can be resumed by any number of processes.
+    Within `processes()`, all processes make the same call and share the work; the first one records and writes.
+    Memories, statistics and weights are the same in all, so a checkpoint can be resumed by any number of processes.
 
     Raises:
-        TrainingDiverged: NaN or infinity; names step, learning rate and classes. The checkpoint is of a step before it.
+        TrainingDiverged: NaN or infinity; names step, learning rate and classes. The checkpoint is of an earlier step.
         TrainingInterrupted: (a KeyboardInterrupt) Ctrl-C or SIGTERM; `checkpoint` holds the last step.
-        CannotWriteError: (an OSError) the disk is full or the folder read-only; `checkpoint` is as it was.
-        UsageError: a wrong option, too few batches, another's checkpoint, one (FileExistsError) without resume, an
-            optimizer that needs a closure (LBFGS), or a loss that depends on no weight.
+        CannotWriteError: (an OSError) the disk is full or the folder read-only; `checkpoint` is unchanged.
+        UsageError: a wrong option, too few batches, another training's checkpoint, an existing one (FileExistsError)
+            without resume, an optimizer that needs a closure (LBFGS), or a loss that depends on no weight.
     """
     plateau = scheduler if isinstance(scheduler, ReduceLROnPlateau) else None
     stopper = EarlyStopping(validate is not None, patience, loss_patience, plateau)
@@ -103,7 +103,7 @@ def fit(
     recorder = recorder if world().is_first else None
     if checkpoint is not None and found:
         state.load_state_dict(load_checkpoint(checkpoint))
-        if recorder is not None:  # a process that was killed may have recorded more than it saved
+        if recorder is not None:  # a killed process may have recorded more than it saved
             recorder.forget_after(state.history.steps, RECORDED)
     state.start_alike()
     history = state.history
@@ -130,7 +130,7 @@ def fit(
             if scheduler is not None and plateau is None:
                 scheduler.step()
             bar.update()
-            stopping = any_process(signal.received is not None)  # asked once, so that the step it ends with is saved
+            stopping = any_process(signal.received is not None)  # asked once, so that the final step is saved
             validation_due = validate is not None and due(history.steps, validate_every, steps)
             checkpoint_due = validation_due or history.steps == 1 or due(history.steps, checkpoint_every, steps)
             log_due = checkpoint_due or due(history.steps, LOG_EVERY, steps)

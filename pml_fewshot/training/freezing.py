@@ -1,4 +1,4 @@
-"""frozen_parts: parts of a trainer that are not trained in its first steps."""
+"""frozen_parts: freezes parts of a trainer for its first steps."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,17 +10,17 @@ from pml_fewshot.checks import UsageError, check_at_least_one, check_choice
 
 @contextmanager
 def frozen_parts(trainer: nn.Module, steps: Mapping[str, int]) -> Iterator[Callable[[int], None]]:
-    """Freezes parts and yields a function that, told how many steps were taken, thaws those whose time has come.
+    """Freezes parts and yields a function that, given the number of steps taken, thaws those whose time has come.
 
-    A frozen part is in eval mode, batch norm too, and no gradient is computed for it, nor through it where nothing
-    before it is trained. Of a part within a part the longer time counts. In the end every part has its own modes and
-    `requires_grad` again.
+    A frozen part is in eval mode, including batch norm, and no gradient is computed for it, nor through it if nothing
+    before it is trained. For a part within a part, the longer time counts. At the end, the modes and `requires_grad` of
+    every part are restored.
 
     Args:
         steps: how many steps to freeze each part for, by the module's name in the trainer: `{"embedder.trunk": 500}`.
 
     Raises:
-        UsageError: no such part, or nothing else to train.
+        UsageError: a part does not exist, or nothing else is left to train.
     """
     check_parts(trainer, steps)
     parts = sorted(((trainer.get_submodule(name), count) for name, count in steps.items()), key=lambda part: -part[1])
@@ -28,7 +28,7 @@ def frozen_parts(trainer: nn.Module, steps: Mapping[str, int]) -> Iterator[Calla
     weights = {weight for part, _ in parts for weight in part.parameters() if weight.requires_grad}
 
     def thaw(taken: int) -> None:
-        """Gives back what no part whose time is still to come holds."""
+        """Restores whatever is not in a part that is still frozen."""
         held = [part for part, count in parts if count > taken]
         held_modules = {module for part in held for module in part.modules()}
         held_weights = {weight for part in held for weight in part.parameters()}
@@ -51,7 +51,7 @@ def frozen_parts(trainer: nn.Module, steps: Mapping[str, int]) -> Iterator[Calla
 
 
 def check_parts(trainer: nn.Module, steps: Mapping[str, int]) -> None:
-    """Raises a UsageError, with the nearest name, for a part that is not there, no number of steps, no weight left."""
+    """Raises a UsageError for an unknown part (with the nearest name), an invalid step count, or no weight left."""
     names = [name for name, _ in trainer.named_modules(remove_duplicate=False) if name]
     for name, count in steps.items():
         check_choice("a part to freeze", name, names)

@@ -1,4 +1,4 @@
-"""How a training ends before its last step: by a signal (Ctrl-C, SIGTERM), or by a NaN."""
+"""How training ends before its last step: by a signal (Ctrl-C, SIGTERM) or a NaN."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class TrainingDiverged(ArithmeticError):
-    """The loss or a weight became NaN or infinite; the message says at which step, and what to try."""
+    """The loss or a weight became NaN or infinite; the message names the step and what to try."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -20,10 +20,10 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class StopOnSignal:
-    """Within its `with` block Ctrl-C and SIGTERM are only noted, in `received`, so that a step can end first.
+    """Within its `with` block, Ctrl-C and SIGTERM are only noted in `received`, so that a step can finish first.
 
-    The first signal restores the handlers from before, so a second one ends the program at once. Signals that the
-    program ignores stay ignored. Outside of the main thread, where Python handles no signals, nothing is noted.
+    The first signal restores the previous handlers, so a second one ends the program immediately. Signals that the
+    program ignores stay ignored. Outside the main thread, where Python handles no signals, nothing is noted.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class StopOnSignal:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._restore()
-        if os.getpid() != self._process:  # a forked child, of a pool for example, ends as it would without us
+        if os.getpid() != self._process:  # a forked child, such as a pool worker, ends as it would without us
             signal.raise_signal(number)
             return
         self.received = signal.Signals(number)

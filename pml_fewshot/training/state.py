@@ -1,4 +1,4 @@
-"""What a training has done so far (History) and all that it needs to resume exactly (TrainingState)."""
+"""The history of a training so far (History) and everything it needs to resume exactly (TrainingState)."""
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,27 +27,27 @@ from pml_fewshot.training.early_stopping import EarlyStopping
 from pml_fewshot.training.interruption import TrainingDiverged
 from pml_fewshot.training.schedule import adopt_schedule, check_kinds, kinds_of, schedule_of
 
-FORMAT_VERSION = 4  # of state_dict: raise it when its entries change
+FORMAT_VERSION = 4  # of state_dict: increase it when the entries change
 KEYS = {"trainer", "optimizer", "early_stopping", "best", "pending", "history", "kinds", "schedule"}
-ALL_STEPS = "all steps"  # why a training ended that was not stopped early
+ALL_STEPS = "all steps"  # the reason why a training ended that was not stopped early
 RECORDED = ("train", "validation")  # groups of records
 NAMED_CLASSES = 10  # at most, in the message about a NaN
 
 
 @dataclass
 class History:
-    """What happened in a training, over all its sessions.
+    """Record of a training over all its sessions.
 
     Args:
-        losses: (step, mean loss of the steps since the entry before).
-        validations: (step, mean accuracy, half its 95 % interval).
+        losses: (step, mean loss of the steps since the previous entry).
+        validations: (step, mean accuracy, half of its 95 % confidence interval).
         best_step: step of the weights that the trainer holds at the end.
-        stopped: why it ended: "all steps", "no improvement", "loss no longer falling" or "learning rate at its
+        stopped: why training ended: "all steps", "no improvement", "loss no longer falling" or "learning rate at its
             lowest".
         steps: steps taken.
         skipped: steps among them whose batch held nothing to learn from (no pair for the miner or the loss).
-        retries: how often it diverged and went back to a checkpoint with a lower learning rate.
-        processes: the most that took its steps together.
+        retries: how often training diverged and returned to a checkpoint with a lower learning rate.
+        processes: largest number of processes that took steps together.
         seconds: time in training and validation.
     """
 
@@ -83,7 +83,7 @@ class Recorder(Protocol):
 
 @runtime_checkable
 class Reporting(Protocol):
-    """What a trainer may tell beside its loss; every FewShotTrainer does."""
+    """What a trainer may report besides its loss; every FewShotTrainer does."""
 
     divergence_hint: str
 
@@ -95,7 +95,7 @@ class StepRecord(NamedTuple):
 
     step: int
     loss: Tensor
-    rates: dict[str, float]  # of each group of the optimizer
+    rates: dict[str, float]  # of each optimizer group
     classes: Tensor | None  # labels in its batch, where known
 
 
@@ -123,13 +123,13 @@ class TrainingState:
         self.ema, self.average = ema, None if ema is None else _average(trainer, ema)
         if self.average is not None:
             self.parts["average"] = self.average
-        self.schedule = schedule_of(optimizer, scheduler)  # as the caller made it
+        self.schedule = schedule_of(optimizer, scheduler)  # as set by the caller
         self.history = History()
         self.best: dict[str, Any] | None = None  # weights of the best validation, or of the lowest loss
         self.pending: list[StepRecord] = []
 
     def start_alike(self) -> None:
-        """Gives all processes the generators of the first, and sees that they begin with the same weights."""
+        """Gives all processes the generator states of the first, and checks that they begin with the same weights."""
         self.history.processes = max(self.history.processes, world().size)
         if world().size > 1:
             if lazy := lazy_parts(self.trainer):  # which would draw its weights from a process's own generator
@@ -150,7 +150,7 @@ class TrainingState:
         return source
 
     def note(self, loss: Tensor | None, rates: dict[str, float], batch: Any) -> None:
-        """Counts a step; its loss, None where nothing was learned, is read at the next log step."""
+        """Counts a step; its loss, None if nothing was learned, is read at the next log step."""
         self.history.steps += 1
         if loss is None:
             self.history.skipped += 1
@@ -182,7 +182,7 @@ class TrainingState:
         return {name: f"{value:.4f}" for name, value in values.items()}
 
     def log_validation(self, mean: float, ci95: float, recorder: Recorder | None) -> None:
-        """Records a validation, keeps the weights where it is the best, and stops where it says so."""
+        """Records a validation, keeps the weights if it is the best, and ends training if early stopping says so."""
         self.history.validations.append((self.history.steps, mean, ci95))
         if self.stopper.accuracy.offer(mean, self.history.steps):
             self.keep_weights()
@@ -229,7 +229,7 @@ class TrainingState:
         first = not Path(checkpoint).exists()
         save_checkpoint(checkpoint, self.state_dict())
         if first:
-            load_checkpoint(checkpoint)  # what could not be read again is told after one step, not after all
+            load_checkpoint(checkpoint)  # an unreadable checkpoint is reported after one step, not after all
 
     def keep_weights(self) -> None:
         """Keeps a copy of the weights as the best so far."""
@@ -238,7 +238,7 @@ class TrainingState:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within this context the trainer has the averaged weights, where there are any."""
+        """Context in which the trainer has the averaged weights, if there are any."""
         if self.average is None:
             yield
             return
@@ -250,12 +250,12 @@ class TrainingState:
             self.trainer.load_state_dict(own)
 
     def _weights(self) -> dict[str, Any]:
-        """What the training is about: the averaged weights where there are any, else the trainer's own."""
+        """The weights to validate and keep: the averaged ones if there are any, else the trainer's own."""
         own = self.trainer.state_dict()
         return own if self.average is None else own | dict(self.average.module.named_parameters())
 
     def restore_best(self) -> None:
-        """Gives the trainer the best weights so far; it keeps the last ones where none were kept."""
+        """Loads the best weights so far into the trainer; it keeps the last ones if none were kept."""
         if self.best is None:
             self.history.best_step = self.history.steps
         if self.best is not None or self.average is not None:
@@ -304,7 +304,7 @@ def _average(trainer: nn.Module, ema: float) -> AveragedModel:
 
 @torch.no_grad()
 def _update(average: AveragedModel, trainer: nn.Module, ema: float) -> None:
-    """As average.update_parameters, which after the first step copies n_averaged to a GPU, and waits for that."""
+    """Same as average.update_parameters, which after the first step copies n_averaged to a GPU and waits for that."""
     if average.n_averaged == 0 or not all(weight.is_floating_point() for weight in trainer.parameters()):
         average.update_parameters(trainer)
         return
@@ -315,7 +315,7 @@ def _update(average: AveragedModel, trainer: nn.Module, ema: float) -> None:
 
 
 def check_same_batch(batch: Any) -> None:
-    """Raises a UsageError where another process has another batch: each takes its share of the same one."""
+    """Raises a UsageError if another process has a different batch: each takes its share of the same one."""
     if world().size > 1 and hasattr(batch, "__dict__"):
         tensors = {name: each for name, each in vars(batch).items() if isinstance(each, Tensor)}
         sums = {f"batch ({name})": checksum_of({name: each.cpu().contiguous()}) for name, each in tensors.items()}
@@ -323,7 +323,7 @@ def check_same_batch(batch: Any) -> None:
 
 
 def _as_batch(batch: Any) -> Any:
-    """What a DataLoader gives, a pair of images and labels, as a Batch; all else as it is."""
+    """Converts a pair of images and labels, as from a DataLoader, to a Batch; returns anything else unchanged."""
     return Batch(*batch) if isinstance(batch, list | tuple) and len(batch) == 2 else batch
 
 
@@ -331,7 +331,7 @@ def history_of(state: dict[str, Any]) -> History:
     """The history in a training's state_dict.
 
     Raises:
-        UsageError: it is the state of something else, or of another version.
+        UsageError: the state is of something else, or of another version.
     """
     version = state.get("format_version", "none (pml_fewshot 0.5 or before)")
     if version != FORMAT_VERSION:
@@ -348,7 +348,7 @@ def history_of(state: dict[str, Any]) -> History:
 
 
 def restore_trained(trainer: nn.Module, state: dict[str, Any]) -> None:
-    """Gives a trainer the weights that a finished training ends with: the best validated, else the last."""
+    """Loads the final weights of a training into a trainer: the best by validation, or by loss, else the last."""
     history_of(state)
     average = {n: state["average"][f"module.{n}"] for n, _ in trainer.named_parameters()} if "average" in state else {}
     weights = state["best"] or state["trainer"] | average

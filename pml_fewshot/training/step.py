@@ -1,4 +1,4 @@
-"""train_step: one update of the weights; and what must be true of a trainer and an optimizer for it."""
+"""train_step: one update of the weights, and its requirements for a trainer and an optimizer."""
 
 import inspect
 import warnings
@@ -17,12 +17,12 @@ from pml_fewshot.embedders.synced_batch_norm import synced
 def train_step(
     trainer: nn.Module, batch: Any, optimizer: Optimizer, clip_norm: float | None, autocast: torch.autocast
 ) -> Tensor | None:
-    """One update of the weights; returns the loss, or None where the batch held nothing to learn from.
+    """Updates the weights once; returns the loss, or None if the batch held nothing to learn from.
 
-    Of several processes all make the same update, by the average of their gradients.
+    With several processes, all make the same update, using the average of their gradients.
 
     Raises:
-        UsageError: a loss other than 0 that no weight has led to.
+        UsageError: a loss other than 0 that depends on no weight.
     """
     optimizer.zero_grad(set_to_none=True)
     with autocast:
@@ -47,7 +47,7 @@ def train_step(
 
 
 def warn_of_unreached(trainer: nn.Module) -> None:
-    """Warns of the parts of a trainer none of whose weights got a gradient, though others did: a lost graph?"""
+    """Warns about parts of a trainer none of whose weights received a gradient, though others did: a lost graph?"""
     for name, part in trainer.named_children():
         weights = [weight for weight in part.parameters() if weight.requires_grad]
         if weights and all(weight.grad is None for weight in weights):
@@ -68,7 +68,7 @@ def check_trainable(trainer: nn.Module) -> None:
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Raises a UsageError for an optimizer, or a class of them, that evaluates the loss itself (LBFGS)."""
+    """Raises a UsageError for an optimizer, or optimizer class, that evaluates the loss itself (LBFGS)."""
     needed = [p for p in inspect.signature(optimizer.step).parameters.values() if p.name == "closure"]
     if needed and needed[0].default is inspect.Parameter.empty:
         name = getattr(optimizer, "__name__", type(optimizer).__name__)
@@ -77,7 +77,7 @@ def check_optimizer(optimizer: Any) -> None:
 
 
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
-    """The rate of each group, as it is recorded: "learning_rate", and of a part "learning_rate_embedder_trunk"."""
+    """The rate of each group by its recorded name: "learning_rate", or "learning_rate_embedder_trunk" for a part."""
     rates = {}
     for number, group in enumerate(optimizer.param_groups):
         name = str(group.get("name") or number or "").replace(".", "_")

@@ -1,4 +1,4 @@
-"""What MAML asks of autograd: recomputed steps, second derivatives of distances, a loss with a known gradient."""
+"""Autograd tools for MAML: recomputed steps, second derivatives of distances, a loss with a known gradient."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -17,9 +17,9 @@ Step = Callable[[Sequence[Tensor], bool], Sequence[Tensor]]
 class Recompute(torch.autograd.Function):
     """`Recompute.apply(step, len(inputs), *inputs, *parameters)` is `step(inputs, create_graph)` without its graph.
 
-    The backward pass builds, uses and frees it. `parameters` are leaves that the step uses without being passed them,
-    such as those of a loss. `torch.utils.checkpoint` does the same for most functions. For one that takes a derivative
-    itself it runs the forward pass three times where two are enough, and keeps the activations of the second (2.13).
+    The backward pass builds, uses and frees it. `parameters` are leaves that the step uses without receiving them as
+    inputs, such as those of a loss. `torch.utils.checkpoint` does the same for most functions. For one that takes a
+    derivative itself, it runs the forward pass three times instead of twice, and keeps the second's activations (2.13).
     """
 
     @staticmethod
@@ -36,7 +36,7 @@ class Recompute(torch.autograd.Function):
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         inputs, parameters = _leaves(ctx.saved_tensors[: ctx.num_inputs]), ctx.saved_tensors[ctx.num_inputs :]
         of_cpu, of_gpus = ctx.generators
-        with torch.random.fork_rng(ctx.gpus), torch.enable_grad():  # dropout must draw what it drew in the forward pass
+        with torch.random.fork_rng(ctx.gpus), torch.enable_grad():  # dropout must repeat the draws of the forward pass
             torch.set_rng_state(of_cpu)
             for gpu, state in zip(ctx.gpus, of_gpus, strict=True):
                 torch.cuda.set_rng_state(state, gpu)
@@ -53,10 +53,10 @@ def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def double_backward() -> Iterator[None]:
-    """Within this context distances can be differentiated twice, in this thread.
+    """Context in which distances can be differentiated twice, in this thread.
 
-    `torch.cdist` has no second derivative (torch 2.13), and PML's LpDistance is made of it, so without this most of
-    PML's losses could not be inner losses of second order. Here it is a norm of differences, (B, R, D) numbers: a
+    `torch.cdist` has no second derivative (torch 2.13), and PML's LpDistance uses it, so without this most of PML's
+    losses could not be second-order inner losses. Here it is a norm of differences, (B, R, D) numbers, because a
     support set is small.
     """
     with _DifferentiableCdist():
@@ -64,9 +64,9 @@ def double_backward() -> Iterator[None]:
 
 
 def differentiable_attention() -> AbstractContextManager[None]:
-    """Within this context attention is matrix products, because its fused kernels have no second derivative.
+    """Context in which attention uses matrix products, because its fused kernels have no second derivative.
 
-    The switch is the process's: threads that set and reset it would do so for each other.
+    The switch is process-wide: threads that set and reset it would do so for each other.
     """
     return sdpa_kernel(SDPBackend.MATH)
 
@@ -77,14 +77,14 @@ class _DifferentiableCdist(TorchFunctionMode):
 
 
 def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
-    """Stands for `torch.cdist`: (..., B, D) and (..., R, D) to (..., B, R), with derivative 0 where two are equal."""
+    """Replaces `torch.cdist`: (..., B, D) and (..., R, D) to (..., B, R), with derivative 0 where two are equal."""
     difference = x1.unsqueeze(-2) - x2.unsqueeze(-3)
     equal = (difference == 0).all(dim=-1, keepdim=True)
     return torch.linalg.vector_norm(difference.masked_fill(equal, 1), p, dim=-1).masked_fill(equal.squeeze(-1), 0)
 
 
 class WithGradient(torch.autograd.Function):
-    """`WithGradient.apply(loss, gradients, *parameters)` is the loss, whose `backward()` gives those gradients."""
+    """`WithGradient.apply(loss, gradients, *parameters)` is the loss, whose `backward()` produces those gradients."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor], *parameters: Tensor) -> Tensor:

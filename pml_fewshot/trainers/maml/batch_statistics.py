@@ -1,4 +1,4 @@
-"""BatchStatistics: within this context every batch norm uses the statistics of its own input, as MAML wants."""
+"""BatchStatistics: context in which every batch norm uses the statistics of its own input, for MAML."""
 
 from typing import Any
 
@@ -12,18 +12,18 @@ from pml_fewshot.embedders.conv_norm_pool import by_moments, conv_norm_pool
 
 
 class BatchStatistics(TorchFunctionMode):
-    """Within this context batch norm uses mean and variance of its own input and leaves running statistics alone.
+    """Context in which batch norm uses the mean and variance of its own input and leaves running statistics alone.
 
     A network adapted to a handful of images has no running statistics of its own.
 
     Args:
-        num_items: B, items in the batch that the network is called with.
-        num_stat_items: take mean and variance from the first so many items (the support set) and normalize all items
-            by them; from all items when None.
-        decomposed: compute batch norm operation by operation, for `torch.func.vmap`: under it `F.batch_norm` silently
-            gives wrong second-order gradients (torch 2.13: 0.4 to 13 % off) where one derivative is taken within vmap
-            and one outside. MAML takes both outside, which was right on a CPU; single operations always are. Without
-            vmap `F.batch_norm` is right, and faster.
+        num_items: B, number of items in the batch that the network is called with.
+        num_stat_items: number of leading items (the support set) from which mean and variance are taken to normalize
+            all items; all items when None.
+        decomposed: compute batch norm operation by operation, for `torch.func.vmap`: under it, `F.batch_norm` silently
+            returns wrong second-order gradients (torch 2.13: 0.4 to 13 % off) if one derivative is taken within vmap
+            and one outside. MAML takes both outside, which was correct on a CPU; single operations always are. Without
+            vmap, `F.batch_norm` is correct and faster.
     """
 
     def __init__(self, num_items: int, num_stat_items: int | None = None, decomposed: bool = False) -> None:
@@ -39,7 +39,7 @@ class BatchStatistics(TorchFunctionMode):
             return self.conv_norm_pool(*args, **kwargs)
         layout_alone = func in (Tensor.contiguous, Tensor.to) and [*args[1:], *kwargs.values()] == [torch.channels_last]
         if self.decomposed and layout_alone:
-            return args[0]  # vmap does not know this memory layout
+            return args[0]  # vmap does not support this memory layout
         return func(*args, **kwargs)
 
     def batch_norm(
@@ -53,7 +53,7 @@ class BatchStatistics(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        """Stands for `F.batch_norm` of (B, C, ...), or of (B * P, C, ...) for P patches of each item."""
+        """Replaces `F.batch_norm` for (B, C, ...), or for (B * P, C, ...) with P patches of each item."""
         self.was_used = True
         if self.num_stat_items is None and not self.decomposed:
             return F.batch_norm(input, None, None, weight, bias, training=True, eps=eps)
@@ -71,7 +71,7 @@ class BatchStatistics(TorchFunctionMode):
         return normalized if bias is None else normalized + bias.reshape(scale.shape)
 
     def conv_norm_pool(self, images: Tensor, weight: Tensor, *of_norm: Any) -> Tensor:
-        """Stands for the function of that name."""
+        """Replaces the function of the same name."""
         self.was_used = True
         _, _, scale, shift, _, momentum, eps = of_norm
         if self.num_stat_items is None and not self.decomposed and by_moments(images, weight):

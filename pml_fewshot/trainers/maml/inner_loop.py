@@ -1,4 +1,4 @@
-"""InnerLoop: a network and its gradient steps on the support sets of many tasks at once, the inner loop of MAML."""
+"""InnerLoop: the inner loop of MAML, a network and its gradient steps on the support sets of many tasks at once."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -21,7 +21,7 @@ Parallel = Literal["auto", "loop", "vmap", "threads"]
 
 
 class _Shared:
-    """Whether something is done already: one note for all copies of a module."""
+    """Whether something has been done already, shared by all copies of a module."""
 
     done = False
 
@@ -30,10 +30,10 @@ class _Shared:
 
 
 class InnerLoop(nn.Module):
-    """Runs a network by the weights of T tasks, and adapts them to each task's support set.
+    """Runs a network with the weights of T tasks, and adapts them to each task's support set.
 
-    The network itself stays as it is: it is called functionally, by weights that are passed in. `loss` is that of a
-    support set, and `gives_logits` says that there must be an output for each way; the rest is as for MAMLTrainer.
+    The network itself does not change: it is called functionally, with weights that are passed in. `loss` is that of a
+    support set, and `gives_logits` requires an output for each way; the rest is as for MAMLTrainer.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class InnerLoop(nn.Module):
         self.network, self.loss, self.gives_logits = network, loss, gives_logits
         self.inner_lr, self.checkpoint_steps, self.parallel = inner_lr, checkpoint_steps, parallel
         self._normalizes = any(isinstance(module, _BatchNorm) for module in network.modules())  # until it has run
-        self._modes: dict[str, Mode] = {}  # how tasks are run, by type of device
+        self._modes: dict[str, Mode] = {}  # how tasks are run, by device type
         self._seen_to_learn = _Shared()
         self.adapt = ("",) if adapt is None else (adapt,) if isinstance(adapt, str) else tuple(adapt)
         names = [name for name, _ in network.named_parameters()]
@@ -72,16 +72,16 @@ class InnerLoop(nn.Module):
 
     @property
     def normalizes(self) -> bool:
-        """Whether the network has a batch norm; by its modules until it has run."""
+        """Whether the network has a batch norm, judged by its modules until it has run."""
         return self._normalizes
 
     @property
     def adapted(self) -> list[str]:
-        """Names of the parameters that a step changes: those asked for, without the frozen ones."""
+        """Names of the parameters that a step changes: those requested, without the frozen ones."""
         return [n for n, p in self.network.named_parameters() if p.requires_grad and n.startswith(self.adapt)]
 
     def mode(self, images: Tensor) -> Mode:
-        """How tasks of images (B, *item) run fastest on their device; tried out there once, which waits for a GPU."""
+        """The fastest way to run tasks of images (B, *item) on their device; tested once there, waiting for a GPU."""
         device = images.device.type
         if device not in self._modes:
             self._normalizes = normalizes(self.network, images)
@@ -89,22 +89,22 @@ class InnerLoop(nn.Module):
         return self._modes[device]
 
     def weights(self, tasks: int) -> Weights:
-        """The network's own weights, once for each task, without a copy: (T, *shape) each."""
+        """The network's own weights, repeated for each task without a copy: (T, *shape) each."""
         own = self.network.named_parameters()  # those made in inference mode take no gradient, but their copies do
         return {name: (p.clone() if p.is_inference() else p).expand(tasks, *p.shape) for name, p in own}
 
     def outputs(self, weights: Weights, images: Tensor, ways: int, stats_of: Tensor | None = None) -> Tensor:
         """Runs the network for T tasks: images (T, B, *item) to outputs (T, B, D).
 
-        They are float32 or better: under autocast losses and distances want more than bfloat16's 8 bits. Batch norm
-        uses the statistics of `stats_of`, other images of the same tasks; those of the images themselves when None.
+        Outputs are float32 or better: under autocast, losses and distances need more than bfloat16's 8 bits. Batch norm
+        uses the statistics of `stats_of`, other images of the same tasks, or of the images themselves when None.
         """
         mode, num_stat_items = self.mode(images[0]), None
         if stats_of is not None:
             num_stat_items = stats_of.shape[1]
             images = torch.cat([stats_of, images], dim=1)
         run = vmap if mode == "vmap" else loop
-        # where no gradient is wanted a network may fold batch norm with its running statistics into other weights
+        # without gradients, a network may fold batch norm with its running statistics into other weights
         with torch.enable_grad():
             outputs = run(self.network, weights, images, num_stat_items)
         if self.gives_logits:
@@ -118,9 +118,9 @@ class InnerLoop(nn.Module):
     def steps(self, weights: Weights, support: Tensor, steps: int, second_order: bool) -> Iterator[Weights]:
         """Yields the weights after each step on support (T, W, K, *item): theta - rate * gradient of the loss.
 
-        Second order keeps the graph of the gradients, through which derivatives with respect to the weights at the
-        start go; without it they count as constants, the first-order approximation. Under `torch.no_grad()` nothing
-        links weights to those before, which are then free to go.
+        Second order keeps the graph of the gradients, through which derivatives with respect to the initial weights
+        flow; without it gradients count as constants, the first-order approximation. Under `torch.no_grad()`, nothing
+        links weights to earlier ones, which can then be freed.
 
         Source: Finn, Abbeel and Levine 2017, algorithm 1, lines 5 and 6.
         """
@@ -131,7 +131,7 @@ class InnerLoop(nn.Module):
         loss_parameters = list(self.loss.parameters()) if isinstance(self.loss, nn.Module) else []
 
         def step(values: Sequence[Tensor], create_graph: bool) -> Sequence[Tensor]:
-            """From all weights, and the rates of the adapted ones, to the adapted ones after the step."""
+            """Maps all weights, and the rates of the adapted ones, to the adapted ones after the step."""
             before = dict(zip(names, values[: len(names)], strict=True))
             if not torch.is_grad_enabled():
                 before |= {name: before[name].detach().requires_grad_() for name in adapted}
@@ -165,7 +165,7 @@ class InnerLoop(nn.Module):
             yield weights
 
     def adapt_to(self, support: Tensor, steps: int) -> Weights:
-        """The weights after so many first-order steps on support (T, W, K, *item), from the network's own."""
+        """The weights after `steps` first-order steps on support (T, W, K, *item), starting from the network's own."""
         with torch.no_grad():
             weights = self.weights(len(support))
             for after in self.steps(weights, support, steps, second_order=False):
@@ -174,13 +174,13 @@ class InnerLoop(nn.Module):
 
 
 def as_task_loss(loss: Any) -> TaskLoss:
-    """The loss that MAMLTrainer was given, from a partial of a class too; functions stay, with arguments or without."""
+    """The loss given to MAMLTrainer, built if it is a partial of a class; functions and their partials stay as is."""
     is_function = isinstance(loss, partial) and not isinstance(loss.func, type)
     built = loss if is_function else instantiate(loss)
     if isinstance(built, type):
         raise UsageError(f"expected a loss to call, got the class {built.__name__}; write {built.__name__}()")
     for part in built.modules() if isinstance(built, nn.Module) else ():
-        if isinstance(part, WITH_MEMORY):  # which would carry something from one task to the next
+        if isinstance(part, WITH_MEMORY):  # which would carry state from one task to the next
             name = type(part).__name__
             raise UsageError(f"expected a loss that remembers nothing, got {name}; take another for MAML")
     return built

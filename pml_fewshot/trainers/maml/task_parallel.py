@@ -1,7 +1,7 @@
-"""How a network is run for many tasks, each with its own weights: one after the other, in threads, or by vmap.
+"""Runs a network for many tasks, each with its own weights: one after the other, in threads, or with vmap.
 
 `loop` and `vmap` are called with a network (whose own tensors are neither used nor changed), the weights of T tasks,
-images (T, B, *item) and `num_stat_items`, the items at the front of a task's batch that batch norm takes its
+images (T, B, *item) and `num_stat_items`, the number of leading items in a task's batch that batch norm takes its
 statistics from (all when None), and return (T, B, *output). `in_threads` divides chunks of tasks among threads, each of
 which loops over its own.
 """
@@ -27,19 +27,19 @@ Mode = Literal["loop", "vmap", "threads"]
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
-# Pixels that vmap runs at a time, and the most tasks: the first layer of 64 tasks of 80 images of 28 x 28 takes 1 GiB.
+# Most pixels and tasks that vmap runs at a time: the first layer of 64 tasks of 80 images of 28 x 28 takes 1 GiB.
 PIXELS, TASKS = 64 * 80 * 28**2, 64
 
 
 def loop(network: nn.Module, weights: Weights, images: Tensor, num_stat_items: int | None = None) -> Tensor:
-    """One task after another, which works for every module."""
+    """Runs one task after another, which works for every module."""
     tasks = zip(images.unbind(), *(weight.unbind() for weight in weights.values()), strict=True)
     one = partial(_one_task, network, num_stat_items, False)
     return torch.stack([one(dict(zip(weights, own, strict=True)), own_images) for own_images, *own in tasks])
 
 
 def vmap(network: nn.Module, weights: Weights, images: Tensor, num_stat_items: int | None = None) -> Tensor:
-    """All tasks at once by `torch.func.vmap`, for a GPU; on a CPU it is slower than the loop. Not for every module."""
+    """Runs all tasks at once with `torch.func.vmap`, for a GPU; on a CPU slower than the loop. Not for every module."""
     one = partial(_one_task, network, num_stat_items, True)
     return torch.func.vmap(one, randomness="different")(dict(weights), images)
 
@@ -50,8 +50,8 @@ def _one_task(network: nn.Module, num_stat_items: int | None, decomposed: bool, 
 
 
 def copies_for(module: M, chunks: int) -> list[M]:
-    """A copy for each of as many threads as torch has, or as there are chunks; none where it cannot be copied."""
-    # autocast belongs to a thread
+    """One copy per thread, for as many threads as torch has, or as there are chunks; none if it cannot be copied."""
+    # autocast is per thread
     threads = 1 if torch.is_autocast_enabled("cpu") else max(1, min(torch.get_num_threads(), chunks))
     try:
         return [sharing_copy(module) for _ in range(threads)]
@@ -60,12 +60,12 @@ def copies_for(module: M, chunks: int) -> list[M]:
 
 
 def in_threads(copies: Sequence[nn.Module], work: Callable[..., T], chunks: Sequence[Iterable[Any]]) -> Iterator[T]:
-    """`work(one of the copies, *chunk)` for each chunk, a thread for each copy.
+    """Yields `work(one of the copies, *chunk)` for each chunk, with one thread per copy.
 
-    The operations of each use one thread, or more where there are fewer chunks than threads.
+    The operations of each use one thread, or more if there are fewer chunks than threads.
 
     Tasks share nothing, so threads wait for each other once, at the end, and not in each of hundreds of operations that
-    are too small to be shared. The copies have the module's own tensors, and places of their own to put others in.
+    are too small to be shared. The copies use the module's own tensors, but have their own places for others.
     """
     free: SimpleQueue[nn.Module] = SimpleQueue()
     for each in copies:
@@ -97,8 +97,8 @@ def sharing_copy(module: M) -> M:
 def fastest(network: nn.Module, images: Tensor) -> Mode:
     """The fastest way to run tasks of images (B, *item) as measured: threads on a CPU, vmap on a GPU, else the loop.
 
-    It is tried on two tasks, and not taken where it fails or has other outputs than the loop; nor are threads where the
-    network draws numbers, whose order would be left to chance. Waits for a GPU.
+    It is tested on two tasks, and not used if it fails or its outputs differ from the loop's; nor are threads if the
+    network draws random numbers, whose order would be left to chance. Waits for a GPU.
     """
     if any("_orig_mod" in module._modules for module in network.modules()):  # compiled for one shape of weights
         return "loop"
@@ -116,17 +116,17 @@ def fastest(network: nn.Module, images: Tensor) -> Mode:
                 return "loop"
             with eval_mode(network):
                 outputs, expected = run(network, weights, both), loop(network, weights, both)
-    except (RuntimeError, TypeError, AttributeError):  # of vmap or of a module that cannot be copied
-        return "loop"  # where an error of the network itself comes again
-    # Tasks that were mixed up are further apart than this; bfloat16 came within 0.7 %, TF32 within 0.15.
+    except (RuntimeError, TypeError, AttributeError):  # from vmap or a module that cannot be copied
+        return "loop"  # where an error of the network itself is raised again
+    # Mixed-up tasks are further apart than this; bfloat16 came within 0.7 %, TF32 within 0.15.
     same = torch.allclose(outputs, expected, rtol=0, atol=0.02 * expected.abs().max().item(), equal_nan=True)
     return mode if same else "loop"
 
 
 def max_tasks_per_chunk(support: Tensor, query: Tensor, mode: Mode) -> int:
-    """How many of the tasks with support (T, W, K, *item) and queries, likewise or (T, N, *item), to run at a time."""
+    """Number of tasks to run at a time, with support (T, W, K, *item) and queries, likewise or (T, N, *item)."""
     if mode != "vmap":
-        return 1  # whose activations fit a cache: 15 MiB of 80 images of 28 x 28
+        return 1  # whose activations fit in a cache: 15 MiB for 80 images of 28 x 28
     channels = support.shape[3] if support.ndim > 4 else 1
     pixels = (support[0].numel() + query[0].numel()) // channels
     return min(TASKS, max(1, PIXELS // pixels))
@@ -146,9 +146,9 @@ one_at_a_time = threading.RLock()  # held by whoever swaps a trainer's weights, 
 
 @contextmanager
 def swapped(network: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within this context a network has other parameters and buffers, given by their first names; then its own again.
+    """Context in which a network has other parameters and buffers, given by their first names; then its own again.
 
-    Each place is changed once and given its own object back, however many names lead to it and whatever the network
+    Each place is changed once and gets its own object back, however many names lead to it and whatever the network
     did there. (`torch.func.functional_call` leaves the wrong tensor in a module that has two names, torch 2.13.)
     """
     named = {id(own): name for name, own in (*network.named_parameters(), *network.named_buffers())}
@@ -165,7 +165,7 @@ def swapped(network: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
 
 
 def _buffers(network: nn.Module) -> dict[str, Tensor]:
-    """Copies for a module to change, so that a task leaves nothing to the next."""
+    """Copies of the buffers for a module to change, so that a task leaves nothing to the next."""
     return {name: buffer.clone() for name, buffer in network.named_buffers()}
 
 

@@ -36,44 +36,44 @@ Learned = tuple[Tensor, Sequence[Tensor], Tensor, Tensor]  # summed loss, its gr
 
 
 class MAMLTrainer(FewShotTrainer):
-    """Trains a classifier's weights such that a few gradient steps on a support set make it classify the queries.
+    """Trains a classifier's weights so that a few gradient steps on a support set make it classify the queries.
 
-    The network is called by other weights, or a copy of it that shares its tensors is. What a task would change
-    in its buffers is thrown away, and batch norm uses the statistics of the batch at hand, never running ones.
+    The network, or a copy that shares its tensors, is called with other weights. Changes that a task would make to its
+    buffers are discarded, and batch norm uses the statistics of the current batch, never running ones.
 
     Args:
         network: module from images (B, *item) to logits (B, W), such as
-            `nn.Sequential(Conv4(in_channels=1), nn.Linear(64, 5))`. Tasks of fewer ways use its first outputs.
-        inner_lr: learning rate of the inner loop; the paper has 0.4 for Omniglot and 0.01 for miniImageNet.
+            `nn.Sequential(Conv4(in_channels=1), nn.Linear(64, 5))`. Tasks with fewer ways use its first outputs.
+        inner_lr: learning rate of the inner loop; the paper uses 0.4 for Omniglot and 0.01 for miniImageNet.
         inner_steps: gradient steps of the inner loop in training.
-        eval_inner_steps: those at test time; `inner_steps` when None.
+        eval_inner_steps: gradient steps at test time; `inner_steps` when None.
         first_order: leave out the second derivatives (the paper's section 5.2): less time and memory.
         learn_inner_lr: train the inner learning rates too, one "per_layer" or "per_layer_per_step" (MAML++). A layer is
-            a module with its weight and bias; steps beyond those of training use the last step's.
-        loss: of the queries, a function or module `loss(outputs, labels)`, any PML loss too; cross-entropy when None.
-        batch_norm: "transductive" normalizes a query by the statistics of all queries of the episode, as the paper's
-            figures do, which are higher for it; "inductive" by those of the support set, which itself is normalized by
-            its own in both. (Statistics over a batch that a network takes without `F.batch_norm` are not seen.)
-        task_chunk: tasks run at a time, with one backward pass, so that memory does not grow with the batch: when None
-            one, in each thread, and by vmap up to 64, fewer of large images.
-        inner_loss: of the support set; `loss` when None. Parameters of its own are trained by second order alone.
-        step_weights: weight of the queries' loss after each inner step (MAML++'s multi-step loss); when None only
+            a module with its weight and bias; steps beyond those of training use the last step's rates.
+        loss: query loss, a function or module `loss(outputs, labels)`, any PML loss too; cross-entropy when None.
+        batch_norm: "transductive" normalizes a query by the statistics of all queries of the episode, as in the paper,
+            whose figures are higher for it; "inductive" by those of the support set, which itself is normalized by its
+            own in both. (Batch statistics that a network computes without `F.batch_norm` are not seen.)
+        task_chunk: tasks run at a time, with one backward pass, so that memory does not grow with the batch: when None,
+            one in each thread, and up to 64 with vmap, fewer for large images.
+        inner_loss: support loss; `loss` when None. Its own parameters are trained only with second order.
+        step_weights: weights of the query loss after each inner step (MAML++'s multi-step loss); when None, only
             the loss after the last step counts.
         checkpoint_steps: keep nothing of an inner step but its weights, and recompute it in the backward pass.
-        adapt: what the inner loop changes, as beginnings of parameters' names; everything when None. The head alone,
+        adapt: parameters that the inner loop changes, as prefixes of their names; all when None. The head alone,
             `("1.",)` in the network above, is ANIL (Raghu et al. 2020).
-        reptile: move the weights towards the adapted ones instead of along MAML's gradient (Nichol et al. 2018). The
-            inner loop then takes support and queries together, all of them in each step.
-        head: classifies queries by adapted embeddings, for a network that gives those (`nearest_prototype` and others);
-            None where it gives logits: a forgotten head takes the first dimensions for those.
+        reptile: move the weights toward the adapted ones instead of along MAML's gradient (Nichol et al. 2018). The
+            inner loop then uses support and queries together, all of them in each step.
+        head: classifies queries by adapted embeddings, for a network that returns those (`nearest_prototype` and
+            others); None if it returns logits: without a head, the first dimensions of embeddings count as logits.
         parallel: how tasks are run, with the same gradients: in "threads" that each have a copy of the network with the
-            same tensors, at once by "vmap", or one after the other in a "loop"; "auto" is vmap on a GPU and threads on
-            a CPU where network, loss and head can be copied and draw no numbers, else the loop. One of them that counts
-            its calls or the like, other than in buffers, wants the loop: what threads change in their copies is lost.
+            same tensors, at once with "vmap", or one after the other in a "loop"; "auto" is vmap on a GPU and threads
+            on a CPU if network, loss and head can be copied and draw no random numbers, else the loop. One that counts
+            its calls or the like, other than in buffers, needs the loop: changes in the threads' copies are lost.
 
     Frozen parameters are neither adapted nor trained. Dropout draws from torch's global generator, so its draws depend
-    on task_chunk and parallel. A step waits for a GPU only in the first forward pass, to try out how the network can be
-    run and, with one shot, to see that the inner loss learns.
+    on task_chunk and parallel. A step waits for a GPU only in the first forward pass, to test how the network can be
+    run and, with one shot, to check that the inner loss learns.
 
     Raises:
         UsageError: an option out of range, options that exclude each other, nothing to adapt.
@@ -151,7 +151,7 @@ class MAMLTrainer(FewShotTrainer):
         return self.inner.normalizes and self.batch_norm == "transductive"
 
     def with_batch_norm(self, batch_norm: BatchNorm) -> "MAMLTrainer":
-        """The same weights under one or the other protocol, so that both can be reported."""
+        """Returns a trainer with the same weights and the given protocol, so that both can be reported."""
         check_choice("batch_norm", batch_norm, get_args(BatchNorm))
         other = copy.copy(self)
         other.batch_norm = batch_norm
@@ -160,8 +160,8 @@ class MAMLTrainer(FewShotTrainer):
     def forward(self, batch: Episode) -> Tensor:
         """Returns the mean loss over the tasks of a batch of episodes.
 
-        Its gradient is computed here, one chunk of tasks after the other, and handed on by `backward()`. Of several
-        processes each runs its share of the tasks: the average of their losses, and gradients, is that of all tasks.
+        Its gradient is computed here, one chunk of tasks after another, and passed on by `backward()`. Each of several
+        processes runs its share of the tasks: the average of their losses and gradients is that of all tasks.
         """
         if not isinstance(batch, Episode):
             raise UsageError(f"expected an Episode, got a {type(batch).__name__}; use train_spec=EpisodeSpec(...)")
@@ -185,7 +185,7 @@ class MAMLTrainer(FewShotTrainer):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def _in_chunks(self, work: Callable[..., T], support: Tensor, query: Tensor) -> Generator[T, None, None]:
-        """`work(trainer, support, query)` for each chunk of tasks, where the trainer is this one or a copy of it."""
+        """Yields `work(trainer, support, query)` for each chunk of tasks; the trainer is this one or a copy of it."""
         if not len(support):  # more processes than tasks
             return
         mode = self.inner.mode(support[0].flatten(0, 1))
@@ -194,7 +194,7 @@ class MAMLTrainer(FewShotTrainer):
         copies = copies_for(self, len(chunks)) if mode == "threads" else []
         kind = work.func if isinstance(work, partial) else work
         if copies and kind not in self._tried:
-            # the first time the first chunk alone: where a loss or a head draws, its order would be left to chance
+            # the first time, the first chunk alone: if a loss or a head draws, its order would be left to chance
             before = torch.get_rng_state()
             yield work(copies[0], *chunks.pop(0))
             self._tried.add(kind)
@@ -233,13 +233,13 @@ class MAMLTrainer(FewShotTrainer):
         return loss, [moved.get(id(p), torch.zeros_like(p)) for p in self._trained()], logits, labels
 
     def bank(self, dataset: FewShotDataset) -> Tensor:
-        """A whole set's images, (M, *item) uint8: each episode adapts to its own."""
+        """All images of a dataset, (M, *item) as stored: each episode adapts to its own."""
         return as_dataset(dataset).images.to(next(self.parameters()).device)
 
     def classify(self, support: Tensor, query: Tensor, inner_steps: int | None = None) -> Tensor:
         """Adapts to support (E, W, K, *item) and scores queries (E, N, *item): logits (E, N, W).
 
-        Images are floats in [0, 1]. `inner_steps` is `eval_inner_steps` when None; 0 leaves the weights as they are.
+        Images are floats in [0, 1]. `inner_steps` is `eval_inner_steps` when None; 0 leaves the weights unchanged.
         Threads that call it take turns.
         """
         steps = self.eval_inner_steps if inner_steps is None else inner_steps
@@ -263,7 +263,7 @@ class MAMLTrainer(FewShotTrainer):
         return self._last_accuracy
 
     def check(self, splits: Splits, specs: Sequence[EpisodeSpec | BatchSpec]) -> None:
-        """Raises a UsageError where the network, made for at most so many ways, does not fit the episodes of a spec."""
+        """Raises a UsageError if the network, limited to some number of ways, does not fit the episodes of a spec."""
         for spec in specs:
             if not isinstance(spec, EpisodeSpec):
                 raise UsageError(f"expected train_spec as an EpisodeSpec, got {spec}; MAML trains on episodes")
@@ -275,7 +275,7 @@ class MAMLTrainer(FewShotTrainer):
         return {"network.safetensors": self.network}
 
     def _query_outputs(self, weights: Weights, support: Tensor, query: Tensor) -> Tensor:
-        """Outputs (T, N, D) for queries (T, N, *item) by the weights of T tasks with support (T, W, K, *item)."""
+        """Outputs (T, N, D) for queries (T, N, *item) with the weights of T tasks with support (T, W, K, *item)."""
         normalized_by = support.flatten(1, 2) if self.batch_norm == "inductive" else None
         return self.inner.outputs(weights, query, support.shape[1], normalized_by)
 
