@@ -101,7 +101,7 @@ def embedded(trunk: str, photos: Sequence[PhotoFile], device: torch.device) -> t
 
 
 def shown(table: ResultTable, facts: dict[str, dict[str, float]], path: Path | None) -> str:
-    """Returns Markdown with each line's facts and paired differences from the first; writes the same as a CSV file."""
+    """Returns the table as Markdown, with lines' facts and paired differences from the first; writes it as CSV too."""
     columns, lines = arrange(table.rows)
     first = next(iter(lines.values()))
     (head, *cells), conditions = layout(table.rows, table.failures)

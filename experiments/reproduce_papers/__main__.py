@@ -32,7 +32,7 @@ from pml_fewshot.checks import LockedError, UsageError, check_choice
 from pml_fewshot.experiment.command_line import one_line_errors, program
 
 DOCS = Path(__file__).parents[2] / "docs"
-CONFIGS = [row.training for row in rows_of_papers()]  # `pml-fewshot evaluate` looks for this name
+CONFIGS = [row.training for row in rows_of_papers()]  # where `pml-fewshot evaluate` finds the configs
 
 
 def reproduce(

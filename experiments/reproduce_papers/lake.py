@@ -29,7 +29,7 @@ def load_runs(folder: Path, image_size: int) -> tuple[FewShotDataset, Tensor]:
 
     Raises:
         MissingFileError: no run in the folder, or a file named in one is missing.
-        UsageError: runs of different sizes, a line or an item that matches none of the run's drawings, or another
+        UsageError: runs of different sizes, a line without an item and one of the run's drawings, or another
             number of items than drawings.
     """
     files: list[Path] = []

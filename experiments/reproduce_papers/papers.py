@@ -90,12 +90,12 @@ PROTONET = Row("omniglot/protonet", "ProtoNet", omniglot_protonet.CONFIG)
 
 
 def in_context(config: ExperimentConfig) -> ExperimentConfig:
-    """Returns a matching network with full-context embeddings."""
+    """Returns the config with full-context embeddings."""
     return swap(config, name=f"{config.name}_context", context=partial(FullContext, dim=64))
 
 
 def in_first_order(config: ExperimentConfig) -> ExperimentConfig:
-    """Returns MAML without second derivatives, for which Finn et al. 2017 have no figures on Omniglot."""
+    """Returns MAML's config without second derivatives, for which Finn et al. 2017 have no figures on Omniglot."""
     return swap(config, name=f"{config.name}_first_order", first_order=True)
 
 

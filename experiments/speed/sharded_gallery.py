@@ -4,7 +4,7 @@
     python -m experiments.speed.sharded_gallery --items 10_000_000 --shards 32 --indexes "IVF4096,SQ8|nprobe=512"
 
 L2-normalized rows lie around random centers, one for every 20 rows, and the queries around the same centers. Each
-worker is a process with one thread, and so are exact search and queries unless OMP_NUM_THREADS is set. A worker's own
+worker is a process; workers, exact search and queries use one thread unless OMP_NUM_THREADS is set. A worker's own
 memory is what the system cannot reclaim (RssAnon); pages of mapped files, which it can, are resident too. Both are read
 ten times a second.
 """

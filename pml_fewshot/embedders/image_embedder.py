@@ -88,8 +88,7 @@ class ImageEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         Raises:
             MissingFileError: there is no such file.
             BrokenImageError: a file is not a readable image; the error names it.
-            UsageError: no image, no known preprocessing, pixels in another form, or an embedding that is not
-                finite.
+            UsageError: no image, no known preprocessing, pixels in another form, or an embedding that is not finite.
         """
         return self._embedded(X, self.progress)
 

@@ -24,7 +24,7 @@ from pml_fewshot.evaluation.support import Support
 # prototypes and cosines, normalized and at 5 or 10 shots, logistic regression is at worst 0.6 points below (1.0 with a
 # hundredth of the constant, 5.8 with ten times it) and up to 69 above, where classes are wide in a few directions.
 # Ridge is at worst 0.3 below at up to 5 ways; at 40 it is 4 below on Omniglot, where no penalty does better, and up to
-# 79 above on wide classes. A penalty chosen per episode by leave-one-out errors is no better than ridge's constant.
+# 79 above on wide classes. A penalty by each episode's leave-one-out errors is no better overall than ridge's constant.
 RIDGE_PENALTY = 1.5
 LOGISTIC_PENALTY = 0.1
 LEAST_PENALTY = 1e-8  # keeps the normal equations solvable

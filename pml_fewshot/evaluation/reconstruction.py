@@ -13,7 +13,7 @@ from pml_fewshot.evaluation.support import Support
 from pml_fewshot.losses.reconstruction import mean_squares, penalty_of, ridge_inverse
 
 PENALTY = 100.0  # times the mean square of the support's channels
-LEAST = 1e-30  # lower bound of that product, for maps of zeros
+LEAST = 1e-30  # lower bound of that mean square, for maps of zeros
 
 
 def fit_reconstruction(

@@ -22,7 +22,7 @@ from pml_fewshot.environment import one_thread_each
 
 CPU_TILE = 1536  # on a side, 9 MiB for each thread: large enough for the matrix product, small enough for its cache
 CUDA_TILE = 16384  # 1 GiB
-# a tile's sides are multiples of it, which is fastest for matrix products; also the rows scanned at a time
+# matrix products are fastest if a tile's sides are multiples of it; also the rows scanned at a time
 STEP = 64
 GROUP = 8  # similarities, of which only the largest bounds the k-th best
 COLUMNS = 4  # tiles for which a thread prepares a block of rows once

@@ -310,7 +310,7 @@ def fit_pt_map(
 
 
 def _transformed(items: Tensor, power: float | None, center: bool) -> Tensor:
-    """Applies the power with the sign kept; then normalizes, subtracts the mean of the rows, and normalizes again."""
+    """Applies any power, keeping signs; with `center`, normalizes, subtracts the mean of the rows, normalizes again."""
     if power is not None:
         items = items.sign() * (items.abs() + 1e-6).pow(power)
     if center:

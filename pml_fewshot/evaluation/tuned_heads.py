@@ -47,7 +47,7 @@ class SquaredLogits:
     """Minus half the squared Euclidean distance, times the temperature; up to a constant for each item."""
 
     def __init__(self, items: Tensor, start: Tensor, temperature: float) -> None:
-        # relative to the middle of the classes: near each other and far from the origin, squares cancel badly
+        # relative to the classes' middle: for points near each other and far from the origin, squares cancel badly
         self.center, self.temperature = start.mean(dim=1, keepdim=True), temperature
         self.items = items - self.center
         self.columns = columns_of(self.items)

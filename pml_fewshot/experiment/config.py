@@ -88,7 +88,7 @@ class ExperimentConfig:
     patience: int | None = None
     """number of validations without a new best after which training ends"""
     loss_patience: int | None = None
-    """number of steps without a new lowest loss after which training ends; without validation, its weights are kept"""
+    """number of steps without a new lowest loss that ends training; without validation, that loss's weights are kept"""
     clip_norm: float | None = None
     """maximum gradient norm"""
     checkpoint_every: int = 500

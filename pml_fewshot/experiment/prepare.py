@@ -192,7 +192,7 @@ def _scheduler(config: ExperimentConfig, optimizer: Optimizer) -> Any:
 
 
 def rehearse(prepared: Prepared) -> None:
-    """Runs everything that follows training with an untrained trainer, so that errors there do not wait for training.
+    """Runs everything that follows training, with an untrained trainer, so that errors there do not wait for training.
 
     It uses two episodes of each kind, eight queries, and mixtures of a few images' embeddings; the rest is unchanged.
     """

@@ -99,8 +99,7 @@ def search(
 
     Raises:
         UsageError: no validation classes, trials validated on different episodes, a folder of another search, a storage
-            that does not answer, no trial that was completed, or three failures in a row in
-            this process while no trial has a result.
+            that does not answer, no completed trial, or three failures in a row here while none has a result.
         MissingPackageError: (an ImportError) optuna, or the driver of a database, is not installed.
         TrainingInterrupted: (a KeyboardInterrupt) Ctrl-C or SIGTERM; the same call continues.
         CannotWriteError: (an OSError) the disk is full or the folder read-only; the same call continues.

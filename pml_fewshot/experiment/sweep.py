@@ -1,4 +1,4 @@
-"""sweep: runs several experiments with one budget into one table; a repeated call continues an interrupted sweep."""
+"""sweep: runs several experiments under one budget, in one table; a repeated call continues an interrupted sweep."""
 
 import json
 import time

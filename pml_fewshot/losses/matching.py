@@ -12,7 +12,7 @@ class MatchingLoss(EpisodicLoss):
 
     The loss is minus the logarithm of the share of the query's class. Called and configured like any EpisodicLoss; in
     an ordinary batch each item attends to all the others. With cosine and scale 1 it is PML's
-    NCALoss(distance=CosineSimilarity()); with one shot and squared Euclidean it is the prototypical loss.
+    NCALoss(distance=CosineSimilarity()); with one shot and squared Euclidean distance it is the prototypical loss.
 
     Args:
         distance: any PML distance; cosine when None, as in the paper. Squared Euclidean

@@ -88,7 +88,7 @@ class ReconstructionLoss(EpisodicLoss):
         return self.scale * scores
 
     def _errors(self, rows: Tensor, grams: Tensor, counts: Tensor) -> Tensor:
-        """Errors (W, M / nodes) of rows (M, C) for each class, or of rows (W, M, C) by index; grams (W, C, C)."""
+        """Errors (W, M / nodes) of rows (M, C) for each class, or of rows (W, M, C) class by class; grams (W, C, C)."""
         penalty = penalty_of(counts * self.nodes, grams.shape[-1], self.log_penalty)[:, None, None]
         residual = rows @ (penalty * ridge_inverse(grams, penalty))
         return mean_squares(rows, residual, self.nodes, self.log_stretch)

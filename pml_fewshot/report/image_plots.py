@@ -208,7 +208,7 @@ def plot_embedding_map(
 
     Args:
         bank: M embeddings, a few thousand at most; each class has a color, which repeats if there are many classes.
-        images: (M, C, H, W') of the items, uint8 or in [0, 1]; in the middle of a class's points, the nearest is drawn.
+        images: (M, C, H, W') of the items, uint8 or in [0, 1]; of a class, the one nearest its points' middle is drawn.
         thumbnails: for how many classes, the first by label, an image is drawn.
         ink: as for plot_episode.
         seed, perplexity: passed to `embedding_points`.

@@ -67,8 +67,8 @@ def fit(
         checkpoint: file for the state to resume from, written after the first step, every `checkpoint_every` steps,
             after each validation, at the end and when interrupted.
         resume: continue from `checkpoint` if that file exists. Batches with a `state_dict` continue exactly, a list
-            after the batches already used; any other endless iterator must already be there. If optimizer or scheduler
-            differ from those that the checkpoint began with (more steps, a lower rate), their rates apply.
+            after the batches already used; any other endless iterator must already be at that point. If optimizer or
+            scheduler differ from those that the checkpoint began with (more steps, a lower rate), their rates apply.
 
     A part that is in eval mode before, in a trainer in train mode, stays frozen, in later trainings too.
     Ctrl-C or SIGTERM ends training after the current step (and validation); a second one ends it immediately.

@@ -56,8 +56,8 @@ def double_backward() -> Iterator[None]:
     """Context in which distances can be differentiated twice, in this thread.
 
     `torch.cdist` has no second derivative (torch 2.13), and PML's LpDistance uses it, so without this most of PML's
-    losses could not be second-order inner losses. Here it is a norm of differences, (B, R, D) numbers, because a
-    support set is small.
+    losses could not be second-order inner losses. Here it is a norm of differences, (B, R, D) numbers, which a
+    small support set allows.
     """
     with _DifferentiableCdist():
         yield
