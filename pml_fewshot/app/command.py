@@ -67,16 +67,16 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--embedder",
         default="glyphs",
-        help="what sees: glyphs, a network for drawings and writing that is part of the package; for photos "
+        help="embedder: glyphs, the built-in network for drawings and writing; for photos "
         "timm/NAME or torchvision/NAME, or the folder of a run (%(default)s)",
     )
-    add("--checkpoint", type=Path, help="file with the embedder's weights, where they are not to be downloaded")
+    add("--checkpoint", type=Path, help="file with the embedder's weights, instead of a download")
     add("--image-size", type=int, metavar="N", help="side of a run's images in pixels (84)")
-    add("--host", default="127.0.0.1", help="address to serve at; others than this machine's own ask for no password")
-    add("--port", type=int, default=8000, help="0: any that is free (%(default)s)")
+    add("--host", default="127.0.0.1", help="address to serve at, without a password (%(default)s)")
+    add("--port", type=int, default=8000, help="port; 0 for any free one (%(default)s)")
     add("--sets", type=Path, default=Path("taught"), metavar="DIR", help="folder of saved sets (%(default)s)")
-    add("--most-megabytes", type=_positive(float), default=20, metavar="N", help="of an upload (%(default)s)")
-    add("--most-examples", type=_positive(int), default=2000, metavar="N", help="in all (%(default)s)")
+    add("--most-megabytes", type=_positive(float), default=20, metavar="N", help="limit of an upload (%(default)s)")
+    add("--most-examples", type=_positive(int), default=2000, metavar="N", help="limit for all classes (%(default)s)")
     add("--open", action="store_true", help="open the page in the browser")
     return parser
 

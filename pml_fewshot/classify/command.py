@@ -112,41 +112,41 @@ def similarity_or_auto(text: str) -> float | str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "pml-fewshot classify", description="The class of photos, by a few examples of each class."
+        "pml-fewshot classify", description="Classifies photos from a few examples of each class."
     )
     add = parser.add_argument
     add("files", nargs="*", type=Path, metavar="PHOTO", help="photos to classify, or folders of them")
     add("--query", nargs="+", default=[], type=Path, metavar="PHOTO", help="the same, after other options")
-    add("--support", type=Path, metavar="DIR", help="folder, or zip, of examples: a subfolder a class")
-    add("--load", type=Path, metavar="DIR", help="a classifier that --save wrote, in place of --support")
-    add("--save", type=Path, metavar="DIR", help="write the classifier, embedder included, to this folder")
+    add("--support", type=Path, metavar="DIR", help="folder or zip of examples, one subfolder per class")
+    add("--load", type=Path, metavar="DIR", help="a classifier written by --save, instead of --support")
+    add("--save", type=Path, metavar="DIR", help="write the classifier, including its embedder, to this folder")
     add(
         "--add-class",
         nargs="+",
         action="append",
         default=[],
         metavar=("NAME", "PHOTO"),
-        help="more examples of a class, or a new class: its name, then photos or folders",
+        help="examples to add to a class, or a new class: its name, then photos or folders",
     )
     add(
         "--trunk",
-        help=f"what embeds: timm/NAME, torchvision/NAME, transformers/NAME or the folder of a run ({DEFAULT_TRUNK})",
+        help=f"embedder: timm/NAME, torchvision/NAME, transformers/NAME or a run folder ({DEFAULT_TRUNK})",
     )
-    add("--checkpoint", type=Path, help="file with the trunk's weights, where they are not to be downloaded")
-    add("--image-size", type=int, metavar="N", help="side of a run's images in pixels (84); other trunks know theirs")
-    add("--head", choices=HEADS, help="how examples become classes (nearest_prototype)")
+    add("--checkpoint", type=Path, help="file with the trunk's weights, instead of a download")
+    add("--image-size", type=int, metavar="N", help="side of a run's images in pixels (84); other trunks set theirs")
+    add("--head", choices=HEADS, help="how a photo is compared with the examples (nearest_prototype)")
     add(
         "--reject",
         type=similarity_or_auto,
         metavar="auto|SIMILARITY",
-        help=f"below which similarity a photo is {UNKNOWN!r}; auto: chosen to reject 5 %% of known ones",
+        help=f"similarity below which a photo is {UNKNOWN!r}; auto rejects about 5 %% of known ones",
     )
     add(
         "--evaluate",
         action="store_true",
-        help="print accuracy by leaving examples out, confusion, gain by more examples, rejection",
+        help="print leave-one-out accuracy, confusion, the gain of more examples, and rejection",
     )
-    add("--csv", type=Path, metavar="FILE", help="write the table to this file too")
+    add("--csv", type=Path, metavar="FILE", help="also write the table to this file")
     return parser
 
 

