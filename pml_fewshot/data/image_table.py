@@ -55,8 +55,8 @@ def load_image_table(
     A warning counts duplicate rows, which are read once.
 
     Raises:
-        UsageError: a missing table, column or image (MissingFileError), an empty cell, an unknown split, both `split`
-            and `splits`, or a path with two classes or splits; also as in load_image_folder.
+        UsageError: a missing table or image (MissingFileError) or column, an empty cell, an unknown split, both
+            `split` and `splits`, or a path with two classes or splits; also as in load_image_folder.
     """
     form = Form.of(image_size, channels, resize, depth)
     if split is not None and splits is not None:

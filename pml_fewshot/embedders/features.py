@@ -186,7 +186,7 @@ def is_pair(values: Any, of: tuple[int, int] = (2, 1)) -> bool:
 
 
 def axes(values: Any) -> int:
-    """The number of axes of an array, or of nested lists judging by their first items."""
+    """The number of axes of an array, or of nested lists, counted along their first items."""
     if isinstance(values, list | tuple):
         return 1 + (axes(values[0]) if values else 0)
     return getattr(values, "ndim", 0)

@@ -72,7 +72,7 @@ class InnerLoop(nn.Module):
 
     @property
     def normalizes(self) -> bool:
-        """Whether the network has a batch norm, judged by its modules until it has run."""
+        """Whether the network has a batch norm; before its first run, whether one of its modules is one."""
         return self._normalizes
 
     @property
