@@ -13,9 +13,11 @@ from experiments import (
     mini_imagenet_maml,
     mini_imagenet_protonet,
     omniglot_maml,
+    omniglot_maml_recipes,
     omniglot_matching,
     omniglot_metric,
     omniglot_protonet,
+    omniglot_recipes,
     omniglot_siamese,
     omniglot_siamese_official,
     omniglot_strongest,
@@ -55,7 +57,7 @@ SQUARED_EUCLID = partial(LpDistance, normalize_embeddings=False, power=2)
 
 def rows_of_papers() -> list[Row]:
     """Returns all rows except those of `lake_rows`."""
-    return [*omniglot(), *mini_imagenet(), *across(), *official()]
+    return [*omniglot(), *mini_imagenet(), *across(), *official(), *recipes()]
 
 
 def omniglot() -> list[Row]:
@@ -202,6 +204,16 @@ def of_background(config: ExperimentConfig, data: Callable[..., Splits]) -> Expe
         train_on_validation=False,
         extra_evaluations=evaluate_characters,
     )
+
+
+def recipes() -> list[Row]:
+    """Returns the ablations of the strongest recipe and of MAML, evaluated on the validation characters."""
+    tables = {"omniglot_recipes": omniglot_recipes.CONFIGS, "omniglot_maml_recipes": omniglot_maml_recipes.CONFIGS}
+    return [
+        Row(f"{table}/{config.name.lower().replace(',', '').replace(' ', '_')}", config.name, config)
+        for table, configs in tables.items()
+        for config in configs
+    ]
 
 
 def lake_rows(folder: Path) -> list[Row]:
