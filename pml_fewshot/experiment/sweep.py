@@ -168,7 +168,7 @@ def sweep_main(name: str, configs: Sequence[ExperimentConfig]) -> ResultTable:
     """Runs the sweep with the command line's changes to all its experiments (`--help` lists the options).
 
     `--run-dir` is the sweep folder, by default named by steps, episodes and seed, so that repeating the command
-    continues an interrupted sweep. Exit codes are those of `main`.
+    continues an interrupted sweep. Exit codes are those of `main`, and 1 after the table if an experiment failed.
     """
     with one_line_errors():
         options = parse(_Options(configs[0]), f"Runs {len(configs)} experiments: {name}.")
@@ -179,4 +179,8 @@ def sweep_main(name: str, configs: Sequence[ExperimentConfig]) -> ResultTable:
         changes = {n: getattr(own, n) for n in OPTIONS if n in BUDGET or getattr(own, n) != getattr(configs[0], n)}
         length = f"{own.steps}_steps_{own.num_episodes}_episodes_seed{own.seed}"
         folder = own.run_dir or Path("runs") / name / length
-        return sweep([replace(config, **changes) for config in configs], folder, options.only)
+        table = sweep([replace(config, **changes) for config in configs], folder, options.only)
+        if table.failures:
+            failed = ", ".join(table.failures)
+            raise UsageError(f"expected all experiments to end, got failures of {failed}; the table says why")
+        return table

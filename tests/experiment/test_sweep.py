@@ -94,6 +94,13 @@ def test_the_command_line_chooses_and_names_the_folder(tmp_path: Path, monkeypat
         sweep_main("two_losses", GOOD)
 
 
+def test_the_command_line_tells_the_shell_of_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["losses", "--run-dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match="error: expected all experiments to end, got failures of too few classes; "):
+        sweep_main("losses", [GOOD[0], BAD])
+    assert "| too few classes | failed" in (tmp_path / "results.md").read_text()
+
+
 def test_what_is_finished_of_others_is_in_the_table(tmp_path: Path) -> None:
     run(replace(GOOD[1], run_dir=tmp_path / "ntxent"))
     table = sweep([BAD, *GOOD], tmp_path, only=["contrastive"])
