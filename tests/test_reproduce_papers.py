@@ -21,8 +21,8 @@ from torch import nn
 from experiments.omniglot_maml import CONFIG, PrototypeHead, evaluate_more, one_against_all
 from experiments.reproduce_papers.__main__ import CONFIGS, DOCS, main, reproduce
 from experiments.reproduce_papers.lake import evaluate_lake, load_runs
-from experiments.reproduce_papers.papers import gray, lake_rows, rows_of_papers
-from experiments.reproduce_papers.rows import Row
+from experiments.reproduce_papers.papers import ablations, gray, lake_rows, rows_of_papers
+from experiments.reproduce_papers.rows import PAPER_SEEDS, Row
 from experiments.reproduce_papers.tables import found_in, write_tables
 from pml_fewshot import (
     Conv4,
@@ -95,7 +95,9 @@ def test_a_line_is_the_mean_over_seeds_with_the_papers_below(made: Path) -> None
         assert line["spread of seeds"] == f"{100 * abs(first - second):.2f}"
     assert (ours["seed"], ours["steps"], ours["episodes"]) == ("0, 1", "2", "30")
     assert ours["note"] == "of ten images; made up"
-    assert ours["command"] == "python -m experiments.reproduce_papers --data-root DIR --only tiny/protonet"
+    command = "python -m experiments.reproduce_papers --data-root DIR --only tiny/protonet"
+    assert ours["command"] == f"{command} --seeds 0 1"
+    assert PROTO.command(PAPER_SEEDS) == command
     assert ours["commit"]
     assert "CPU core" in ours["machine"]
     assert (paper["method"], paper["source"], paper["5-way 1-shot"]) == ("ProtoNet", "A. and B. 2000", "12.3")
@@ -113,7 +115,7 @@ def test_differences_are_paired_over_episodes_and_seeds_within_a_protocol(made: 
     pairs = lines(made / "tables" / "tiny_differences.csv")
     first = pairs[0]
     assert (first["method"], first["minus"], first["seed"]) == ("ProtoNet", "Siamese", "0, 1")
-    assert first["command"].endswith("--only tiny/protonet tiny/siamese")
+    assert first["command"].endswith("--only tiny/protonet tiny/siamese --seeds 0 1")
     ours, theirs = values(made, "tiny/protonet"), values(made, "tiny/siamese")
     mean, ci95 = average([a - b for a, b in zip(ours, theirs, strict=True)])
     assert first["5-way 1-shot"] == f"{100 * mean:+.2f} +- {100 * ci95:.2f}"
@@ -258,7 +260,7 @@ def test_accuracies_of_single_episodes_are_kept(made: Path) -> None:
 
 
 def test_the_tables_of_the_docs_are_those_of_what_is_kept(tmp_path: Path) -> None:
-    results, rows = DOCS / "results", rows_of_papers()
+    results, rows = DOCS / "results", [*rows_of_papers(), *ablations()]
     shutil.copytree(results / "trainings", tmp_path / "trainings")
     for file in results.glob("*.csv"):
         shutil.copy(file, tmp_path)
@@ -312,7 +314,7 @@ def test_the_budget_saves_the_training_at_hand(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_the_rows_have_names_of_their_own_and_ordinary_configs() -> None:
-    rows = [*rows_of_papers(), *lake_rows(Path("lake"))]
+    rows = [*rows_of_papers(), *ablations(), *lake_rows(Path("lake"))]
     assert len({row.name for row in rows}) == len(rows) > 15
     assert {row.name for row in rows} >= {row.trained_by.name for row in rows if row.trained_by}
     assert len({config.name for config in CONFIGS}) > 15
@@ -341,6 +343,12 @@ def test_an_unknown_row_is_named(tmp_path: Path) -> None:
 def test_the_list_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(only=("omniglot/maml",), folder=tmp_path / "runs", list_only=True)
     assert "to do     omniglot/maml/seed2\n" in capsys.readouterr().out
+    main(only=("omniglot_maml_recipes",), folder=tmp_path / "runs", list_only=True, seeds=(0,))
+    assert "to do     omniglot_maml_recipes/two_shots/seed0\n" in capsys.readouterr().out
+    main(folder=tmp_path / "runs", list_only=True)
+    listed = capsys.readouterr().out
+    assert "mini_imagenet/protonet" in listed
+    assert "recipes" not in listed
     assert not (tmp_path / "runs").exists()
 
 

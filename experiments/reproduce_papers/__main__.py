@@ -25,14 +25,14 @@ import torch
 import tyro
 from filelock import FileLock
 
-from experiments.reproduce_papers.papers import lake_rows, rows_of_papers
+from experiments.reproduce_papers.papers import ablations, lake_rows, rows_of_papers
 from experiments.reproduce_papers.rows import PAPER_SEEDS, Row
 from experiments.reproduce_papers.tables import write_tables
 from pml_fewshot.checks import LockedError, UsageError, check_choice
 from pml_fewshot.experiment.command_line import one_line_errors, program
 
 DOCS = Path(__file__).parents[2] / "docs"
-CONFIGS = [row.training for row in rows_of_papers()]  # where `pml-fewshot evaluate` finds the configs
+CONFIGS = [row.training for row in (*rows_of_papers(), *ablations())]  # where `pml-fewshot evaluate` finds the configs
 
 
 def reproduce(
@@ -120,7 +120,8 @@ def main(
     """Runs the unfinished trainings behind docs/results, then writes the tables of the finished ones.
 
     Args:
-        only: rows, like omniglot/protonet, or whole tables, like omniglot; when not given, all that need no GPU
+        only: rows, like omniglot/protonet, or whole tables, like omniglot; when not given, all except ablations and
+            what needs a GPU
         seeds: seeds of the trainings
         budget_minutes: stop after this many and save the current training; the same command resumes it
         data_root: folder of the data; PML_FEWSHOT_DATA, else data/, when not given
@@ -129,13 +130,15 @@ def main(
         tables: folder of the CSV files; when not given, docs/results of this checkout, with the pages filled too
         list_only: list the trainings and which are finished, and run nothing
     """
-    every = [*rows_of_papers(), *(lake_rows(lake.resolve()) if lake else ())]
+    usual = [*rows_of_papers(), *(lake_rows(lake.resolve()) if lake else ())]
+    every = [*usual, *ablations()]
     if lake is None and any(wanted.split("/")[0] == "lake" for wanted in only):
         raise UsageError("expected --lake DIR for the rows of lake, got none; name the folder of the unpacked runs")
     for wanted in only:
         check_choice("a row or a table", wanted, sorted({name for row in every for name in (row.name, row.table)}))
+    asked = only or {row.table for row in usual}
     wide = [row for row in every if not row.long or torch.cuda.is_available()]
-    rows = [row for row in every if row.name in only or (row in wide and (not only or row.table in only))]
+    rows = [row for row in every if row.name in asked or (row.table in asked and row in wide)]
     if list_only:
         for row, seed in product(rows, seeds):
             place = row.place(folder, seed)

@@ -56,8 +56,8 @@ SQUARED_EUCLID = partial(LpDistance, normalize_embeddings=False, power=2)
 
 
 def rows_of_papers() -> list[Row]:
-    """Returns all rows except those of `lake_rows`."""
-    return [*omniglot(), *mini_imagenet(), *across(), *official(), *recipes()]
+    """Returns the rows of methods and papers, without those of `lake_rows`."""
+    return [*omniglot(), *mini_imagenet(), *across(), *official()]
 
 
 def omniglot() -> list[Row]:
@@ -206,7 +206,7 @@ def of_background(config: ExperimentConfig, data: Callable[..., Splits]) -> Expe
     )
 
 
-def recipes() -> list[Row]:
+def ablations() -> list[Row]:
     """Returns the ablations of the strongest recipe and of MAML, evaluated on the validation characters."""
     tables = {"omniglot_recipes": omniglot_recipes.CONFIGS, "omniglot_maml_recipes": omniglot_maml_recipes.CONFIGS}
     return [

@@ -1,6 +1,6 @@
 """Row: a line of a results table, and the folders that its figures come from."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,10 +47,11 @@ class Row:
     def table(self) -> str:
         return self.name.split("/")[0]
 
-    def command(self, *others: str) -> str:
-        """Returns the command that recomputes its figures."""
+    def command(self, seeds: Sequence[int], *others: str) -> str:
+        """Returns the command that recomputes its figures of these seeds, and those of the other rows named."""
         names = " ".join(dict.fromkeys((self.name, *others)))
-        return f"python -m experiments.reproduce_papers --data-root DIR {self.options}--only {names}"
+        some = "" if tuple(seeds) == PAPER_SEEDS else f" --seeds {' '.join(map(str, seeds))}"
+        return f"python -m experiments.reproduce_papers --data-root DIR {self.options}--only {names}{some}"
 
     def place(self, folder: Path, seed: int) -> Path:
         """Returns the folder of a seed's figures, below that of all runs."""

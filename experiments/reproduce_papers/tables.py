@@ -154,7 +154,7 @@ def _mean(found: Found) -> Line:
         means = [each.value for each in by_seed.values()]
         spread += [f"{100 * (max(means) - min(means)):.2f}"] if title in found.accuracies else []
     line[SPREAD] = " / ".join(spread) if len(found.seeds) > 1 else ""
-    return line | _how(found, found.seeds, found.row.command())
+    return line | _how(found, found.seeds, found.row.command(found.seeds))
 
 
 def _average(figures: Sequence[ResultRow]) -> tuple[float, float]:
@@ -175,7 +175,7 @@ def _single(found: Found, seed: int) -> Line:
     """The line of a method's training with one seed."""
     own = {title: by_seed[seed] for title, by_seed in found.figures.items() if seed in by_seed}
     figures = {title: _shown(figure.value, figure.ci95) for title, figure in own.items()}
-    return {"method": found.method, **figures, **_how(found, [seed], f"{found.row.command()} --seeds {seed}")}
+    return {"method": found.method, **figures, **_how(found, [seed], found.row.command([seed]))}
 
 
 def _how(found: Found, seeds: Sequence[int], command: str) -> Line:
@@ -224,7 +224,7 @@ def _differences(found: Sequence[Found]) -> list[Line]:
                 difference, ci95 = average(list(apart.values()))
                 line[title] = f"{100 * difference:+.2f} +- {100 * ci95:.2f}"
         if seeds:
-            command = first.row.command(second.row.name)
+            command = first.row.command(seeds, second.row.name)
             one, other = (_how(each, seeds, command) for each in (first, second))
             both = {name: ", ".join(dict.fromkeys((one[name], other[name]))) for name in ("commit", "machine")}
             lines.append(line | {name: one[name] for name in ("seed", "episodes", "command")} | both)
