@@ -67,7 +67,7 @@ def main(
     index: str = "flat",
     write: Path | None = None,
 ) -> ResultTable:
-    """Prints the table.
+    """Evaluates a file of embeddings with seven few-shot classifiers and retrieval, and prints the table.
 
     Args:
         bank: embeddings and labels to evaluate.

@@ -74,7 +74,7 @@ def main(
     emd = EarthMoversDistance(nodes)
     for spec in (EpisodeSpec(ways=5, shots=k, queries=15) for k in shots):
         heads: dict[str, Head] = {
-            "nearest prototype, squared Euclid": nearest_prototype,
+            "nearest prototype, squared Euclidean": nearest_prototype,
             "nearest prototype, earth mover's": partial(nearest_prototype, distance=emd),
             **({"nearest map, earth mover's": partial(nearest_neighbour, distance=emd)} if spec.shots > 1 else {}),
             "nearest prototype, 3 local neighbors": partial(nearest_prototype, distance=LocalNeighborSimilarity(nodes)),

@@ -150,12 +150,15 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 
     def similarity(self, X: Any) -> np.ndarray:
-        """(n,) similarity of each item to its most similar class, from -1 to 1, `fit_similarity`; `reject` uses it."""
+        """(n,) similarity of each item to its most similar class, from -1 to 1; `reject` compares it with a threshold.
+
+        The mean of two cosines to the class's mean example: plain, and relative to the mean of all classes.
+        """
         model, rows = self._asked(X)
         return model.similarity(rows).amax(dim=1).numpy()
 
     def nearest(self, X: Any, k: int = 1) -> Neighbors:
-        """The k nearest examples by cosine, their similarity and class; `sources_[index]` says where one came from."""
+        """The k nearest examples by cosine: indices, cosines and labels, each (n, k); `sources_[index]` is its file."""
         model, rows = self._asked(X)
         return model.nearest(rows, k)
 

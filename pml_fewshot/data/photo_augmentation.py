@@ -107,6 +107,9 @@ def _resizing(start: Tensor, length: Tensor, before: int, after: int, dtype: tor
 class RandomHorizontalFlip:
     """Mirrors each image left to right with probability p.
 
+    Raises:
+        UsageError: p outside 0 to 1.
+
     Source: torchvision.transforms.v2.RandomHorizontalFlip.
     """
 

@@ -237,7 +237,11 @@ def names_of(labels: Tensor, class_names: Sequence[str]) -> list[ClassName]:
 
 
 def save_bank(path: str | Path, bank: EmbeddingBank) -> None:
-    """Writes a bank as safetensors, atomically; `load_bank` and any other tool can read it."""
+    """Writes a bank as safetensors, atomically; `load_bank` and any other tool can read it.
+
+    Raises:
+        UsageError: a path that does not end with .safetensors.
+    """
     if Path(path).suffix != ".safetensors":
         raise UsageError(f"expected a path that ends with .safetensors, got {path}; rename it")
     texts = {"class_names": json.dumps(bank.class_names) if bank.class_names else "", "note": bank.note}

@@ -59,7 +59,7 @@ class Conv4(nn.Module):
     Args:
         in_channels: 1 for gray, 3 for color images.
         channels: filters of each block, 64 as in the papers; or four numbers, one per block: (32, 64, 128, 256) gives
-            256 dimensions with 10.1 million multiplications at 28 x 28 pixels, compared with 9.8 million for 64.
+            256 dimensions with 10.1 million multiply-adds at 28 x 28 pixels, compared with 9.8 million for 64.
         last_relu: end with a ReLU, as in the papers. Without it embeddings may be negative, which a learned similarity
             of |q - r| needs (SiameseTrainer).
         pool: average each channel over the map. Off, as in the papers: embeddings are the flattened feature map,

@@ -15,7 +15,7 @@ class KochConv(nn.Module):
         batch_norm: batch norm after each convolution, which the paper does not use. On by default, as in Conv4.
         sigmoid: end in a sigmoid, as in the paper. Off by default; SiameseTrainer explains why.
 
-    Shapes: (B, in_channels, 105, 105) -> (B, dim). An image costs 0.9 billion multiplications.
+    Shapes: (B, in_channels, 105, 105) -> (B, dim). An image costs 0.9 billion multiply-adds.
 
     Source: Koch, Zemel and Salakhutdinov 2015, "Siamese Neural Networks for One-shot Image Recognition", figure 4.
     """

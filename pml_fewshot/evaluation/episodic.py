@@ -104,8 +104,9 @@ class EpisodicEvaluator:
 
     Args:
         spec: size of the episodes. Those of a VariableEpisodeSpec are scored one by one, by a head with a `fit`.
-        num_episodes: with 600, the interval is wider than the difference between most methods (0.2 points at 98.9 %).
-        seed: of the episodes.
+        num_episodes: with the 600 of many papers, the interval is wider than the difference between most methods (0.2
+            points at 98.9 %).
+        seed: of the episodes; results are comparable in pairs only if theirs are equal.
         chunk: episodes scored at a time, one chunk after another. If None, as many as fill a CPU's cache (in each
             thread), or a share of a GPU's free memory. The result does not depend on it.
         head: replaces the method's own `classify`, and nearest_prototype for embedders and banks. It is called
@@ -283,7 +284,10 @@ def adaptation_curve(
     """Evaluates a MAMLTrainer before the inner loop and after each of its `eval_inner_steps`, on the same episodes.
 
     1,000 episodes show the shape of the curve. Each number of steps starts from scratch, so S of them take about S + 1
-    times as long as one evaluation.
+    times as long as one evaluation. The arguments are those of EpisodicEvaluator and its `evaluate`.
+
+    Returns:
+        Results after 0, 1, ..., S = `trainer.eval_inner_steps` steps.
     """
     bank = trainer.bank(dataset)
     after = [partial(trainer.classify, inner_steps=steps) for steps in range(trainer.eval_inner_steps + 1)]

@@ -111,7 +111,10 @@ def fit_nearest(support: Support, distance: BaseDistance | None = None) -> Score
 @fitted_by(fit_nearest)
 @in_float32
 def nearest_neighbour(support: Tensor, query: Tensor, distance: BaseDistance | None = None) -> Tensor:
-    """Scores each query by its similarity to the nearest support item of each class."""
+    """Scores each query by its similarity to the nearest support item of each class.
+
+    Maps support (E, W, K, D) and query (E, N, D) to logits (E, N, W); squared Euclidean when distance is None.
+    """
     return fit_nearest(Support.of(support), distance)(query)
 
 
@@ -126,6 +129,7 @@ def mean_similarity(support: Tensor, query: Tensor, distance: BaseDistance | Non
     """Scores each query by the mean of its similarities to a class's support items.
 
     When the similarities are logits (SiameseTrainer), it is the mean evidence that query and class belong together.
+    Maps support (E, W, K, D) and query (E, N, D) to logits (E, N, W); squared Euclidean when distance is None.
     """
     return fit_mean_similarity(Support.of(support), distance)(query)
 
@@ -146,6 +150,10 @@ def soft_nearest_neighbour(
 
     The logits are logarithms of sums over the class of exp(similarity / temperature), so their softmax is the share. A
     bounded similarity such as cosine needs a temperature of about 0.1, or every item counts nearly the same.
+    Maps support (E, W, K, D) and query (E, N, D) to logits (E, N, W); squared Euclidean when distance is None.
+
+    Raises:
+        UsageError: a temperature that is not above 0.
     """
     return fit_soft_neighbors(Support.of(support), distance, temperature)(query)
 
@@ -182,6 +190,7 @@ def k_nearest_neighbours(support: Tensor, query: Tensor, distance: BaseDistance 
 
     Ties go to the class with the nearest item: the logits are the number plus a fraction that falls with the rank of
     the class's nearest item.
+    Maps support (E, W, K, D) and query (E, N, D) to logits (E, N, W); squared Euclidean when distance is None.
 
     Raises:
         UsageError: k below 1 or above the W * K support items.

@@ -114,8 +114,8 @@ class RetrievalTester:
         parameters: for an approximate index, as in `Gallery`.
         num_queries: measure a random sample of this many queries, drawn with seed 0; all if None. Each still searches
             the whole set.
-        rerank: PML distance that reorders the first k neighbors found by `distance`. A distance that would take too
-            long for all pairs (EarthMoversDistance), given as `distance` or a trainer's own, reorders the neighbors
+        rerank: PML distance that re-ranks the first k neighbors found by `distance`. A distance that would take too
+            long for all pairs (EarthMoversDistance), given as `distance` or a trainer's own, re-ranks the neighbors
             found by Euclidean distance. Metrics of the whole ranking still make it compare all pairs.
 
     Raises:
@@ -254,7 +254,7 @@ class RetrievalTester:
             found, exact = (_search(query, part, each, k, ranking, left_out, more) for each in (searched, references))
             recall = IndexRecall.of(found, exact)
         index = searched if isinstance(searched, Gallery) else "exact"
-        reordered = f"the first {k} reordered by {Ranking.of(rerank)}" if rerank is not None and figures else ""
+        reordered = f"the first {k} re-ranked by {Ranking.of(rerank)}" if rerank is not None and figures else ""
         about = f"{query.fingerprint()} {self.num_queries}{left_out.digest}"
         return RetrievalResult(
             {metric: torch.cat(values) for metric, values in figures.items()},

@@ -35,7 +35,7 @@ FEW_QUERIES = 19
 
 @dataclass(frozen=True)
 class Ranking:
-    """How a PML distance (None: plain Euclid) orders references.
+    """How a PML distance (None: plain Euclidean) orders references.
 
     "euclidean" and "inner product" are the ones faiss and a matrix product can rank by, with rows normalized if
     `normalize`; "distance" calls the PML distance block by block. Euclidean values are raised to `power`; `prepared`

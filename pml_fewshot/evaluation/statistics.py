@@ -29,14 +29,21 @@ class Comparison:
         return abs(self.difference) > self.ci95
 
     def __str__(self) -> str:
-        verdict = "significant" if self.significant else "not significant, the interval holds 0"
+        verdict = "significant" if self.significant else "not significant, the interval contains 0"
         points = f"{100 * self.difference:+.2f} +- {100 * self.ci95:.2f} points"
         on = "queries" if self.of_queries else "episodes"
         return f"{points} on the same {self.num_episodes:,} {on}: {verdict} (95 %)"
 
 
 def compare(a: EpisodicResult, b: EpisodicResult) -> Comparison:
-    """Compares results on the same episodes one by one: an episode's difficulty, most of the spread, cancels out."""
+    """Compares results on the same episodes one by one: an episode's difficulty, most of the spread, cancels out.
+
+    Returns:
+        The mean of a's accuracies minus b's, as a fraction of 1, and half its 95 % interval.
+
+    Raises:
+        UsageError: results of other episodes: another spec, seed, number or data set.
+    """
     if a.episodes_hash != b.episodes_hash:
         got = " and ".join(f"{result.spec}, seed {result.seed}, {result.episodes_hash}" for result in (a, b))
         raise UsageError(

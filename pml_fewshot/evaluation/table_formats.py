@@ -146,7 +146,7 @@ def _conditions(lines: Lines) -> list[str]:
                 parts = (f"{row.count:,} episodes {size}", f"seed {row.seed}", row.protocol, row.balance)
                 own.append(", ".join(filter(None, parts)))
                 own.append(row.classifier)
-        own += [f"means of {rows[0].trained} trainings"] if rows[0].trained > 1 else []
+        own += [f"means of {rows[0].trained} training runs"] if rows[0].trained > 1 else []
         texts[name] = list(dict.fromkeys(_one_line(text) for text in own if text))
     common = [text for text in next(iter(texts.values()), []) if all(text in others for others in texts.values())]
     groups: dict[str, list[str]] = {}

@@ -373,7 +373,7 @@ def pt_map(
 
     Features are first transformed (power, normalization, minus the mean of the support or of the queries,
     normalization). Then, repeatedly, the queries are divided equally among the classes, at a cost of squared distances
-    and with an entropy (the plan that Sinkhorn's iterations find), and the class centers move towards the means of
+    and with an entropy (the plan that Sinkhorn's iterations find), and the class centers move toward the means of
     their items. **It assumes that every class has equally many queries**, and does worse where this does not hold.
     Expects raw embeddings, preferably ones that end in a ReLU.
 
@@ -385,7 +385,7 @@ def pt_map(
         center: normalize and center, as in the authors' code (its QR reduction keeps distances). easyfsl does neither.
         sharpness: the paper's lambda, the factor of the squared distances.
         steps: moves of the centers; easyfsl uses 10.
-        learning_rate: the paper's alpha, how far the centers move towards the means.
+        learning_rate: the paper's alpha, how far the centers move toward the means.
         iterations: maximum for each plan; an episode is finished when each class is within 1e-4 of its share. The
             authors run at most 1,000 of Sinkhorn's, until no query's sum changes by more than 1e-6.
 

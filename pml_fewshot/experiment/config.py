@@ -113,7 +113,7 @@ class ExperimentConfig:
     recorder: Fixed[Callable[[Path], Recorder] | None] = None
     """called with the run folder; records in addition to its files: `partial(WandbRecorder, project="mine")`"""
     published: Fixed[Mapping[str, Mapping[str, str]] | None] = None
-    """figures of papers by source and column, shown below ours in the report: `{"Snell et al. 2017, table 1":
+    """published accuracies by source and column, shown below ours in the report: `{"Snell et al. 2017, table 1":
     {"5-way 1-shot": "98.8"}}`"""
     report: bool = True
     """draw report.html in the run folder when the run is finished, which takes up to 20 seconds"""

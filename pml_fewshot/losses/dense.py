@@ -27,6 +27,11 @@ class DenseNTXentLoss(NTXentLoss):
             move apart. (CLIP, Radford et al. 2021, learns it this way.) `temperature` keeps its initial value.
         kwargs: PML's own, such as distance.
 
+    Raises:
+        UsageError: a temperature that is not above 0.
+
+    Source: Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations", equation 1.
+
     PML's wrappers (CrossBatchMemory, SelfSupervisedLoss) check a loss's class name and refuse this one. Give them an
     NTXentLoss and replace it with this one afterwards: `memory.loss = DenseNTXentLoss()`.
     """
@@ -66,6 +71,10 @@ class DenseTripletMarginLoss(TripletMarginLoss):
 
     A miner's tuple, or a number as `triplets_per_anchor`, runs PML's own code. With PML's default reducer, the mean of
     the losses above zero, the list of triplets is never created. For PML's wrappers see DenseNTXentLoss.
+
+    Args: PML's own, with its defaults: a margin of 0.05 between Euclidean distances of normalized embeddings.
+
+    Source: Schroff et al. 2015, "FaceNet: A Unified Embedding for Face Recognition and Clustering", equation 2.
     """
 
     @in_float32

@@ -17,8 +17,8 @@ class MatchingLoss(EpisodicLoss):
     Args:
         distance: any PML distance; cosine when None, as in the paper. Squared Euclidean
             (`LpDistance(normalize_embeddings=False, power=2)`) is unbounded and needs no scale.
-        scale: 1 as in the paper, but a softmax over the cosines of 5 classes then gets no sharper than 0.65, which
-            raises a warning: give 10 and learn_scale, as MatchingTrainer does.
+        scale: 1 as in the paper, but a softmax over the cosines of 5 classes then gives none a probability above
+            0.65, which raises a warning: give 10 and learn_scale, as MatchingTrainer does.
         learn_scale: this and the rest as in EpisodicLoss.
 
     Source: Vinyals et al. 2016, "Matching Networks for One Shot Learning", eq. 1 and section 2.1.1.

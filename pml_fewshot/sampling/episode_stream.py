@@ -16,7 +16,7 @@ PREFETCH_BATCHES = 64  # drawing 64 60-way episodes takes 25 ms, about as long a
 
 @dataclass(eq=False, repr=False)
 class EpisodeStream:
-    """Yields training episodes without end.
+    """Yields training episodes without end: an Episode of float images from 0 to 1, or of features.
 
     Args:
         dataset: images to draw from, on the training device.
@@ -28,6 +28,9 @@ class EpisodeStream:
         episodes_per_batch: the E of an Episode.
 
     `state_dict()` and `load_state_dict()` let a run resume with the very episode that would have come next.
+
+    Raises:
+        UsageError: too few classes or items for the spec, unbalanced queries, or no episode in a batch.
     """
 
     dataset: FewShotDataset

@@ -70,7 +70,7 @@ def fit(
             after the batches already used; any other endless iterator must already be at that point. If optimizer or
             scheduler differ from those that the checkpoint began with (more steps, a lower rate), their rates apply.
 
-    A part that is in eval mode before, in a trainer in train mode, stays frozen, in later trainings too.
+    A part in eval mode, in a trainer in train mode, stays frozen, in later calls too.
     Ctrl-C or SIGTERM ends training after the current step (and validation); a second one ends it immediately.
 
     Within `processes()`, all processes make the same call and share the work; the first one records and writes.

@@ -184,7 +184,7 @@ def test_retrieval_reorders_the_first_neighbors_by_it() -> None:
     for tester in (RetrievalTester(k=9, distance=distance), RetrievalTester(k=9, rerank=distance)):
         result = tester.test(bank)
         assert result["precision_at_1"] == pytest.approx(expected.item())
-        assert result.ranking == "exact, euclidean, the first 9 reordered by EarthMoversDistance(6 nodes, auto)"
+        assert result.ranking == "exact, euclidean, the first 9 re-ranked by EarthMoversDistance(6 nodes, auto)"
     everything = RetrievalTester(["precision_at_1"], k=23, rerank=distance).test(bank)
     best = scores.fill_diagonal_(-2).argmax(dim=1)
     assert everything["precision_at_1"] == pytest.approx((bank.labels[best] == bank.labels).double().mean().item())
@@ -286,7 +286,7 @@ def test_a_costly_distance_never_ranks_all_pairs_beside_another() -> None:
     other = LocalNeighborSimilarity(NODES)
     result = RetrievalTester(["precision_at_1"], k=5, distance=Counting(NODES), rerank=other).test(bank)
     assert seen == 0
-    assert "the first 5 reordered by LocalNeighborSimilarity" in result.ranking
+    assert "the first 5 re-ranked by LocalNeighborSimilarity" in result.ranking
     RetrievalTester(["precision_at_1"], k=5, distance=Counting(NODES)).test(bank)
     assert seen == 24 * 5
 

@@ -91,7 +91,7 @@ def test_the_difference_and_its_interval_are_those_of_pairs(gain: float):
 
 
 def test_it_reads_in_points_and_says_whether_0_is_left_out():
-    no = "not significant, the interval holds 0"
+    no = "not significant, the interval contains 0"
     for difference, ci95, points, verdict in (
         (0.01234, 0.00456, "+1.23 +- 0.46", "significant"),
         (-0.02, 0.01, "-2.00 +- 1.00", "significant"),

@@ -150,7 +150,7 @@ def test_two_methods_have_a_line_each_and_what_holds_for_both_is_said_once():
     assert below(two_methods()) == [
         "%, +- 95 % intervals; test, 1,692 classes; 10,000 episodes of 15 queries a class, seed 3, inductive",
         "ProtoNet: 4 queries, leave-one-out, exact, Euclid",
-        "Other: 150 of 600 images a class; means of 2 trainings",
+        "Other: 150 of 600 images a class; means of 2 training runs",
     ]
 
 
