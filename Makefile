@@ -9,7 +9,7 @@ export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 1000000000000
 export MALLOC_TOP_PAD_ = 268435456
 
-.PHONY: demo test test-lowest test-newest lint format docs tables pictures notebooks benchmark clean
+.PHONY: demo test test-long test-lowest test-newest lint format docs tables pictures notebooks benchmark clean
 
 demo: $(VENV)/installed  ## train and evaluate on the built-in data, in minutes
 	$(BIN)/python -m experiments.quickstart
@@ -17,22 +17,26 @@ demo: $(VENV)/installed  ## train and evaluate on the built-in data, in minutes
 # two tests at a time, each on one thread
 RING = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(1)/bin/python -m pytest -n 2 --dist worksteal
 
-test: $(VENV)/installed  ## the default ring of tests, 3 to 5 minutes
+test: $(VENV)/installed  ## the default tests, about 2 minutes
 	$(call RING,$(VENV))
 
-# The ring on other versions than the pinned ones, each time in a new environment: `make test-lowest PYTHON=python3.12`.
+test-long: $(VENV)/installed  ## those of whole programs: reports, searches, several processes, kills, a browser; 2 minutes
+	$(call RING,$(VENV)) -m 'long and not slow'
+
+# Both on other versions than the pinned ones, each time in a new environment: `make test-lowest PYTHON=python3.12`.
 # (Downloads 2 to 5 GB the first time: torch comes with CUDA.)
+BOTH = -m 'not slow and not gpu and not docs'
 export UV_HTTP_TIMEOUT ?= 600
 
 test-lowest: $(VENV)/installed  ## the oldest versions that pyproject.toml allows
 	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .venv-lowest
 	$(BIN)/uv pip install --quiet --python .venv-lowest --resolution lowest-direct -e '.[dev]'
-	$(call RING,.venv-lowest)
+	$(call RING,.venv-lowest) $(BOTH)
 
 test-newest: $(VENV)/installed  ## the newest versions of everything
 	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .venv-newest
 	$(BIN)/uv pip install --quiet --python .venv-newest -e '.[dev]'
-	$(call RING,.venv-newest)
+	$(call RING,.venv-newest) $(BOTH)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -11,6 +11,8 @@ from filelock import FileLock
 
 from tests.shared_work import TRAINERS
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent
 SIZES = (2, 3)
 

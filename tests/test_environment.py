@@ -197,6 +197,7 @@ def test_threads_are_limited_to_the_share_unless_the_user_chose(
     assert calls == ([] if expected is None else [("torch", expected), ("faiss", expected)])
 
 
+@pytest.mark.long
 def test_a_fresh_interpreter_imports_little_and_then_fast_kernels_torchvision_and_a_lighter_pml():
     by_user = re.compile("OPENBLAS_CORETYPE|MALLOC_|GLIBC_")
     variables = {name: value for name, value in os.environ.items() if not by_user.match(name)}
@@ -215,6 +216,7 @@ assert 'OPENBLAS_CORETYPE' not in os.environ
 """
 
 
+@pytest.mark.long
 def test_a_faiss_imported_before_is_left_alone_and_a_torchvision_whose_import_failed_is_repaired():
     variables = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}
     assert subprocess.run([sys.executable, "-c", BEFORE], env=variables, check=False).returncode == 0

@@ -12,6 +12,7 @@ from tests.tiny_experiments import TINY_EXPERIMENTS
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("names", "kills", "processes"),
     [

@@ -304,6 +304,7 @@ def test_a_damaged_run_is_a_line_that_says_so(made: Path, tmp_path: Path) -> Non
     assert ("ProtoNet", "this library") in shown
 
 
+@pytest.mark.long
 def test_the_budget_saves_the_training_at_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long = Row("tiny/long", "long", replace(PROTONET, steps=10**6, validate_every=10**6))
     handler = signal.getsignal(signal.SIGTERM)

@@ -120,6 +120,7 @@ class Page:
         )
 
 
+@pytest.mark.long
 def test_classes_are_taught_asked_saved_and_loaded(tmp_path: Path) -> None:
     with browser() as driver:
         page = Page(driver)

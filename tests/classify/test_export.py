@@ -91,6 +91,7 @@ def check(answers: Callable[[Tensor], dict[str, np.ndarray]], what: Any, images:
             np.testing.assert_allclose(got["similarities"].max(axis=1), what.similarity(photos), atol=1e-4)
 
 
+@pytest.mark.long
 def test_a_file_answers_as_the_classifier_and_learns_a_class(conv4: ImageEmbedder, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     path, classifier = tmp_path / "animals.onnx", taught(conv4, reject="auto")

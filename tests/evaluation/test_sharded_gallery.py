@@ -178,6 +178,7 @@ def work(bank: Path, folder: Path, index: str, shards: int, dies_in: str = "") -
 SPAWN = multiprocessing.get_context("spawn")
 
 
+@pytest.mark.long
 def test_workers_share_the_work(tmp_path: Path):
     path = saved(clustered(1500), tmp_path)
     workers = [SPAWN.Process(target=work, args=(path, tmp_path / "g", "ivfpq", 12)) for _ in range(3)]
@@ -189,6 +190,7 @@ def test_workers_share_the_work(tmp_path: Path):
     assert_same(Gallery.load(tmp_path / "g"), Gallery(load_bank(path), "ivfpq"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "step",
     [

@@ -111,6 +111,7 @@ def test_no_trial_sees_test_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert pixels(splits.test) <= embedded, "the spy sees them when the best one is evaluated"
 
 
+@pytest.mark.long
 def test_a_hopeless_trial_is_ended_early(tmp_path: Path) -> None:
     base = replace(SHORT, steps=24)
     rates = (GOOD, GOOD, GOOD, HOPELESS)
@@ -128,6 +129,7 @@ def test_a_hopeless_trial_is_ended_early(tmp_path: Path) -> None:
     assert float(table_of(tmp_path)["3"]["accuracy"]) == best_so_far[3]
 
 
+@pytest.mark.long
 def test_trials_that_fail_or_diverge_are_lines_and_the_search_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +165,7 @@ def test_when_nothing_works_the_search_ends(tmp_path: Path) -> None:
     assert [state for state, *_ in ended(result).values()] == ["FAIL"] * 3 + ["COMPLETE"]
 
 
+@pytest.mark.long
 def test_an_interrupted_search_continues_to_the_same_end(
     alone: SearchResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +222,7 @@ def test_workers_share_a_postgresql(
         never_pruned(tmp_path / "shared", postgres)
 
 
+@pytest.mark.long
 def test_a_trial_in_which_every_worker_dies_is_given_up(tmp_path: Path) -> None:
     study = search(with_rate, 1, tmp_path).study
     poison = study.ask()  # its lock is free: its worker is dead
@@ -264,6 +268,7 @@ def test_samplers_that_end_a_study_are_heard(tmp_path: Path) -> None:
     assert sorted(each.params["lr"] for each in result.study.trials) == [0.01, 0.1]
 
 
+@pytest.mark.long
 def test_a_trial_is_as_good_as_its_best_validation(tmp_path: Path) -> None:
     """As a run is, which ends with the weights of that; not as its last one."""
     base = replace(SHORT, steps=24)
@@ -350,6 +355,7 @@ def test_a_storage_that_does_not_answer_is_one_line(storage: Any, message: str, 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.long
 def test_a_database_that_never_answers_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("psycopg2")
     monkeypatch.setattr(search_module, "CONNECT_SECONDS", 2)  # the fewest that libpq takes
@@ -357,6 +363,7 @@ def test_a_database_that_never_answers_is_not_waited_for(tmp_path: Path, monkeyp
         search(with_rate, 2, tmp_path / "search", f"postgresql+psycopg2://me@127.0.0.1:{silent.getsockname()[1]}/x")
 
 
+@pytest.mark.long
 def test_a_storage_that_is_lost_leaves_the_trial_to_be_taken_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,6 +395,7 @@ def test_optuna_is_an_extra_and_torchrun_is_not_for_workers(tmp_path: Path, monk
         search(with_rate, 2, tmp_path)
 
 
+@pytest.mark.long
 def test_the_command_line_changes_all_trials(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,6 +41,7 @@ def test_workers_share_experiments_and_take_over_that_of_a_killed_one(shared_by_
     assert {row.method for row in again.rows} == {*NAMES, "bad"}
 
 
+@pytest.mark.long
 def test_one_that_another_process_runs_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is read where that process has finished it, and run where that has died."""
     first, second = of_names("first", "second")

@@ -19,6 +19,7 @@ WORKER = Path(__file__).parent / "worker.py"
 CHECKED = ("checkpoint", "embedder", "bank", "gallery", "cache", "config")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [4, pytest.param(300, marks=pytest.mark.slow)])
 def test_damaged_files_are_refused_or_read_as_they_were(count: int, tmp_path: Path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}

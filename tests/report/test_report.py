@@ -157,6 +157,7 @@ def test_differences_to_different_runs_stand_apart() -> None:
     assert titles == ["5-way 1-shot: minus a", "5-way 1-shot: minus a: x"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("file", ["figures.csv", "values.npz", "config.json", "logs.db"])
 def test_a_damaged_run_does_not_cost_a_report_of_several(file: str, copied: Finished, tmp_path: Path) -> None:
     for place in ("a", "b", "c"):
@@ -182,6 +183,7 @@ def test_ctrl_c_while_drawing_leaves_a_finished_run(
     assert f"the run is finished: python -m pml_fewshot.report '{tmp_path / 'a run'}'" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_report_is_drawn_again_from_the_folder(copied: Finished, capsys: pytest.CaptureFixture[str]) -> None:
     before = parts_of(copied.folder / "report.html")
     shutil.rmtree(copied.folder / "report")
@@ -196,6 +198,7 @@ def test_a_report_is_drawn_again_from_the_folder(copied: Finished, capsys: pytes
     assert (copied.folder / "report" / "confusion.png").exists()
 
 
+@pytest.mark.long
 def test_what_adapts_to_each_episode_shows_its_steps_and_says_what_it_has_not(tmp_path: Path) -> None:
     run(replace(TINY_EXPERIMENTS["maml"], report=True, run_dir=tmp_path / "run"))
     parts = parts_of(tmp_path / "run" / "report.html")
@@ -232,6 +235,7 @@ def test_an_error_while_drawing_leaves_the_run_finished(
     assert ResultTable.read(tmp_path / "run").rows == table.rows == run(config, resume=True).rows
 
 
+@pytest.mark.long
 def test_one_picture_that_fails_does_not_cost_the_others(
     copied: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -309,6 +313,7 @@ HEBREW = "\N{HEBREW LETTER ALEF}\N{HEBREW LETTER BET} \N{HANGUL SYLLABLE HAN}"
 NAMES = ["<script>alert(1)</script>", "a" * 200, HEBREW, "$x_1$ & \\frac", "two\nlines"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("names", "items"), [(NAMES, 10), (["one", "two"], 2), (["alone"], 3)])
 def test_names_are_shown_as_they_are_and_small_sets_are_drawn(
     names: list[str], items: int, copied: Finished, tmp_path: Path
@@ -344,6 +349,7 @@ def test_features_have_no_images_to_show(copied: Finished, tmp_path: Path) -> No
     assert "Map of 40 items of 4 classes" in text
 
 
+@pytest.mark.long
 def test_runs_are_drawn_side_by_side(finished: Finished, tmp_path: Path) -> None:
     longer = replace(PROTONET, name="longer <b>", steps=28)
     failing = replace(PROTONET, name="failing", data=partial(tiny_splits_of_nothing))
@@ -373,6 +379,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     runs_report.main()
 
 
+@pytest.mark.long
 def test_the_command_draws_one_run_or_several_or_a_folder_of_runs(
     copied: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
