@@ -88,6 +88,13 @@ def check_finite(values: Tensor, what: str, do: str = "") -> None:
         raise UsageError(f"expected finite {what}, {got}; {do}")
 
 
+def check_floats(images: Tensor) -> None:
+    """Raises a UsageError for images as they are stored, integers up to 255, which a network would take as they are."""
+    if not images.is_floating_point():
+        do = "take floats from dataset.floats(...), or embed the set: encode(embedder, dataset)"
+        raise UsageTypeError(f"expected images as floats from 0 to 1, got {images.dtype}; {do}")
+
+
 def as_labels(labels: Any, length: int, what: str) -> tuple[Tensor, tuple[str, ...]]:
     """Labels as an int64 tensor (length,) and, if they are strings, their class names, numbered alphabetically.
 

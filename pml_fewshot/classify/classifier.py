@@ -20,6 +20,7 @@ from pml_fewshot.classify.photos import labeled_photos, source_of
 from pml_fewshot.classify.saved import load_classifier, save_classifier
 from pml_fewshot.classify.taught import Taught
 from pml_fewshot.embedders.image_embedder import ImageEmbedder
+from pml_fewshot.embedders.modes import widened
 from pml_fewshot.evaluation.heads import Head, nearest_prototype
 from pml_fewshot.evaluation.neighbors import Neighbors
 
@@ -275,9 +276,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             X = embedder.transform(X)
         elif isinstance(X, list | tuple) and X and isinstance(X[0], str | Path | Image.Image):
             raise UsageError(f"expected embeddings, got {type(X[0]).__name__}; for images give embedder=TimmTrunk(...)")
+        if isinstance(X, Tensor):  # NumPy has no bfloat16
+            X = widened(X.detach()).cpu()
         checked = validate_data(self, X, y, dtype=(np.float64, np.float32), reset=reset)
         X, y = checked if isinstance(checked, tuple) else (checked, None)
-        return torch.from_numpy(X if X.flags.writeable else X.copy()), y  # (torch warns about read-only arrays)
+        X = np.ascontiguousarray(X)  # torch refuses negative strides, and warns about read-only arrays
+        return torch.from_numpy(X if X.flags.writeable else X.copy()), y
 
 
 def _listed(X: Any) -> Any:

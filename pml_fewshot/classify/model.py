@@ -10,7 +10,7 @@ import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from torch import Tensor
 
-from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one
+from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one, check_finite
 from pml_fewshot.classify.calibration import (
     Fit,
     fit_similarity,
@@ -67,7 +67,9 @@ class Model:
         """(n, W) logits, in blocks if the head is fitted to the support alone, so that queries are independent."""
         size = len(rows) if getattr(self.scores, "whole", False) else max(1, CHUNK_FLOATS // sum(self.taught.sizes))
         with torch.no_grad(), no_autocast(), threads_for(rows):
-            return torch.cat([self.scores(block[None])[0] for block in rows.split(size)])
+            logits = torch.cat([self.scores(block[None])[0] for block in rows.split(size)])
+        check_finite(logits, "logits", "look at the embeddings (numbers above 1e18 overflow) and the head")
+        return logits
 
     @cached_property
     def similarities(self) -> Scores:

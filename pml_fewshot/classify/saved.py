@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from pml_fewshot.checks import MissingFileError, UsageError
@@ -123,7 +124,8 @@ def _embedder(folder: Path, about: dict[str, Any] | None, weights: str | None, g
     if about["made_from"] is None or weights is None:
         do = f"give it: load({str(folder)!r}, embedder=...)"
         raise UsageError(f"expected an embedder for the classifier in {folder}, {about['name']}, got none; {do}")
-    embedder, module = rebuilt(about["made_from"])
+    with torch.random.fork_rng(devices=[]):  # weights about to be replaced must not move the caller's generator
+        embedder, module = rebuilt(about["made_from"])
     load_embedder(folder / weights, module)
     return embedder
 

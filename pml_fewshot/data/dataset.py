@@ -281,24 +281,29 @@ class FewShotDataset(Dataset[tuple[Tensor, int]]):
         Raises:
             UsageError: it does not return a tensor with as many items of the same type.
         """
-        one = self._items(slice(1)).clone()
-        version = one._version
-        first = transform(one)
-        kind = self._stored.dtype, self._stored.ndim, 1
-        if not isinstance(first, Tensor) or (first.dtype, first.ndim, len(first)) != kind:
-            got = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
-            wanted = f"a transform from {self._stored.dtype} (B, *item) to the same"
-            raise UsageError(f"expected {wanted}, got {got} from {transform}; leave out what converts")
+
+        def applied(items: Tensor) -> Tensor:
+            kind = items.dtype, items.ndim, len(items)
+            result = transform(items)
+            if not isinstance(result, Tensor) or (result.dtype, result.ndim, len(result)) != kind or not result.numel():
+                got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+                wanted = f"a transform from {items.dtype} (B, *item) to the same, here {tuple(items.shape)}"
+                raise UsageError(f"expected {wanted}, got {got} from {transform}; leave out what converts or selects")
+            return result
+
+        few = self._items(slice(2)).clone()  # two, because a transform of one may return one whatever it is given
+        version = few._version
+        first = applied(few)
         changed = copy.copy(self)
         changed.digests = None
-        is_view = first.untyped_storage().data_ptr() == one.untyped_storage().data_ptr() and one._version == version
+        is_view = first.untyped_storage().data_ptr() == few.untyped_storage().data_ptr() and few._version == version
         if is_view:
-            changed._stored = transform(self._stored)
+            changed._stored = applied(self._stored)
             return changed
         changed._stored, changed._rows = first.new_empty(len(self), *first.shape[1:]), None
         changed.mapped = False
         for part in self._blocks():
-            changed._stored[part] = transform(self._items(part).clone())
+            changed._stored[part] = applied(self._items(part).clone())
         return changed
 
     def split(

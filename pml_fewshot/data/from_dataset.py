@@ -48,7 +48,8 @@ def collect(
     total = len(source) if hasattr(source, "__len__") else None
     items = source  # an iterator is read as it is
     if not is_stream:
-        items = DataLoader(source, batch_size=None, num_workers=workers, collate_fn=_itself)
+        own = torch.Generator()  # it would draw the seed of its workers from the global one
+        items = DataLoader(source, batch_size=None, num_workers=workers, collate_fn=_itself, generator=own)
     images: np.ndarray = np.empty(0, np.uint8)
     labels: list[Any] = []
     # delay: a set that is read within two seconds needs no progress bar

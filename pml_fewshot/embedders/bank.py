@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pml_fewshot.checks import BLOCK_ROWS, UsageError, UsageTypeError, as_labels, as_names, check_finite, renumbered
@@ -148,8 +147,15 @@ class EmbeddingBank:
         return replace(self, embeddings=rows - mean.to(rows))
 
     def normalized(self) -> "EmbeddingBank":
-        """L2-normalizes every embedding, in at least float32; after `centered`, this is SimpleShot's "CL2N"."""
-        return replace(self, embeddings=F.normalize(widened(self.embeddings), dim=1))
+        """L2-normalizes every embedding, in at least float32; after `centered`, this is SimpleShot's "CL2N".
+
+        Raises:
+            UsageError: a length that is not finite, of numbers above 1e18.
+        """
+        rows = widened(self.embeddings)
+        lengths = rows.norm(dim=1, keepdim=True)
+        check_finite(lengths, "lengths of embeddings", "divide them by a constant")
+        return replace(self, embeddings=rows / lengths.clamp_min(1e-12))
 
     def power_transformed(self, power: float = 0.5) -> "EmbeddingBank":
         """Raises x + 1e-6 to a power, which makes skewed features more Gaussian (Hu et al. 2021, PT-MAP).

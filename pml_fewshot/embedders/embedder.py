@@ -18,6 +18,7 @@ from pml_fewshot.checks import (
     check_at_least_one,
     check_choice,
     check_finite,
+    check_floats,
 )
 from pml_fewshot.data.dataset import FewShotDataset, as_dataset
 from pml_fewshot.distributed import everyones, together, world
@@ -83,6 +84,7 @@ class Embedder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeds (B, C, H, W) floats in [0, 1] to (B, D)."""
+        check_floats(images)
         embeddings = self.trunk(images)
         if self.projection is not None:
             check_width(self.projection, embeddings)

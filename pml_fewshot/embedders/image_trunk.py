@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pml_fewshot.checks import MissingFileError, UsageError
+from pml_fewshot.checks import MissingFileError, UsageError, check_floats
 from pml_fewshot.embedders.modes import evaluating
 from pml_fewshot.embedders.preprocessing import Preprocessing
 from pml_fewshot.io.checkpoint import check_weights
@@ -56,6 +56,7 @@ class ImageTrunk(nn.Module):
             self.eval()
 
     def normalized(self, images: Tensor) -> Tensor:
+        check_floats(images)
         channels = self.mean.shape[1]
         if images.ndim != 4 or images.shape[1] not in (1, channels):
             wanted = f"images (B, 1 or {channels}, H, W)" if channels > 1 else "gray images (B, 1, H, W)"

@@ -122,6 +122,9 @@ class EpisodicEvaluator:
     head: Head | Classify | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.spec, Spec):
+            do = "write EpisodeSpec(ways=5, shots=1, queries=15)"
+            raise UsageTypeError(f"expected the size of an episode, got {self.spec!r}; {do}")
         check_at_least_one("num_episodes", self.num_episodes)
         self.seed = operator.index(self.seed)  # torch's generators reject numpy's integers
         if self.num_episodes == 1:
@@ -289,6 +292,10 @@ def adaptation_curve(
     Returns:
         Results after 0, 1, ..., S = `trainer.eval_inner_steps` steps.
     """
+    if not hasattr(trainer, "eval_inner_steps"):
+        raise UsageTypeError(
+            f"expected a MAMLTrainer, got {type(trainer).__name__}, which has no inner steps; give one"
+        )
     bank = trainer.bank(dataset)
     after = [partial(trainer.classify, inner_steps=steps) for steps in range(trainer.eval_inner_steps + 1)]
     evaluators = [EpisodicEvaluator(spec, num_episodes, seed, head=head) for head in after]
@@ -306,7 +313,7 @@ def embed(method: Any, dataset: Labeled | None, bank: Tensor | None = None) -> t
         what = f"a data set to evaluate {type(method).__name__} on"
         raise UsageTypeError(f"expected {what}, got none; give images or an EmbeddingBank")
     if bank is not None:
-        return dataset, bank
+        return dataset, bank.embeddings if isinstance(bank, EmbeddingBank) else bank
     if isinstance(dataset, EmbeddingBank):
         return dataset, dataset.embeddings
     return dataset, encode(method, dataset).embeddings if is_embedder(method) else method.bank(dataset)

@@ -70,6 +70,9 @@ class Similarities(nn.Module):
     @in_float32
     def forward(self, query: Tensor) -> Tensor:
         reference, distance = self.reference, self.distance
+        if query.shape[-1] != reference.shape[-1]:
+            got = f"{query.shape[-1]} and {reference.shape[-1]}"
+            raise UsageError(f"expected queries and support of one width, got {got}; embed both by one network")
         query = query if self.center is None else query - self.center
         if distance is None or self.is_squared:
             # -|q - r|^2 = 2 qr - |q|^2 - |r|^2 in one batched product. vector_norm reads the queries once;

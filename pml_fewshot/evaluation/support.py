@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pml_fewshot.checks import UsageError
+from pml_fewshot.checks import UsageError, UsageTypeError
 from pml_fewshot.embedders.modes import widened
 
 
@@ -27,6 +27,9 @@ class Support:
     @staticmethod
     def of(episodes: Tensor) -> "Support":
         """Builds it from the support (E, W, K, D) of episodes, in float32 at least."""
+        if not isinstance(episodes, Tensor):
+            do = "stack classes of equally many items; FewShotClassifier takes any numbers"
+            raise UsageTypeError(f"expected a support (E, W, K, D), got a {type(episodes).__name__}; {do}")
         if episodes.ndim != 4 or min(episodes.shape[1:3]) < 1:
             wanted, got = "a support (E, W, K, D) of at least one class and shot", tuple(episodes.shape)
             raise UsageError(f"expected {wanted}, got shape {got}; give each class its items")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tyro.conf import Fixed
 
-from pml_fewshot.checks import UsageError, check_at_least_one, check_choice
+from pml_fewshot.checks import UsageError, UsageTypeError, check_at_least_one, check_choice
 from pml_fewshot.data.augmentation import Augmentation, as_augmentation
 from pml_fewshot.data.dataset import Splits
 from pml_fewshot.evaluation.retrieval import RetrievalTester
@@ -135,6 +135,15 @@ class ExperimentConfig:
                 do = "give a function, a class or a partial that makes it"
                 raise UsageError(f"expected {each.name} as something to call, got {repr(value)[:100]}; {do}")
             check_arguments(value, each.name)
+        if not isinstance(self.name, str) or not self.name:
+            raise UsageTypeError(f"expected a text as name, got {self.name!r}; name the experiment")
+        for name in ("seed", "eval_seed", "num_episodes", "val_episodes", "retries"):
+            if not isinstance(value := getattr(self, name), int) or isinstance(value, bool):
+                raise UsageTypeError(f"expected {name} as an integer, got {value!r}; write 10_000, not 1e4")
+        for name in ("part_lr", "frozen"):
+            if not isinstance(value := getattr(self, name), Mapping | None):
+                do = f'write {{"embedder.trunk": {1e-4 if name == "part_lr" else 100}}}'
+                raise UsageTypeError(f"expected {name} by the name of a part, got {value!r}; {do}")
         for name in ("steps", "episodes_per_batch", "validate_every", "checkpoint_every"):
             check_at_least_one(name, getattr(self, name))
         for name, least in (("num_episodes", 2), ("val_episodes", 2), ("retries", 0), ("loss_lr", 0)):
@@ -164,6 +173,11 @@ class ExperimentConfig:
         specs = self.eval_specs
         if not isinstance(specs, tuple | list) or not specs or not all(isinstance(s, EpisodeSpec) for s in specs):
             raise UsageError(f"expected eval_specs as a tuple of EpisodeSpec, got {specs!r}; write (EpisodeSpec(...),)")
+        if not isinstance(self.train_spec, EpisodeSpec | BatchSpec):
+            do = "write EpisodeSpec(...) or BatchSpec(...)"
+            raise UsageTypeError(
+                f"expected train_spec as the size of an episode or a batch, got {self.train_spec!r}; {do}"
+            )
         check_balanced(self.train_spec)
         if isinstance(self.train_spec, BatchSpec) and self.episodes_per_batch > 1:
             raise UsageError(f"expected episodes_per_batch=1 for batches, got {self.episodes_per_batch}; leave it out")

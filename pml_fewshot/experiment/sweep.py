@@ -24,7 +24,7 @@ from pml_fewshot.experiment.command_line import one_line_errors, parse
 from pml_fewshot.experiment.config import OPTIONS, ExperimentConfig
 from pml_fewshot.experiment.run import run
 from pml_fewshot.experiment.runs_report import draw_runs
-from pml_fewshot.io.atomic import write_text
+from pml_fewshot.io.atomic import translate_write_errors, write_text
 from pml_fewshot.training.interruption import TrainingInterrupted
 
 BUDGET = ("steps", "seed", "num_episodes", "device", "data_root")
@@ -47,15 +47,23 @@ def sweep(configs: Sequence[ExperimentConfig], folder: str | Path, only: Sequenc
         only: names of the experiments to run; all when empty. Others that are finished are in the table too.
 
     Raises:
-        UsageError: two experiments have the same name, or torchrun started the processes: runs do not share work here.
+        UsageError: no experiment, two of the same name, an unknown name in `only`, a folder that cannot be written, or
+            processes of torchrun: runs do not share work here.
         TrainingInterrupted: (a KeyboardInterrupt) Ctrl-C or SIGTERM; the same call continues.
     """
     check_no_torchrun("a sweep")
     names = [config.name for config in configs]
     if len(set(names)) < len(names):
         raise UsageError(f"expected names that are all different, got {names}; rename the experiments")
+    if not names:
+        raise UsageError("expected at least one experiment, got none; give their configs")
+    only = (only,) if isinstance(only, str) else tuple(only)
+    for wanted in only:
+        check_choice("the name of an experiment", wanted, names)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with translate_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".workers").touch()
     to_run = [c for c in configs if not only or c.name in only or (folder / c.name / "figures.csv").exists()]
     try:
         with _among_workers(folder) as workers:
@@ -172,8 +180,6 @@ def sweep_main(name: str, configs: Sequence[ExperimentConfig]) -> ResultTable:
     """
     with one_line_errors():
         options = parse(_Options(configs[0]), f"Runs {len(configs)} experiments: {name}.")
-        for wanted in options.only:
-            check_choice("the name of an experiment", wanted, [config.name for config in configs])
         own = options.config
         # one budget for all, and the other options that were changed
         changes = {n: getattr(own, n) for n in OPTIONS if n in BUDGET or getattr(own, n) != getattr(configs[0], n)}

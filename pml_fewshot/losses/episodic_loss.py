@@ -15,7 +15,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
-from pml_fewshot.checks import UsageError, as_labels
+from pml_fewshot.checks import UsageError, UsageTypeError, as_labels
 from pml_fewshot.distances.episodic_distance import EpisodicDistance
 from pml_fewshot.embedders.modes import in_float32
 
@@ -55,6 +55,9 @@ class EpisodicLoss(BaseMetricLossFunction):
         embedding_reg_weight: float = 1.0,
         collect_stats: bool | None = None,
     ) -> None:
+        if not isinstance(distance, BaseDistance | None):
+            do = "make one, as in distance=CosineSimilarity()"
+            raise UsageTypeError(f"expected distance as a PML distance or None, got {distance!r}; {do}")
         super().__init__(
             embedding_regularizer, embedding_reg_weight, distance=distance, reducer=reducer, collect_stats=collect_stats
         )

@@ -26,7 +26,7 @@ from pml_fewshot.evaluation.heads import (
 from pml_fewshot.losses.episodic_loss import EpisodicLoss
 from pml_fewshot.parts.instantiate import Part, instantiate
 from pml_fewshot.sampling.batches import Batch, BatchSpec
-from pml_fewshot.sampling.episodes import EpisodeSpec
+from pml_fewshot.sampling.episodes import Episode, EpisodeSpec
 from pml_fewshot.trainers import pml_compat
 
 
@@ -130,6 +130,10 @@ class FewShotTrainer(nn.Module):
             embeddings = self.embed(views, 2)
             with torch.autocast(embeddings.device.type, enabled=False):
                 return _skip_if_zero(self.batch_loss(embeddings, batch.labels))
+        if not isinstance(batch, Episode):
+            raise UsageTypeError(
+                f"expected an Episode or a Batch, got a {type(batch).__name__}; take an EpisodeStream's"
+            )
         shots = batch.support.shape[2]
         self.check_episodes(shots, batch.query.shape[2])
         embeddings = self.embed(torch.cat([batch.support, batch.query], dim=2), 3)  # (E, W, K+Q, D)

@@ -21,7 +21,14 @@ from pml_fewshot.training.early_stopping import EarlyStopping
 from pml_fewshot.training.freezing import frozen_parts
 from pml_fewshot.training.interruption import StopOnSignal, TrainingInterrupted
 from pml_fewshot.training.state import RECORDED, History, Recorder, TrainingState, check_same_batch
-from pml_fewshot.training.step import check_optimizer, check_trainable, learning_rates, train_step, warn_of_unreached
+from pml_fewshot.training.step import (
+    check_holds,
+    check_optimizer,
+    check_trainable,
+    learning_rates,
+    train_step,
+    warn_of_unreached,
+)
 
 LOG_EVERY = 20  # steps between readings of the loss, each of which waits for the GPU
 
@@ -91,6 +98,7 @@ def fit(
         raise UsageError(f"expected clip_norm above 0, got {clip_norm}; use None not to clip")
     check_trainable(trainer)
     check_optimizer(optimizer)
+    check_holds(optimizer, trainer)
     if resume and checkpoint is None:
         raise UsageError("expected a checkpoint to resume from, got none; pass checkpoint=...")
     found = checkpoint is not None and Path(checkpoint).exists()

@@ -76,6 +76,14 @@ def check_optimizer(optimizer: Any) -> None:
         raise UsageError(f"expected an optimizer whose step needs no closure, got {name}; {do}")
 
 
+def check_holds(optimizer: Optimizer, trainer: nn.Module) -> None:
+    """Raises a UsageError for an optimizer without any parameter of the trainer, which would train nothing."""
+    own = {id(parameter) for parameter in trainer.parameters()}
+    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        do = "make it from trainer.parameters() after the trainer"
+        raise UsageError(f"expected an optimizer of the trainer's parameters, got one that has none of them; {do}")
+
+
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     """The rate of each group by its recorded name: "learning_rate", or "learning_rate_embedder_trunk" for a part."""
     rates = {}

@@ -305,3 +305,20 @@ def test_the_same_example_in_two_classes_is_said():
     twice = np.concatenate([X[y == "bee"], X[y == "cat"]]) * (1 + 1e-7)  # as another batch rounds it
     with pytest.warns(UserWarning, match="'bee' and 'elk', and 5 more"):
         classifier.partial_fit(twice, ["elk"] * 6)
+
+
+def test_logits_that_are_not_finite_are_no_answer():
+    rows, names = examples([3, 3, 3, 3])
+    for head, scale in ((lambda support, query: torch.full((1, query.shape[1], 4), torch.nan), 1), (None, 1e19)):
+        classifier = FewShotClassifier(**({"head": head} if head else {})).fit((scale * rows).astype(np.float32), names)
+        for ask in (classifier.predict, classifier.predict_proba):
+            with pytest.raises(UsageError, match="expected finite logits, got NaN or infinity in 3 of 3 rows"):
+                ask((scale * rows[:3]).astype(np.float32))
+
+
+def test_rows_may_be_in_any_form_that_numbers_have():
+    rows, names = examples()
+    expected = FewShotClassifier().fit(rows, names).predict(rows)
+    given = torch.from_numpy(rows).requires_grad_()
+    for each in (rows[::-1][::-1], np.asfortranarray(rows), given, given.bfloat16()):
+        assert FewShotClassifier().fit(each, names).predict(each).tolist() == expected.tolist()

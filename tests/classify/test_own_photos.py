@@ -186,6 +186,17 @@ def test_what_does_not_belong_to_a_saved_classifier_is_refused(photos: Path):
         FewShotClassifier.load(photos / "saved", Embedder(Colors()), head=nearest_neighbour)
 
 
+def test_loading_draws_nothing_from_the_callers_generator(photos: Path):
+    pytest.importorskip("timm")
+    from pml_fewshot import TimmTrunk
+
+    new, truth = files_of(photos / "new")
+    FewShotClassifier(TimmTrunk("test_efficientnet")).fit(new, truth).save(photos / "saved")
+    before = torch.get_rng_state()
+    FewShotClassifier.load(photos / "saved")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.slow  # two interpreters that import torchvision and timm, 10 s
 def test_a_trunk_made_by_name_is_built_again_in_another_process(photos: Path):
     pytest.importorskip("timm")

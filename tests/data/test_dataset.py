@@ -183,8 +183,13 @@ def test_a_transform_is_applied_once_and_a_crop_takes_no_memory():
     in_place.images[0] = 250  # which the change below leaves as it is
     assert in_place.transformed(lambda images: images.clamp_(min=120)).images[1:].unique().tolist() == [120]
     assert in_place.images[1:].unique().tolist() == [100]
-    for wrong in (lambda images: images.float(), lambda images: images[0], lambda images: "x"):
-        with pytest.raises(UsageError, match=r"a transform from torch.uint8 \(B, \*item\) to the same, got"):
+    for wrong in (
+        *(lambda images: images.float(), lambda images: images[0], lambda images: "x"),
+        *(lambda images: images[:1], lambda images: images[:1].clone(), lambda images: images[:, :, 4:]),
+        lambda images: images.float().mean(0, keepdim=True).byte(),
+        lambda images: images if len(images) == 2 else images[:1],
+    ):
+        with pytest.raises(UsageError, match=r"a transform from torch.uint8 \(B, \*item\) to the same, here .*, got"):
             dataset.transformed(wrong)
 
 

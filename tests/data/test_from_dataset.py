@@ -54,6 +54,13 @@ def test_images_of_every_form_come_out_the_same(form: Any):
     assert (dataset.labels.tolist(), dataset.class_names) == ([1, 0, 0, 1, 1, 0], ("0", "2"))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_draws_nothing_from_the_callers_generator(workers: int):
+    before = torch.get_rng_state()
+    FewShotDataset.from_dataset(Pairs(), workers=workers)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_gray_images_keep_one_channel():
     gray = PIXELS[..., 0]
     for form in (Image.fromarray, torch.from_numpy, np.array, lambda pixels: torch.from_numpy(pixels)[None]):

@@ -268,6 +268,12 @@ def test_mean_centering_and_normalization_are_numpys_in_float32_at_least(dtype: 
     check(original, ROWS.to(dtype))
 
 
+def test_lengths_beyond_float32_are_refused():
+    long = EmbeddingBank(torch.tensor([[3.0, 4.0], [1e20, 1e20]]), [0, 1])
+    with pytest.raises(UsageError, match="lengths of embeddings, got NaN or infinity in 1 of 2 rows, first in row 1"):
+        long.normalized()
+
+
 @pytest.mark.parametrize("shape", [(3,), (1,), (1, 4), ()])  # the last three would broadcast
 def test_a_mean_of_another_width_is_refused(shape: tuple[int, ...]):
     with pytest.raises(UsageError, match=r"expected a mean of shape \(4,\), got \(.*\); use bank.mean\(\)"):

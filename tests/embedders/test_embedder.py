@@ -10,6 +10,7 @@ from pml_fewshot.checks import UsageError, UsageTypeError
 from pml_fewshot.data.dataset import FewShotDataset
 from pml_fewshot.embedders.conv4 import Conv4
 from pml_fewshot.embedders.embedder import CPU_BATCH, Embedder
+from pml_fewshot.embedders.image_trunk import ImageTrunk
 from pml_fewshot.embedders.modes import train_mode
 from tests.embedders.formulas import noise, weights_of
 
@@ -144,3 +145,10 @@ def test_frozen_parts_are_not_trained_and_stay_in_eval_mode_whatever_mode_the_re
         assert moved == [number not in parts for number in range(4)]
     with pytest.raises(UsageError, match=r"a part of the trunk to freeze .*did you mean 'blocks.0'"):
         Embedder(Conv4(), frozen=["block.0"])
+
+
+def test_stored_images_are_refused_as_they_would_be_taken_for_floats():
+    trunk = ImageTrunk(nn.Flatten(), [0.5], [0.5], None, "flat", pretrained=False)
+    for method in (trunk.normalized, Embedder(nn.Flatten())):
+        with pytest.raises(UsageTypeError, match=r"floats from 0 to 1, got torch\.uint8; take floats from"):
+            method(random_dataset().images)

@@ -374,6 +374,8 @@ def test_what_does_not_fit_together_is_refused():
         (lambda: evaluator.evaluate(trainer, bank, torch.zeros(5, 2)), "a bank of 67 items, got 5"),
         (lambda: evaluator.evaluate(trainer), "a data set to evaluate Method on, got none; give images"),
         (lambda: evaluator.evaluate(bank, dataset), "a bank alone, got a data set beside it; leave one out"),
+        (lambda: EpisodicEvaluator((5, 1, 15)), r"the size of an episode, got \(5, 1, 15\); write EpisodeSpec\(ways=5"),
+        (lambda: adaptation_curve(trainer, dataset, SPEC), "a MAMLTrainer, got Method, which has no inner steps"),
         (lambda: transposed.evaluate(bank), r"logits \(E, N, W\) of shape \(10, 16, 4\), got \(10, 4, 16\); return"),
     ):
         with pytest.raises(UsageError, match=f"^expected {says}"):

@@ -168,6 +168,11 @@ def test_wrong_options_are_refused():
     for temperature in (0.0, float("nan")):
         with pytest.raises(UsageError, match=r"expected a temperature above 0, got .*; raise it"):
             heads.soft_nearest_neighbour(*episodes(), temperature=temperature)
+    support, query = torch.zeros(2, 3, 1, 4), torch.zeros(2, 5, 6)
+    with pytest.raises(UsageError, match="expected queries and support of one width, got 6 and 4"):
+        heads.nearest_prototype(support, query)
+    with pytest.raises(UsageError, match=r"expected a support \(E, W, K, D\), got a list; stack classes"):
+        heads.nearest_prototype([support], query)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="expected k to be an integer of at least 1, got 0"):
         heads.k_nearest_neighbours(*episodes(), k=0)
     with pytest.raises(UsageError, match="expected k of at most 20, the support items, got 21; lower k"):

@@ -13,6 +13,7 @@ from pytorch_metric_learning.losses import ArcFaceLoss, ContrastiveLoss, NTXentL
 from pml_fewshot import BatchSpec, MetricTrainer, ResultTable, UsageError, run, swap, sweep
 from pml_fewshot.experiment import run as run_module
 from pml_fewshot.experiment.sweep import sweep_main
+from pml_fewshot.io.atomic import CannotWriteError
 from tests.tiny_experiments import EMBEDDER, tiny
 
 TINY = tiny("tiny", trainer=partial(MetricTrainer, EMBEDDER), train_spec=BatchSpec(4, 3), num_episodes=60)
@@ -80,6 +81,18 @@ def test_another_config_in_the_same_folder_and_two_of_one_name_are_refused(tmp_p
     assert "another seed" in table.failures["contrastive"]
     with pytest.raises(UsageError, match="names that are all different"):
         sweep([GOOD[0], GOOD[0]], tmp_path)
+
+
+def test_nothing_to_run_and_a_folder_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    for only in ("ntxen", ["ntxen"]):
+        with pytest.raises(UsageError, match="did you mean 'ntxent'"):
+            sweep(GOOD, tmp_path / "sweep", only)
+    with pytest.raises(UsageError, match="at least one experiment, got none"):
+        sweep([], tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(CannotWriteError, match=r"expected to write .*sweep"):
+        sweep(GOOD, tmp_path / "file" / "sweep")
 
 
 def test_the_command_line_chooses_and_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from pml_fewshot.checks import UsageError
 from pml_fewshot.distances.weighted_l1 import WeightedL1Similarity
 from pml_fewshot.losses.episodic_loss import EpisodicLoss
+from pml_fewshot.losses.prototypical import PrototypicalLoss
 from tests.losses.formulas import BATCH_LABELS, LOSSES, SQUARED_EUCLID, arguments, each_input, losses_by_hand, normal
 
 each_name = pytest.mark.parametrize("name", ["prototypical", "matching"])
@@ -115,6 +116,12 @@ def test_a_subclass_gives_logits_of_the_classes_in_the_order_of_their_labels() -
     got = loss(query, BATCH_LABELS, None, query.clone(), BATCH_LABELS.clone())
     assert loss.asked[3] is None
     torch.testing.assert_close(got, F.cross_entropy(loss.logits, target))
+
+
+@pytest.mark.parametrize("distance", [CosineSimilarity, "cosine"])
+def test_what_is_no_distance_is_refused_at_once(distance: Any) -> None:
+    with pytest.raises(UsageError, match=r"expected distance as a PML distance or None, got .*; make one"):
+        PrototypicalLoss(distance=distance)
 
 
 @each_name

@@ -383,3 +383,9 @@ def test_miner_beside_a_memory_is_refused(nested: bool) -> None:
 def test_errors_of_a_loss_are_passed_on_as_they_are() -> None:
     with pytest.raises(ZeroDivisionError):
         FewShotTrainer(m.embedder(), Spy(lambda embeddings: 1 / 0))(m.floats(m.episode()))
+
+
+def test_what_is_no_episode_and_no_batch_is_refused() -> None:
+    for given in (None, (torch.zeros(2), torch.zeros(2))):
+        with pytest.raises(UsageError, match="expected an Episode or a Batch, got a "):
+            ProtoNetTrainer(m.embedder())(given)

@@ -66,6 +66,13 @@ def test_an_optimizer_that_evaluates_the_loss_itself_is_refused(optimizer: objec
         quiet_fit(trainer := make_trainer(), [], LBFGS(trainer.parameters()), 3)
 
 
+def test_an_optimizer_of_other_weights_is_refused_and_one_of_some_is_taken() -> None:
+    trainer = make_trainer()
+    with pytest.raises(UsageError, match="an optimizer of the trainer's parameters, got one that has none of them"):
+        quiet_fit(trainer, stream(), SGD(make_trainer().parameters(), 0.1), 3)
+    quiet_fit(trainer, stream(), SGD([next(trainer.parameters()), nn.Parameter(torch.ones(1))], 0.1), 3)
+
+
 def test_adam_and_optimizers_with_a_closure_for_those_who_want_one_are_taken() -> None:
     check_optimizer(Adam)
     check_optimizer(SGD([nn.Parameter(torch.ones(1))], 0.1))

@@ -56,6 +56,9 @@ class BatchStatistics(TorchFunctionMode):
         """Replaces `F.batch_norm` for (B, C, ...), or for (B * P, C, ...) with P patches of each item."""
         self.was_used = True
         if self.num_stat_items is None and not self.decomposed:
+            if input.numel() == input.shape[1]:
+                do = 'give more queries at a time, or use trainer.with_batch_norm("inductive")'
+                raise UsageError(f"expected at least 2 values per channel for batch norm, got 1; {do}")
             return F.batch_norm(input, None, None, weight, bias, training=True, eps=eps)
         patches, rest = divmod(len(input), self.num_items)
         if self.num_stat_items is not None and rest:

@@ -99,6 +99,17 @@ def test_inductive_queries_do_not_matter_to_each_other_and_transductive_ones_do(
         maml.with_batch_norm("inductiv")
 
 
+def test_one_query_alone_has_no_batch_statistics_of_its_own() -> None:
+    def normalizing() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(small.SIZE**2, 4), nn.BatchNorm1d(4), nn.Linear(4, small.WAYS))
+
+    maml, batch = trainer(normalizing), episodes(1)
+    one = batch.query.flatten(1, 2)[:, :1]
+    with pytest.raises(UsageError, match=r"expected at least 2 values per channel .*with_batch_norm\(\"inductive\"\)"):
+        maml.classify(batch.support, one)
+    assert maml.with_batch_norm("inductive").classify(batch.support, one).shape[:2] == (1, 1)
+
+
 def test_inductive_normalizes_by_the_support_set() -> None:
     def normalizing() -> nn.Module:
         return nn.Sequential(nn.BatchNorm2d(1, affine=False), nn.Flatten(), nn.Linear(small.SIZE**2, small.WAYS))
