@@ -140,6 +140,7 @@ class EmbeddingBank:
 
         The result is at least float32, as 16 bits would round the differences.
         """
+        mean = torch.as_tensor(mean)
         shape, got = tuple(self.embeddings.shape[1:]), tuple(mean.shape)
         if shape != got:
             raise UsageError(f"expected a mean of shape {shape}, got {got}; use bank.mean()")
@@ -242,12 +243,20 @@ def names_of(labels: Tensor, class_names: Sequence[str]) -> list[ClassName]:
     return [class_names[label] if class_names else label for label in labels.tolist()]
 
 
+def check_bank(bank: Any) -> None:
+    """Raises a UsageTypeError for anything but an EmbeddingBank."""
+    if not isinstance(bank, EmbeddingBank):
+        do = "make one: EmbeddingBank(embeddings, labels)"
+        raise UsageTypeError(f"expected an EmbeddingBank, got {type(bank).__name__}; {do}")
+
+
 def save_bank(path: str | Path, bank: EmbeddingBank) -> None:
     """Writes a bank as safetensors, atomically; `load_bank` and any other tool can read it.
 
     Raises:
         UsageError: a path that does not end with .safetensors.
     """
+    check_bank(bank)
     if Path(path).suffix != ".safetensors":
         raise UsageError(f"expected a path that ends with .safetensors, got {path}; rename it")
     texts = {"class_names": json.dumps(bank.class_names) if bank.class_names else "", "note": bank.note}

@@ -25,7 +25,7 @@ from pml_fewshot.checks import (
     check_choice,
     check_finite,
 )
-from pml_fewshot.embedders.bank import EmbeddingBank, align
+from pml_fewshot.embedders.bank import EmbeddingBank, align, check_bank
 from pml_fewshot.evaluation.mapped_index import compares_floats, map_floats, map_lists
 from pml_fewshot.evaluation.neighbors import Neighbors
 from pml_fewshot.evaluation.search import Ranking, exact_neighbors, exact_search
@@ -116,10 +116,11 @@ class Gallery:
         """Makes the index, still untrained and empty."""
         import faiss
 
+        check_bank(bank)
         check_index(index)
         self.ranking = Ranking.of(distance)
         if self.ranking.kind == "distance" and index not in EXACT:
-            wanted = f"Euclid, cosine or dot product for index {index!r}"
+            wanted = f"Euclidean distance, cosine or dot product for index {index!r}"
             raise UsageError(f"expected {wanted}, got {distance}; index='flat' ranks by any PML distance")
         if len(bank) == 0:
             raise UsageError("expected at least one reference, got none; give a bank with items")
@@ -159,6 +160,7 @@ class Gallery:
         A bank with class names cannot join a gallery without them, or vice versa.
         """
         self._check_own("add to", "build it again with all references")
+        check_bank(bank)
         self._check_width(bank.embeddings, "references")
         labels, names = align(bank, self)
         for block in bank.embeddings.split(ADD_ROWS):
@@ -232,7 +234,7 @@ class Gallery:
         """
         self._check_own("save", "copy that folder")
         if self.ranking.kind == "distance":
-            wanted = "a gallery ranked by Euclid, cosine or dot product to save"
+            wanted = "a gallery ranked by Euclidean distance, cosine or dot product to save"
             do = "a distance cannot be stored: save the bank (save_bank) and build the gallery again"
             raise UsageError(f"expected {wanted}, got {self.ranking}; {do}")
         folder = Path(folder)

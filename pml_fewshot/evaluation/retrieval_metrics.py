@@ -59,7 +59,7 @@ def count_equal(columns: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def clustering_scores(bank: EmbeddingBank, metrics: tuple[str, ...], ranking: Ranking) -> dict[str, float]:
-    """Clusters a bank by k-means (Euclid, faiss, one run) into as many clusters as it has classes and compares them.
+    """Clusters a bank by k-means (Euclidean, faiss, one run) into as many clusters as it has classes and compares them.
 
     "NMI" is the mutual information over the mean of the two entropies, "AMI" adjusts it for chance (Vinh et al. 2010).
     Rows are normalized where `ranking` does so.

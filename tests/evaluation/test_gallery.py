@@ -384,9 +384,17 @@ def test_what_faiss_cannot_build_and_other_wrong_arguments_are_refused():
     gallery = Gallery(clustered(100), "flat")
     for action, says in (
         (lambda: Gallery(clustered(100), "hnws"), r"index as one of .*, got 'hnws'; did you mean 'hnsw'"),
+        (lambda: Gallery(QUERY, "flat"), r"an EmbeddingBank, got Tensor; make one"),
+        (lambda: gallery.add(QUERY), r"an EmbeddingBank, got Tensor"),
         (lambda: Gallery(empty), r"at least one reference, got none"),
-        (lambda: Gallery(clustered(9), "ivf", "", LpDistance(p=1)), r"Euclid, cosine or dot product for index 'ivf', "),
-        (lambda: Gallery(clustered(9), "hnsw", "", LpDistance(power=-1)), r"Euclid, cosine or dot product for index "),
+        (
+            lambda: Gallery(clustered(9), "ivf", "", LpDistance(p=1)),
+            r"Euclidean distance, cosine or dot product for index 'ivf', ",
+        ),
+        (
+            lambda: Gallery(clustered(9), "hnsw", "", LpDistance(power=-1)),
+            r"Euclidean distance, cosine or dot product for index ",
+        ),
         (lambda: gallery.add(clustered(5, dims=3)), r"references of shape \(N, 8\), got \(5, 3\); use one embedder"),
         (lambda: gallery.search(torch.zeros(2, 3), 1), r"queries of shape \(N, 8\), got \(2, 3\); use one embedder"),
         (lambda: gallery.search(QUERY, 0), r"k to be an integer of at least 1"),

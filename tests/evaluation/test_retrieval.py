@@ -302,7 +302,10 @@ def test_k_is_the_largest_class_unless_a_recall_needs_more():
         ({"k": "max_bin"}, "k as one of 'max_bin_count', got 'max_bin'; did you mean"),
         ({"index": "hnws"}, "index as one of .*, got 'hnws'; did you mean 'hnsw'"),
         ({"index": "IVF4,Nonsense"}, "an index and parameters that faiss can build, got 'IVF4,Nonsense'"),
-        ({"index": "ivf", "distance": LpDistance(p=1)}, "Euclid, cosine or dot product for index 'ivf', got LpDist"),
+        (
+            {"index": "ivf", "distance": LpDistance(p=1)},
+            "Euclidean distance, cosine or dot product for index 'ivf', got LpDist",
+        ),
     ],
 )
 def test_wrong_arguments_of_the_tester_are_refused(arguments: dict[str, Any], says: str):

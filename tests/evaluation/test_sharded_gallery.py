@@ -320,7 +320,10 @@ def test_what_else_cannot_be_built_is_refused(tmp_path: Path):
     for given, says in (
         ({"shards": 0}, "shards to be an integer of at least 1, got 0"),
         ({"index": "IVF9,Nonsense"}, "an index and parameters that faiss can build, got 'IVF9,Nonsense'"),
-        ({"index": "ivf", "distance": SNRDistance()}, "Euclid, cosine or dot product for index 'ivf', got SNRDistance"),
+        (
+            {"index": "ivf", "distance": SNRDistance()},
+            "Euclidean distance, cosine or dot product for index 'ivf', got SNRDistance",
+        ),
     ):
         with pytest.raises(UsageError, match=f"^expected {says}"):
             build_gallery(bank, tmp_path / "g", **given)

@@ -80,7 +80,7 @@ LATE: dict[str, tuple[ExperimentConfig, type[Exception], str]] = {
     "an index by a distance that it does not know": (
         replace(TINY_EXPERIMENTS["siamese"], retrieval=RetrievalTester(index="hnsw")),
         UsageError,
-        "expected Euclid, cosine or dot product",
+        "expected Euclidean distance, cosine or dot product",
     ),
     "ways": (replace(TINY, eval_specs=(*TINY.eval_specs, EpisodeSpec(7, 1, 1))), UsageError, "at least 7 classes"),
     "queries": (
