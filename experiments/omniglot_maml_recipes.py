@@ -37,15 +37,9 @@ NARROW = partial(
     partial(Conv4, in_channels=1, channels=64, last_relu=False),
     partial(PrototypeHead, dim=64, ways=120),
 )
-WIDE = partial(
-    nn.Sequential,
-    partial(Conv4, in_channels=1, channels=(64, 128, 256, 512), last_relu=False),
-    partial(PrototypeHead, dim=512, ways=120),
-)
 
 CONFIGS = [
     CONFIG,
-    swap(CONFIG, name="second order", first_order=False),
     replace(CONFIG, name="no mirror images", data=load_plain),
     replace(CONFIG, name="bent images", augment=RandomWarp(probability=0.5)),
     replace(CONFIG, name="two shots", train_spec=EpisodeSpec(ways=120, shots=2, queries=2)),
@@ -53,7 +47,6 @@ CONFIGS = [
     replace(CONFIG, name="exponential average of the weights", ema=0.99),
     swap(CONFIG, name="three inner steps at test time", eval_inner_steps=3),
     swap(CONFIG, name="64 filters in all blocks", network=NARROW),
-    swap(CONFIG, name="twice as many filters", network=WIDE),
 ]
 
 if __name__ == "__main__":

@@ -72,7 +72,6 @@ CONFIGS = [
     changed("no views at test time", embedder=partial(Embedder, trunk=TRUNK)),
     changed("no shifts at test time", embedder=partial(Embedder, trunk=partial(DihedralViews, trunk=TRUNK))),
     changed("64 filters in all blocks", embedder=embedder(partial(TRUNK, channels=64))),
-    changed("twice as many filters", embedder=embedder(partial(TRUNK, channels=(64, 128, 256, 512)))),
     changed("last ReLU", embedder=embedder(partial(TRUNK, last_relu=True))),
     changed("temperature 0.1", loss=partial(DenseNTXentLoss, temperature=0.1, distance=CosineSimilarity)),
     changed(
