@@ -1,12 +1,10 @@
 """A headless Chromium for tests of pages: what it shows, says on its console, and fetches."""
 
 import shutil
-from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from json import loads
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
@@ -59,12 +57,6 @@ def set_theme(driver: Any, theme: str) -> None:
     """The page as somebody sees it who prefers "light" or "dark"."""
     features = [{"name": "prefers-color-scheme", "value": theme}, {"name": "prefers-reduced-motion", "value": "reduce"}]
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-
-
-def screenshot(driver: Any, path: Path) -> None:
-    """The whole page, also what is below the window, as a PNG."""
-    shot = driver.execute_cdp_cmd("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": True})
-    path.write_bytes(b64decode(shot["data"]))
 
 
 def no_overflow(driver: Any) -> list[str]:

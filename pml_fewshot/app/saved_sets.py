@@ -15,7 +15,7 @@ from pml_fewshot.app.pictures import Picture, PictureEmbedder
 from pml_fewshot.app.taught_set import Known, checked_name
 from pml_fewshot.checks import ExistingFileError, MissingFileError, UsageError
 from pml_fewshot.io.atomic import fsync, translate_write_errors
-from pml_fewshot.io.tensors import CHECKSUM, checksum, checksum_of, read_tensors, write_tensors
+from pml_fewshot.io.tensors import CHECKSUM, checksum, checksum_of, json_checksum, read_tensors, write_tensors
 
 ABOUT = "set.json"
 EXAMPLES = "examples.safetensors"
@@ -151,7 +151,7 @@ class SavedSets:
         write_tensors(folder / EXAMPLES, tensors)
         embedder = {"name": self.embedder.name, "fingerprint": self.embedder.fingerprint}
         about = {"version": VERSION, "embedder": embedder, "classes": classes, "embeddings": checksum_of(tensors)}
-        text = json.dumps({**about, CHECKSUM: _seal(about)}, indent=1, ensure_ascii=False)
+        text = json.dumps({**about, CHECKSUM: json_checksum(about)}, indent=1, ensure_ascii=False)
         (folder / ABOUT).write_text(text, encoding="utf-8")
         fsync(folder / ABOUT)
 
@@ -194,7 +194,7 @@ def _folder_for(label: str, number: int, used: set[str]) -> str:
 def _about(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads((folder / ABOUT).read_text("utf-8"))
-        if about.pop(CHECKSUM) != _seal(about):
+        if about.pop(CHECKSUM) != json_checksum(about):
             raise ValueError("other content than its checksum says")
         if about["version"] != VERSION:
             raise ValueError(f"version {about['version']}, not {VERSION}")
@@ -221,7 +221,3 @@ def _picture(folder: Path, file: str, written: str) -> Picture:
 
 def _damaged(folder: Path, got: str) -> UsageError:
     return UsageError(f"expected a whole set in {folder}, got a damaged one ({got}); restore it, or delete the set")
-
-
-def _seal(about: dict[str, Any]) -> str:
-    return checksum([json.dumps(about, sort_keys=True).encode()])

@@ -28,7 +28,7 @@ from pml_fewshot.evaluation.transductive_heads import alpha_tim, bd_cspn, laplac
 from pml_fewshot.evaluation.tuned_heads import fine_tuning, transductive_fine_tuning
 from pml_fewshot.io.atomic import translate_write_errors, write_text
 from pml_fewshot.io.checkpoint import check_exportable, load_embedder, plain_names
-from pml_fewshot.io.tensors import CHECKSUM, checksum, checksum_of, read_tensors, write_tensors
+from pml_fewshot.io.tensors import CHECKSUM, checksum_of, json_checksum, read_tensors, write_tensors
 
 ABOUT = "classifier.json"
 HEADS = {
@@ -69,7 +69,7 @@ def save_classifier(folder: str | Path, options: dict[str, Any], taught: Taught)
         for kind, tensors in files.items():
             write_tensors(folder / names[kind], tensors)
         about["files"] = names
-        write_text(folder / ABOUT, json.dumps({**about, CHECKSUM: _seal(about)}, indent=1, ensure_ascii=False))
+        write_text(folder / ABOUT, json.dumps({**about, CHECKSUM: json_checksum(about)}, indent=1, ensure_ascii=False))
         for name in earlier - set(names.values()):
             (folder / name).unlink(missing_ok=True)
 
@@ -81,7 +81,7 @@ def load_classifier(folder: str | Path, embedder: Any, head: Any) -> tuple[dict[
         raise MissingFileError(f"expected {ABOUT} in {folder}, got none; make it by FewShotClassifier.save")
     try:
         about = json.loads((folder / ABOUT).read_text("utf-8"))
-        if about.pop(CHECKSUM) != _seal(about):
+        if about.pop(CHECKSUM) != json_checksum(about):
             raise ValueError("other content than its checksum says")
         names, sizes = about["files"], tuple(about["sizes"])
         classes = np.array(about["classes"], dtype=np.dtype(about["dtype"]))
@@ -137,10 +137,6 @@ def _files_named_in(folder: Path) -> set[str]:
         return {name for name in names if Path(name).name == name}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()
-
-
-def _seal(about: dict[str, Any]) -> str:
-    return checksum([json.dumps(about, sort_keys=True).encode()])
 
 
 def _weights(embedder: Any) -> dict[str, Any]:

@@ -83,8 +83,8 @@ def cached_images(
         CannotWriteError: with memory_map, the disk is full or the folder read-only; an older entry is unchanged.
     """
     folder = cache_folder(cache_dir)
-    prefix = f"{name}-{_short_hash(source)}-"
-    entry, temporary = folder / f"{prefix}{_short_hash(_state(files))}", folder / f".tmp-{prefix}"
+    prefix = f"{name}-{short_hash(source)}-"
+    entry, temporary = folder / f"{prefix}{short_hash(_state(files))}", folder / f".tmp-{prefix}"
     if entry.exists():
         return _load(entry, 0 if memory_map else CHECKED_BYTES)
     try:
@@ -135,7 +135,7 @@ def _state(files: Iterable[Path]) -> list[object]:
     return state
 
 
-def _short_hash(parts: Iterable[object]) -> str:
+def short_hash(parts: Iterable[object]) -> str:
     return hashlib.blake2b("\0".join(map(str, parts)).encode(errors="surrogateescape"), digest_size=8).hexdigest()
 
 
@@ -212,7 +212,8 @@ def _load(entry: Path, checked: float) -> Stored:
 def _stored(entry: Path, checked: float) -> Stored:
     """Reads an entry; images of up to `checked` bytes are compared with their checksum."""
     try:
-        images = _map_images(entry)  # an error if the file is truncated
+        # "c", because torch needs writable memory: writes never reach the file; an error if it is truncated
+        images = torch.from_numpy(np.load(entry / "images.npy", mmap_mode="c", allow_pickle=False))
         tensors, texts = read_tensors(entry / "rest.safetensors")  # which verifies its own checksum
         about = json.loads(texts["about"])
         if list(images.shape) != about["shape"]:
@@ -227,11 +228,6 @@ def _stored(entry: Path, checked: float) -> Stored:
             f"expected a whole cache entry in {entry}, got {got}; delete that folder and run again"
         ) from error
     return Stored(images, tensors["digests"], about["notes"])
-
-
-def _map_images(entry: Path) -> Tensor:
-    # "c", because torch needs writable memory: writes stay in this process and never reach the file
-    return torch.from_numpy(np.load(entry / "images.npy", mmap_mode="c", allow_pickle=False))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,7 +1,6 @@
 """Images listed in a table (load_image_table): a CSV or DataFrame of paths, classes and optionally splits."""
 
 import csv
-import hashlib
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pml_fewshot.checks import MissingFileError, UsageError, UsageTypeError, check_disjoint, import_extra
+from pml_fewshot.data.cache import short_hash
 from pml_fewshot.data.class_lists import ClassLists, read_text, role_of
 from pml_fewshot.data.dataset import Splits
 from pml_fewshot.data.image_folder import divided
@@ -101,7 +101,7 @@ def load_image_table(
         lambda image: (folder / image).read_bytes(),
         [folder / n for n in names],
         said,
-        (_hash(names),),
+        (short_hash(names),),
     )
     sets = listing.sets("image_table", form, skip_broken, memory_map, cache_dir, note)
     note_twins(sets)
@@ -160,7 +160,3 @@ def _by_class(
     if by_column:
         return own, "" if "test" in own else "no test classes: val's in their place"
     return divided(own[""], splits, val_fraction, test_fraction, seed)
-
-
-def _hash(names: Sequence[str]) -> str:
-    return hashlib.blake2b("\0".join(names).encode(), digest_size=8).hexdigest()

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from io import BytesIO
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, features
@@ -32,6 +32,8 @@ Read = Callable[[str], bytes]  # returns the content of a named image
 Size = int | Sequence[int]  # height and width, or one number for both
 Resize = Literal["crop", "pad", "stretch"]
 Resampling = Image.Resampling
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class BrokenImageError(UsageError):
@@ -173,12 +175,17 @@ def read_images(
     if not in_threads:
         yield from map(decode, names)
         return
+    yield from work_ahead(decode, names, AHEAD)
+
+
+def work_ahead(function: Callable[[T], R], items: Iterable[T], most: int) -> Iterator[R]:
+    """Yields the result for each item in order; threads compute at most so many ahead."""
     with ThreadPoolExecutor(THREADS) as pool:
-        ahead: deque[Future[np.ndarray | None]] = deque()
+        ahead: deque[Future[R]] = deque()
         try:
-            for name in names:
-                ahead.append(pool.submit(decode, name))
-                if len(ahead) == AHEAD:
+            for item in items:
+                ahead.append(pool.submit(function, item))
+                if len(ahead) == most:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()

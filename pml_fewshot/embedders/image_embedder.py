@@ -2,10 +2,9 @@
 
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Sized
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pml_fewshot.checks import MissingFileError, UsageError, UsageTypeError, check_at_least_one, check_finite
-from pml_fewshot.data.images import THREADS, BrokenImageError, opened_image
+from pml_fewshot.data.images import THREADS, BrokenImageError, opened_image, work_ahead
 from pml_fewshot.embedders.embedder import check_rows, images_at_a_time
 from pml_fewshot.embedders.modes import evaluating, widened
 from pml_fewshot.embedders.preprocessing import Preprocessing
@@ -114,8 +113,8 @@ class ImageEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         rows: list[np.ndarray] = []
         bar = tqdm(total=total, desc="embedding", unit="image", delay=3, mininterval=1, disable=not progress)
         with evaluating(*modules), closing(prepared(items, preprocessing)) as images, bar:
-            for batch in batches(images, size):
-                floats = torch.from_numpy(batch).to(weight.device).float().div_(255).to(weight.dtype)
+            while batch := list(islice(images, size)):
+                floats = torch.from_numpy(np.stack(batch)).to(weight.device).float().div_(255).to(weight.dtype)
                 part = check_rows(embedder(floats), modules[0] if modules else nn.Identity())
                 rows.append(widened(part).float().cpu().numpy())
                 bar.update(len(batch))
@@ -149,29 +148,7 @@ def prepared(items: Iterable[Any], preprocessing: Preprocessing) -> Generator[np
         yield from map(prepare, items)
         return
     most = max(2 * THREADS, AHEAD_PIXELS // (preprocessing.size[0] * preprocessing.size[1]))
-    with ThreadPoolExecutor(THREADS) as pool:
-        ahead: deque[Future[np.ndarray]] = deque()
-        try:
-            for item in items:
-                ahead.append(pool.submit(prepare, item))
-                if len(ahead) == most:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:  # an error, or the caller stopped early
-            pool.shutdown(cancel_futures=True)
-
-
-def batches(images: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Images (C, H, W) in arrays of `size`; the last has what is left."""
-    batch: list[np.ndarray] = []
-    for image in images:
-        batch.append(image)
-        if len(batch) == size:
-            yield np.stack(batch)
-            batch = []
-    if batch:
-        yield np.stack(batch)
+    yield from work_ahead(prepare, items, most)
 
 
 def read_photo(item: Any, side: int | None = None) -> Image.Image:

@@ -343,9 +343,7 @@ class Classifier:
             together = getattr(method, "transductive", False)
             return cls(method.classify, getattr(method, "thread_safe", False), name, hint, together)
         head = nearest_prototype if head is None else head
-        function: Any = head
-        while isinstance(function, partial):
-            function = function.func
+        function = parts_of(head)[0]
         more = (getattr(method, "distance", None),) if takes_distance(head) else ()
         name = name_of_head(head, *(more if function not in IGNORE_DISTANCE else ()))
         safe = inspect.isfunction(function)

@@ -59,8 +59,7 @@ def evaluate_fixed(
         classifier = Classifier.of(method, head)
         size = len(queries) if classifier.transductive else QUERIES
         shown = as_floats(rows[first])[None]
-        with torch.no_grad():
-            parts = [classifier.classify(shown, as_floats(part)[None])[0] for part in queries.split(size)]
+        parts = [classifier.classify(shown, as_floats(part)[None])[0] for part in queries.split(size)]
         logits = torch.cat(parts)  # (N, W)
     check_finite(logits, "logits of each query", classifier.divergence_hint)
     correct = (logits.argmax(dim=1) == position).double().cpu()

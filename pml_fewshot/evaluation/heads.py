@@ -203,11 +203,6 @@ def k_nearest_neighbours(support: Tensor, query: Tensor, distance: BaseDistance 
     return fit_votes(Support.of(support), distance, k)(query)
 
 
-def similarities(query: Tensor, reference: Tensor, distance: BaseDistance | None = None) -> Tensor:
-    """Similarity of each query (E, N, D) to each reference (E, R, D) of its episode, (E, N, R), as `Similarities`."""
-    return Similarities(reference, distance)(query)
-
-
 def unwrapped(head: Any) -> tuple[Any, dict[str, Any]]:
     """Returns a head's function and the options held by the partials around it."""
     options: dict[str, Any] = {}

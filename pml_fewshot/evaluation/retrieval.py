@@ -22,7 +22,7 @@ from pml_fewshot.embedders.modes import eval_mode
 from pml_fewshot.environment import keep_memory
 from pml_fewshot.evaluation import retrieval_metrics as known
 from pml_fewshot.evaluation.gallery import EXACT, Gallery, IndexRecall, check_index
-from pml_fewshot.evaluation.heads import similarities
+from pml_fewshot.evaluation.heads import Similarities
 from pml_fewshot.evaluation.search import Ranking, exact_search
 
 References = EmbeddingBank | Gallery
@@ -382,7 +382,7 @@ def _reordered(rows: Tensor, references: Tensor, nearest: Tensor, distance: Base
     ordered = []
     for query, places in zip(rows.unsqueeze(1).split(size), nearest.split(size), strict=True):
         found = references[places.clamp(min=0).to(references.device)]  # (n, k, D)
-        values = similarities(query.to(references.device), found, distance).squeeze(1).cpu()
+        values = Similarities(found, distance)(query.to(references.device)).squeeze(1).cpu()
         check_finite(values, f"similarities by {Ranking.of(distance)}")
         values = values.masked_fill(places < 0, -torch.inf)
         ordered.append(places.gather(1, values.argsort(dim=1, descending=True, stable=True)))

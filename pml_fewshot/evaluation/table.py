@@ -128,6 +128,7 @@ class ResultTable:
         excluded = f"{first.num_excluded} queries alone in their class left out" if first.num_excluded else ""
         for metric in first:
             value, ci95 = average_metric(metric, trainings)
+            values = [each.per_query[metric] for each in trainings if metric in each.per_query]  # none for NMI, AMI
             row = ResultRow(
                 **context.shared,
                 figure=metric,
@@ -139,7 +140,7 @@ class ResultTable:
                 episodes_hash=first.queries_hash,
                 note="; ".join(filter(None, (context.note, excluded))),
                 trained=len(trainings),
-                values=_mean_of_queries(metric, trainings),
+                values=torch.stack(values).mean(dim=0) if values else None,
             )
             self.rows.append(row)
 
@@ -206,12 +207,6 @@ class ResultTable:
         lines = "".join(_html_line("td", line) for line in body)
         below = "".join(f"<p>{html.escape(condition)}</p>" for condition in conditions)
         return f"<table><thead>{_html_line('th', head)}</thead><tbody>{lines}</tbody></table>{below}"
-
-
-def _mean_of_queries(metric: str, trainings: Sequence[RetrievalResult]) -> Tensor | None:
-    if metric not in trainings[0].per_query:  # NMI, AMI
-        return None
-    return torch.stack([result.per_query[metric] for result in trainings]).mean(dim=0)
 
 
 def _read_values(path: Path) -> dict[str, Tensor]:

@@ -29,8 +29,10 @@ from pml_fewshot.evaluation.tuned_heads import (
 LEAST = 1e-12  # the smallest length to divide by
 
 
-def fit_bd_cspn(support: Support, *, scale: float = 10.0, top: int | None = None) -> Scores:
-    _check_rectifying(scale, top)
+def fit_bd_cspn(support: Support, scale: float = 10.0, top: int | None = None) -> Scores:
+    check_above_zero(scale=scale)
+    if top is not None:
+        check_at_least_one("top", top)
 
     def scores(query: Tensor) -> Tensor:
         lengths = torch.linalg.vector_norm(query, dim=2)
@@ -61,13 +63,7 @@ def bd_cspn(support: Tensor, query: Tensor, *, scale: float = 10.0, top: int | N
     Raises:
         UsageError: an invalid option.
     """
-    return fit_bd_cspn(Support.of(support), scale=scale, top=top)(query)
-
-
-def _check_rectifying(scale: float, top: int | None) -> None:
-    check_above_zero(scale=scale)
-    if top is not None:
-        check_at_least_one("top", top)
+    return fit_bd_cspn(Support.of(support), scale, top)(query)
 
 
 def _rectified(support: Support, query: Tensor, lengths: Tensor, scale: float, top: int | None) -> Tensor:
@@ -99,7 +95,6 @@ def _rectified(support: Support, query: Tensor, lengths: Tensor, scale: float, t
 
 def fit_laplacian_shot(
     support: Support,
-    *,
     neighbors: int = 2,
     smoothness: float = 0.7,
     steps: int = 20,
@@ -108,8 +103,7 @@ def fit_laplacian_shot(
 ) -> Scores:
     check_at_least_one("neighbors", neighbors)
     check_at_least_one("steps", steps)
-    check_above_zero(smoothness=smoothness)
-    _check_rectifying(scale, None)
+    check_above_zero(smoothness=smoothness, scale=scale)
 
     def scores(query: Tensor) -> Tensor:
         if neighbors >= (count := query.shape[1]):
@@ -179,15 +173,11 @@ def laplacian_shot(
     Raises:
         UsageError: an invalid option; no more queries than neighbors.
     """
-    fit = fit_laplacian_shot(
-        Support.of(support), neighbors=neighbors, smoothness=smoothness, steps=steps, rectify=rectify, scale=scale
-    )
-    return fit(query)
+    return fit_laplacian_shot(Support.of(support), neighbors, smoothness, steps, rectify, scale)(query)
 
 
 def fit_alpha_tim(
     support: Support,
-    *,
     alpha: float | None = None,
     support_weight: float = 1.0,
     marginal_weight: float = 1.0,
@@ -254,23 +244,12 @@ def alpha_tim(
     Raises:
         UsageError: an invalid option.
     """
-    fit = fit_alpha_tim(
-        Support.of(support),
-        alpha=alpha,
-        support_weight=support_weight,
-        marginal_weight=marginal_weight,
-        conditional_weight=conditional_weight,
-        similarity=similarity,
-        temperature=temperature,
-        steps=steps,
-        learning_rate=learning_rate,
-    )
-    return fit(query)
+    options = alpha, support_weight, marginal_weight, conditional_weight, similarity, temperature, steps, learning_rate
+    return fit_alpha_tim(Support.of(support), *options)(query)
 
 
 def fit_pt_map(
     support: Support,
-    *,
     power: float | None = 0.5,
     center: bool = True,
     sharpness: float = 10.0,
@@ -392,13 +371,4 @@ def pt_map(
     Raises:
         UsageError: an invalid option; one query, which would be divided equally.
     """
-    fit = fit_pt_map(
-        Support.of(support),
-        power=power,
-        center=center,
-        sharpness=sharpness,
-        steps=steps,
-        learning_rate=learning_rate,
-        iterations=iterations,
-    )
-    return fit(query)
+    return fit_pt_map(Support.of(support), power, center, sharpness, steps, learning_rate, iterations)(query)

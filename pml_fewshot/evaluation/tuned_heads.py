@@ -167,7 +167,6 @@ def information_slope(
 @torch.no_grad()  # the gradients are written out: nothing is recorded
 def fit_tuning(
     support: Support,
-    *,
     similarity: Similarity = "squared",
     temperature: float = 15.0,
     steps: int = 100,
@@ -215,15 +214,11 @@ def fine_tuning(
     Raises:
         UsageError: an invalid option.
     """
-    fit = fit_tuning(
-        Support.of(support), similarity=similarity, temperature=temperature, steps=steps, learning_rate=learning_rate
-    )
-    return fit(query)
+    return fit_tuning(Support.of(support), similarity, temperature, steps, learning_rate)(query)
 
 
 def fit_transductive_tuning(
     support: Support,
-    *,
     similarity: Similarity = "squared",
     temperature: float = 15.0,
     steps: int = 25,
@@ -267,10 +262,7 @@ def transductive_fine_tuning(
     Raises:
         UsageError: an invalid option.
     """
-    fit = fit_transductive_tuning(
-        Support.of(support), similarity=similarity, temperature=temperature, steps=steps, learning_rate=learning_rate
-    )
-    return fit(query)
+    return fit_transductive_tuning(Support.of(support), similarity, temperature, steps, learning_rate)(query)
 
 
 def tuned_with_queries(

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import FrameType
 from typing import Annotated, TypeVar
 
 import tyro
@@ -87,7 +86,7 @@ def one_line_errors() -> Iterator[None]:
     """
     as_before = warnings.formatwarning
     in_main_thread = threading.current_thread() is threading.main_thread()  # Python handles no signals elsewhere
-    before = signal.signal(signal.SIGTERM, _interrupt) if in_main_thread else None
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main_thread else None
     try:
         warnings.formatwarning = _one_line
         yield
@@ -118,7 +117,3 @@ def _process() -> str:
 
 def _one_line(message: object, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
     return f"{'warning' if category is UserWarning else category.__name__}: {message}\n"
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

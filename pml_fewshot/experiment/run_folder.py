@@ -29,7 +29,7 @@ from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment.config import ExperimentConfig
 from pml_fewshot.io.atomic import translate_write_errors, write_text
 from pml_fewshot.io.checkpoint import load_checkpoint
-from pml_fewshot.io.tensors import checksum
+from pml_fewshot.io.tensors import json_checksum
 from pml_fewshot.parts.describe import describe, module_name
 from pml_fewshot.training.state import history_of
 
@@ -227,7 +227,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise MissingFileError(f"expected {path}, got no such file; name the folder of a run")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        damage = "" if stored.pop("checksum") == _checksum(stored) else "another checksum"
+        damage = "" if stored.pop("checksum") == json_checksum(stored) else "another checksum"
     except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
         damage = repr(error)
     if damage:
@@ -239,7 +239,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def write_config(folder: Path, stored: Mapping[str, Any]) -> None:
     """Writes config.json, which `read_config` reads."""
-    write_text(folder / "config.json", json.dumps({**stored, "checksum": _checksum(stored)}, indent=1))
+    write_text(folder / "config.json", json.dumps({**stored, "checksum": json_checksum(stored)}, indent=1))
 
 
 def finished_config(path: Path) -> dict[str, Any]:
@@ -284,10 +284,6 @@ def _described(splits: Splits) -> dict[str, dict[str, Any]]:
     shapes = {role: {"classes": len(each.class_names), "item": list(each.item_shape)} for role, each in sets.items()}
     none = {"shown": "None", "checksum": "none", "classes": 0, "item": []}
     return {role: {**about[role], **shapes[role]} if role in sets else none for role in vars(splits)}
-
-
-def _checksum(stored: Mapping[str, Any]) -> str:
-    return checksum([json.dumps(stored, sort_keys=True).encode()])
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -26,6 +26,7 @@ from pml_fewshot.evaluation.table import ResultTable
 from pml_fewshot.experiment.command_line import one_line_errors, parse
 from pml_fewshot.experiment.config import OPTIONS, ExperimentConfig
 from pml_fewshot.experiment.prepare import load_data, prepare
+from pml_fewshot.experiment.recorder import Recorders
 from pml_fewshot.experiment.run import run, train
 from pml_fewshot.experiment.run_folder import open_run
 from pml_fewshot.io.atomic import CannotWriteError, translate_write_errors, write_text
@@ -311,21 +312,20 @@ class _Worker:
         return known
 
 
-class _TrialRecorder:
+class _TrialRecorder(Recorders):
     """Reports each validation to Optuna, which may end the trial; the user's own recorder receives everything first."""
 
     def __init__(
         self, make: Callable[[Path], Recorder] | None, trial: "optuna.Trial", steps: int, folder: Path
     ) -> None:
-        self.own = None if make is None else make(folder)
+        super().__init__([] if make is None else [make(folder)])
         self.trial, self.steps = trial, steps
         frozen = trial.study.get_trials(deepcopy=False)[trial.number]
         self.reported = set(frozen.intermediate_values)  # by a worker that died before its checkpoint
         self.best = frozen.user_attrs.get("best", [-1.0])[0]
 
     def record(self, group: str, step: int, **values: float) -> None:
-        if self.own is not None:
-            self.own.record(group, step, **values)
+        super().record(group, step, **values)
         if group != "validation":
             return
         if values["accuracy"] > self.best:
@@ -338,17 +338,9 @@ class _TrialRecorder:
 
             raise optuna.TrialPruned
 
-    def save(self) -> None:
-        if self.own is not None:
-            self.own.save()
-
-    def forget_after(self, step: int, groups: Sequence[str]) -> None:
-        if self.own is not None:
-            self.own.forget_after(step, groups)
-
     def close(self) -> None:
-        if self.own is not None:
-            getattr(self.own, "close", self.own.save)()
+        for each in self.recorders:
+            getattr(each, "close", each.save)()
 
 
 class _JournalLock:

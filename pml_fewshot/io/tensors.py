@@ -4,6 +4,7 @@ import json
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -69,6 +70,11 @@ def checksum(parts: Iterable[bytes | memoryview]) -> str:
             crc = zlib.crc32(view[start : start + BLOCK], crc)
         count += len(view)
     return f"crc32:{crc:08x}:{count}"
+
+
+def json_checksum(about: Mapping[str, Any]) -> str:
+    """Returns the checksum of JSON data, whatever the order of its names."""
+    return checksum([json.dumps(about, sort_keys=True).encode()])
 
 
 def checksum_of(tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None) -> str:

@@ -4,6 +4,7 @@ Letters: E episodes, W ways, K shots, Q queries a class, N = W*Q, M items, D dim
 """
 
 from collections.abc import Sequence
+from itertools import cycle, islice
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +24,7 @@ from pml_fewshot.embedders.bank import EmbeddingBank, names_of
 from pml_fewshot.evaluation.gallery import Gallery
 from pml_fewshot.evaluation.neighbors import Neighbors
 from pml_fewshot.evaluation.statistics import average
-from pml_fewshot.report.theme import CHECK, CROSS, PLUS_MINUS, axes_or_new, cycle_colors, page_color, shortened
+from pml_fewshot.report.theme import CHECK, CROSS, PLUS_MINUS, axes_or_new, page_color, shortened
 from pml_fewshot.sampling.episodes import Episode
 
 PRINCIPAL = 50  # components given to t-SNE at most, as in its paper (30): 1,600 take three times as long
@@ -219,7 +220,7 @@ def plot_embedding_map(
         raise UsageError(f"expected {len(bank)} images, one an embedding, got {len(images)}; give those of the bank")
     points = embedding_points(bank, seed, perplexity) if points is None else points
     values, labels = np.unique(bank.labels.cpu().numpy(), return_inverse=True)
-    colors = cycle_colors(len(values))
+    colors = [each["color"] for each in islice(cycle(rcParams["axes.prop_cycle"]), len(values))]
     ax = axes_or_new(ax)
     ax.scatter(points[:, 0], points[:, 1], s=16, c=[to_rgba(colors[label], 0.8) for label in labels], linewidths=0)
     for label, color in enumerate(colors[:thumbnails] if images is not None else ()):

@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-from importlib.util import find_spec
 
 import numpy as np
 from PIL import Image
@@ -15,10 +14,6 @@ from pml_fewshot.report.image_plots import pixels
 from pml_fewshot.report.theme import shortened, theme
 
 THUMBNAIL = 48  # pixels; 1,000 of them are about 0.5 MB as PNG of letters, 1.5 MB of photos as JPEG
-
-
-def has_bokeh() -> bool:
-    return find_spec("bokeh") is not None
 
 
 def interactive_map(bank: EmbeddingBank, images: Tensor, points: np.ndarray, ink: bool) -> str:

@@ -4,7 +4,6 @@ Text and lines use the colors of the current rcParams, data the first colors of 
 ours, C1 for what is wrong. Any style works; `theme` sets one for white pages or one for dark ones.
 """
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -90,9 +89,3 @@ def shortened(text: object, most: int = 24) -> str:
     """A name on one line, cut in its middle, where similar names are most alike."""
     line = " ".join(str(text).split())
     return line if len(line) <= most else f"{line[: most // 2]}\N{HORIZONTAL ELLIPSIS}{line[-(most - most // 2 - 1) :]}"
-
-
-def cycle_colors(count: int) -> Sequence[Any]:
-    """The first `count` colors of the cycle, which repeats if it is shorter."""
-    cycle = rcParams["axes.prop_cycle"].by_key()["color"]
-    return [cycle[number % len(cycle)] for number in range(count)]

@@ -30,7 +30,7 @@ from pml_fewshot.report.image_plots import (
     plot_neighbours,
     plot_result,
 )
-from pml_fewshot.report.interactive_map import has_bokeh, interactive_map
+from pml_fewshot.report.interactive_map import interactive_map
 from pml_fewshot.report.page import Chart, Section, section_of
 from pml_fewshot.report.result_plots import (
     calibration_bins,
@@ -295,7 +295,7 @@ def embedding_map(subject: Subject) -> list[Chart]:
     points = embedding_points(small, subject.seed, min(30.0, max(1.0, (len(small) - 1) / 3)), method)
     classes = len(small.labels.unique())
     images = None if subject.pictures is None else subject.pictures[kept]
-    live = "" if images is None or not has_bokeh() else interactive_map(small, images, points, subject.ink)
+    live = "" if images is None or find_spec("bokeh") is None else interactive_map(small, images, points, subject.ink)
     title = "UMAP" if method == "umap" else "t-SNE"
     return [
         Chart(

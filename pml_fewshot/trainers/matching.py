@@ -4,7 +4,7 @@ from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor, nn
 
 from pml_fewshot.checks import UsageError
-from pml_fewshot.evaluation.heads import similarities
+from pml_fewshot.evaluation.heads import Similarities
 from pml_fewshot.evaluation.search import Ranking
 from pml_fewshot.evaluation.support import Support
 from pml_fewshot.losses.matching import MatchingLoss
@@ -51,5 +51,5 @@ class MatchingTrainer(FewShotTrainer):
     def classify(self, support: Tensor, query: Tensor) -> Tensor:
         """Logarithms (E, N, W) of each class's share, up to a constant, of a query's attention to the support."""
         support, query = self.in_context(support, query)
-        each = similarities(query, support.flatten(1, 2), self.distance)
+        each = Similarities(support.flatten(1, 2), self.distance)(query)
         return Support.of(support).by_class(self.loss.scale * each, "logsumexp")

@@ -67,10 +67,6 @@ def loss(kind: Any, **options: Any) -> Any:
     return partial(MetricTrainer, EMBEDDER, partial(kind, num_classes=8, **options))
 
 
-def of_embedder(*parts: Any) -> ExperimentConfig:
-    return replace(TINY, trainer=partial(ProtoNetTrainer, partial(Embedder, *parts)))
-
-
 LATE: dict[str, tuple[ExperimentConfig, type[Exception], str]] = {
     "k": (replace(TINY, retrieval=partial(RetrievalTester, k=60)), UsageError, "k of at most 59"),
     "metric's k": (replace(TINY, retrieval=RetrievalTester("recall_at_60")), UsageError, "got 60 for recall_at_60"),

@@ -20,6 +20,7 @@ from pml_fewshot.checks import ExistingFileError, LockedError, MissingFileError
 from pml_fewshot.experiment import run_folder
 from pml_fewshot.experiment.run_folder import environment, open_run, read_config
 from pml_fewshot.io.atomic import CannotWriteError
+from pml_fewshot.io.tensors import json_checksum
 from tests import tiny_experiments
 from tests.killing import outcome
 from tests.tiny_experiments import TINY_EXPERIMENTS, Finished, tiny_set
@@ -31,7 +32,7 @@ TINY = replace(TINY_EXPERIMENTS["protonet"], steps=4)
 def rewrite(folder: Path, **changes: object) -> None:
     """Changes config.json, with its checksum."""
     stored = {**read_config(folder), **changes}
-    stored["checksum"] = run_folder._checksum(stored)
+    stored["checksum"] = json_checksum(stored)
     (folder / "config.json").write_text(json.dumps(stored))
 
 
@@ -176,7 +177,7 @@ def test_a_missing_or_older_config_json_is_one_error(copied: Finished) -> None:
     with pytest.raises(MissingFileError, match=r"expected .*config\.json, got no such file"):
         read_config(copied.folder / "nowhere")
     stored = {"config": {}, "data": {}, "machine": {}}
-    (copied.folder / "config.json").write_text(json.dumps({**stored, "checksum": run_folder._checksum(stored)}))
+    (copied.folder / "config.json").write_text(json.dumps({**stored, "checksum": json_checksum(stored)}))
     with pytest.raises(UsageError, match=r"expected a run of version 0\.6 in"):
         read_config(copied.folder)
 

@@ -19,8 +19,8 @@ from pml_fewshot import EpisodeSpec, FewShotDataset, PrototypicalLoss, ResultTab
 from pml_fewshot.evaluation.statistics import Comparison
 from pml_fewshot.experiment import run_report, runs_report
 from pml_fewshot.experiment.comparison import PairedDifference
-from pml_fewshot.experiment.run_folder import _checksum
 from pml_fewshot.experiment.run_report import records, report_run, subject_of
+from pml_fewshot.io.tensors import json_checksum
 from tests.tiny_experiments import TINY_EXPERIMENTS, Finished, tiny_set
 
 PROTONET = replace(TINY_EXPERIMENTS["protonet"], report=True)
@@ -142,7 +142,7 @@ def test_the_table_of_fewer_steps_than_a_run_is_now_for_is_not_shown(copied: Fin
     stored = json.loads((copied.folder / "config.json").read_text())
     stored.pop("checksum")
     stored["config"]["steps"] = 48
-    (copied.folder / "config.json").write_text(json.dumps({**stored, "checksum": _checksum(stored)}))
+    (copied.folder / "config.json").write_text(json.dumps({**stored, "checksum": json_checksum(stored)}))
     text = parts_of(report_run(copied.folder, "not asked for")).text()
     assert "of 48 steps, 24 steps are in its checkpoint" in text
     assert "A run that is not finished" in text
@@ -273,7 +273,7 @@ def test_without_weights_or_data_the_report_has_what_there_is(copied: Finished) 
 def test_a_run_that_was_interrupted_says_how_far_it_came(copied: Finished) -> None:
     stored = json.loads((copied.folder / "config.json").read_text())
     del stored["finished"], stored["checksum"]
-    (copied.folder / "config.json").write_text(json.dumps({**stored, "checksum": _checksum(stored)}))
+    (copied.folder / "config.json").write_text(json.dumps({**stored, "checksum": json_checksum(stored)}))
     text = parts_of(report_run(copied.folder, "not asked for")).text()
     assert "of 24 steps, 24 steps are in its checkpoint. --resume continues it." in text
 
@@ -413,7 +413,7 @@ def test_what_is_no_run_is_one_clear_error(what: str, copied: Finished, tmp_path
             wanted = "as it was written, got another checksum"
         else:
             del stored["sessions"], stored["checksum"]
-            stored["checksum"] = _checksum(stored)
+            stored["checksum"] = json_checksum(stored)
             wanted = r"expected a run of version 0\.6"
         (folder / "config.json").write_text(json.dumps(stored))
     with pytest.raises(SystemExit, match=rf"^error: .*{wanted}"):

@@ -1,7 +1,7 @@
 """Autograd tools for MAML: recomputed steps, second derivatives of distances, a loss with a known gradient."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -51,16 +51,16 @@ def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
 
 
-@contextmanager
-def double_backward() -> Iterator[None]:
+class DoubleBackward(TorchFunctionMode):
     """Context in which distances can be differentiated twice, in this thread.
 
     `torch.cdist` has no second derivative (torch 2.13), and PML's LpDistance uses it, so without this most of PML's
     losses could not be second-order inner losses. Here it is a norm of differences, (B, R, D) numbers, which a
     small support set allows.
     """
-    with _DifferentiableCdist():
-        yield
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_cdist if func is torch.cdist else func)(*args, **(kwargs or {}))
 
 
 def differentiable_attention() -> AbstractContextManager[None]:
@@ -69,11 +69,6 @@ def differentiable_attention() -> AbstractContextManager[None]:
     The switch is process-wide: threads that set and reset it would do so for each other.
     """
     return sdpa_kernel(SDPBackend.MATH)
-
-
-class _DifferentiableCdist(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (_cdist if func is torch.cdist else func)(*args, **(kwargs or {}))
 
 
 def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pml_fewshot.checks import UsageError, check_choice
 from pml_fewshot.parts.instantiate import instantiate
-from pml_fewshot.trainers.maml.autograd import Recompute, double_backward
+from pml_fewshot.trainers.maml.autograd import DoubleBackward, Recompute
 from pml_fewshot.trainers.maml.task_parallel import Mode, Weights, fastest, labels_of, loop, normalizes, vmap
 from pml_fewshot.trainers.pml_compat import WITH_MEMORY
 
@@ -136,7 +136,7 @@ class InnerLoop(nn.Module):
             if not torch.is_grad_enabled():
                 before |= {name: before[name].detach().requires_grad_() for name in adapted}
             wanted = [before[name] for name in adapted]
-            with torch.enable_grad(), double_backward() if second_order else nullcontext():
+            with torch.enable_grad(), DoubleBackward() if second_order else nullcontext():
                 # tasks share nothing, so the gradient of the sum holds that of each
                 total = task_losses(self.loss, self.outputs(before, images, ways), labels).sum()
                 # (zeros for a parameter that the network does not use)

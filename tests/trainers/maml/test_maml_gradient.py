@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from pml_fewshot.trainers.maml.autograd import double_backward
+from pml_fewshot.trainers.maml.autograd import DoubleBackward
 from pml_fewshot.trainers.maml.trainer import MAMLTrainer
 from tests.trainers.maml import small_maml as small
 from tests.trainers.maml.small_maml import close, episodes, gradient, labels_of, trainer, vector
@@ -131,7 +131,7 @@ def test_step_weights_weigh_the_losses_after_each_step() -> None:
 def test_distances_that_can_be_differentiated_twice_are_those_of_torch(p: float) -> None:
     points = torch.rand(5, 3, generator=torch.Generator().manual_seed(0))
     expected = torch.cdist(points, points[:2], p=p)
-    with double_backward():
+    with DoubleBackward():
         torch.testing.assert_close(torch.cdist(points, points[:2], p=p), expected)
 
 
