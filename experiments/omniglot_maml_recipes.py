@@ -29,7 +29,7 @@ CONFIG = swap(
         extra_evaluations=None,
         published=None,
     ),
-    name="first order",
+    name="omniglot_maml_recipes",
     first_order=True,
 )
 NARROW = partial(
@@ -39,7 +39,7 @@ NARROW = partial(
 )
 
 CONFIGS = [
-    CONFIG,
+    replace(CONFIG, name="first order"),
     replace(CONFIG, name="no mirror images", data=load_plain),
     replace(CONFIG, name="bent images", augment=RandomWarp(probability=0.5)),
     replace(CONFIG, name="two shots", train_spec=EpisodeSpec(ways=120, shots=2, queries=2)),
@@ -50,4 +50,4 @@ CONFIGS = [
 ]
 
 if __name__ == "__main__":
-    sweep_main("omniglot_maml_recipes", CONFIGS)
+    sweep_main(CONFIG.name, CONFIGS)

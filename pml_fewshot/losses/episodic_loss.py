@@ -55,7 +55,7 @@ class EpisodicLoss(BaseMetricLossFunction):
         embedding_reg_weight: float = 1.0,
         collect_stats: bool | None = None,
     ) -> None:
-        if not isinstance(distance, BaseDistance | None):
+        if not isinstance(distance, torch.nn.Module | None):  # (PML's BatchedDistance is no BaseDistance)
             do = "make one, as in distance=CosineSimilarity()"
             raise UsageTypeError(f"expected distance as a PML distance or None, got {distance!r}; {do}")
         super().__init__(
