@@ -22,7 +22,7 @@ from tests.browser import (
 )
 from tests.tiny_experiments import TINY_EXPERIMENTS, few_glyphs
 
-pytestmark = needs_browser
+pytestmark = [needs_browser, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,6 @@ def written_below(folder: Path) -> dict[str, Path]:
     return {name: folder / name / "report.html" for name in ("quickstart", "sweep")}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["quickstart", "sweep"])
 def test_a_report_fits_and_can_be_read_everywhere_and_loads_nothing(
     name: str, driver: Any, reports: dict[str, Path]

@@ -123,7 +123,7 @@ def test_inductive_normalizes_by_the_support_set() -> None:
     "options",
     [
         {"inner_steps": 2, "learn_inner_lr": "per_layer_per_step", "step_weights": [0.3, 0.7]},
-        {"reptile": True, "inner_steps": 3},
+        pytest.param({"reptile": True, "inner_steps": 3}, marks=pytest.mark.long),
         pytest.param({**EMBEDDING, "inner_lr": 0.01}, marks=pytest.mark.slow),
     ],
     ids=", ".join,
