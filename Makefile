@@ -17,7 +17,7 @@ demo: $(VENV)/installed  ## train and evaluate on the built-in data, in minutes
 # two tests at a time, each on one thread
 RING = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(1)/bin/python -m pytest -n 2 --dist worksteal
 
-test: $(VENV)/installed  ## the default tests, about 2 minutes
+test: $(VENV)/installed  ## the default tests, 2 to 3 minutes
 	$(call RING,$(VENV))
 
 test-long: $(VENV)/installed  ## those of whole programs: reports, searches, several processes, kills, a browser; 2 minutes
